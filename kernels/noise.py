@@ -1,0 +1,64 @@
+"""Counter-based standard normal noise: a pure function of (seed, sample index, element index)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(seed: int, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit counters -> four random 32-bit words, all held in int64 tensors.
+
+    A product of two 32-bit words fits in 64 bits; int64 wraps to the same bits, and shift-then-mask reads its high half.
+    """
+    c0, c1, c2, c3 = counters
+    k0, k1 = seed & _MASK, seed >> 32 & _MASK
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = k0 + _KEY_STEPS[0] & _MASK, k1 + _KEY_STEPS[1] & _MASK
+    return c0, c1, c2, c3
+
+
+def box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two random 32-bit words -> two independent standard normals, float32, |z| < 6.8."""
+    radius = (-2 * torch.log(word_a.float() * 2**-32 + 2**-33)).sqrt()
+    angle = word_b.float() * (2 * math.pi * 2**-32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def normal(shape, seed: int, index: Tensor | None = None, device="cpu") -> Tensor:
+    """Standard normal noise, float32, of shape (B, ...). Element e of sample b depends on (seed, index[b], e) alone:
+    not on the batch it is drawn in, the device, or how a batch is split over processes.
+
+    seed: 0 <= seed < 2**63; give every step its own.
+    index: (B,) int64, the samples' global indices; None means 0 .. B-1.
+    The same bits feed the fused kernels: counter = (e // 4, index[b]) as 64-bit words, key = seed, elements
+    4j .. 4j+3 are the four outputs of one Philox call. ValueError: bad seed or index.
+    """
+    check_seed(seed)
+    batch, dims = shape[0], math.prod(shape[1:])
+    if index is None:
+        index = torch.arange(batch, device=device)
+    check_index(index, batch)
+    index_B1 = index.to(device)[:, None]
+    call_1N = torch.arange((dims + 3) // 4, device=device)[None]
+    c0, c1, c2, c3 = torch.broadcast_tensors(call_1N & _MASK, call_1N >> 32, index_B1 & _MASK, index_B1 >> 32 & _MASK)
+    w0, w1, w2, w3 = philox(seed, (c0, c1, c2, c3))
+    noise_BN4 = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
+    return noise_BN4.flatten(1)[:, :dims].reshape(shape)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed = {seed}: expected 0 <= seed < 2**63")
+
+
+def check_index(index: Tensor, batch: int) -> None:
+    if index.shape != (batch,) or index.dtype != torch.int64:
+        raise ValueError(f"index has shape {tuple(index.shape)} and dtype {index.dtype}: "
+                         f"expected ({batch},) int64, one global index per sample")
