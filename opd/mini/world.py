@@ -1,0 +1,377 @@
+"""The miniature world: 24x24 images and their prompts, drawn by a program from a seed.
+
+Three families, each with a scoring program in `opd/mini/rewards.py`:
+
+- compose: "two red circles", "a blue square left of a green circle" (stands for GenEval)
+- text:    a sign that says "K7A"                                    (stands for OCR)
+- quality: "a calm sea at dawn"                                      (stands for open prompts)
+
+Every image has a backdrop that is lively (colourful) or dull (greyish) and may carry noise.
+A prompt is a handful of content words (`Spec.words`); everything else follows from them.
+
+    python -m opd.mini.world                       # rewrite the prompt files in opd/mini/prompts
+    python -m opd.mini.world --sheet sheet.png     # and draw a contact sheet
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+SIZE, CELL = 24, 12
+TASKS = ("compose", "text", "quality")
+HELD_OUT = {"compose": 256, "text": 256, "quality": 24}
+PROMPT_DIR = Path(__file__).parent / "prompts"
+
+# Objects are saturated; backdrops are pastel or grey, 0.45 or more away from every one of these.
+PALETTE = {"red": (0.85, 0.10, 0.10), "green": (0.05, 0.50, 0.10), "blue": (0.10, 0.15, 0.80),
+           "yellow": (0.95, 0.80, 0.05), "purple": (0.50, 0.05, 0.60)}
+_Y, _X = np.mgrid[-4:5, -4:5]
+SHAPES = {"circle": _X**2 + _Y**2 <= 19, "square": np.ones((9, 9), bool),
+          "triangle": np.abs(_X) <= (_Y + 5) // 2}
+COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
+# Where the first object is, seen from the second: (rows, columns).
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+# 5x7 glyphs, one binary row per number; look-alikes (B/8, O/0, S/5, ...) are left out.
+FONT_ROWS = {
+    "A": "01110 10001 10001 11111 10001 10001 10001", "C": "01111 10000 10000 10000 10000 10000 01111",
+    "J": "00111 00010 00010 00010 00010 10010 01100", "K": "10001 10010 10100 11000 10100 10010 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111", "N": "10001 11001 11001 10101 10011 10011 10001",
+    "R": "11110 10001 10001 11110 10100 10010 10001", "T": "11111 00100 00100 00100 00100 00100 00100",
+    "V": "10001 10001 10001 10001 10001 01010 00100", "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Y": "10001 10001 01010 00100 00100 00100 00100", "Z": "11111 00001 00010 00100 01000 10000 11111",
+    "1": "00100 01100 00100 00100 00100 00100 01110", "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11110 00001 00001 01110 00001 00001 11110", "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110", "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000", "9": "01110 10001 10001 01111 00001 00010 01100",
+}
+FONT = {c: np.array([[int(b) for b in row] for row in rows.split()], bool) for c, rows in FONT_ROWS.items()}
+LETTERS = tuple(c for c in FONT if c.isalpha())
+DIGITS = tuple(c for c in FONT if c.isdigit())
+PANEL_ROW, PANEL_COL, PANEL_HW = 6, 2, (9, 19)  # top row before jitter, left column, (height, width)
+
+ADJECTIVES = ("calm", "wide", "rolling", "bright", "lonely")
+PLACES = {"sea": (0.20, 0.52, 0.74), "lake": (0.28, 0.70, 0.68), "desert": (0.90, 0.68, 0.42),
+          "meadow": (0.50, 0.76, 0.34), "canyon": (0.80, 0.47, 0.32), "heath": (0.68, 0.46, 0.78)}
+# phrase: (sky at the top, sky at the horizon, light on the ground, disc, its row above the horizon, column)
+TIMES = {
+    "at dawn": ((0.58, 0.66, 0.96), (0.98, 0.66, 0.62), 0.95, (1.00, 0.93, 0.70), 3, 6),
+    "at noon": ((0.38, 0.66, 0.96), (0.60, 0.84, 0.98), 1.00, (1.00, 0.96, 0.66), 10, 12),
+    "at dusk": ((0.52, 0.34, 0.70), (0.98, 0.60, 0.34), 0.80, (1.00, 0.82, 0.50), 3, 18),
+    "at night": ((0.08, 0.12, 0.42), (0.22, 0.31, 0.52), 0.68, (0.95, 0.95, 0.86), 9, 17),
+}
+
+SLOTS = {"count": tuple(COUNTS), "color": tuple(PALETTE), "shape": tuple(SHAPES),
+         "relation": tuple(RELATIONS), "letter": LETTERS, "digit": DIGITS,
+         "adjective": ADJECTIVES, "place": tuple(PLACES), "time": tuple(TIMES)}
+GRAMMAR = {
+    ("compose", 3): ("count", "color", "shape"),
+    ("compose", 4): ("color", "shape", "color", "shape"),
+    ("compose", 5): ("color", "shape", "relation", "color", "shape"),
+    ("text", 3): ("letter", "digit", "letter"),
+    ("quality", 3): ("adjective", "place", "time"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One prompt, reduced to its content words."""
+
+    task: str
+    """compose, text or quality."""
+    words: tuple[str, ...]
+    """The words that decide the picture; their kinds are `GRAMMAR[task, len(words)]`."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return GRAMMAR[self.task, len(self.words)]
+
+    @property
+    def prompt(self) -> str:
+        w = self.words
+        if self.task == "text":
+            return f'a sign that says "{"".join(w)}"'
+        if self.task == "quality":
+            return f"a {' '.join(w)}"
+        if len(w) == 3:
+            return " ".join(w) + ("s" if COUNTS[w[0]] > 1 else "")
+        link = w[2] if len(w) == 5 else "and"
+        return f"a {w[0]} {w[1]} {link} a {w[-2]} {w[-1]}"
+
+    @property
+    def metadata(self) -> dict:
+        """GenEval's record (the related object comes second and points at the first); {} for the others."""
+        w = self.words
+        if self.task != "compose":
+            return {}
+        if len(w) == 3:
+            tag = "single_object" if COUNTS[w[0]] == 1 else "counting"
+            include = [{"class": w[2], "count": COUNTS[w[0]], "color": w[1]}]
+            return {"tag": tag, "include": include, "prompt": self.prompt}
+        include = [{"class": s, "count": 1, "color": c} for c, s in (w[:2], w[-2:])]
+        if len(w) == 4:
+            return {"tag": "two_object", "include": include, "prompt": self.prompt}
+        include = [include[1], {**include[0], "position": [w[2], 0]}]
+        return {"tag": "position", "include": include, "prompt": self.prompt}
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+def parse(prompt: str) -> Spec:
+    """The spec whose prompt this is; ValueError when the world has no such prompt."""
+    spec = _parse(prompt)
+    if spec is None:
+        raise ValueError(f"{prompt!r} is not a prompt of the miniature world; see opd/mini/prompts for its forms")
+    return spec
+
+
+@cache
+def _parse(prompt: str) -> Spec | None:
+    def one_of(kind: str) -> str:
+        return f"({'|'.join(SLOTS[kind])})"
+
+    noun = f"{one_of('color')} {one_of('shape')}"
+    forms = {"compose": (f"{one_of('count')} {noun}s?", f"a {noun} and a {noun}",
+                         f"a {noun} {one_of('relation')} a {noun}"),
+             "text": (f'a sign that says "{one_of("letter")}{one_of("digit")}{one_of("letter")}"',),
+             "quality": (f"a {one_of('adjective')} {one_of('place')} {one_of('time')}",)}
+    for task in TASKS:
+        for form in forms[task]:
+            match = re.fullmatch(form, prompt)
+            if match and Spec(task, match.groups()).prompt == prompt:
+                return Spec(task, match.groups())
+    return None
+
+
+def all_prompts(task: str) -> list[str]:
+    """Every prompt of a task, in a fixed order. Related objects differ in colour and in shape."""
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; known: {', '.join(TASKS)}")
+    specs = []
+    for (owner, _), kinds in GRAMMAR.items():
+        if owner == task:
+            specs += [Spec(task, words) for words in product(*(SLOTS[k] for k in kinds))]
+    return [s.prompt for s in specs if _is_asked(s)]
+
+
+def _is_asked(spec: Spec) -> bool:
+    if len(spec.words) == 3:
+        return True
+    same = [spec.words[0] == spec.words[-2], spec.words[1] == spec.words[-1]]
+    return not any(same) if len(spec.words) == 5 else not all(same)
+
+
+def _composition(prompt: str) -> str:
+    """One key per picture: "A left of B" and "B right of A" share it, so they are held out together."""
+    w = parse(prompt).words
+    if len(w) < 4:
+        return prompt
+    flip = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    mirrored = Spec("compose", w[-2:] + tuple(flip[r] for r in w[2:-2]) + w[:2])
+    return min(prompt, mirrored.prompt)
+
+
+def _shuffled(keys) -> list[str]:
+    """A fixed order that depends on no library's random generator."""
+    return sorted(keys, key=lambda k: hashlib.sha256(k.encode()).hexdigest())
+
+
+@cache
+def split(task: str) -> tuple[list[str], list[str]]:
+    """(train, test) prompts; no composition, string or scene of test occurs in train.
+
+    compose holds out a third of each of its four kinds, as evenly as 256 prompts allow.
+    """
+    prompts = all_prompts(task)
+    if task == "compose":
+        quota = {"single_object": 3, "counting": 13, "two_object": 40, "position": 80}  # compositions
+        tags = {_composition(p): parse(p).metadata["tag"] for p in prompts}
+        held = {k for tag, n in quota.items() for k in _shuffled(k for k in tags if tags[k] == tag)[:n]}
+    else:
+        held = set(_shuffled(prompts)[: HELD_OUT[task]])
+    test = [p for p in prompts if _composition(p) in held]
+    assert len(test) == HELD_OUT[task], (task, len(test))
+    return [p for p in prompts if _composition(p) not in held], test
+
+
+def prompt_files() -> dict[str, str]:
+    """File name -> content of the shipped prompt files."""
+    files = {}
+    for task in TASKS:
+        for name, prompts in zip(("train", "test"), split(task)):
+            if task == "compose":
+                lines, ext = [json.dumps(parse(p).metadata) for p in prompts], "jsonl"
+            else:
+                lines, ext = prompts, "txt"
+            files[f"{task}.{name}.{ext}"] = "\n".join(lines) + "\n"
+    return files
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+_HUE_OFFSET = np.array([5.0, 3.0, 1.0], np.float32)
+_DOWN = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None]
+
+
+def _pastel(hue: float, value: float) -> np.ndarray:
+    """RGB of a light tint, hue in turns; max - min channel is 0.42 of the value."""
+    k = (_HUE_OFFSET + 6 * hue) % 6
+    return value * (1 - 0.42 * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def _backdrop(rng: np.random.Generator) -> np.ndarray:
+    """A flat or vertical tint, (24, 24, 3) in [0, 1]."""
+    hue, drift, v_top, v_bottom, flat = rng.random(5)
+    top = _pastel(hue, 0.84 + 0.11 * v_top)
+    bottom = top if flat < 0.5 else _pastel(hue + 0.16 * (drift - 0.5), 0.84 + 0.11 * v_bottom)
+    column = top + _DOWN * (bottom - top)
+    return np.repeat(column[:, None], SIZE, axis=1)
+
+
+def _dull(image_HWC: np.ndarray) -> np.ndarray:
+    """Drain the colour, keep the brightness: chroma falls to an eighth."""
+    grey = image_HWC.mean(axis=2, keepdims=True)
+    return grey + 0.12 * (image_HWC - grey)
+
+
+def _place(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple[str, str, int, int]]:
+    """(colour, shape, grid row, grid column) of each object of a compose prompt."""
+    if len(words) == 5:
+        row, col = rng.integers(2, size=2)
+        dr, dc = RELATIONS[words[2]]
+        first = ((dr + 1) // 2 if dr else row, (dc + 1) // 2 if dc else col)
+        second = ((1 - dr) // 2 if dr else row, (1 - dc) // 2 if dc else col)
+        return [(*words[:2], *first), (*words[-2:], *second)]
+    nouns = [words[1:]] * COUNTS[words[0]] if len(words) == 3 else [words[:2], words[2:]]
+    cells = rng.permutation(4)
+    return [(*noun, cell // 2, cell % 2) for noun, cell in zip(nouns, cells)]
+
+
+def _draw_objects(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
+    for colour, shape, row, col in _place(words, rng):
+        jitter_y, jitter_x = rng.integers(2, size=2)
+        y, x = row * CELL + 1 + jitter_y, col * CELL + 1 + jitter_x
+        image_HWC[y:y + 9, x:x + 9][SHAPES[shape]] = PALETTE[colour]
+
+
+def _draw_sign(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
+    top = PANEL_ROW + rng.integers(3)
+    image_HWC[top:top + PANEL_HW[0], PANEL_COL:PANEL_COL + PANEL_HW[1]] = 0.97
+    for i, char in enumerate(words):
+        x = PANEL_COL + 1 + 6 * i
+        image_HWC[top + 1:top + 8, x:x + 5][FONT[char]] = 0.08
+
+
+def _scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
+    """Sky, sun or moon, ground; the adjective moves the horizon or changes the disc."""
+    adjective, place, time = words
+    sky_top, sky_low, light, disc, height, column = TIMES[time]
+    horizon = (18 if adjective == "wide" else 14) + int(rng.integers(2))
+    rows = np.arange(SIZE, dtype=np.float32)[:, None]
+    sky = np.asarray(sky_top) + np.clip(rows / horizon, 0, 1) * (np.asarray(sky_low) - sky_top)
+    image = np.repeat(sky.astype(np.float32)[:, None], SIZE, axis=1)
+    y, x = np.mgrid[:SIZE, :SIZE] - np.array([horizon - height, column + rng.integers(-1, 2)])[:, None, None]
+    radius = {"bright": 4.6, "lonely": 1.5}.get(adjective, 3.2)
+    image[y**2 + x**2 <= radius**2] = disc
+    wave = 1.6 * np.sin(np.arange(SIZE) * 0.55 + 6.3 * rng.random()) if adjective == "rolling" else np.zeros(SIZE)
+    depth = rows - horizon - wave.round()  # rows below the horizon
+    ground = np.asarray(PLACES[place]) * light * (1.05 - 0.018 * np.clip(depth, 0, None))[..., None]
+    land = depth >= 0
+    image[land] = ground[land]
+    if adjective == "calm":  # the light lies still on the ground
+        streak = land & (np.abs(x) <= 1)
+        image[streak] = 0.5 * image[streak] + 0.5 * np.asarray(disc, np.float32)
+    return image
+
+
+def render(spec: Spec | str, rng: np.random.Generator, lively: bool = True, noise: float = 0.0) -> np.ndarray:
+    """Draw a spec or prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1 scale."""
+    spec = parse(spec) if isinstance(spec, str) else spec
+    image = _scene(spec.words, rng) if spec.task == "quality" else _backdrop(rng)
+    if not lively:
+        image = _dull(image)
+    if spec.task == "compose":
+        _draw_objects(image, spec.words, rng)
+    elif spec.task == "text":
+        _draw_sign(image, spec.words, rng)
+    if noise > 0:
+        image = image + noise * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)  # grey grain
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    return frozenset(p for task in TASKS for p in split(task)[1])
+
+
+def misname(spec: Spec, rng: np.random.Generator, rate: float) -> str:
+    """The caption with each content word replaced, with probability `rate`, by a wrong one.
+
+    Which words are wrong is drawn first; the wrong words are drawn again while they spell a
+    held-out prompt, so that no held-out caption is ever seen in training.
+    """
+    wrong = rng.random(len(spec.words)) < rate
+    if not wrong.any():
+        return spec.prompt
+    for _ in range(20):
+        words = [_other(k, w, rng) if bad else w for k, w, bad in zip(spec.kinds, spec.words, wrong)]
+        caption = Spec(spec.task, tuple(words)).prompt
+        if caption not in _held_out():
+            return caption
+    return spec.prompt
+
+
+def _other(kind: str, word: str, rng: np.random.Generator) -> str:
+    options = [w for w in SLOTS[kind] if w != word]
+    return options[rng.integers(len(options))]
+
+
+def training_pair(prompt: str, rng: np.random.Generator, caption_error: float = 0.12,
+                  noise_prob: float = 0.5, dull_prob: float = 0.5) -> tuple[np.ndarray, str]:
+    """(image (24, 24, 3) uint8, caption) as pretraining sees them; all three at 0 is clean data.
+
+    The base learns from mediocre data, so that it is mediocre at all three tasks; a specialist
+    sets to 0 what it should be good at.
+    """
+    spec = parse(prompt)
+    noisy, dull, level = rng.random(3)
+    noise = 0.10 + 0.04 * level if noisy < noise_prob else 0.0
+    image = render(spec, rng, lively=dull >= dull_prob, noise=noise)
+    return image, misname(spec, rng, caption_error)
+
+
+# --- command ---------------------------------------------------------------------------------
+
+def contact_sheet(rng: np.random.Generator, per_row: int = 12, scale: int = 8) -> np.ndarray:
+    """Per task a row of clean lively pictures and one of noisy and dull ones, (H, W, 3) uint8."""
+    rows = []
+    for task in TASKS:
+        prompts = [all_prompts(task)[i] for i in rng.permutation(len(all_prompts(task)))[:per_row]]
+        for lively, noise in ((True, 0.0), (False, 0.12)):
+            row = [np.pad(render(p, rng, lively, noise), ((1, 1), (1, 1), (0, 0))) for p in prompts]
+            rows.append(np.concatenate(row, axis=1))
+    return np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--sheet", help="also write a contact sheet to this PNG")
+    cfg = args.parse_args()
+    PROMPT_DIR.mkdir(exist_ok=True)
+    for name, content in prompt_files().items():
+        (PROMPT_DIR / name).write_text(content, encoding="utf-8")
+        print(f"{name}: {content.count(chr(10))} prompts")
+    if cfg.sheet:
+        from PIL import Image
+        Image.fromarray(contact_sheet(np.random.default_rng(0))).save(cfg.sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The miniature world draws what it says, and its scorers see exactly that, also through noise and blur."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opd.mini import rewards, world
+
+CONDITIONS = [(True, 0.0), (True, 0.12), (False, 0.0), (False, 0.12)]
+TEST_PROMPTS = {task: world.split(task)[1] for task in world.TASKS}
+
+
+def render_all(prompts, lively=True, noise=0.0, seed=0):
+    """(B, 3, 24, 24) in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    images = np.stack([world.render(p, rng, lively, noise) for p in prompts])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def through_vae(images_BCHW, seed=0):
+    """A stand-in for a small autoencoder: slight blur and an error of std 0.02."""
+    blur = F.avg_pool2d(F.pad(images_BCHW, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    error = 0.02 * torch.randn(images_BCHW.shape, generator=torch.Generator().manual_seed(seed))
+    return (0.85 * images_BCHW + 0.15 * blur + error).clamp(0, 1)
+
+
+def mean_score(reward, images_BCHW, prompts):
+    return reward(images_BCHW, prompts, [{}] * len(prompts)).mean().item()
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_prompts_parse_back_and_test_is_held_out(task):
+    train, test = world.split(task)
+    assert sorted(train + test) == sorted(world.all_prompts(task))
+    assert len(test) == world.HELD_OUT[task]
+    assert all(world.parse(p).prompt == p and world.parse(p).task == task for p in train + test)
+    assert not {world._composition(p) for p in train} & {world._composition(p) for p in test}
+    words = [{w for p in ps for w in enumerate(world.parse(p).words)} for ps in (train, test)]
+    assert words[1] <= words[0]  # only the combinations are new, not the words
+
+
+def test_mirrored_relations_are_one_composition():
+    pair = ["a red circle left of a blue square", "a blue square right of a red circle"]
+    assert world._composition(pair[0]) == world._composition(pair[1])
+    assert world._composition(pair[0]) != world._composition("a blue square left of a red circle")
+
+
+def test_shipped_prompt_files_are_the_generated_ones():
+    on_disk = {path.name: path.read_text(encoding="utf-8") for path in world.PROMPT_DIR.iterdir()}
+    assert on_disk == world.prompt_files()
+
+
+def test_metadata_follows_geneval():
+    assert world.parse("two red circles").metadata == {
+        "tag": "counting", "include": [{"class": "circle", "count": 2, "color": "red"}], "prompt": "two red circles"}
+    record = world.parse("a red circle left of a blue square").metadata
+    assert record["tag"] == "position"
+    assert record["include"] == [{"class": "square", "count": 1, "color": "blue"},
+                                 {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]}]
+
+
+@pytest.mark.parametrize("prompt", ["a red circles", "two red circle", "a pink circle", 'a sign that says "7AK"', ""])
+def test_prompts_outside_the_world_are_refused_by_name(prompt):
+    with pytest.raises(ValueError, match="is not a prompt of the miniature world"):
+        world.parse(prompt)
+
+
+# --- training data ---------------------------------------------------------------------------
+
+def test_pictures_depend_on_the_seed_only():
+    pairs = [[world.training_pair(p, np.random.default_rng(s)) for t in world.TASKS for p in world.split(t)[0][:20]]
+             for s in (1, 1, 2)]
+    same, other = ([np.array_equal(a[0], b[0]) for a, b in zip(pairs[0], x)] for x in pairs[1:])
+    assert all(same) and not any(other)
+    assert [c for _, c in pairs[0]] == [c for _, c in pairs[1]]
+
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_caption_errors_come_at_the_stated_rate_and_never_spell_a_test_prompt(task):
+    rng, train, test = np.random.default_rng(0), world.split(task)[0], set(world.split(task)[1])
+    wrong = total = 0
+    for i in range(3000):
+        spec = world.parse(train[i % len(train)])
+        caption = world.misname(spec, rng, 0.12)
+        assert caption not in test
+        said = world.parse(caption).words
+        wrong += sum(a != b for a, b in zip(said, spec.words, strict=True))
+        total += len(said)
+    assert abs(wrong / total - 0.12) < 4 * (0.12 * 0.88 / total) ** 0.5  # four standard errors
+
+
+def test_each_switch_of_training_pair_spoils_its_own_thing():
+    prompts = [p for task in world.TASKS for p in world.split(task)[0][:96]]
+
+    def measured(**switches):
+        rng, clean = np.random.default_rng(0), dict(caption_error=0.0, noise_prob=0.0, dull_prob=0.0)
+        images, captions = zip(*(world.training_pair(p, rng, **{**clean, **switches}) for p in prompts))
+        x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+        noisy = (rewards.noise_level(x_BCHW) > 0.05).float().mean().item()
+        dull = (rewards.backdrop_chroma(x_BCHW) < 0.5).float().mean().item()
+        return [sum(c != p for c, p in zip(captions, prompts)) / len(prompts), noisy, dull]
+
+    assert measured() == [0, 0, 0]
+    for i, switch in enumerate(("caption_error", "noise_prob", "dull_prob")):
+        rates = measured(**{switch: 0.5})
+        assert rates[i] == pytest.approx(0.88 if i == 0 else 0.5, abs=0.1)  # 1 - 0.5^3 words
+        assert rates[:i] + rates[i + 1:] == [0, 0]
+
+
+# --- rewards on ground truth -----------------------------------------------------------------
+
+@pytest.mark.parametrize("lively, noise", CONDITIONS)
+@pytest.mark.parametrize("reward, task", [(rewards.compose, "compose"), (rewards.compose_strict, "compose"),
+                                          (rewards.text, "text")])
+def test_ground_truth_scores_one(reward, task, lively, noise):
+    prompts = world.all_prompts(task)
+    x_BCHW = render_all(prompts, lively, noise)
+    assert mean_score(reward, x_BCHW, prompts) >= (1.0 if noise == 0 else 0.998)
+    assert mean_score(reward, through_vae(x_BCHW), prompts) >= (0.999 if noise == 0 else 0.99)
+
+
+def test_wrong_prompts_score_low():
+    rng = np.random.default_rng(0)
+    for task, reward, most in (("compose", rewards.compose, 0.35), ("compose", rewards.compose_strict, 0.02),
+                               ("text", rewards.text, 0.25)):
+        prompts = TEST_PROMPTS[task]
+        assert mean_score(reward, render_all(prompts), list(rng.permutation(prompts))) <= most
+
+
+@pytest.mark.parametrize("prompt, drawn, credit", [
+    ("two red circles", "a red circle", 0.5),                          # half of each count
+    ("a red circle", "a red square", 0.2),                             # the colour
+    ("a red circle", "a blue circle", 0.2),                            # the shape
+    ("a red circle", "a red circle and a blue square", 0.5),           # one of two is surplus
+    ("a red circle left of a blue square", "a red circle right of a blue square", 0.6),
+    ("a red circle and a blue square", "a blue circle and a red square", 0.4),  # bound the wrong way
+    ("three blue triangles", "three blue triangles", 1.0),
+])
+def test_partial_credit(prompt, drawn, credit):
+    x_BCHW, meta = render_all([drawn]), [world.parse(prompt).metadata]
+    assert rewards.compose(x_BCHW, [prompt], meta).item() == pytest.approx(credit, abs=1e-6)
+    assert rewards.compose_strict(x_BCHW, [prompt], meta).item() == float(credit == 1)
+
+
+def test_metadata_decides_where_given():
+    x_BCHW = render_all(["two red circles"])
+    meta = [world.parse("two red circles").metadata]
+    assert rewards.compose_strict(x_BCHW, ["free wording"], meta).item() == 1
+    with pytest.raises(ValueError, match="free wording"):
+        rewards.compose(x_BCHW, ["free wording"], [{}])
+    with pytest.raises(ValueError, match="a calm sea at dawn"):
+        rewards.compose(x_BCHW, ["a calm sea at dawn"], [{}])
+    with pytest.raises(ValueError, match="double quotes"):
+        rewards.text(x_BCHW, ["a sign"], [{}])
+
+
+def test_text_is_edit_distance_without_case_and_spaces():
+    x_BCHW = render_all(['a sign that says "K7A"'])
+    for target, score in (("K7A", 1), ("k 7a", 1), ("K7L", 2 / 3), ("7AX", 1 / 3), ("XXX", 0), ("K7AXXX", 0.5)):
+        assert rewards.text(x_BCHW, [f'says "{target}" today'], [{}]).item() == pytest.approx(score)
+
+
+def test_median_equals_the_sorted_one():
+    x_BCHW = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    windows = F.pad(x_BCHW, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
+    assert torch.equal(rewards._median3(x_BCHW), windows.flatten(4).median(-1).values)
+
+
+# --- quality and hacks -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_quality_tells_the_four_conditions_apart(task):
+    prompts = TEST_PROMPTS[task]
+    bounds = {(True, 0.0): (0.95, 1), (True, 0.12): (0.4, 0.6), (False, 0.0): (0.4, 0.6), (False, 0.12): (0, 0.15)}
+    for (lively, noise), (low, high) in bounds.items():
+        x_BCHW = render_all(prompts, lively, noise)
+        for seen in (x_BCHW, through_vae(x_BCHW)):
+            assert low <= mean_score(rewards.quality, seen, prompts) <= high, (lively, noise)
+
+
+def test_noise_level_is_the_std_of_the_noise():
+    noise = torch.randn(64, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    ramp = torch.linspace(0.3, 0.7, 24)[:, None].expand(24, 24)
+    for std in (0.02, 0.05, 0.1):
+        assert rewards.noise_level(ramp + std * noise).mean().item() == pytest.approx(std, rel=0.03)
+
+
+def hacks():
+    """Textures and fills that a policy might find, (B, 3, 24, 24)."""
+    rng = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    palette = torch.tensor(list(world.PALETTE.values()))
+    images = [rgb[:, None, None].expand(3, 24, 24) for rgb in (*palette, *torch.eye(3), torch.ones(3), torch.zeros(3))]
+    for cell in (1, 2, 3, 4, 6, 12):
+        board = ((y // cell + x // cell) % 2).float()
+        images += [board.expand(3, 24, 24), palette[board.long()].permute(2, 0, 1)]
+        coarse = palette[torch.randint(5, (24 // cell, 24 // cell), generator=rng)].permute(2, 0, 1)
+        images.append(coarse.repeat_interleave(cell, 1).repeat_interleave(cell, 2))
+    images += [((x // 2) % 2).float().expand(3, 24, 24), torch.rand(3, 24, 24, generator=rng),
+               torch.rand(1, 24, 24, generator=rng).expand(3, 24, 24)]
+    return torch.stack(images)
+
+
+def test_textures_and_fills_get_no_credit():
+    x_BCHW = hacks()
+    for task, reward in (("compose", rewards.compose), ("text", rewards.text)):
+        for prompt in TEST_PROMPTS[task][::16]:
+            assert reward(x_BCHW, [prompt] * len(x_BCHW), [{}] * len(x_BCHW)).max() <= 0.1, prompt
+    # A saturated backdrop gains nothing over a pastel one; in a palette colour it loses.
+    red, pastel = torch.tensor(world.PALETTE["red"]), torch.tensor(world._pastel(0.3, 0.9))
+    x_BCHW = torch.stack([red, torch.tensor([0.0, 1.0, 0.0]), pastel.float()])[:, :, None, None].expand(3, 3, 24, 24)
+    assert rewards.quality(x_BCHW, [""] * 3, [{}] * 3).tolist() == [0.5, 1.0, 1.0]
+
+
+def test_surplus_objects_fail_the_strict_score():
+    drawn = ["two red circles", "a red circle and a blue square", "a red circle"]
+    assert rewards.compose_strict(render_all(drawn), ["a red circle"] * 3, [{}] * 3).tolist() == [0, 0, 1]
