@@ -1,0 +1,252 @@
+"""The configuration of a training run: one flat dataclass, a table of presets, and every check on numbers."""
+
+import importlib
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+MINI = Path(__file__).parent / "mini"
+
+
+def mini_prompts(split: str) -> dict[str, str]:
+    return {"compose": str(MINI / f"prompts/compose.{split}.jsonl"), "text": str(MINI / f"prompts/text.{split}.txt"),
+            "quality": str(MINI / f"prompts/quality.{split}.txt")}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the miniature's: three teachers into one student, on a CPU, in minutes."""
+
+    # model
+    stage: Literal["opd", "sft"] = "opd"
+    """opd: on-policy distillation from teachers. sft: flow matching on images or latents."""
+    family: str = "sd3"
+    """Model family: the module opd/FAMILY.py."""
+    model: str = str(MINI / "weights/base")
+    """Pipeline directory or Hub id of the base."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the transformer computes in. LoRA masters, states, schedule and losses are float32 anyway."""
+    t5: bool = True
+    """Use the pipeline's T5 encoder where it has one."""
+    resolution: int = 0
+    """Pixels per side; 0 = what the model was made for."""
+
+    # adapters
+    full: bool = False
+    """Stage sft: train all weights of the transformer instead of a LoRA."""
+    rank: int = 16
+    """Rank of the student's LoRA."""
+    alpha: float = 32.0
+    """Its alpha; the update is scaled by alpha / rank."""
+    start: str = "merge"
+    """Where the student starts: base (a fresh LoRA), merge (the teachers' mean update), or an adapter to load."""
+    teachers: dict[str, str] = field(default_factory=lambda: {
+        t: str(MINI / "weights" / t) for t in ("compose", "text", "quality")})
+    """Name of each teacher and its adapter (directory, file or Hub id[:subfolder]); "base" is the base itself."""
+    routes: dict[str, str] = field(default_factory=dict)
+    """Task -> teacher, for tasks that are not taught by the teacher of the same name."""
+    anchor: str = "quality"
+    """The teacher that anchors every sample (MAR): a name from --teachers, or base."""
+    anchor_weight: float = 0.02
+    """lambda of eq. 16; 0 = no anchor, and no forward pass for it."""
+
+    # data
+    prompts: dict[str, str] = field(default_factory=lambda: mini_prompts("train"))
+    """Task -> prompt file (.txt, .jsonl, .csv)."""
+    mix: dict[str, int] = field(default_factory=dict)
+    """Task -> its share of the prompts, in whole numbers; a task not named has share 1."""
+    data: str = ""
+    """Stage sft: directory with metadata.jsonl and images, or with metadata.jsonl and latents.safetensors."""
+    caption_dropout: float = 0.1
+    """Stage sft: share of captions replaced by "", so that guidance has something to push away from."""
+
+    # batch
+    prompts_per_step: int = 48
+    """Prompts per optimizer step, over all ranks (stage sft: images)."""
+    group: int = 1
+    """Trajectories per prompt."""
+    micro_batch: int = 48
+    """Samples per forward pass on one rank."""
+
+    # rollout and loss
+    steps: int = 10
+    """Denoising steps T of a rollout."""
+    rollout: Literal["sde", "ode", "cps"] = "sde"
+    """How the student walks from state to state."""
+    noise_level: float = 0.7
+    """a: how much noise an SDE or CPS step adds, and what the kl weights assume."""
+    weight: Literal["kl", "kl_released", "ode_kl", "uniform"] = "kl"
+    """Weight of the squared velocity difference at each state."""
+    queries: int = 0
+    """States of a trajectory that are trained on: 0 = all T; K = that many, drawn per step from Beta(query_beta)."""
+    query_beta: tuple[float, float] = (5.0, 2.0)
+    """Density of drawn queries over the trajectory; 0 is its start (noise), 1 its end (data)."""
+    skip_last: bool = False
+    """Do not train on the last state, whose SDE likelihood is sharpest."""
+    single_pass: bool = True
+    """Train in the very pass that drives the rollout. False: store the trajectory, then train; same gradient."""
+    guidance: float = 1.0
+    """Guidance of the student, in rollout and loss."""
+    teacher_guidance: float = 1.0
+    """Guidance of teachers and anchor. Higher than --guidance: the student absorbs the difference."""
+
+    # optimizer
+    iterations: int = 60
+    """Optimizer steps."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 5
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "cosine"
+    """What the learning rate does after warm-up (cosine: down to zero)."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, min(ema, (1+n)/(10+n)); it is what is saved and evaluated. 0 = off."""
+    max_bad_steps: int = 5
+    """Stop after this many non-finite steps in a row."""
+
+    # ranks and memory
+    shard_size: int = 1
+    """Ranks that share one copy of the weights: 1 = replicate, the number of ranks = shard fully, between = hybrid."""
+    checkpointing: bool = False
+    """Recompute activations in backward: less memory, one more forward."""
+
+    # output
+    out: str = "runs/mini"
+    """Run folder. The same command again resumes it."""
+    seed: int = 0
+    """All randomness is a function of this, the step and the sample."""
+    cache: str = "~/.cache/flow-opd"
+    """Encoded prompts."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 20
+    """Steps between checkpoints; the last step always saves."""
+    sample_every: int = 20
+    """Steps between sample grids; 0 = none."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+
+    # evaluation at the end: base, teachers, start and student on every task
+    evaluate: bool = True
+    """Score base, teachers, start and student when training ends."""
+    rewards: dict[str, str] = field(default_factory=lambda: {
+        "compose": "opd.mini.rewards:compose_strict", "text": "opd.mini.rewards:text", "quality": "opd.mini.rewards:quality"})
+    """Task -> scorer `module:function` for evaluation."""
+    heldout: dict[str, str] = field(default_factory=lambda: mini_prompts("test"))
+    """Task -> prompts never trained on."""
+    eval_prompts: int = 256
+    """Prompts per task and split in evaluation, repeated with other noise where a file has fewer."""
+    eval_steps: int = 10
+    """ODE steps in evaluation."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+
+    def route(self, task: str) -> str:
+        """The teacher of `task` (eq. 7)."""
+        return self.routes[task] if task in self.routes else task
+
+    def share(self) -> dict[str, int]:
+        return {task: self.mix[task] if task in self.mix else 1 for task in self.prompts}
+
+
+_SFT = Config(stage="sft", anchor_weight=0.0, start="base", evaluate=False, prompts_per_step=128, micro_batch=128,
+              save_every=200, sample_every=200, log_every=10, clip=1.0, warmup=20)
+_PUBLIC = "jieliu/SD3.5M-FlowGRPO-"
+
+PRESETS = {
+    "mini": Config(),
+    "mini-base": replace(_SFT, full=True, model="runs/mini-pipeline", data="runs/mini-data/base", out="runs/mini-base",
+                         iterations=6000, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
+                         weight_decay=0.01, save_every=500, sample_every=500),
+    **{f"mini-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-{t}", iterations=600, ema=0.98)
+       for t in ("compose", "text", "quality")},
+    "sd35": Config(
+        model="stabilityai/stable-diffusion-3.5-medium", resolution=512, rank=32, alpha=64.0,
+        teachers={"geneval": _PUBLIC + "GenEval", "ocr": _PUBLIC + "Text", "pickscore": _PUBLIC + "PickScore"},
+        prompts={t: f"dataset/{t}/{f}" for t, f in (("geneval", "train_metadata.jsonl"), ("ocr", "train.txt"),
+                                                    ("pickscore", "train.txt"))},
+        mix={"geneval": 3, "ocr": 1, "pickscore": 1}, anchor="pickscore", guidance=4.5, teacher_guidance=4.5,
+        prompts_per_step=40, group=4, micro_batch=8, iterations=1000, lr=1e-4, warmup=10, decay="constant",
+        checkpointing=True, out="runs/sd35", evaluate=False, rewards={}, heldout={}, save_every=25, sample_every=25),
+}
+
+
+def parse(arguments: list[str]) -> Config:
+    """`[PRESET] --field value ...` -> Config. ValueError for an unknown preset; tyro reports unknown fields."""
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "mini"
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
+    rest = arguments[1:] if arguments and arguments[0] == preset else arguments
+    return tyro.cli(Config, default=PRESETS[preset], args=rest, prog=f"train.py {preset}",
+                    description="Presets: " + ", ".join(PRESETS))
+
+
+def check(cfg: Config, world: int) -> None:
+    """Every relation between numbers, before anything is read. ValueError with the numbers and the flag to change."""
+    for name in ("prompts_per_step", "group", "micro_batch", "steps", "iterations", "rank", "shard_size", "log_every",
+                 "save_every", "max_bad_steps", "eval_prompts", "eval_steps"):
+        require(getattr(cfg, name) >= 1, f"--{dashed(name)} is {getattr(cfg, name)}; it must be at least 1")
+    for name in ("lr", "alpha", "clip"):
+        require(getattr(cfg, name) > 0, f"--{dashed(name)} is {getattr(cfg, name)}; it must be positive")
+    for name in ("anchor_weight", "noise_level", "weight_decay", "warmup", "sample_every", "queries"):
+        require(getattr(cfg, name) >= 0, f"--{dashed(name)} is {getattr(cfg, name)}; it must not be negative")
+    for name in ("ema", "caption_dropout"):
+        require(0 <= getattr(cfg, name) < 1, f"--{dashed(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+    require(world % cfg.shard_size == 0,
+            f"--shard-size {cfg.shard_size} does not divide the {world} ranks; choose one of "
+            f"{[n for n in range(1, world + 1) if world % n == 0]}")
+    require(min(cfg.query_beta) > 0, f"--query-beta {cfg.query_beta}: both numbers must be positive")
+    if cfg.stage == "opd":
+        check_opd(cfg)
+    else:
+        require(cfg.data != "", "stage sft needs --data: a directory with metadata.jsonl and images or latents")
+        require(cfg.start != "merge", "--start merge is for stage opd; use base or an adapter")
+        require(not (cfg.full and cfg.start != "base"), f"--full trains the base; --start {cfg.start!r} cannot apply")
+
+
+def check_opd(cfg: Config) -> None:
+    states = cfg.steps - cfg.skip_last
+    require(not cfg.full, "--full is for stage sft; the student of stage opd is a LoRA")
+    require(states >= 1, f"--steps {cfg.steps} with --skip-last leaves no state to train on; use --steps 2 or more")
+    require(cfg.queries <= states, f"--queries {cfg.queries} exceeds the {states} states of a trajectory; lower it or raise --steps")
+    require(not (cfg.weight.startswith("kl") and cfg.noise_level == 0),
+            f"--weight {cfg.weight} divides by the SDE's noise; with --noise-level 0 use --weight ode_kl or uniform")
+    require(not (cfg.rollout != "ode" and cfg.noise_level == 0),
+            f"--rollout {cfg.rollout} with --noise-level 0 adds no noise; use --rollout ode")
+    require(bool(cfg.teachers), "--teachers is empty: give at least one NAME ADAPTER pair")
+    require("base" not in cfg.teachers or cfg.teachers["base"] == "base", "--teachers: the name 'base' means the base itself; choose another name")
+    known = list(cfg.teachers) + ["base"]
+    for task in cfg.prompts:
+        require(cfg.route(task) in known, f"task {task!r} is routed to {cfg.route(task)!r}, which is not among the "
+                f"teachers {known}; add it to --teachers or map it with --routes {task} NAME")
+    for task in [*cfg.routes, *cfg.mix]:
+        require(task in cfg.prompts, f"--routes / --mix name task {task!r}, which has no --prompts; known: {list(cfg.prompts)}")
+    for task, share in cfg.mix.items():
+        require(share >= 1, f"--mix {task} {share}: shares are whole numbers of at least 1; drop the task from --prompts instead")
+    require(cfg.anchor_weight == 0 or cfg.anchor in known, f"--anchor {cfg.anchor!r} is not among the teachers {known}")
+    if cfg.evaluate:
+        for task in cfg.heldout:
+            require(task in cfg.rewards, f"task {task!r} has no scorer; add --rewards {task} module:function or --no-evaluate")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def load_family(name: str):
+    """The module opd/NAME.py. ValueError if there is none."""
+    if not (Path(__file__).parent / f"{name}.py").is_file() or not hasattr(importlib.import_module(f"opd.{name}"), "PIPELINE"):
+        raise ValueError(f"--family {name!r}: there is no model family opd/{name}.py")
+    return importlib.import_module(f"opd.{name}")

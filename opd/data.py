@@ -1,0 +1,156 @@
+"""Prompts, tasks, and who gets which sample: pure functions of (seed, step), so any number of ranks sees the same batch."""
+
+import csv
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    task: str
+    metadata: dict = field(default_factory=dict, compare=False)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+def load_prompts(path: str, task: str, tasks: list[str]) -> list[Prompt]:
+    """Read `.txt` (one prompt per line), `.jsonl` (objects with "prompt") or `.csv` (column prompt).
+
+    A "task" field or column overrides `task`; every other field becomes metadata. FileNotFoundError / ValueError
+    name the file, the line and the fix.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts of task {task!r}: no file {path!r}")
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if file.suffix not in readers:
+        raise ValueError(f"prompts {path!r}: unknown ending {file.suffix!r}; use one of {', '.join(readers)}")
+    prompts = []
+    for number, row in readers[file.suffix](file):
+        text, own_task = str(row.pop("prompt", "")).strip(), row.pop("task", None) or task
+        if not text:
+            raise ValueError(f"{path}:{number}: no prompt on this line; give it a non-empty \"prompt\"")
+        if own_task not in tasks:
+            raise ValueError(f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
+                             "(add it to --prompts and --teachers, or correct the line)")
+        prompts.append(Prompt(text, own_task, row))
+    if not prompts:
+        raise ValueError(f"prompts {path!r}: the file holds no prompt")
+    return prompts
+
+
+def _read_txt(file: Path):
+    return [(n, {"prompt": line}) for n, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+
+
+def _read_jsonl(file: Path):
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error.msg}); expected one object per line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}:{number}: expected an object like {{\"prompt\": ...}}, got {line[:40]!r}")
+        yield number, row
+
+
+def _read_csv(file: Path):
+    with file.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        if "prompt" not in (reader.fieldnames or []):
+            raise ValueError(f"{file}:1: no column 'prompt' in the header {reader.fieldnames}")
+        for row in reader:
+            yield reader.line_num, dict(row)
+
+
+def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:
+    """All prompts by task. A file may name its lines' tasks itself; every task must end up with prompts."""
+    tasks = list(files)
+    pools = {task: [] for task in tasks}
+    for task, path in files.items():
+        for prompt in load_prompts(path, task, tasks):
+            pools[prompt.task].append(prompt)
+    for task, pool in pools.items():
+        if not pool:
+            raise ValueError(f"task {task!r} has no prompts: every line of {files[task]!r} names another task")
+    return pools
+
+
+def quoted(text: str) -> str:
+    """The text between the first pair of double quotes (the target of an OCR prompt). ValueError if there is none."""
+    match = re.search(r'"([^"]+)"', text)
+    if match is None:
+        raise ValueError(f"prompt {text!r} has no text in double quotes")
+    return match.group(1)
+
+
+# ---- randomness ----------------------------------------------------------------------------------------------
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from any tuple, e.g. (seed, "noise", step, state). The only source of randomness in training."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ---- the batch of a step -------------------------------------------------------------------------------------
+
+def prompts_of_step(pools: dict[str, list[Prompt]], mix: dict[str, int], count: int, seed: int, step: int) -> list[Prompt]:
+    """The `count` prompts of `step`, tasks interleaved in the ratio `mix`, each task's prompts in shuffled epochs.
+
+    Position q = step * count + j of one endless sequence decides, so that no state is kept and over any stretch the
+    ratio holds to within one round of `mix`.
+    """
+    cycle = interleave(mix)
+    chosen = []
+    for q in range(step * count, (step + 1) * count):
+        rounds, place = divmod(q, len(cycle))
+        task = cycle[place]
+        nth = rounds * mix[task] + cycle[:place].count(task)
+        epoch, position = divmod(nth, len(pools[task]))
+        chosen.append(pools[task][permutation(len(pools[task]), seed, task, epoch)[position]])
+    return chosen
+
+
+def permutation(size: int, seed: int, task: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng(seed_of(seed, "epoch", task, epoch)).permutation(size)
+
+
+def interleave(mix: dict[str, int]) -> list[str]:
+    """{a: 3, b: 1} -> [a, a, b, a]: each task spread evenly over one round."""
+    slots = [((i + 0.5) / weight, order, task) for order, (task, weight) in enumerate(mix.items()) for i in range(weight)]
+    return [task for *_, task in sorted(slots)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank works on at once: samples of ONE task. `samples` index the step's global batch of
+    prompts x group; `real[i]` is 0 for padding, which keeps ranks in step and counts for nothing."""
+    task: str
+    samples: list[int]
+    real: list[int]
+
+
+def micro_batches(tasks: list[str], group: int, size: int, world: int, rank: int) -> list[MicroBatch]:
+    """Cut the step's samples (sample n belongs to prompt n // group) into micro-batches and deal them to the ranks.
+
+    Every micro-batch has one task, hence one teacher. All ranks get the same number of micro-batches of the same
+    sizes per round, so that collectives match; where the numbers do not divide, padding (`real` = 0) fills up.
+    """
+    by_task: dict[str, list[int]] = {}
+    for n in range(len(tasks) * group):
+        by_task.setdefault(tasks[n // group], []).append(n)
+    chunks = []
+    for task, samples in by_task.items():
+        pieces = -(-len(samples) // size)
+        chunks += [MicroBatch(task, list(map(int, piece)), [1] * len(piece)) for piece in np.array_split(samples, pieces)]
+    while len(chunks) % world:
+        chunks.append(MicroBatch(chunks[0].task, chunks[0].samples, [0] * len(chunks[0].samples)))
+    return chunks[rank::world]

@@ -1,0 +1,59 @@
+"""Files: finding what the user names, and writing so that nothing saved is ever lost or half-written."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+
+
+def replace(path: Path, write) -> None:
+    """Call `write(temporary_path)`, flush to disk, then rename over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    replace(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"} | (metadata or {})))
+
+
+def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
+    """A local path, or the local copy of Hub repository `owner/name`. FileNotFoundError naming `source` otherwise."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{what} {source!r}: no such file or directory (and not a Hub id owner/name)")
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:
+        raise FileNotFoundError(f"{what} {source!r}: neither a local path nor a Hub repository that can be reached "
+                                f"({type(error).__name__}); check the spelling, the network, or log in if it is gated") from error
+
+
+def find_pipeline(source: str, pipeline: str) -> Path:
+    """The directory of a diffusers pipeline of class `pipeline`.
+
+    FileNotFoundError for a missing path, ValueError for a directory that holds something else.
+    """
+    folder = locate("model", source)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
+    name = json.loads(index.read_text())["_class_name"]
+    if name != pipeline:
+        raise ValueError(f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)")
+    return folder

@@ -1,0 +1,198 @@
+"""Make the miniature: a genuine StableDiffusion3Pipeline directory, its data, and its shipped weights.
+
+    P=runs/mini-pipeline
+    python -m opd.mini.build pipeline $P                       # tokenizer, CLIP encoders, trained VAE, untrained transformer
+    python -m opd.mini.build data runs/mini-data $P            # latents and captions, for the base and each specialist
+    torchrun train.py mini-base                                # pretrain the base
+    python -m opd.mini.build base $P runs/mini-base/student    # install it in weights/base
+    for t in compose text quality; do
+        torchrun train.py mini-$t                              # fine-tune the specialists
+        python -m opd.mini.build teacher runs/mini-$t          # install them in weights/$t
+    done
+    python -m opd.mini.build sha256                            # write weights/SHA256SUMS
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from opd import sd3
+from opd.files import replace, write_safetensors
+from opd.mini import world
+
+WEIGHTS = Path(__file__).parent / "weights"
+RESOLUTION, TOKENS, WIDTH = 24, 12, 64
+BASE_MIX = {"compose": 0.5, "text": 0.35, "quality": 0.15}
+# name: (images, tasks, what is better than in the base's data). The quality specialist sees every family without noise
+# and dull colours but with the usual wrong captions; the other two see their own family with right captions only.
+DATA = {
+    "base": (120_000, BASE_MIX, {}),
+    "compose": (30_000, {"compose": 1.0}, {"caption_error": 0.0}),
+    "text": (30_000, {"text": 1.0}, {"caption_error": 0.0}),
+    "quality": (30_000, {"compose": 0.35, "text": 0.35, "quality": 0.3}, {"noise_prob": 0.0, "dull_prob": 0.0}),
+}
+
+
+def make_tokenizer(words: list[str]) -> CLIPTokenizer:
+    """A CLIP BPE tokenizer in which each of `words` is one token and everything else falls apart into characters."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, show_progress=False, end_of_word_suffix="</w>", initial_alphabet=sorted(alphabet),
+        special_tokens=["<|startoftext|>", "<|endoftext|>"])
+    bpe.train_from_iterator(sorted(words) + [c for c in "abcdefghijklmnopqrstuvwxyz0123456789\"',.-"], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=TOKENS)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
+    """A frozen random CLIP text encoder. Wide embeddings, so that every word keeps its own direction."""
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = CLIPTextModelWithProjection(config)
+    embeddings = next(m for n, m in model.named_modules() if n.endswith("embeddings"))
+    torch.nn.init.normal_(embeddings.token_embedding.weight, std=0.7)
+    torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.4)
+    return model.eval()
+
+
+def make_vae(channels: tuple[int, int] = (16, 32)) -> AutoencoderKL:
+    """Factor 2, 8 latent channels: light compression, so that pixel noise and small glyphs survive it."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=channels, layers_per_block=1, latent_channels=8, norm_num_groups=8,
+        sample_size=RESOLUTION, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def make_transformer(width: int = 192, layers: int = 4) -> SD3Transformer2DModel:
+    """An MMDiT whose adaLN modulations and output start at zero (diffusers leaves them random; it matters much)."""
+    model = SD3Transformer2DModel(
+        sample_size=RESOLUTION // 2, patch_size=2, in_channels=8, out_channels=8, num_layers=layers,
+        attention_head_dim=width // 4, num_attention_heads=4, joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=width, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=RESOLUTION // 2,
+        qk_norm="rms_norm")
+    zero = [model.norm_out.linear, model.proj_out]
+    for block in model.transformer_blocks:
+        zero += [block.norm1.linear, block.norm1_context.linear]
+    for linear in zero:
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return model
+
+
+def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tuple[torch.Tensor, list[str]]:
+    """`count` training pairs, tasks drawn with probabilities `mix`: images uint8 (count, 3, 24, 24) and captions.
+
+    `degrade` overrides caption_error, noise_prob, dull_prob of `world.training_pair`.
+    """
+    rng = np.random.default_rng(seed)
+    pools = {task: world.split(task)[0] for task in mix}
+    images, captions = [], []
+    for task in rng.choice(list(mix), size=count, p=list(mix.values())).tolist():
+        image, caption = world.training_pair(pools[task][rng.integers(len(pools[task]))], rng, **degrade)
+        images.append(image)
+        captions.append(caption)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def train_vae(vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: int = 64, seed: int = 0) -> None:
+    """Reconstruction (L1 + L2) with a light KL; then the latents' mean and spread become shift and scaling factor."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        x = images_u8[torch.randint(len(images_u8), (batch,), generator=generator)].float() / 127.5 - 1
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample(generator=generator), return_dict=False)[0]
+        loss = (y - x).abs().mean() + 4 * (y - x).square().mean() + 1e-4 * posterior.kl().mean() / 100
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"vae step {step} loss {loss.item():.4f} mse {(y - x).square().mean().item():.5f}", flush=True)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(b.float() / 127.5 - 1).latent_dist.mode() for b in images_u8[:4096].split(256)])
+    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+
+
+def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
+    """Save the whole pipeline; its transformer is untrained (`train.py mini-base` trains it)."""
+    torch.manual_seed(0)
+    words = {w for task in ("compose", "quality") for p in world.all_prompts(task) for w in p.split()} | {"sign", "that", "says"}
+    tokenizer = make_tokenizer(sorted(words))
+    vae = make_vae()
+    images, _ = draw(12_000, seed=1, mix=BASE_MIX)
+    train_vae(vae, images, vae_steps)
+    torch.manual_seed(1)
+    pipe = StableDiffusion3Pipeline(
+        transformer=make_transformer(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        text_encoder=make_text_encoder(tokenizer, 2), tokenizer=tokenizer,
+        text_encoder_2=make_text_encoder(tokenizer, 3), tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None)
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+
+
+def build_data(folder: Path, pipeline: Path) -> None:
+    """Latents and captions of the base's mediocre world and of each specialist's own clean one."""
+    vae = sd3.load_vae(pipeline)
+    for seed, (name, (count, mix, degrade)) in enumerate(DATA.items(), start=10):
+        images, captions = draw(count, seed, mix, **degrade)
+        latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images.split(256)])
+        write_safetensors(folder / name / "latents.safetensors", {"latents": latents})
+        lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
+        replace(folder / name / "metadata.jsonl", lambda p: p.write_text(lines))
+        print(f"{folder / name}: {count} latents, std {latents.float().std():.3f}", flush=True)
+
+
+def install_base(pipeline: Path, transformer: Path, folder: Path = WEIGHTS / "base") -> None:
+    """The pipeline with its trained transformer, as it is shipped."""
+    shutil.copytree(pipeline, folder, dirs_exist_ok=True)
+    shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
+
+
+def install_teacher(source: Path, folder: Path) -> None:
+    """A specialist's PEFT directory in bf16."""
+    tensors = {k: w.bfloat16() for k, w in load_file(source / "adapter_model.safetensors").items()}
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    shutil.copy(source / "adapter_config.json", folder / "adapter_config.json")
+
+
+def sums(folder: Path = WEIGHTS) -> str:
+    """sha256 of every shipped weights file, in sha256sum's format."""
+    files = sorted(p for p in folder.rglob("*.safetensors"))
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in files)
+
+
+def main(arguments: list[str]) -> None:
+    command, *paths = arguments or ["help"]
+    paths = [Path(p) for p in paths]
+    if (command, len(paths)) == ("pipeline", 1):
+        build_pipeline(*paths)
+    elif (command, len(paths)) == ("data", 2):
+        build_data(*paths)
+    elif (command, len(paths)) == ("base", 2):
+        install_base(*paths)
+    elif (command, len(paths)) == ("teacher", 1):
+        install_teacher(paths[0] / "student", WEIGHTS / paths[0].name.removeprefix("mini-"))
+    elif (command, len(paths)) == ("sha256", 0):
+        replace(WEIGHTS / "SHA256SUMS", lambda p: p.write_text(sums()))
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

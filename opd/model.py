@@ -1,0 +1,58 @@
+"""One model at work: a frozen base with its adapters, its prompts' conditioning, its latents and its images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from opd import adapters, flow
+from opd.conditioning import Conditioning
+from opd.files import find_pipeline
+from opd.rollout import sample
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Model:
+    family: ModuleType
+    folder: Path
+    skeleton: torch.nn.Module
+    """The bare transformer on the meta device: names and shapes to check adapters against, before weights load."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of the latents."""
+    conditioning: Conditioning
+    dtype: torch.dtype
+    device: torch.device
+    transformer: torch.nn.Module = None
+    vae: torch.nn.Module = None
+
+    @classmethod
+    def plan(cls, family: ModuleType, source: str, dtype: str, resolution: int, cache: str, device: torch.device,
+             t5: bool) -> "Model":
+        """Everything that can be known, and refused, before weights load."""
+        folder = find_pipeline(source, family.PIPELINE)
+        shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
+        conditioning = Conditioning(family, folder, cache, DTYPES[dtype], device, t5)
+        return cls(family, folder, family.skeleton(folder), shape, conditioning, DTYPES[dtype], device)
+
+    def load(self, dtype: torch.dtype | None = None) -> None:
+        """Load the transformer (in `dtype`, default the compute dtype) and the VAE."""
+        self.transformer = self.family.load_transformer(self.folder, dtype or self.dtype)
+        self.vae = self.family.load_vae(self.folder).to(self.device)
+
+    def grid(self, steps: int) -> list[float]:
+        """The scheduler's sigmas, `steps` + 1 of them, from 1 down to 0."""
+        tokens = self.family.image_tokens(self.folder, self.shape)
+        return flow.sigma_grid(self.family.load_scheduler(self.folder), steps, image_tokens=tokens).tolist()
+
+    def images(self, adapter: str, prompts: list[str], index: list[int], *, steps: int, seed: int, guidance: float,
+               rollout: str = "ode", noise_level: float = 0.7) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] on the CPU; image b depends on (seed, index[b]) and its prompt alone."""
+        unconditional = self.conditioning([""]) if guidance != 1.0 else None
+        where = torch.tensor(index, device=self.device)
+        with adapters.use(self.transformer, adapter):
+            latents = sample(self.family, self.transformer, self.conditioning(prompts), unconditional, self.grid(steps),
+                             self.shape, seed=seed, index=where, guidance=guidance, rollout=rollout, noise_level=noise_level)
+        return self.family.decode(self.vae, latents).cpu()

@@ -1,0 +1,97 @@
+"""All rank handling. On one process, with or without torchrun, everything here does nothing or the obvious."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def start() -> torch.device:
+    """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on GPU."""
+    cuda = torch.cuda.is_available()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = dist.HashStore() if os.environ["WORLD_SIZE"] == "1" else None
+        dist.init_process_group("nccl" if cuda else "gloo", store=alone,
+                                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    return device
+
+
+def declared_world() -> int:
+    """The number of ranks torchrun started, known before the process group exists."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else 1
+
+
+def stop() -> None:
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value) -> list:
+    """A small picklable value of every rank, in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mesh(shard_size: int, device: torch.device) -> DeviceMesh:
+    """(replicas, shards). shard_size 1 replicates, world() shards fully, anything between is hybrid."""
+    return init_device_mesh(device.type, (world() // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: torch.nn.Module, blocks: list[torch.nn.Module], shard_size: int, compute: torch.dtype,
+          device: torch.device) -> None:
+    """FSDP2 from outside, block by block. Parameters keep their dtype (float32 masters), compute runs in `compute`,
+    gradients are reduced in float32. Inputs are not cast: a timestep of 1000 sigma would not survive bf16."""
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    grid = mesh(shard_size, device)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=grid, mp_policy=policy, reshard_after_forward=shard_size > 1 and module is not model)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Drop gathered copies. Needed before the optimizer changes the masters: a later forward must gather them anew."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on every rank (a collective where it is sharded)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_full(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor into a parameter or optimizer state, sharded or not."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    with torch.no_grad():
+        parameter.copy_(value)

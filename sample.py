@@ -1,0 +1,160 @@
+"""Make images: prompts -> PNG files and one labelled grid, adapters side by side as rows with the same noise.
+
+    python sample.py                                                            # the miniature: base and its teachers
+    python sample.py --adapters student=runs/mini/student --prompts "two red circles" 'a sign that says "K7A"'
+    python sample.py --model stabilityai/stable-diffusion-3.5-medium --adapters ocr=jieliu/SD3.5M-FlowGRPO-Text \\
+        --prompts prompts.txt --steps 40 --guidance 4.5 --resolution 512
+    python sample.py --again images/two-red-circles.0.student.png               # the same image from a PNG's metadata
+"""
+
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from opd import adapters
+from opd.config import Config, load_family, require
+from opd.data import load_prompts
+from opd.model import Model
+from opd.runfolder import labelled_grid, save_image, to_pil
+
+MINI = Config()
+KEY = "flow-opd"  # the PNG text chunk that holds the settings
+
+
+@dataclass(frozen=True)
+class Arguments:
+    prompts: tuple[str, ...] = ("two red circles", "a blue square left of a green circle", "a yellow triangle above a red square",
+                                'a sign that says "K7A"', 'a sign that says "R2X"', "a calm sea at dawn", "a rolling meadow at dusk")
+    """Prompts, or one file of prompts (.txt, .jsonl, .csv)."""
+    model: str = MINI.model
+    """Pipeline directory or Hub id."""
+    adapters: dict[str, str] = field(default_factory=lambda: dict(MINI.teachers))
+    """Rows of the grid: name and source of each adapter. The base is always the first row."""
+    out: str = "images"
+    """Folder for the PNG files."""
+    images: int = 1
+    """Images per prompt."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 = none."""
+    seed: int = 0
+    """Seed of the noise; every row uses the same."""
+    sampler: Literal["ode", "sde", "cps"] = "ode"
+    """Deterministic, or with the noise of training rollouts."""
+    noise_level: float = 0.7
+    """a, for sde and cps."""
+    resolution: int = 0
+    """Pixels per side; 0 = what the model was made for."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the transformer computes in."""
+    family: str = "sd3"
+    """Model family: the module opd/FAMILY.py."""
+    t5: bool = True
+    """Use the pipeline's T5 encoder where it has one."""
+    batch: int = 16
+    """Images per forward pass. Images do not depend on it beyond rounding."""
+    cache: str = "~/.cache/flow-opd"
+    """Encoded prompts."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run."""
+    again: str = ""
+    """A PNG made by this program: repeat it with the settings in its metadata (only --out, --cache, --device apply)."""
+
+
+def read_settings(file: str) -> dict:
+    """The settings in a PNG's metadata. FileNotFoundError / ValueError if there are none."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--again {file!r}: no such file")
+    info = Image.open(file).info
+    if KEY not in info:
+        raise ValueError(f"--again {file!r}: this image carries no settings of sample.py")
+    return json.loads(info[KEY])
+
+
+def load(args: Arguments, prompts: list[str]) -> Model:
+    """The model with all adapters attached and the prompts encoded; whatever can be refused is refused first."""
+    require(min(args.images, args.steps, args.batch) >= 1, "--images, --steps and --batch must be at least 1")
+    require(args.sampler == "ode" or args.noise_level > 0, f"--sampler {args.sampler} needs --noise-level above 0")
+    device = torch.device(args.device)
+    model = Model.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
+    loras = {name: adapters.read_lora(source) for name, source in args.adapters.items() if name != adapters.BASE}
+    for lora in loras.values():
+        adapters.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
+    model.conditioning.prepare([*prompts, ""])
+    model.load()
+    for name, lora in loras.items():
+        adapters.attach(model.transformer, name, lora, model.dtype)
+    model.transformer.to(device)
+    return model
+
+
+def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[torch.Tensor]:
+    """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
+    images = []
+    for i in range(0, len(prompts), args.batch):
+        piece = slice(i, i + args.batch)
+        images += list(model.images(adapter, prompts[piece], index[piece], steps=args.steps, seed=args.seed,
+                                    guidance=args.guidance, rollout=args.sampler, noise_level=args.noise_level))
+    return images
+
+
+def write(args: Arguments, image: torch.Tensor, adapter: str, prompt: str, index: int) -> Path:
+    """One PNG with everything that is needed to make it again."""
+    settings = asdict(args) | {"prompts": [prompt], "adapter": adapter, "index": index,
+                               "adapters": {adapter: args.adapters[adapter]} if adapter != adapters.BASE else {}}
+    info = PngInfo()
+    info.add_text(KEY, json.dumps(settings))
+    path = Path(args.out) / f"{slug(prompt)}.{index}.{adapter}.png"
+    save_image(to_pil(image, 1), path, info)
+    return path
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+
+
+def repeat(args: Arguments) -> None:
+    """--again: one image, from its own metadata."""
+    settings = read_settings(args.again)
+    adapter, index = settings.pop("adapter"), settings.pop("index")
+    settings |= {"out": args.out, "cache": args.cache, "device": args.device, "prompts": tuple(settings["prompts"])}
+    args = Arguments(**settings)
+    model = load(args, list(args.prompts))
+    [image] = make(args, model, adapter, list(args.prompts), [index])
+    print(write(args, image, adapter, args.prompts[0], index))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    try:
+        if args.again:
+            return repeat(args)
+        if len(args.prompts) == 1 and Path(args.prompts[0]).is_file():
+            prompts = [p.text for p in load_prompts(args.prompts[0], "any", ["any"])]
+        else:
+            prompts = list(args.prompts)
+        require(bool(prompts) and all(p.strip() for p in prompts), "--prompts: give at least one, none of them empty")
+        model = load(args, prompts)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    columns = [p for p in prompts for _ in range(args.images)]
+    rows = {}
+    for adapter in [adapters.BASE, *(n for n in args.adapters if n != adapters.BASE)]:
+        rows[adapter] = make(args, model, adapter, columns, list(range(len(columns))))
+        for n, (prompt, image) in enumerate(zip(columns, rows[adapter])):
+            write(args, image, adapter, prompt, n)
+    save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
+    print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
+
+
+if __name__ == "__main__":
+    main()

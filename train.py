@@ -1,0 +1,431 @@
+"""Train: on-policy distillation of flow-matching teachers into one student, and flow-matching fine-tuning.
+
+    torchrun train.py                                    # the miniature: three teachers, one student, minutes on a CPU
+    torchrun train.py mini --anchor-weight 0 --seed 1    # PRESET --field value; presets are a table in opd/config.py
+    torchrun --nproc_per_node 8 train.py sd35 --shard-size 8
+    python train.py --dry-run                            # print the resolved configuration
+
+The method (arXiv 2605.08063). The student samples its own trajectory x_1 -> x_0 by SDE. At every visited state the
+teacher of the prompt's task, and an anchor, say which velocity they would have taken; the weighted squared difference is
+the exact KL of the two transitions:
+
+    L_b = w_b ( |v_b - v_teacher,b|^2 + lambda |v_b - v_anchor,b|^2 )                                   (eq. 16)
+
+States carry no gradient, so the forward pass that drives the rollout is the one the loss needs: loss, backward, next
+state. Where we differ from the paper and its released code, and why: README, "Where we differ".
+
+Shapes: B samples of a micro-batch, T states, K teachers at a state (the task's, then the anchor).
+"""
+
+import math
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+import kernels
+from opd import adapters, evaluate, flow, ranks, rollout
+from opd.adapters import BASE
+from opd.config import Config, check, load_family, parse
+from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
+from opd.images import Images, load_images
+from opd.model import Model
+from opd.runfolder import RunFolder, labelled_grid, save_image
+
+STUDENT, START = "student", "start"
+
+
+# ---- one optimizer step: on-policy distillation ----------------------------------------------------------------
+
+def queried_states(cfg: Config, step: int) -> list[int]:
+    """Indices of the states that are trained on in this step: all, or K drawn without replacement from Beta."""
+    states = cfg.steps - cfg.skip_last
+    if cfg.queries == 0:
+        return list(range(states))
+    middle = (torch.arange(states, dtype=torch.float64) + 0.5) / states
+    density = torch.distributions.Beta(*map(torch.tensor, cfg.query_beta)).log_prob(middle.float()).exp()
+    generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, "query"))
+    return sorted(torch.multinomial(density, cfg.queries, generator=generator).tolist())
+
+
+def state_weights(name: str, grid: list[float], noise_level: float) -> torch.Tensor:
+    """w of every state of the grid (T,), float64."""
+    sigma = torch.tensor(grid, dtype=torch.float64)
+    s = flow.diffusion_coefficient(sigma[:-1], grid[1], noise_level)
+    return flow.WEIGHTS[name](sigma[:-1], sigma[1:], s)
+
+
+def targets_at(cfg: Config, m: Model, names: list[str], x, sigma_B, conditioning, unconditional):
+    """What teacher and anchor would do at x: K velocities and, with guidance, K unconditional ones. One forward each."""
+    pairs = []
+    for name in names:
+        with torch.no_grad(), adapters.use(m.transformer, name):
+            pairs.append(rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.teacher_guidance))
+    return [v for v, _ in pairs], [u for _, u in pairs] if cfg.teacher_guidance != 1.0 else None
+
+
+def student_step(cfg: Config, m: Model, x, i: int, grid, seed: int, index, conditioning, unconditional):
+    """State i -> i + 1 without grad: a state that is not queried, or the rollout of the stored-trajectory path."""
+    with torch.no_grad(), adapters.use(m.transformer, STUDENT):
+        sigma_B = torch.full((len(x),), grid[i], device=x.device)
+        v, v_uncond = rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.guidance)
+        return rollout.step(cfg.rollout, x, v, v_uncond, cfg.guidance, grid, i, cfg.noise_level, seed, index)
+
+
+def distil(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt], step: int, query: list[int], scale: float):
+    """Gradients of eq. 16 for one micro-batch, left in the student's .grad; returns sum_b |v - v_k|^2 (T, K), mean over dims.
+
+    `scale` turns the micro-batch's sum over samples and states into the step's mean. Each queried state costs one
+    student forward and backward, one teacher forward, one anchor forward.
+    """
+    index = torch.tensor(batch.samples, device=m.device)
+    texts = [prompts[n // cfg.group].text for n in batch.samples]
+    conditioning = m.conditioning(texts)
+    unconditional = m.conditioning([""]) if (cfg.guidance, cfg.teacher_guidance) != (1.0, 1.0) else None
+    names = [cfg.route(batch.task)] + ([cfg.anchor] if cfg.anchor_weight > 0 else [])
+    real_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device)
+    alpha_BK = torch.tensor([1.0, cfg.anchor_weight], device=m.device)[:len(names)].expand(len(index), -1).contiguous()
+    grid, weights = m.grid(cfg.steps), state_weights(cfg.weight, m.grid(cfg.steps), cfg.noise_level)
+    seeds = [seed_of(cfg.seed, step, "noise", i) for i in range(cfg.steps)]
+
+    x = kernels.normal((len(index), *m.shape), seed_of(cfg.seed, step, "start"), index, device=m.device)
+    states = [x]
+    while not cfg.single_pass and len(states) <= max(query):
+        i = len(states) - 1
+        states.append(student_step(cfg, m, states[i], i, grid, seeds[i], index, conditioning, unconditional))
+
+    squares_TK = torch.zeros(cfg.steps, 2, device=m.device)
+    for i in range(max(query) + 1):
+        if i not in query:
+            x = student_step(cfg, m, x, i, grid, seeds[i], index, conditioning, unconditional) if cfg.single_pass else x
+            continue
+        x = x if cfg.single_pass else states[i]
+        sigma_B, next_B = (torch.full((len(x),), grid[j], device=m.device) for j in (i, i + 1))
+        targets, targets_uncond = targets_at(cfg, m, names, x, sigma_B, conditioning, unconditional)
+        guidance = dict(guidance=cfg.guidance, targets_uncond=targets_uncond, target_guidance=cfg.teacher_guidance)
+        w_B = weights[i].float() * real_B
+        with adapters.use(m.transformer, STUDENT):  # around backward too: recomputed activations need the same adapter
+            v, v_uncond = rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.guidance)
+            if cfg.single_pass and cfg.rollout == "sde":
+                s_B = flow.diffusion_coefficient(sigma_B, grid[1], cfg.noise_level)
+                loss, squares_BK, x, _ = kernels.opd_step(x, v, targets, alpha_BK, w_B, sigma_B, next_B, s_B,
+                                                          seed=seeds[i], index=index, v_uncond=v_uncond, **guidance)
+            else:
+                loss, squares_BK = kernels.velocity_mse(v, targets, alpha_BK, w_B, v_uncond=v_uncond, **guidance)
+                x = rollout.step(cfg.rollout, x, v.detach(), None if v_uncond is None else v_uncond.detach(),
+                                 cfg.guidance, grid, i, cfg.noise_level, seeds[i], index) if cfg.single_pass else x
+            (loss * len(index) * scale).backward()
+        squares_TK[i, :len(names)] += (squares_BK * real_B[:, None]).sum(0)
+    return squares_TK
+
+
+def opd_gradients(cfg: Config, m: Model, pools: dict[str, list[Prompt]], step: int) -> torch.Tensor:
+    """Accumulate the gradient of one optimizer step over this rank's micro-batches.
+
+    Returns (K + 1, T, 2), summed over ranks: per teacher (last row: the anchor) and state, sum and count of |v - v_k|^2.
+    """
+    prompts = prompts_of_step(pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step)
+    query = queried_states(cfg, step)
+    samples = cfg.prompts_per_step * cfg.group
+    scale = ranks.world() / (samples * len(query))  # FSDP averages over ranks; this makes it the mean over the global batch
+    rows = teacher_names(cfg)
+    table = torch.zeros(len(rows) + 1, cfg.steps, 2, device=m.device)
+    counted = torch.zeros(cfg.steps, device=m.device)
+    counted[query] = 1
+    for batch in micro_batches([p.task for p in prompts], cfg.group, cfg.micro_batch, ranks.world(), ranks.rank()):
+        squares_TK = distil(cfg, m, batch, prompts, step, query, scale)
+        for row, k in ((rows.index(cfg.route(batch.task)), 0), (len(rows), 1)):
+            table[row, :, 0] += squares_TK[:, k]
+            table[row, :, 1] += counted * sum(batch.real)
+    return ranks.total(table)
+
+
+def teacher_names(cfg: Config) -> list[str]:
+    """The teachers that some task is routed to, in a fixed order."""
+    return list(dict.fromkeys(cfg.route(task) for task in cfg.prompts))
+
+
+def opd_metrics(cfg: Config, m: Model, table: torch.Tensor) -> dict:
+    """Readable numbers from the table: the loss (eq. 16), and per teacher its weighted loss and its KL per sigma.
+
+    All in nats per dimension; KL is eq. 12 whatever --weight is.
+    """
+    grid = m.grid(cfg.steps)
+    weights = state_weights(cfg.weight, grid, cfg.noise_level)
+    kl = state_weights("kl", grid, cfg.noise_level) if cfg.noise_level > 0 else None
+    mean = (table[..., 0] / table[..., 1].clamp(min=1)).double().cpu()
+    seen = table[..., 1].cpu() > 0
+    row = {"loss": 0.0}
+    for k, name in enumerate([*teacher_names(cfg), "anchor"]):
+        if not seen[k].any() or (name == "anchor" and cfg.anchor_weight == 0):
+            continue
+        part = float((mean[k] * weights)[seen[k]].mean())
+        share = float(table[k, :, 1].sum() / table[-1, :, 1].sum())
+        row["loss"] += part * (cfg.anchor_weight if name == "anchor" else share)
+        row[name] = {"loss": part}
+        if kl is not None:
+            row[name]["kl"] = {f"{grid[i]:.3f}": float(mean[k, i] * kl[i]) for i in range(cfg.steps) if seen[k, i]}
+    return row
+
+
+# ---- one optimizer step: flow matching -------------------------------------------------------------------------
+
+def sft_gradients(cfg: Config, m: Model, images: Images, step: int) -> torch.Tensor:
+    """Accumulate the gradient of the flow-matching loss (eq. 1) on this rank's part of the step's images.
+
+    sigma is logit-normal, shifted like the scheduler's grid. Returns (2,): sum of losses and count over all ranks.
+    """
+    chosen = images.of_step(cfg.prompts_per_step, cfg.seed, step)
+    total = torch.zeros(2, device=m.device)
+    for batch in micro_batches(["data"] * len(chosen), 1, cfg.micro_batch, ranks.world(), ranks.rank()):
+        index = torch.tensor(batch.samples, device=m.device)
+        real_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device)
+        draws_B2 = kernels.normal((len(index), 2), seed_of(cfg.seed, step, "sigma"), index, device=m.device)
+        sigma_B = flow.logit_normal_sigma(draws_B2[:, 0], mean=images.log_shift)
+        dropped_B = torch.special.ndtr(draws_B2[:, 1]) < cfg.caption_dropout
+        captions = ["" if drop else images.captions[chosen[n]] for n, drop in zip(batch.samples, dropped_B.tolist())]
+        data = images.latents[[chosen[n] for n in batch.samples]].to(m.device, torch.float32)
+        eps = kernels.normal(tuple(data.shape), seed_of(cfg.seed, step, "eps"), index, device=m.device)
+        with adapters.use(m.transformer, BASE if cfg.full else STUDENT):
+            v = m.family.velocity(m.transformer, flow.noised(data, eps, sigma_B), sigma_B, m.conditioning(captions))
+            loss_B = flow.flow_matching_loss(v, data, eps) * real_B
+            (loss_B.sum() * ranks.world() / len(chosen)).backward()
+        total += torch.stack([loss_B.detach().sum(), real_B.sum()])
+    return ranks.total(total)
+
+
+# ---- optimizer -------------------------------------------------------------------------------------------------
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up, then constant or a cosine down to zero."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / (cfg.warmup + 1)
+    progress = (step - cfg.warmup) / max(1, cfg.iterations - cfg.warmup)
+    return cfg.lr * (0.5 * (1 + math.cos(math.pi * progress)) if cfg.decay == "cosine" else 1.0)
+
+
+class Trained:
+    """The trained parameters, their optimizer and their moving average: what a checkpoint holds."""
+
+    def __init__(self, cfg: Config, m: Model):
+        self.cfg, self.m = cfg, m
+        named = dict(m.transformer.named_parameters()) if cfg.full else adapters.parameters_of(m.transformer, STUDENT)
+        self.parameters = named
+        self.optimizer = torch.optim.AdamW(list(named.values()), lr=cfg.lr, weight_decay=cfg.weight_decay)
+        self.average = {n: p.detach().clone() for n, p in named.items()} if cfg.ema else {}
+
+    def update(self, step: int) -> float:
+        """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the step."""
+        ranks.reshard(self.m.transformer)
+        norm = float(ranks.full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.cfg, step)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(self.cfg.ema, (1 + step) / (10 + step))
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - decay)
+        return norm
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the model holds the moving average (if there is one)."""
+        ranks.reshard(self.m.transformer)
+        kept = {n: self.parameters[n].detach().clone() for n in self.average}
+        with torch.no_grad():
+            for name, average in self.average.items():
+                self.parameters[name].copy_(average)
+            yield
+            ranks.reshard(self.m.transformer)
+            for name, value in kept.items():
+                self.parameters[name].copy_(value)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything to resume from, as whole tensors (a collective)."""
+        tensors = {f"model/{n}": ranks.full(p.detach()) for n, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{name}"] = ranks.full(value)
+        tensors |= {f"average/{n}": ranks.full(a) for n, a in self.average.items()}
+        return {n: t.cpu().contiguous() for n, t in tensors.items()}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            ranks.load_full(parameter, tensors[f"model/{name}"])
+            step = tensors[f"optimizer/step/{name}"]
+            moments = {k: torch.zeros_like(parameter.detach()) for k in ("exp_avg", "exp_avg_sq")}
+            for key, value in moments.items():
+                ranks.load_full(value, tensors[f"optimizer/{key}/{name}"])
+            self.optimizer.state[parameter] = {"step": step.clone(), **moments}
+        for name, average in self.average.items():
+            ranks.load_full(average, tensors[f"average/{name}"])
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------
+
+def build(cfg: Config, device: torch.device):
+    """Read and check everything the user named, then load weights, attach adapters, shard. Returns (model, data)."""
+    m = Model.plan(load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5)
+    targets = m.family.LORA_TARGETS
+    used = {n: s for n, s in cfg.teachers.items() if s != BASE and cfg.stage == "opd"}
+    loras = {name: adapters.read_lora(source) for name, source in used.items()}
+    student = student_start(cfg, m, list(loras.values()))
+    for lora in [*loras.values(), student]:
+        adapters.check_fits(lora, m.skeleton, targets)
+    if cfg.stage == "opd":
+        data = load_tasks(cfg.prompts)
+        texts = [p.text for step in range(cfg.iterations) for p in prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, step)]
+    else:
+        data = load_images(cfg.data, m)
+        texts = data.captions
+    for name, lora in loras.items():
+        say(f"teacher {name}: {lora.source}  sha256 {lora.sha256[:12]}  |update| {lora.norm():.3f}")
+
+    m.conditioning.prepare(texts + [""])
+    m.load(torch.float32 if cfg.full else None)
+    for name, lora in loras.items():
+        adapters.attach(m.transformer, name, lora, m.dtype)
+    if cfg.full:
+        m.transformer.requires_grad_(True)
+    else:
+        adapters.attach(m.transformer, START, student, m.dtype)
+        adapters.attach(m.transformer, STUDENT, student, torch.float32)
+        for parameter in adapters.parameters_of(m.transformer, STUDENT).values():
+            parameter.requires_grad_(True)
+    if cfg.checkpointing:
+        m.transformer.enable_gradient_checkpointing()
+    m.transformer.to(device)
+    ranks.shard(m.transformer, m.family.blocks(m.transformer), cfg.shard_size, m.dtype, device)
+    return m, data
+
+
+def student_start(cfg: Config, m: Model, teachers: list[adapters.Lora]) -> adapters.Lora:
+    """The student's first adapter: fresh (= base), the teachers merged, or one from disk."""
+    if cfg.start == "merge":
+        return adapters.merge(teachers, cfg.rank, cfg.alpha)
+    if cfg.start == "base":
+        return adapters.fresh_lora(m.skeleton, m.family.LORA_TARGETS, cfg.rank, cfg.alpha, cfg.seed)
+    return adapters.merge([adapters.read_lora(cfg.start)], cfg.rank, cfg.alpha)
+
+
+def say(text: str) -> None:
+    if ranks.rank() == 0:
+        tqdm.write(text)
+
+
+def name_bad_step(cfg: Config, table: torch.Tensor, step: int) -> str:
+    """Where a non-finite step went wrong: teacher and state, or the gradient alone."""
+    if cfg.stage == "opd":
+        for k, i in (~table[..., 0].isfinite()).nonzero().tolist():
+            return f"step {step}: non-finite velocity difference to {[*teacher_names(cfg), 'anchor'][k]} at state {i}"
+    return f"step {step}: non-finite gradient"
+
+
+def fixed_prompts(cfg: Config, data) -> list[str]:
+    """What the sample grids show: the first prompts of every task, or the first captions."""
+    if cfg.stage == "opd":
+        return [p.text for pool in data.values() for p in pool[:max(1, 9 // len(data))]]
+    return list(dict.fromkeys(data.captions))[:9]
+
+
+def save(cfg: Config, m: Model, run: RunFolder, trained: Trained, done: int) -> None:
+    """Checkpoint: the student as a PEFT directory (or the full transformer), and the state to resume from."""
+    with trained.averaged():
+        weights = {n: ranks.full(p.detach()) for n, p in trained.parameters.items()}
+    if run.active:
+        for folder in (run.path / "checkpoints" / f"{done:06d}", run.path / "student"):
+            if cfg.full:
+                adapters.save_transformer(folder, m.transformer, weights, m.dtype)
+            else:
+                adapters.save_lora(folder, weights, STUDENT, cfg.rank, cfg.alpha)
+    run.save_state(done, trained.state())
+
+
+def sample_grid(cfg: Config, m: Model, run: RunFolder, trained: Trained, prompts: list[str], done: int) -> None:
+    """The student's images of fixed prompts from fixed noise."""
+    with trained.averaged():
+        images = m.images(BASE if cfg.full else STUDENT, prompts, list(range(len(prompts))), steps=cfg.eval_steps,
+                          seed=0, guidance=cfg.guidance)
+    if run.active:
+        save_image(labelled_grid({f"{done}": list(images)}, prompts), run.path / "samples" / f"{done:06d}.png")
+
+
+def train(cfg: Config, m: Model, data, run: RunFolder) -> Trained:
+    trained = Trained(cfg, m)
+    first, state = run.load_state()
+    if state:
+        trained.load(state)
+        say(f"resuming {run.path} after step {first}")
+    prompts = fixed_prompts(cfg, data)
+    m.conditioning.prepare(prompts)
+    gradients = opd_gradients if cfg.stage == "opd" else sft_gradients
+    samples = cfg.prompts_per_step * (cfg.group if cfg.stage == "opd" else 1)
+    bad = 0
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not run.active, mininterval=1.0)
+    for step in bar:
+        clock = time.perf_counter()
+        table = gradients(cfg, m, data, step)
+        norm = trained.update(step)
+        done = step + 1
+        if not math.isfinite(norm):
+            bad += 1
+            say(name_bad_step(cfg, table, step) + "; step skipped")
+            if bad >= cfg.max_bad_steps:
+                raise FloatingPointError(f"{bad} non-finite steps in a row; lower --lr {cfg.lr} or use --dtype float32")
+            continue
+        bad = 0
+        if done % cfg.log_every == 0 or done == cfg.iterations:
+            row = opd_metrics(cfg, m, table) if cfg.stage == "opd" else {"loss": float(table[0] / table[1])}
+            seconds = time.perf_counter() - clock
+            run.log({"step": done, **row, "grad_norm": norm, "lr": learning_rate(cfg, step), "effective_batch": samples,
+                     "samples_per_second": samples / seconds})
+            bar.set_postfix(loss=f"{row['loss']:.4g}")
+        if done % cfg.save_every == 0 or done == cfg.iterations:
+            save(cfg, m, run, trained, done)
+        if cfg.sample_every and (done % cfg.sample_every == 0 or done == cfg.iterations):
+            sample_grid(cfg, m, run, trained, prompts, done)
+    run.curves()
+    return trained
+
+
+def report(cfg: Config, m: Model, data: dict, run: RunFolder, trained: Trained) -> None:
+    """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and scores.json."""
+    names = [BASE, *(n for n in cfg.teachers if n != BASE), START, STUDENT]
+    splits = {"train": data} | ({"held-out": load_tasks(cfg.heldout)} if cfg.heldout else {})
+    guidance = {n: cfg.teacher_guidance if n in cfg.teachers else cfg.guidance for n in names}
+    say(f"scoring {', '.join(names)}")
+    with trained.averaged():
+        scores = evaluate.evaluate(m, names, splits, cfg.rewards, count=cfg.eval_prompts, steps=cfg.eval_steps, seed=cfg.seed,
+                                   guidance=guidance, say=lambda text: None)
+    text = evaluate.table(scores, f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, guidance "
+                                  f"{cfg.guidance} (teachers {cfg.teacher_guidance}), seed {cfg.seed}")
+    say(text)
+    if run.active:
+        evaluate.write_json(run.path / "scores.json", scores)
+        evaluate.replace(run.path / "table.txt", lambda p: p.write_text(text + "\n"))
+
+
+def main() -> None:
+    try:
+        cfg = parse(sys.argv[1:])
+        check(cfg, ranks.declared_world())
+        if cfg.dry_run:
+            print(cfg)
+            return
+        device = ranks.start()
+        run = RunFolder(cfg, active=ranks.rank() == 0)
+        m, data = build(cfg, device)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    trained = train(cfg, m, data, run)
+    if cfg.stage == "opd" and cfg.evaluate:
+        report(cfg, m, data, run, trained)
+    say(f"run folder: {run.path}")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main()
