@@ -12,8 +12,7 @@ _HALF_TO_FULL = (torch.float32, torch.bfloat16, torch.float16)
 
 def check_state(name: str, x: Tensor) -> None:
     """States are (B, ...) float32 (float64 in the eager reference), never empty, each sample contiguous."""
-    if x.ndim < 2 or x.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (B, ...) with at least one trailing dimension and no empty one")
+    _check_batched(name, x)
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} has dtype {x.dtype}: expected float32; rounding a state changes its likelihood")
     _check_layout(name, x)
@@ -22,13 +21,18 @@ def check_state(name: str, x: Tensor) -> None:
 def check_velocity(name: str, v: Tensor, like: Tensor | None = None, like_name: str = "x") -> None:
     """Velocities are (B, ...) float32, bf16 or fp16, of the shape and on the device of `like`."""
     if like is None:
-        if v.ndim < 2 or v.numel() == 0:
-            raise ValueError(f"{name} has shape {tuple(v.shape)}: expected (B, ...) with at least one trailing dimension and no empty one")
+        _check_batched(name, v)
     else:
         check_same(name, v, like, like_name)
     if v.dtype not in (*_HALF_TO_FULL, torch.float64):
         raise ValueError(f"{name} has dtype {v.dtype}: expected float32, bfloat16 or float16")
     _check_layout(name, v)
+
+
+def _check_batched(name: str, t: Tensor) -> None:
+    if t.ndim < 2 or t.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}: expected (B, ...) with at least one trailing dimension and "
+                         f"no empty one")
 
 
 def check_same(name: str, t: Tensor, like: Tensor, like_name: str) -> None:
@@ -62,11 +66,11 @@ def readable(t: Tensor) -> bool:
     return t.device.type == "cpu" and not isinstance(t, FakeTensor) and not torch.compiler.is_compiling()
 
 
-def check_schedule(x: Tensor, sigma: Tensor, sigma_next: Tensor, s: Tensor, x_name: str = "x", positive_s: bool = False) -> None:
+def check_schedule(x: Tensor, sigma: Tensor, sigma_next: Tensor, s: Tensor, positive_s: bool = False) -> None:
     """0 <= sigma_next < sigma <= 1 and s >= 0 (or > 0) per sample. Values are looked at on the CPU only: on an
     accelerator that would wait for the device, and a bad value gives NaN instead."""
     for name, t in (("sigma", sigma), ("sigma_next", sigma_next), ("s", s)):
-        check_per_sample(name, t, x, x_name)
+        check_per_sample(name, t, x, "x")
     if not (readable(sigma) and readable(sigma_next) and readable(s)):
         return
     if not ((sigma_next >= 0) & (sigma > sigma_next) & (sigma <= 1)).all():
@@ -83,6 +87,8 @@ def check_guidance(v_uncond: Tensor | None, guidance: float, v: Tensor) -> None:
             raise ValueError(f"guidance = {guidance} needs v_uncond; without it only guidance = 1.0 makes sense")
     else:
         check_velocity("v_uncond", v_uncond, v, "v")
+        if v_uncond.dtype != v.dtype:
+            raise ValueError(f"v_uncond has dtype {v_uncond.dtype}: expected {v.dtype}, the dtype of v")
 
 
 def check_noise(x: Tensor, noise: Tensor | None, seed: int | None, index: Tensor | None) -> None:
@@ -104,17 +110,17 @@ def check_noise(x: Tensor, noise: Tensor | None, seed: int | None, index: Tensor
                          f"({x.shape[0]},) int64 on {x.device}, one global index per sample")
 
 
-def target_list(name: str, targets) -> list[Tensor | None]:
-    """A (K, B, ...) tensor or a sequence of K tensors -> a list of K; K >= 1."""
-    targets = list(targets.unbind(0)) if isinstance(targets, Tensor) else list(targets)
-    if not targets:
-        raise ValueError(f"{name} is empty (K = 0): expected at least one teacher")
-    return targets
+def check_targets(v: Tensor, targets, alpha: Tensor, w: Tensor, targets_uncond,
+                  target_guidance) -> tuple[list[Tensor | None], list[Tensor | None], list[float]]:
+    """Shapes, dtypes and devices of the teachers and their weights.
 
-
-def check_targets(v: Tensor, targets: list, alpha: Tensor, w: Tensor, targets_uncond: list | None, target_guidance) -> list[float]:
-    """Shapes, dtypes and devices of the teachers and their weights; returns one guidance number per teacher."""
+    Returns three lists of length K >= 1: the targets (detached, or None), their unconditional velocities (None where
+    the guidance is 1, which needs none) and their guidance.
+    """
+    targets = _constants(targets)
     teachers = len(targets)
+    if not targets:
+        raise ValueError("targets is empty (K = 0): expected at least one teacher")
     check_per_sample("alpha", alpha, v, "v", (v.shape[0], teachers))
     check_per_sample("w", w, v, "v")
     for k, target in enumerate(targets):
@@ -125,26 +131,33 @@ def check_targets(v: Tensor, targets: list, alpha: Tensor, w: Tensor, targets_un
                              f"is 0 for every sample may be left out")
     if readable(alpha) and not (alpha >= 0).all():
         raise ValueError(f"alpha = {alpha.tolist()}: expected non-negative weights")
-    return _target_guidance(v, targets, targets_uncond, target_guidance)
+    guidance = _target_guidance(target_guidance, targets_uncond, teachers)
+    unconds = [None] * teachers if targets_uncond is None else _constants(targets_uncond)
+    if len(unconds) != teachers:
+        raise ValueError(f"targets_uncond has {len(unconds)} entries: expected {teachers}, one per teacher")
+    for k, uncond in enumerate(unconds):
+        if uncond is not None:
+            check_velocity(f"targets_uncond[{k}]", uncond, v, "v")
+        elif guidance[k] != 1 and targets[k] is not None:
+            raise ValueError(f"target_guidance[{k}] = {guidance[k]} needs targets_uncond[{k}]; without it only 1.0 makes sense")
+    return targets, [u if g != 1 else None for u, g in zip(unconds, guidance)], guidance
 
 
-def _target_guidance(v: Tensor, targets: list, targets_uncond: list | None, target_guidance) -> list[float]:
-    teachers = len(targets)
+def _constants(targets) -> list[Tensor | None]:
+    """A (K, B, ...) tensor or a sequence of K tensors (B, ...) or None -> a list of K, without gradients."""
+    targets = targets.unbind(0) if isinstance(targets, Tensor) else targets
+    return [None if t is None else t.detach() for t in targets]
+
+
+def _target_guidance(target_guidance, targets_uncond, teachers: int) -> list[float]:
     if target_guidance is None:
         if targets_uncond is not None:
-            raise ValueError("targets_uncond is given without target_guidance: expected the teachers' guidance, a number or one per teacher")
+            raise ValueError("targets_uncond is given without target_guidance: expected the teachers' guidance, a number "
+                             "or one per teacher")
         return [1.0] * teachers
     if isinstance(target_guidance, numbers.Real):
         target_guidance = [target_guidance] * teachers
     guidance = target_guidance.tolist() if isinstance(target_guidance, Tensor) else list(target_guidance)
     if len(guidance) != teachers or not all(isinstance(g, numbers.Real) and math.isfinite(g) for g in guidance):
         raise ValueError(f"target_guidance = {guidance}: expected one finite number or {teachers}, one per teacher")
-    if targets_uncond is not None and len(targets_uncond) != teachers:
-        raise ValueError(f"targets_uncond has {len(targets_uncond)} entries: expected {teachers}, one per teacher")
-    for k, target in enumerate(targets):
-        uncond = None if targets_uncond is None else targets_uncond[k]
-        if uncond is not None:
-            check_velocity(f"targets_uncond[{k}]", uncond, v, "v")
-        elif guidance[k] != 1 and target is not None:
-            raise ValueError(f"target_guidance[{k}] = {guidance[k]} needs targets_uncond[{k}]; without it only 1.0 makes sense")
     return [float(g) for g in guidance]

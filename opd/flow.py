@@ -120,8 +120,9 @@ def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 
 def cps_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float, noise: Tensor) -> Tensor:
-    """Flow-CPS: re-noise the predicted data and noise so that their coefficients are those of sigma_next:
-    (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 + std z, std = sigma' sin(a pi / 2), x0 = x - sigma v, x1 = x + (1 - sigma) v."""
+    """Flow-CPS: put the predicted data and noise together again with the coefficients of sigma' = sigma_next:
+    (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 + std z, where std = sigma' sin(a pi / 2),
+    x0 = x - sigma v and x1 = x + (1 - sigma) v."""
     x, v, noise = _at_least_float32(x), _at_least_float32(v), _at_least_float32(noise)
     x0 = x - _per_sample(sigma, x) * v
     x1 = x + _per_sample(1 - sigma, x) * v

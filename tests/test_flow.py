@@ -214,7 +214,8 @@ def test_the_other_weights_follow_their_definitions():
     released = ((means[0] - means[1]) ** 2).sum(1) / (2 * s**2)
     assert torch.allclose(flow.WEIGHTS["kl_released"](sigma, sigma_next, s) * difference, released, rtol=1e-10)
     steps = [flow.ode_step(x, u, sigma, sigma_next) for u in (v, v_teacher)]
-    assert torch.allclose(flow.WEIGHTS["ode_kl"](sigma, sigma_next, s) * difference, ((steps[0] - steps[1]) ** 2).sum(1) / 2, rtol=1e-10)
+    ode_kl = ((steps[0] - steps[1]) ** 2).sum(1) / 2
+    assert torch.allclose(flow.WEIGHTS["ode_kl"](sigma, sigma_next, s) * difference, ode_kl, rtol=1e-10)
     assert torch.equal(flow.WEIGHTS["uniform"](sigma, sigma_next, s), torch.ones(4, dtype=torch.float64))
     assert flow.WEIGHTS["kl"] is flow.kl_weight and len(flow.WEIGHTS) == 4
 
@@ -257,6 +258,7 @@ def test_half_precision_is_computed_in_float32(dtype, expected):
     outputs = [flow.guided(v, x, 4.5), flow.sde_mean(x, v, sigma, sigma_next, s), flow.ode_step(x, v, sigma, sigma_next),
                flow.cps_step(x, v, sigma, sigma_next, 0.7, z), flow.noised(x, z, sigma), flow.velocity_target(x, z),
                flow.flow_matching_loss(v, x, z), flow.log_prob_mean(x, v, s)]
-    wide = [flow.guided(v.to(expected), x.to(expected), 4.5), flow.sde_mean(x.to(expected), v.to(expected), sigma, sigma_next, s)]
+    x, v = x.to(expected), v.to(expected)
+    wide = [flow.guided(v, x, 4.5), flow.sde_mean(x, v, sigma, sigma_next, s)]
     assert [o.dtype for o in outputs] == [expected] * len(outputs)
     assert torch.equal(outputs[0], wide[0]) and torch.equal(outputs[1], wide[1])
