@@ -384,3 +384,28 @@ def test_fake_tensors():
         loss.backward()
     assert (loss.shape, per_teacher.shape, x_next.shape, log_prob.shape) == ((), (3, 2), (3, 4, 5), (3,))
     assert x_next.dtype == torch.float32 and v.grad.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- in the training loop
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "teacher_guidance": 3.0}, {"single_pass": False}, {"rollout": "ode"}], ids=str)
+def test_a_training_step_has_the_eager_loss_and_gradient(world, changes):
+    """One step of the tiny model through the loop's own code. The two differ by the rounding of float32 sums and of the
+    noise's logarithm and cosine, about 1e-6, far inside the 2e-4 that the golden losses allow."""
+    import train
+    from opd import config, ranks
+    from tests import tiny
+
+    def step(mode):
+        cfg = tiny.config(world, **changes)
+        config.check(cfg, 1)
+        m, data = train.build(cfg, ranks.start())
+        trained = train.Trained(cfg, m)
+        with backend(mode):
+            row = train.opd_metrics(cfg, m, train.opd_gradients(cfg, m, data, 0))
+        return row["loss"], torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
+
+    (fused_loss, fused), (eager_loss, eager) = step("triton"), step("eager")
+    assert fused_loss == pytest.approx(eager_loss, rel=1e-5)
+    assert eager.norm() > 1e-4 and (fused - eager).norm() < 1e-5 * eager.norm()
