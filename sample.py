@@ -16,11 +16,11 @@ from typing import Literal
 
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from opd import adapters
-from opd.config import Config, load_family, require
+from opd.config import Config, Texts, load_family, require
 from opd.data import load_prompts
 from opd.model import Model
 from opd.runfolder import labelled_grid, save_image, to_pil
@@ -36,7 +36,7 @@ class Arguments:
     """Prompts, or one file of prompts (.txt, .jsonl, .csv)."""
     model: str = MINI.model
     """Pipeline directory or Hub id."""
-    adapters: dict[str, str] = field(default_factory=lambda: dict(MINI.teachers))
+    adapters: Texts = field(default_factory=lambda: dict(MINI.teachers))
     """Rows of the grid: name and source of each adapter. The base is always the first row."""
     out: str = "images"
     """Folder for the PNG files."""
@@ -74,7 +74,10 @@ def read_settings(file: str) -> dict:
     """The settings in a PNG's metadata. FileNotFoundError / ValueError if there are none."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"--again {file!r}: no such file")
-    info = Image.open(file).info
+    try:
+        info = Image.open(file).info
+    except UnidentifiedImageError as error:
+        raise ValueError(f"--again {file!r}: this is not an image") from error
     if KEY not in info:
         raise ValueError(f"--again {file!r}: this image carries no settings of sample.py")
     return json.loads(info[KEY])
@@ -84,7 +87,7 @@ def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded; whatever can be refused is refused first."""
     require(min(args.images, args.steps, args.batch) >= 1, "--images, --steps and --batch must be at least 1")
     require(args.sampler == "ode" or args.noise_level > 0, f"--sampler {args.sampler} needs --noise-level above 0")
-    device = torch.device(args.device)
+    device = find_device(args.device)
     model = Model.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
     loras = {name: adapters.read_lora(source) for name, source in args.adapters.items() if name != adapters.BASE}
     for lora in loras.values():
@@ -97,6 +100,14 @@ def load(args: Arguments, prompts: list[str]) -> Model:
     return model
 
 
+def find_device(name: str) -> torch.device:
+    """ValueError for a device that does not exist here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+
+
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[torch.Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
@@ -107,9 +118,10 @@ def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index:
     return images
 
 
-def write(args: Arguments, image: torch.Tensor, adapter: str, prompt: str, index: int) -> Path:
-    """One PNG with everything that is needed to make it again."""
-    settings = asdict(args) | {"prompts": [prompt], "adapter": adapter, "index": index,
+def write(args: Arguments, image: torch.Tensor, adapter: str, prompt: str, index: int, place: int, batch: int) -> Path:
+    """One PNG with everything that is needed to make it again: even its place among the `batch` images of its forward
+    pass, since rounding depends on both."""
+    settings = asdict(args) | {"prompts": [prompt], "adapter": adapter, "index": index, "place": place, "batch": batch,
                                "adapters": {adapter: args.adapters[adapter]} if adapter != adapters.BASE else {}}
     info = PngInfo()
     info.add_text(KEY, json.dumps(settings))
@@ -123,14 +135,14 @@ def slug(prompt: str) -> str:
 
 
 def repeat(args: Arguments) -> None:
-    """--again: one image, from its own metadata."""
+    """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the same bits."""
     settings = read_settings(args.again)
-    adapter, index = settings.pop("adapter"), settings.pop("index")
+    adapter, index, place = (settings.pop(key) for key in ("adapter", "index", "place"))
     settings |= {"out": args.out, "cache": args.cache, "device": args.device, "prompts": tuple(settings["prompts"])}
     args = Arguments(**settings)
     model = load(args, list(args.prompts))
-    [image] = make(args, model, adapter, list(args.prompts), [index])
-    print(write(args, image, adapter, args.prompts[0], index))
+    images = make(args, model, adapter, list(args.prompts) * args.batch, [index] * args.batch)
+    print(write(args, images[place], adapter, args.prompts[0], index, place, args.batch))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,8 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.again:
             return repeat(args)
-        if len(args.prompts) == 1 and Path(args.prompts[0]).is_file():
-            prompts = [p.text for p in load_prompts(args.prompts[0], "any", ["any"])]
+        if len(args.prompts) == 1 and Path(args.prompts[0]).suffix in (".txt", ".jsonl", ".csv"):
+            prompts = [p.text for p in load_prompts(args.prompts[0], "any", None)]
         else:
             prompts = list(args.prompts)
         require(bool(prompts) and all(p.strip() for p in prompts), "--prompts: give at least one, none of them empty")
@@ -151,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     for adapter in [adapters.BASE, *(n for n in args.adapters if n != adapters.BASE)]:
         rows[adapter] = make(args, model, adapter, columns, list(range(len(columns))))
         for n, (prompt, image) in enumerate(zip(columns, rows[adapter])):
-            write(args, image, adapter, prompt, n)
+            place = n % args.batch
+            write(args, image, adapter, prompt, n, place, min(args.batch, len(columns) - n + place))
     save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
     print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 

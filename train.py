@@ -28,7 +28,7 @@ from tqdm import tqdm
 import kernels
 from opd import adapters, evaluate, flow, ranks, rollout
 from opd.adapters import BASE
-from opd.config import Config, check, load_family, parse
+from opd.config import Config, check, load_family, parse, require
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
 from opd.images import Images, load_images
 from opd.model import Model
@@ -304,11 +304,14 @@ def build(cfg: Config, device: torch.device):
 
 def student_start(cfg: Config, m: Model, teachers: list[adapters.Lora]) -> adapters.Lora:
     """The student's first adapter: fresh (= base), the teachers merged, or one from disk."""
-    if cfg.start == "merge":
+    if cfg.cold_start == "merge":
         return adapters.merge(teachers, cfg.rank, cfg.alpha)
-    if cfg.start == "base":
+    if cfg.cold_start == "base":
         return adapters.fresh_lora(m.skeleton, m.family.LORA_TARGETS, cfg.rank, cfg.alpha, cfg.seed)
-    return adapters.merge([adapters.read_lora(cfg.start)], cfg.rank, cfg.alpha)
+    lora = adapters.read_lora(cfg.cold_start)
+    largest = max(a.shape[0] for a in lora.A.values())
+    require(largest <= cfg.rank, f"--cold-start {cfg.cold_start!r} has rank {largest}; use --rank {largest} or more")
+    return adapters.merge([lora], cfg.rank, cfg.alpha)
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base its
 
 import hashlib
 import json
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,10 +117,9 @@ def _alpha(module: str, rank: int, path: Path, metadata: dict, alpha: dict[str, 
         config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata["lora_adapter_metadata"]).items()}
     if "lora_alpha" not in config:
         return rank
-    for pattern, value in (config["alpha_pattern"] if "alpha_pattern" in config else {}).items():
-        if module == pattern or module.endswith("." + pattern):
-            return value
-    value = config["lora_alpha"]
+    patterns = config.get("alpha_pattern") or {}
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT does
+    value = next(matching, config["lora_alpha"])
     return value * rank**0.5 if config.get("use_rslora") else value
 
 
@@ -145,7 +145,9 @@ def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) 
 # ---- on the model --------------------------------------------------------------------------------------------
 
 def attach(transformer: torch.nn.Module, name: str, lora: Lora, dtype: torch.dtype) -> None:
-    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`."""
+    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`. ValueError for a name PyTorch cannot store."""
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: choose one that is not empty and has no dot")
     config = LoraConfig(r=max(a.shape[0] for a in lora.A.values()), target_modules=sorted(lora.A),
                         rank_pattern={m: a.shape[0] for m, a in lora.A.items()}, lora_alpha=1)
     with warnings.catch_warnings():
@@ -174,8 +176,10 @@ def merge(loras: list[Lora], rank: int, alpha: float) -> Lora:
     """The teachers' mean update, mean_k scale_k B_k A_k, truncated to `rank` by SVD: the cold start by merging.
 
     Averaging A and B apart (A-bar B-bar) would not be the mean update. The product is never formed: QR of both
-    factors, then the SVD of a (sum r, sum r) core.
+    factors, then the SVD of a (sum r, sum r) core. ValueError where there is nothing to merge.
     """
+    if not loras:
+        raise ValueError("--cold-start merge: no teacher has an adapter to merge; use --cold-start base")
     A, B = {}, {}
     for module in sorted(set().union(*(lora.A for lora in loras))):
         having = [lora for lora in loras if module in lora.A]

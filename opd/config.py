@@ -4,9 +4,10 @@ import importlib
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 MINI = Path(__file__).parent / "mini"
 
@@ -14,6 +15,21 @@ MINI = Path(__file__).parent / "mini"
 def mini_prompts(split: str) -> dict[str, str]:
     return {"compose": str(MINI / f"prompts/compose.{split}.jsonl"), "text": str(MINI / f"prompts/text.{split}.txt"),
             "quality": str(MINI / f"prompts/quality.{split}.txt")}
+
+
+def pairs(kind: type) -> PrimitiveConstructorSpec:
+    """A flag of NAME=VALUE pairs that replace the default as a whole (tyro by itself would allow the default's names only)."""
+    def read(texts: list[str]) -> dict:
+        for text in texts:
+            require("=" in text, f"expected NAME=VALUE, got {text!r}")
+        return {name: kind(value) for name, _, value in (text.partition("=") for text in texts)}
+    return PrimitiveConstructorSpec(
+        nargs="*", metavar="NAME=VALUE ...", instance_from_str=read, is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={v}" for name, v in value.items()])
+
+
+Texts = Annotated[dict[str, str], pairs(str)]
+Shares = Annotated[dict[str, int], pairs(int)]
 
 
 @dataclass(frozen=True)
@@ -41,12 +57,12 @@ class Config:
     """Rank of the student's LoRA."""
     alpha: float = 32.0
     """Its alpha; the update is scaled by alpha / rank."""
-    start: str = "merge"
+    cold_start: str = "merge"
     """Where the student starts: base (a fresh LoRA), merge (the teachers' mean update), or an adapter to load."""
-    teachers: dict[str, str] = field(default_factory=lambda: {
+    teachers: Texts = field(default_factory=lambda: {
         t: str(MINI / "weights" / t) for t in ("compose", "text", "quality")})
     """Name of each teacher and its adapter (directory, file or Hub id[:subfolder]); "base" is the base itself."""
-    routes: dict[str, str] = field(default_factory=dict)
+    routes: Texts = field(default_factory=dict)
     """Task -> teacher, for tasks that are not taught by the teacher of the same name."""
     anchor: str = "quality"
     """The teacher that anchors every sample (MAR): a name from --teachers, or base."""
@@ -54,9 +70,9 @@ class Config:
     """lambda of eq. 16; 0 = no anchor, and no forward pass for it."""
 
     # data
-    prompts: dict[str, str] = field(default_factory=lambda: mini_prompts("train"))
+    prompts: Texts = field(default_factory=lambda: mini_prompts("train"))
     """Task -> prompt file (.txt, .jsonl, .csv)."""
-    mix: dict[str, int] = field(default_factory=dict)
+    mix: Shares = field(default_factory=dict)
     """Task -> its share of the prompts, in whole numbers; a task not named has share 1."""
     data: str = ""
     """Stage sft: directory with metadata.jsonl and images, or with metadata.jsonl and latents.safetensors."""
@@ -136,10 +152,10 @@ class Config:
     # evaluation at the end: base, teachers, start and student on every task
     evaluate: bool = True
     """Score base, teachers, start and student when training ends."""
-    rewards: dict[str, str] = field(default_factory=lambda: {
+    rewards: Texts = field(default_factory=lambda: {
         "compose": "opd.mini.rewards:compose_strict", "text": "opd.mini.rewards:text", "quality": "opd.mini.rewards:quality"})
     """Task -> scorer `module:function` for evaluation."""
-    heldout: dict[str, str] = field(default_factory=lambda: mini_prompts("test"))
+    heldout: Texts = field(default_factory=lambda: mini_prompts("test"))
     """Task -> prompts never trained on."""
     eval_prompts: int = 256
     """Prompts per task and split in evaluation, repeated with other noise where a file has fewer."""
@@ -156,16 +172,17 @@ class Config:
         return {task: self.mix[task] if task in self.mix else 1 for task in self.prompts}
 
 
-_SFT = Config(stage="sft", anchor_weight=0.0, start="base", evaluate=False, prompts_per_step=128, micro_batch=128,
+_SFT = Config(stage="sft", anchor_weight=0.0, cold_start="base", evaluate=False, prompts_per_step=128, micro_batch=128,
               save_every=200, sample_every=200, log_every=10, clip=1.0, warmup=20)
 _PUBLIC = "jieliu/SD3.5M-FlowGRPO-"
 
 PRESETS = {
     "mini": Config(),
     "mini-base": replace(_SFT, full=True, model="runs/mini-pipeline", data="runs/mini-data/base", out="runs/mini-base",
-                         iterations=6000, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
+                         iterations=3000, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
                          weight_decay=0.01, save_every=500, sample_every=500),
-    **{f"mini-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-{t}", iterations=600, ema=0.98)
+    **{f"mini-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-{t}", iterations=500, prompts_per_step=64,
+                            micro_batch=64, ema=0.99)
        for t in ("compose", "text", "quality")},
     "sd35": Config(
         model="stabilityai/stable-diffusion-3.5-medium", resolution=512, rank=32, alpha=64.0,
@@ -207,8 +224,8 @@ def check(cfg: Config, world: int) -> None:
         check_opd(cfg)
     else:
         require(cfg.data != "", "stage sft needs --data: a directory with metadata.jsonl and images or latents")
-        require(cfg.start != "merge", "--start merge is for stage opd; use base or an adapter")
-        require(not (cfg.full and cfg.start != "base"), f"--full trains the base; --start {cfg.start!r} cannot apply")
+        require(cfg.cold_start != "merge", "--cold-start merge is for stage opd; use base or an adapter")
+        require(not (cfg.full and cfg.cold_start != "base"), f"--full trains the base; --cold-start {cfg.cold_start!r} cannot apply")
 
 
 def check_opd(cfg: Config) -> None:
@@ -220,20 +237,22 @@ def check_opd(cfg: Config) -> None:
             f"--weight {cfg.weight} divides by the SDE's noise; with --noise-level 0 use --weight ode_kl or uniform")
     require(not (cfg.rollout != "ode" and cfg.noise_level == 0),
             f"--rollout {cfg.rollout} with --noise-level 0 adds no noise; use --rollout ode")
-    require(bool(cfg.teachers), "--teachers is empty: give at least one NAME ADAPTER pair")
+    require(bool(cfg.teachers), "--teachers is empty: give at least one NAME=ADAPTER pair")
     require("base" not in cfg.teachers or cfg.teachers["base"] == "base", "--teachers: the name 'base' means the base itself; choose another name")
     known = list(cfg.teachers) + ["base"]
+    for name in ("student", "start", "anchor", "loss"):
+        require(name not in cfg.teachers, f"--teachers: the name {name!r} is taken; choose another")
     for task in cfg.prompts:
         require(cfg.route(task) in known, f"task {task!r} is routed to {cfg.route(task)!r}, which is not among the "
-                f"teachers {known}; add it to --teachers or map it with --routes {task} NAME")
+                f"teachers {known}; add it to --teachers or map it with --routes {task}=NAME")
     for task in [*cfg.routes, *cfg.mix]:
         require(task in cfg.prompts, f"--routes / --mix name task {task!r}, which has no --prompts; known: {list(cfg.prompts)}")
     for task, share in cfg.mix.items():
-        require(share >= 1, f"--mix {task} {share}: shares are whole numbers of at least 1; drop the task from --prompts instead")
+        require(share >= 1, f"--mix {task}={share}: shares are whole numbers of at least 1; drop the task from --prompts instead")
     require(cfg.anchor_weight == 0 or cfg.anchor in known, f"--anchor {cfg.anchor!r} is not among the teachers {known}")
     if cfg.evaluate:
-        for task in cfg.heldout:
-            require(task in cfg.rewards, f"task {task!r} has no scorer; add --rewards {task} module:function or --no-evaluate")
+        for task in [*cfg.prompts, *cfg.heldout]:
+            require(task in cfg.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function or --no-evaluate")
 
 
 def require(condition: bool, message: str) -> None:
@@ -247,6 +266,7 @@ def dashed(name: str) -> str:
 
 def load_family(name: str):
     """The module opd/NAME.py. ValueError if there is none."""
-    if not (Path(__file__).parent / f"{name}.py").is_file() or not hasattr(importlib.import_module(f"opd.{name}"), "PIPELINE"):
+    exists = name.isidentifier() and (Path(__file__).parent / f"{name}.py").is_file()
+    if not exists or not hasattr(importlib.import_module(f"opd.{name}"), "PIPELINE"):
         raise ValueError(f"--family {name!r}: there is no model family opd/{name}.py")
     return importlib.import_module(f"opd.{name}")

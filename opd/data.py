@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ class Prompt:
 
 # ---- files ---------------------------------------------------------------------------------------------------
 
-def load_prompts(path: str, task: str, tasks: list[str]) -> list[Prompt]:
+def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     """Read `.txt` (one prompt per line), `.jsonl` (objects with "prompt") or `.csv` (column prompt).
 
-    A "task" field or column overrides `task`; every other field becomes metadata. FileNotFoundError / ValueError
-    name the file, the line and the fix.
+    A "task" field or column overrides `task` and must be among `tasks` (None: any); every other field becomes metadata.
+    FileNotFoundError / ValueError name the file, the line and the fix.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -33,26 +34,30 @@ def load_prompts(path: str, task: str, tasks: list[str]) -> list[Prompt]:
         raise ValueError(f"prompts {path!r}: unknown ending {file.suffix!r}; use one of {', '.join(readers)}")
     prompts = []
     for number, row in readers[file.suffix](file):
-        text, own_task = str(row.pop("prompt", "")).strip(), row.pop("task", None) or task
-        if not text:
+        text, own_task = row.pop("prompt", None), row.pop("task", None) or task
+        if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}:{number}: no prompt on this line; give it a non-empty \"prompt\"")
-        if own_task not in tasks:
+        if tasks is not None and own_task not in tasks:
             raise ValueError(f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
                              "(add it to --prompts and --teachers, or correct the line)")
-        prompts.append(Prompt(text, own_task, row))
+        prompts.append(Prompt(text.strip(), own_task, row))
     if not prompts:
         raise ValueError(f"prompts {path!r}: the file holds no prompt")
     return prompts
 
 
+def numbered_lines(file: Path) -> list[tuple[int, str]]:
+    """(line number, line) of a UTF-8 file, blank lines left out. Unlike `splitlines`, U+2028 and its like do not end a line."""
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def _read_txt(file: Path):
-    return [(n, {"prompt": line}) for n, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+    return [(number, {"prompt": line}) for number, line in numbered_lines(file)]
 
 
 def _read_jsonl(file: Path):
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(file):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -63,7 +68,7 @@ def _read_jsonl(file: Path):
 
 
 def _read_csv(file: Path):
-    with file.open(newline="") as stream:
+    with file.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
         if "prompt" not in (reader.fieldnames or []):
             raise ValueError(f"{file}:1: no column 'prompt' in the header {reader.fieldnames}")
@@ -86,8 +91,8 @@ def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:
 
 def quoted(text: str) -> str:
     """The text between the first pair of double quotes (the target of an OCR prompt). ValueError if there is none."""
-    match = re.search(r'"([^"]+)"', text)
-    if match is None:
+    match = re.search(r'"([^"]*)"', text)
+    if match is None or not match.group(1).strip():
         raise ValueError(f"prompt {text!r} has no text in double quotes")
     return match.group(1)
 
@@ -119,6 +124,7 @@ def prompts_of_step(pools: dict[str, list[Prompt]], mix: dict[str, int], count: 
     return chosen
 
 
+@lru_cache(maxsize=64)
 def permutation(size: int, seed: int, task: str, epoch: int) -> np.ndarray:
     return np.random.default_rng(seed_of(seed, "epoch", task, epoch)).permutation(size)
 
@@ -141,8 +147,8 @@ class MicroBatch:
 def micro_batches(tasks: list[str], group: int, size: int, world: int, rank: int) -> list[MicroBatch]:
     """Cut the step's samples (sample n belongs to prompt n // group) into micro-batches and deal them to the ranks.
 
-    Every micro-batch has one task, hence one teacher. All ranks get the same number of micro-batches of the same
-    sizes per round, so that collectives match; where the numbers do not divide, padding (`real` = 0) fills up.
+    Every micro-batch has one task, hence one teacher. All ranks get the same number of micro-batches, so that
+    collectives match; where the numbers do not divide, padding (`real` = 0) fills up.
     """
     by_task: dict[str, list[int]] = {}
     for n in range(len(tasks) * group):

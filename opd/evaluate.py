@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from opd import adapters, ranks
-from opd.config import Config, load_family, mini_prompts, require
+from opd.config import Config, Texts, load_family, mini_prompts, require
 from opd.data import Prompt, load_tasks
 from opd.files import replace, write_json
 from opd.model import Model
@@ -97,13 +97,13 @@ class Arguments:
     """Pipeline directory or Hub id."""
     family: str = "sd3"
     """Model family: the module opd/FAMILY.py."""
-    adapters: dict[str, str] = field(default_factory=lambda: dict(_MINI.teachers))
+    adapters: Texts = field(default_factory=lambda: dict(_MINI.teachers))
     """Name and source of each adapter; the base is always scored too."""
-    prompts: dict[str, str] = field(default_factory=lambda: mini_prompts("train"))
+    prompts: Texts = field(default_factory=lambda: mini_prompts("train"))
     """Task -> file of prompts that were trained on."""
-    heldout: dict[str, str] = field(default_factory=lambda: mini_prompts("test"))
+    heldout: Texts = field(default_factory=lambda: mini_prompts("test"))
     """Task -> file of prompts never trained on."""
-    rewards: dict[str, str] = field(default_factory=lambda: dict(_MINI.rewards))
+    rewards: Texts = field(default_factory=lambda: dict(_MINI.rewards))
     """Task -> scorer, module:function."""
     count: int = 256
     """Images per task and split."""
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = ranks.start()
     splits = {name: load_tasks(files) for name, files in (("train", args.prompts), ("held-out", args.heldout)) if files}
     for task in {t for pools in splits.values() for t in pools}:
-        require(task in args.rewards, f"task {task!r} has no scorer; add --rewards {task} module:function")
+        require(task in args.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function")
     model = Model.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
     loras = {name: adapters.read_lora(source) for name, source in args.adapters.items()}
     for lora in loras.values():

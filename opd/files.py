@@ -27,7 +27,8 @@ def write_json(path: Path, value) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"} | (metadata or {})))
+    """One metadata key at most: safetensors writes several in random order, and equal files should be equal bytes."""
+    replace(path, lambda p: save_file(tensors, p, metadata=metadata or {"format": "pt"}))
 
 
 def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:

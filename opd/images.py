@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from opd.data import seed_of
+from opd.data import numbered_lines, seed_of
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 
@@ -41,11 +41,11 @@ def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
         raise FileNotFoundError(f"--data {str(folder)!r}: no metadata.jsonl; give one line {{\"file_name\", \"prompt\"}} per "
                                 "image, or {\"prompt\"} per latent of latents.safetensors")
     rows, captions = [], []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in numbered_lines(file):
         try:
             row = json.loads(line)
-            captions.append(next(row[key] for key in CAPTION_KEYS if key in row))
-        except (json.JSONDecodeError, StopIteration, TypeError) as error:
+            captions.append(next(row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)))
+        except (json.JSONDecodeError, StopIteration, AttributeError) as error:
             raise ValueError(f"{file}:{number}: expected an object with one of {CAPTION_KEYS}, got {line[:60]!r}") from error
         rows.append(row)
     if not rows:
@@ -59,14 +59,19 @@ def load_images(source: str, model) -> Images:
     captions, rows = read_metadata(folder)
     shift = math.log(model.family.load_scheduler(model.folder).config.shift)
     if (folder / "latents.safetensors").is_file():
-        with safe_open(folder / "latents.safetensors", "pt") as file:
-            shape = tuple(file.get_slice("latents").get_shape())
+        try:
+            with safe_open(folder / "latents.safetensors", "pt") as file:
+                shape = tuple(file.get_slice("latents").get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/latents.safetensors holds no tensor 'latents' ({error})") from error
         if shape != (len(rows), *model.shape):
             raise ValueError(f"{folder}/latents.safetensors has shape {shape}; with {len(rows)} captions and this "
                              f"model and --resolution it must be {(len(rows), *model.shape)}")
         return Images(load_file(folder / "latents.safetensors")["latents"], captions, shift)
-    missing = [r["file_name"] if "file_name" in r else None for r in rows
-               if "file_name" not in r or not (folder / r["file_name"]).is_file()]
+    nameless = [n for n, row in enumerate(rows, 1) if "file_name" not in row]
+    if nameless:
+        raise ValueError(f"{folder}/metadata.jsonl: line {nameless[0]} has no \"file_name\", and there is no latents.safetensors")
+    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}/metadata.jsonl names {len(missing)} images that do not exist, first: {missing[0]!r}")
     return Images(encode_files([folder / r["file_name"] for r in rows], model), captions, shift)

@@ -85,8 +85,9 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on every rank (a collective where it is sharded)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A copy of the whole tensor on every rank (a collective where it is sharded). On one rank DTensor would return
+    a view, which changes with the parameter."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def load_full(parameter: torch.Tensor, value: torch.Tensor) -> None:

@@ -61,7 +61,8 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         file = self.path / "metrics.jsonl"
         if self.active and file.is_file():
-            keep = [line for line in file.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+            lines = file.read_text().splitlines(True)
+            keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]  # a kill cuts the last
             replace(file, lambda p: p.write_text("".join(keep)))
 
     def save_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:

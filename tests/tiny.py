@@ -54,7 +54,7 @@ def save(lora: adapters.Lora, folder: Path) -> Path:
 def config(world: Path, **changes) -> Config:
     """A run on the tiny world: two teachers, red and blue; blue is the anchor."""
     base = Config(
-        model=str(world / "pipeline"), dtype="float32", rank=4, alpha=8.0, start="base",
+        model=str(world / "pipeline"), dtype="float32", rank=4, alpha=8.0, cold_start="base",
         teachers={"red": str(world / "red"), "blue": str(world / "blue")}, anchor="blue", anchor_weight=0.1,
         prompts={"red": str(world / "red.txt"), "blue": str(world / "blue.txt")}, prompts_per_step=4, group=2, micro_batch=4,
         steps=4, iterations=3, lr=1e-2, warmup=0, decay="constant", out=str(world / "run"), cache=str(world / "cache"),

@@ -16,13 +16,14 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from opd import sd3
@@ -44,15 +45,24 @@ DATA = {
 
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
     """A CLIP BPE tokenizer in which each of `words` is one token and everything else falls apart into characters."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, show_progress=False, end_of_word_suffix="</w>", initial_alphabet=sorted(alphabet),
-        special_tokens=["<|startoftext|>", "<|endoftext|>"])
-    bpe.train_from_iterator(sorted(words) + [c for c in "abcdefghijklmnopqrstuvwxyz0123456789\"',.-"], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=TOKENS)
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = learn_merges(words)
+    tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *(c + "</w>" for c in characters)]
+    tokens += dict.fromkeys(a + b for a, b in merges)
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding until every word is one token; ties go by the alphabet (the library's trainer breaks them at random)."""
+    pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in sorted(set(words))], []
+    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word in pieces:
+            for i in range(len(word) - 1, 0, -1):
+                if (word[i - 1], word[i]) == best:
+                    word[i - 1:i + 1] = ["".join(best)]
+    return merges
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:

@@ -1,0 +1,151 @@
+"""Prompt files, the prompts of a step, and the micro-batches of a rank, against brute force."""
+
+from collections import Counter
+
+import pytest
+
+from opd import data
+from opd.data import MicroBatch, Prompt
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def test_txt_keeps_lines_and_drops_blank_ones(tmp_path):
+    file = write(tmp_path, "a.txt", '\ufeffone\n\n  two words  \r\nthree\u2028still three\n')
+    assert data.load_prompts(file, "t", ["t"]) == [Prompt("one", "t"), Prompt("two words", "t"), Prompt("three\u2028still three", "t")]
+
+
+def test_jsonl_fields_become_metadata_and_may_name_the_task(tmp_path):
+    file = write(tmp_path, "a.jsonl", '{"prompt": "x\u2028y", "tag": "counting", "include": [{"class": "cat"}]}\n\n{"prompt": "z", "task": "other"}\n')
+    first, second = data.load_prompts(file, "t", ["t", "other"])
+    assert (first.text, first.task, first.metadata) == ("x\u2028y", "t", {"tag": "counting", "include": [{"class": "cat"}]})
+    assert (second.text, second.task, second.metadata) == ("z", "other", {})
+
+
+def test_csv_columns_become_metadata_and_may_name_the_task(tmp_path):
+    file = write(tmp_path, "a.csv", '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n')
+    first, second = data.load_prompts(file, "t", ["t", "other"])
+    assert (first.text, first.task, first.metadata) == ("a, b", "other", {"note": "n"})
+    assert (second.text, second.task) == ("c", "t")
+
+
+def test_any_task_is_accepted_where_none_are_given(tmp_path):
+    file = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "whatever"}\n')
+    assert data.load_prompts(file, "t", None) == [Prompt("x", "whatever")]
+
+
+# (file name, content or None, expected error, pieces of the message)
+BAD_FILES = [
+    ("a.txt", None, FileNotFoundError, ["task 't'", "a.txt"]),
+    ("a.txt", "\n \n", ValueError, ["a.txt", "holds no prompt"]),
+    ("a.csv", "prompt\n", ValueError, ["a.csv", "holds no prompt"]),
+    ("a.parquet", "x", ValueError, ["a.parquet", "'.parquet'", ".txt, .jsonl, .csv"]),
+    ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', ValueError, ["a.jsonl:2", "not JSON"]),
+    ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ValueError, ["a.jsonl:3", "expected an object"]),
+    ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', ValueError, ["a.jsonl:2", "no prompt"]),
+    ("a.jsonl", '{"prompt": null}\n', ValueError, ["a.jsonl:1", "no prompt"]),
+    ("a.jsonl", '{"prompt": "x", "task": "u"}\n', ValueError, ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"]),
+    ("a.csv", "text,task\nx,t\n", ValueError, ["a.csv:1", "no column 'prompt'", "'text'"]),
+    ("a.csv", "task,prompt\nt,x\nt\n", ValueError, ["a.csv:3", "no prompt"]),
+    ("a.csv", 'prompt,task\n"x\ny",t\nz,u\n', ValueError, ["a.csv:4", "unknown task 'u'"]),
+]
+
+
+@pytest.mark.parametrize("name, content, error, pieces", BAD_FILES)
+def test_bad_files_are_refused_by_line(name, content, error, pieces, tmp_path):
+    if content is not None:
+        write(tmp_path, name, content)
+    with pytest.raises(error) as caught:
+        data.load_prompts(str(tmp_path / name), "t", ["t", "other"])
+    assert all(piece in str(caught.value) for piece in pieces), caught.value
+
+
+def test_load_tasks_pools_by_task_and_refuses_an_empty_one(tmp_path):
+    a = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "b"}\n{"prompt": "y"}\n')
+    b = write(tmp_path, "b.txt", "z\n")
+    assert data.load_tasks({"a": a, "b": b}) == {"a": [Prompt("y", "a")], "b": [Prompt("x", "b"), Prompt("z", "b")]}
+    other = write(tmp_path, "c.jsonl", '{"prompt": "x", "task": "b"}\n')
+    with pytest.raises(ValueError, match="task 'c' has no prompts.*c.jsonl.*names another task"):
+        data.load_tasks({"c": other, "b": b})
+
+
+def test_quoted_is_the_first_pair_of_double_quotes():
+    assert data.quoted('a "Hi there" and "not this"') == "Hi there"
+    for text in ("none", 'one " only', "'single'", 'an empty "" and "full"'):
+        with pytest.raises(ValueError, match="no text in double quotes") as caught:
+            data.quoted(text)
+        assert repr(text) in str(caught.value)
+
+
+# ---- the prompts of a step ---------------------------------------------------------------------------------------
+
+
+def pools(**sizes):
+    return {task: [Prompt(f"{task}{i}", task) for i in range(size)] for task, size in sizes.items()}
+
+
+@pytest.mark.parametrize("sizes, mix, count", [
+    (dict(a=5, b=3, c=7), dict(a=3, b=1, c=1), 4), (dict(a=4), dict(a=2), 3), (dict(a=2, b=11), dict(a=1, b=2), 7),
+])
+def test_ratio_and_epochs_by_brute_force(sizes, mix, count):
+    steps = 120
+    chosen = [p for step in range(steps) for p in data.prompts_of_step(pools(**sizes), mix, count, 0, step)]
+    assert len(chosen) == steps * count
+    cycle = sum(mix.values())
+    for start in range(0, len(chosen) - cycle, cycle):  # the ratio holds in every round
+        assert Counter(p.task for p in chosen[start:start + cycle]) == mix
+    for task, size in sizes.items():
+        texts = [p.text for p in chosen if p.task == task]
+        epochs = [texts[i:i + size] for i in range(0, len(texts) - size + 1, size)]
+        assert len(epochs) > 1 and all(sorted(e) == sorted(p.text for p in pools(**sizes)[task]) for e in epochs)
+        assert size < 4 or len(set(map(tuple, epochs))) > 1  # shuffled anew
+
+
+def test_tasks_are_interleaved_not_blocked():
+    assert data.interleave({"a": 3, "b": 1}) == ["a", "a", "b", "a"]
+    assert data.interleave({"a": 2, "b": 2}) == ["a", "b", "a", "b"]
+
+
+def test_a_step_is_a_pure_function_of_seed_and_step():
+    mix, many = dict(a=2, b=1), pools(a=20, b=9)
+    forwards = [data.prompts_of_step(many, mix, 6, 3, step) for step in range(9)]
+    data.permutation.cache_clear()
+    backwards = [data.prompts_of_step(many, mix, 6, 3, step) for step in reversed(range(9))]
+    assert forwards == backwards[::-1]
+    other = [data.prompts_of_step(many, mix, 6, 4, step) for step in range(9)]
+    assert other != forwards and [[p.task for p in s] for s in other] == [[p.task for p in s] for s in forwards]
+
+
+def test_seed_of_tells_its_parts_apart_and_fits_63_bits():
+    parts = [(0,), ("0",), (0, 1), (1, 0), (0, "1"), ("a", "b"), ("ab",), (0, "noise", 1), (0, "noise", 11)]
+    seeds = [data.seed_of(*p) for p in parts]
+    assert len(set(seeds)) == len(parts) and all(0 <= s < 2**63 for s in seeds)
+    assert data.seed_of(0, "noise", 1) == 2376061928063757211  # a run must resume on another machine
+
+
+# ---- micro-batches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", range(1, 6))
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+@pytest.mark.parametrize("tasks, group", [("aabab", 1), ("abcabca", 3), ("a", 1), ("ab" * 8, 2)])
+def test_every_sample_once_one_task_each_and_equal_counts(tasks, group, size, world):
+    ranks = [data.micro_batches(list(tasks), group, size, world, rank) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) >= 1
+    real = []
+    for batch in (b for batches in ranks for b in batches):
+        assert 1 <= len(batch.samples) == len(batch.real) <= size and set(batch.real) <= {0, 1}
+        assert {tasks[n // group] for n in batch.samples} == {batch.task}
+        real += [n for n, r in zip(batch.samples, batch.real) if r]
+    assert sorted(real) == list(range(len(tasks) * group))
+
+
+def test_micro_batches_are_even():
+    """9 samples, at most 4 at once: 3 + 3 + 3, not 4 + 4 + 1."""
+    assert [len(b.samples) for b in data.micro_batches(["a"] * 9, 1, 4, 1, 0)] == [3, 3, 3]
+    assert data.micro_batches(["a", "b"], 1, 8, 1, 0) == [MicroBatch("a", [0], [1]), MicroBatch("b", [1], [1])]

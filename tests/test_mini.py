@@ -1,0 +1,118 @@
+"""The shipped miniature: its weights are the recorded ones, it is a genuine pipeline, and the real commands run on it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from opd import adapters, evaluate, sd3
+from opd.config import MINI, Config
+from opd.mini import build, world
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_shipped_weights_have_the_recorded_sha256():
+    assert (build.WEIGHTS / "SHA256SUMS").read_text() == build.sums()
+
+
+def test_plain_diffusers_loads_the_miniature_and_our_teachers():
+    """`pipe(...)` with a teacher, no line of ours in between, reads as its prompt says."""
+    from opd.mini import rewards
+    pipe = StableDiffusion3Pipeline.from_pretrained(MINI / "weights/base", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    adapters.attach(pipe.transformer, "text", adapters.read_lora(str(MINI / "weights/text")), torch.float32)
+    prompts = world.split("text")[1][:16]
+    with adapters.use(pipe.transformer, "text"):
+        images = pipe(prompts, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=12, output_type="pt",
+                      generator=torch.Generator().manual_seed(0)).images
+    assert rewards.text(images.float(), prompts, [{}] * 16).mean() > 0.8
+
+
+def test_every_world_prompt_fits_the_tokenizer():
+    pipe = sd3.load_text_encoders(MINI / "weights/base", torch.float32, torch.device("cpu"), t5=True)
+    for task in world.TASKS:
+        for prompt in world.all_prompts(task):
+            assert len(pipe.tokenizer(prompt).input_ids) <= build.TOKENS, prompt
+
+
+def test_tokenizer_is_reproducible_and_knows_its_words():
+    words = ["circle", "circles", "red", "square"]
+    tokenizer = build.make_tokenizer(words)
+    assert all(tokenizer.tokenize(w) == [w + "</w>"] for w in words)
+    assert build.learn_merges(words) == build.learn_merges(list(reversed(words)))
+    assert tokenizer.tokenize("K7") == ["k</w>", "7</w>"]
+
+
+def test_vae_training_learns_and_normalises_its_latents():
+    images, _ = build.draw(256, 0, build.BASE_MIX)
+    torch.manual_seed(0)
+    vae = build.make_vae((8, 16)).requires_grad_(True)
+    before = reconstruction_error(vae, images)
+    build.train_vae(vae, images, steps=60, batch=16)
+    assert reconstruction_error(vae, images) < 0.5 * before
+    latents = sd3.encode_images(vae, images / 255)
+    assert abs(latents.mean()) < 0.01 and abs(latents.std() - 1) < 0.01
+
+
+def reconstruction_error(vae, images):
+    with torch.no_grad():
+        x = images.float() / 127.5 - 1
+        return float((vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().mean())
+
+
+def test_specialists_data_is_clean_in_what_they_specialise_in():
+    _, captions = build.draw(2000, 0, {"text": 1.0}, caption_error=0.0)
+    train, _ = world.split("text")
+    assert set(captions) <= set(train)
+    assert not set(build.draw(2000, 0, {"text": 1.0})[1]) <= set(train)  # the base's captions are wrong now and then
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The README's first command, shortened."""
+    out = tmp_path_factory.mktemp("mini")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "train.py", "--iterations", "2", "--prompts-per-step", "6",
+                           "--eval-prompts", "8", "--sample-every", "2", "--out", str(out), "--cache", str(out / "cache")],
+                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+
+def test_first_command_ends_with_the_table(run):
+    out, printed = run
+    scores = json.loads((out / "scores.json").read_text())
+    assert list(scores) == ["base", "compose", "text", "quality", "start", "student"]
+    for row in scores.values():
+        for split in ("train", "held-out"):
+            assert list(row[split]) == ["compose", "text", "quality", "mean"]
+            assert row[split]["mean"] == pytest.approx(sum(row[split][t] for t in world.TASKS) / 3)
+    assert (out / "table.txt").read_text().strip() in printed
+    assert scores["text"]["train"]["text"] > scores["compose"]["train"]["text"]
+
+
+def test_run_folder_holds_everything(run):
+    out, _ = run
+    for name in ("config.json", "metrics.jsonl", "curves.png", "samples/000002.png", "student/adapter_model.safetensors",
+                 "student/adapter_config.json", "student/pytorch_lora_weights.safetensors", "checkpoints/000002", "state.safetensors"):
+        assert (out / name).exists(), name
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss", "grad_norm", "samples_per_second", "effective_batch", "compose", "text", "quality", "anchor"} <= set(row)
+    assert row["effective_batch"] == 6 and len(row["compose"]["kl"]) == Config().steps
+
+
+def test_evaluate_command_agrees_with_the_run(run, capsys, tmp_path):
+    out, _ = run
+    evaluate.main(["--adapters", f"student={out / 'student'}", "--count", "8", "--cache", str(out / "cache"),
+                   "--out", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    inside = json.loads((out / "scores.json").read_text())
+    assert "student" in capsys.readouterr().out
+    assert scores["base"] == inside["base"]
+    for split in ("train", "held-out"):  # the run computes with the same bf16 weights, cast by FSDP instead of by us
+        for task in world.TASKS:
+            assert scores["student"][split][task] == pytest.approx(inside["student"][split][task], abs=0.13)

@@ -1,0 +1,89 @@
+"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded; kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(world, out, processes, *extra):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()),
+            "train.py", "mini", "--model", str(world / "pipeline"), "--dtype", "float32", "--cold-start", "base", "--rank", "4", "--alpha", "8",
+            "--teachers", f"red={world / 'red'}", f"blue={world / 'blue'}", "--anchor", "blue",
+            "--prompts", f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}", "--prompts-per-step", "5", "--group", "1",
+            "--micro-batch", "2", "--steps", "3", "--iterations", "3", "--lr", "1e-2", "--warmup", "0", "--no-evaluate",
+            "--sample-every", "3", "--cache", str(world / "cache"), "--out", str(out), *extra]
+
+
+def free_port() -> int:
+    import socket
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def launch(world, out, processes, *extra):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(world, out, processes, *extra), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(out)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    return out, launch(world, out, 1)
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size):
+    """5 prompts, micro-batches of 2: the ranks hold unequal parts and one of them padding."""
+    assert launch(world, tmp_path, 2, "--shard-size", str(shard_size)) == pytest.approx(alone[1], rel=1e-4)
+    from PIL import Image, ImageChops
+    images = [Image.open(folder / "samples/000003.png").convert("RGB") for folder in (alone[0], tmp_path)]
+    assert max(hi for _, hi in ImageChops.difference(*images).getextrema()) <= 2
+    assert len(set(alone[1])) == 3 and min(alone[1]) > 0
+
+
+def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, alone):
+    args = command(world, tmp_path, 1, "--save-every", "1", "--iterations", "3")
+    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 200
+    while not (tmp_path / "state.safetensors").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "state.safetensors").exists()
+    assert launch(world, tmp_path, 1, "--save-every", "1") == alone[1]
+    ours, theirs = ((folder / "student/adapter_model.safetensors").read_bytes() for folder in (tmp_path, alone[0]))
+    assert ours == theirs
+
+
+def test_bad_input_is_one_line(world, tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "mini", "--model", "/no/such/model", "--out", str(tmp_path / "run")], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "error: model '/no/such/model'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_option_of_ours_collides_with_torchrun():
+    """torchrun looks at every argument: one of ours that abbreviates two of its own is refused as ambiguous."""
+    from dataclasses import fields
+
+    from torch.distributed.run import get_args_parser
+
+    from opd.config import Config
+    for field in fields(Config):
+        option = "--" + field.name.replace("_", "-")
+        assert get_args_parser().parse_args(["train.py", option, "1"]).training_script_args == [option, "1"]

@@ -1,0 +1,313 @@
+"""What the training step does: gradients against an independent computation, and every knob against its effect."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+import train
+from opd import adapters, config, flow, ranks
+from tests import tiny
+
+GOLDEN = [0.06670622, 0.0567389, 0.07028888, 0.04412541, 0.03477782, 0.03444718, 0.03829305, 0.0271111, 0.02824556, 0.04205731]
+
+
+def build(world, **changes):
+    cfg = tiny.config(world, **changes)
+    config.check(cfg, 1)
+    m, data = train.build(cfg, ranks.start())
+    return cfg, m, data, train.Trained(cfg, m)
+
+
+def gradient(world, step: int = 0, **changes):
+    """(flat gradient of one step, the step's metrics)."""
+    cfg, m, data, trained = build(world, **changes)
+    table = train.opd_gradients(cfg, m, data, step)
+    flat = torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
+    return flat, train.opd_metrics(cfg, m, table)
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    return gradient(world)
+
+
+def distance(a, b) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# ---- same gradient ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [
+    {}, {"rollout": "ode", "weight": "ode_kl"}, {"rollout": "cps", "weight": "uniform"},
+    {"guidance": 2.0, "teacher_guidance": 3.0}, {"queries": 2}, {"skip_last": True}], ids=str)
+def test_single_pass_and_stored_trajectory_give_the_same_gradient(world, changes):
+    single, row = gradient(world, **changes)
+    stored, stored_row = gradient(world, single_pass=False, **changes)
+    assert single.norm() > 1e-4
+    assert distance(single, stored) < 1e-5
+    assert row["loss"] == pytest.approx(stored_row["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"micro_batch": 64}, {"checkpointing": True}], ids=str)
+def test_micro_batches_and_recomputation_do_not_change_the_gradient(world, reference, changes):
+    assert distance(gradient(world, **changes)[0], reference[0]) < 1e-5
+
+
+def test_gradient_matches_autograd_of_equation_16_written_out(world, reference):
+    """Rebuild the step by hand: same states, plain autograd through a sum over samples and states."""
+    cfg, m, data, trained = build(world, micro_batch=100)
+    prompts = train.prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    grid, loss = m.grid(cfg.steps), 0.0
+    for n in range(cfg.prompts_per_step * cfg.group):
+        prompt, index = prompts[n // cfg.group], torch.tensor([n])
+        x = train.kernels.normal((1, *m.shape), train.seed_of(0, 0, "start"), index)
+        for i in range(cfg.steps):
+            sigma, sigma_next = torch.tensor([grid[i]]), torch.tensor([grid[i + 1]])
+            def v_of(name):
+                with adapters.use(m.transformer, name):
+                    return m.family.velocity(m.transformer, x, sigma, m.conditioning([prompt.text]))
+            with torch.no_grad():
+                teacher, anchor = v_of(prompt.task), v_of("blue")
+            v = v_of("student")
+            s = 0.7 * (sigma / (1 - (grid[1] if i == 0 else sigma))) ** 0.5
+            d = sigma - sigma_next
+            w = d / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
+            loss = loss + w * ((v - teacher).square().mean() + 0.1 * (v - anchor).square().mean())
+            z = train.kernels.normal((1, *m.shape), train.seed_of(0, 0, "noise", i), index)
+            mean = x * (1 - s**2 * d / (2 * sigma)) - v.detach() * d * (1 + s**2 * (1 - sigma) / (2 * sigma))
+            x = mean + s * d.sqrt() * z
+    loss = loss.sum() / (cfg.prompts_per_step * cfg.group * cfg.steps)
+    loss.backward()
+    byhand = torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
+    assert distance(reference[0], byhand) < 1e-4
+    assert reference[1]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+# ---- every knob has its effect -----------------------------------------------------------------------------------
+
+def test_teacher_equal_to_the_student_gives_loss_zero(world):
+    same = {"red": str(world / "red"), "blue": str(world / "red")}
+    flat, row = gradient(world, teachers=same, cold_start=str(world / "red"), anchor_weight=0.5)
+    assert row["loss"] < 1e-10 and flat.norm() < 1e-5
+
+
+@pytest.mark.parametrize("changes", [
+    {"routes": {"red": "blue", "blue": "red"}}, {"routes": {"red": "base"}}, {"anchor_weight": 0.0}, {"anchor_weight": 1.0},
+    {"anchor": "red"}, {"anchor": "base"}, {"rollout": "ode"}, {"rollout": "cps"}, {"noise_level": 0.3}, {"weight": "kl_released"},
+    {"weight": "ode_kl"}, {"weight": "uniform"}, {"queries": 1}, {"queries": 2, "query_beta": (1.0, 9.0)}, {"skip_last": True},
+    {"guidance": 2.0}, {"teacher_guidance": 2.0}, {"seed": 1}, {"steps": 5}, {"group": 1}, {"mix": {"red": 3}}, {"cold_start": "merge"}],
+    ids=str)
+def test_flag_changes_the_gradient(world, reference, changes):
+    flat, _ = gradient(world, **changes)
+    assert flat.norm() > 1e-6 and distance(flat, reference[0]) > 1e-2
+
+
+def test_start_merge_is_nearer_to_the_teachers_than_the_base(world, reference):
+    assert gradient(world, cold_start="merge")[1]["loss"] < reference[1]["loss"]
+
+
+def test_queries_prefer_low_noise_with_beta_5_2(world):
+    cfg = tiny.config(world, steps=10, queries=1)
+    drawn = torch.tensor([train.queried_states(cfg, step)[0] for step in range(400)]).float()
+    # Beta(5, 2) has mean 5/7; the mean of 400 draws on 10 cells is within 4 standard errors of it.
+    assert abs((drawn.mean() + 0.5) / 10 - 5 / 7) < 4 * 0.16 / 20
+
+
+def test_metrics_say_which_teacher_and_sigma(world, reference):
+    row = reference[1]
+    assert set(row) == {"loss", "red", "blue", "anchor"} and len(row["red"]["kl"]) == 4
+    # kl weights: the teachers' share of the loss is the mean of their KLs.
+    assert row["loss"] == pytest.approx((row["red"]["loss"] + row["blue"]["loss"]) / 2 + 0.1 * row["anchor"]["loss"], rel=1e-5)
+    assert row["red"]["loss"] == pytest.approx(sum(row["red"]["kl"].values()) / 4, rel=1e-5)
+
+
+# ---- cost --------------------------------------------------------------------------------------------------------
+
+def test_a_state_costs_one_forward_and_backward_of_the_student_and_one_forward_of_teacher_and_anchor(world):
+    cfg, m, data, _ = build(world, anchor="base", micro_batch=4)
+    layer = next(module for module in m.transformer.modules() if isinstance(module, BaseTunerLayer))
+    calls = []
+    m.transformer.register_forward_hook(lambda *_: calls.append(
+        ("base" if layer._disable_adapters else layer._active_adapter[0], torch.is_grad_enabled())))
+    backwards = []
+    m.family.blocks(m.transformer)[-1].register_full_backward_hook(lambda *_: backwards.append(1))
+    train.opd_gradients(cfg, m, data, 0)
+    micro, states = 2, cfg.steps
+    assert calls.count(("student", True)) == micro * states and len(backwards) == micro * states
+    assert sum(calls.count((n, False)) for n in ("red", "blue")) == micro * states
+    assert calls.count(("base", False)) == micro * states and len(calls) == 3 * micro * states
+
+
+def test_memory_for_teachers_grows_by_their_lora_weights_only(world):
+    def parameter_bytes(count):
+        names = {f"t{k}": str(world / "red") for k in range(count)}
+        _, m, _, _ = build(world, teachers=names, routes={"red": "t0", "blue": "t0"}, anchor="t0")
+        return sum(p.numel() * p.element_size() for p in m.transformer.parameters())
+    lora = adapters.read_lora(str(world / "red"))
+    lora_bytes = sum(t.numel() * 4 for t in [*lora.A.values(), *lora.B.values()])
+    assert parameter_bytes(4) - parameter_bytes(1) == 3 * lora_bytes
+
+
+def test_student_masters_are_float32_under_a_bfloat16_base_and_teachers_are_not(world):
+    cfg, m, data, trained = build(world, dtype="bfloat16")
+    assert {p.dtype for p in trained.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in adapters.parameters_of(m.transformer, "red").values()} == {torch.bfloat16}
+    train.opd_gradients(cfg, m, data, 0)
+    assert {p.grad.dtype for p in trained.parameters.values()} == {torch.float32}
+    before = [ranks.full(p.detach()).clone() for p in trained.parameters.values()]
+    trained.cfg = replace(cfg, lr=1e-5)  # far below bf16's resolution of these weights
+    trained.update(0)
+    assert any((ranks.full(p.detach()) != b).any() for p, b in zip(trained.parameters.values(), before))
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------
+
+def run(cfg):
+    config.check(cfg, 1)
+    folder = train.RunFolder(cfg, active=True)
+    m, data = train.build(cfg, ranks.start())
+    trained = train.train(cfg, m, data, folder)
+    return folder, m, trained
+
+
+def test_golden_losses(world, tmp_path):
+    """Ten steps of the tiny model. A refactor reproduces them; a change of method changes them on purpose."""
+    folder, *_ = run(tiny.config(world, iterations=10, out=str(tmp_path)))
+    assert [row["loss"] for row in folder.metrics()] == pytest.approx(GOLDEN, rel=2e-4)
+
+
+def test_student_reaches_its_teachers(world, tmp_path):
+    """With red and blue routed to the same teacher and a rank that can hold it, the student becomes that teacher."""
+    cfg = tiny.config(world, iterations=60, out=str(tmp_path), routes={"red": "blue"}, anchor_weight=0.0, lr=2e-2, clip=10.0,
+                      decay="cosine", rank=8, alpha=16.0)
+    folder, m, _ = run(cfg)
+    losses = [row["loss"] for row in folder.metrics()]
+    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
+
+
+def test_saved_student_is_the_trained_student(world, tmp_path):
+    cfg = tiny.config(world, out=str(tmp_path), iterations=2)
+    _, m, trained = run(cfg)
+    lora = adapters.read_lora(str(tmp_path / "student"))
+    for name, parameter in trained.parameters.items():
+        module, _, kind = name.partition(".lora_")
+        saved = lora.A[module] if kind.startswith("A") else lora.B[module]
+        assert torch.equal(saved, ranks.full(parameter.detach()))
+    assert adapters.read_lora(str(tmp_path / "checkpoints" / "000002")).sha256 == lora.sha256
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"decay": "cosine", "warmup": 2}], ids=str)
+def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes):
+    whole, *_ = run(tiny.config(world, out=str(tmp_path / "a"), iterations=4, save_every=2, **changes))
+
+    class Stop(Exception):
+        pass
+
+    cfg = tiny.config(world, out=str(tmp_path / "b"), iterations=4, save_every=2, **changes)
+    original = train.opd_gradients
+    def interrupted(cfg, m, data, step):
+        if step == 3:
+            raise Stop
+        return original(cfg, m, data, step)
+    train.opd_gradients = interrupted
+    try:
+        with pytest.raises(Stop):
+            run(cfg)
+    finally:
+        train.opd_gradients = original
+    resumed, *_ = run(cfg)
+    assert [r["loss"] for r in resumed.metrics()] == [r["loss"] for r in whole.metrics()]
+    assert (tmp_path / "a/state.safetensors").read_bytes() == (tmp_path / "b/state.safetensors").read_bytes()
+    assert (tmp_path / "a/student/adapter_model.safetensors").read_bytes() == (tmp_path / "b/student/adapter_model.safetensors").read_bytes()
+
+
+def test_moving_average_is_what_is_saved(world, tmp_path):
+    plain, *_ = run(tiny.config(world, out=str(tmp_path / "a"), iterations=3))
+    _, _, trained = run(tiny.config(world, out=str(tmp_path / "b"), iterations=3, ema=0.9))
+    saved = [adapters.read_lora(str(tmp_path / f / "student")) for f in "ab"]
+    assert saved[0].sha256 != saved[1].sha256
+    module = next(iter(saved[1].B))
+    assert torch.equal(saved[1].B[module], ranks.full(trained.average[f"{module}.lora_B.student.weight"]))
+
+
+def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, capsys, monkeypatch):
+    cfg = tiny.config(world, out=str(tmp_path), iterations=5, max_bad_steps=2)
+    original = train.rollout.velocities
+    def broken(family, transformer, x, sigma, *rest):
+        v, u = original(family, transformer, x, sigma, *rest)
+        return v * (float("nan") if sigma[0] < 0.5 and not torch.is_grad_enabled() else 1.0), u
+    monkeypatch.setattr(train.rollout, "velocities", broken)
+    with pytest.raises(FloatingPointError, match="2 non-finite steps in a row; lower --lr"):
+        run(cfg)
+    printed = capsys.readouterr().out
+    assert "step 0: non-finite velocity difference to red at state 3" in printed and "skipped" in printed
+    assert not (tmp_path / "student").exists()
+
+
+# ---- flow-matching fine-tuning -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Ten latents: constants that depend on the caption."""
+    folder = tmp_path_factory.mktemp("latents")
+    captions = ["a red circle", "a blue circle"] * 5
+    values = torch.stack([torch.full((4, 4, 4), 1.0 if "red" in c else -1.0) for c in captions])
+    adapters.write_safetensors(folder / "latents.safetensors", {"latents": values})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"prompt": c}) + "\n" for c in captions))
+    return folder
+
+
+@pytest.mark.parametrize("full, share, apart", [(True, 0.5, 0.6), (False, 0.75, 0.3)])  # a LoRA on a random base can do less
+def test_sft_learns_what_the_caption_says(world, tmp_path, latents, full, share, apart):
+    cfg = tiny.config(world, stage="sft", data=str(latents), full=full, out=str(tmp_path), iterations=60, lr=1e-2,
+                      prompts_per_step=16, micro_batch=8, caption_dropout=0.1, anchor_weight=0.0, log_every=1)
+    folder, m, trained = run(cfg)
+    losses = [row["loss"] for row in folder.metrics()]
+    assert sum(losses[-5:]) < share * sum(losses[:5])
+    with adapters.use(m.transformer, "base" if full else "student"), torch.no_grad():
+        x, sigma = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.9)
+        v = m.family.velocity(m.transformer, x, sigma, m.conditioning(["a red circle", "a blue circle"]))
+    data = (x - 0.9 * v).mean((1, 2, 3))  # the predicted clean latents
+    assert data[0] - data[1] > apart
+    if full:
+        weights = adapters.load_file(tmp_path / "student" / "diffusion_pytorch_model.safetensors")
+        reloaded = m.family.load_transformer(world / "pipeline", torch.float32)
+        reloaded.load_state_dict(weights)
+        with torch.no_grad():
+            again = m.family.velocity(reloaded, x, sigma, m.conditioning(["a red circle", "a blue circle"]))
+        assert torch.allclose(again, v, atol=1e-5)
+
+
+def test_sft_gradient_is_that_of_equation_1(world, latents):
+    cfg, m, images, trained = build(world, stage="sft", data=str(latents), prompts_per_step=6, micro_batch=4,
+                                    caption_dropout=0.0, anchor_weight=0.0)
+    train.sft_gradients(cfg, m, images, 0)
+    got = torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
+    chosen, index = images.of_step(6, cfg.seed, 0), torch.arange(6)
+    u = train.kernels.normal((6, 2), train.seed_of(0, 0, "sigma"), index)[:, 0]
+    sigma = torch.sigmoid(u)
+    sigma = 3 * sigma / (1 + 2 * sigma)  # the scheduler's shift of 3
+    eps = train.kernels.normal((6, 4, 4, 4), train.seed_of(0, 0, "eps"), index)
+    data, b = images.latents[chosen], (slice(None), None, None, None)
+    for p in trained.parameters.values():
+        p.grad = None
+    with adapters.use(m.transformer, "student"):
+        x = (1 - sigma[b]) * data + sigma[b] * eps
+        v = m.family.velocity(m.transformer, x, sigma, m.conditioning([images.captions[n] for n in chosen]))
+        (v - (eps - data)).square().mean().backward()
+    want = torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
+    assert want.norm() > 1e-4 and distance(got, want) < 1e-4
+
+
+def test_caption_dropout_replaces_captions(world, latents):
+    seen = []
+    for dropout in (0.0, 0.5):
+        cfg, m, images, _ = build(world, stage="sft", data=str(latents), prompts_per_step=200, micro_batch=200,
+                                  caption_dropout=dropout, anchor_weight=0.0)
+        original = m.conditioning
+        m.conditioning = lambda captions: seen.append(captions.count("") / len(captions)) or original(captions)
+        train.sft_gradients(cfg, m, images, 0)
+    assert seen[0] == 0 and 0.35 < seen[1] < 0.65
