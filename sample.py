@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from opd import adapters
-from opd.config import Config, Texts, load_family, require
+from opd.config import Config, Texts, require
 from opd.data import load_prompts
 from opd.model import Model
 from opd.runfolder import labelled_grid, save_image, to_pil
@@ -87,17 +87,7 @@ def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded; whatever can be refused is refused first."""
     require(min(args.images, args.steps, args.batch) >= 1, "--images, --steps and --batch must be at least 1")
     require(args.sampler == "ode" or args.noise_level > 0, f"--sampler {args.sampler} needs --noise-level above 0")
-    device = find_device(args.device)
-    model = Model.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
-    loras = {name: adapters.read_lora(source) for name, source in args.adapters.items() if name != adapters.BASE}
-    for lora in loras.values():
-        adapters.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
-    model.conditioning.prepare([*prompts, ""])
-    model.load()
-    for name, lora in loras.items():
-        adapters.attach(model.transformer, name, lora, model.dtype)
-    model.transformer.to(device)
-    return model
+    return Model.ready(args, find_device(args.device), prompts)
 
 
 def find_device(name: str) -> torch.device:

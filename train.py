@@ -20,21 +20,19 @@ Shapes: B samples of a micro-batch, T states, K teachers at a state (the task's,
 import math
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
 import kernels
 from opd import adapters, evaluate, flow, ranks, rollout
-from opd.adapters import BASE
+from opd.adapters import BASE, START, STUDENT
 from opd.config import Config, check, load_family, parse, require
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
 from opd.images import Images, load_images
 from opd.model import Model
+from opd.optim import Trained, learning_rate
 from opd.runfolder import RunFolder, labelled_grid, save_image
-
-STUDENT, START = "student", "start"
 
 
 # ---- one optimizer step: on-policy distillation ----------------------------------------------------------------
@@ -196,74 +194,6 @@ def sft_gradients(cfg: Config, m: Model, images: Images, step: int) -> torch.Ten
     return ranks.total(total)
 
 
-# ---- optimizer -------------------------------------------------------------------------------------------------
-
-def learning_rate(cfg: Config, step: int) -> float:
-    """Linear warm-up, then constant or a cosine down to zero."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / (cfg.warmup + 1)
-    progress = (step - cfg.warmup) / max(1, cfg.iterations - cfg.warmup)
-    return cfg.lr * (0.5 * (1 + math.cos(math.pi * progress)) if cfg.decay == "cosine" else 1.0)
-
-
-class Trained:
-    """The trained parameters, their optimizer and their moving average: what a checkpoint holds."""
-
-    def __init__(self, cfg: Config, m: Model):
-        self.cfg, self.m = cfg, m
-        named = dict(m.transformer.named_parameters()) if cfg.full else adapters.parameters_of(m.transformer, STUDENT)
-        self.parameters = named
-        self.optimizer = torch.optim.AdamW(list(named.values()), lr=cfg.lr, weight_decay=cfg.weight_decay)
-        self.average = {n: p.detach().clone() for n, p in named.items()} if cfg.ema else {}
-
-    def update(self, step: int) -> float:
-        """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the step."""
-        ranks.reshard(self.m.transformer)
-        norm = float(ranks.full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.cfg, step)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        decay = min(self.cfg.ema, (1 + step) / (10 + step))
-        for name, average in self.average.items():
-            average.lerp_(self.parameters[name].detach(), 1 - decay)
-        return norm
-
-    @contextmanager
-    def averaged(self):
-        """Inside, the model holds the moving average (if there is one)."""
-        ranks.reshard(self.m.transformer)
-        kept = {n: self.parameters[n].detach().clone() for n in self.average}
-        with torch.no_grad():
-            for name, average in self.average.items():
-                self.parameters[name].copy_(average)
-            yield
-            ranks.reshard(self.m.transformer)
-            for name, value in kept.items():
-                self.parameters[name].copy_(value)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything to resume from, as whole tensors (a collective)."""
-        tensors = {f"model/{n}": ranks.full(p.detach()) for n, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = ranks.full(value)
-        tensors |= {f"average/{n}": ranks.full(a) for n, a in self.average.items()}
-        return {n: t.cpu().contiguous() for n, t in tensors.items()}
-
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            ranks.load_full(parameter, tensors[f"model/{name}"])
-            step = tensors[f"optimizer/step/{name}"]
-            moments = {k: torch.zeros_like(parameter.detach()) for k in ("exp_avg", "exp_avg_sq")}
-            for key, value in moments.items():
-                ranks.load_full(value, tensors[f"optimizer/{key}/{name}"])
-            self.optimizer.state[parameter] = {"step": step.clone(), **moments}
-        for name, average in self.average.items():
-            ranks.load_full(average, tensors[f"average/{name}"])
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------
 
 def build(cfg: Config, device: torch.device):
@@ -281,6 +211,11 @@ def build(cfg: Config, device: torch.device):
     else:
         data = load_images(cfg.data, m)
         texts = data.captions
+    texts += fixed_prompts(cfg, data)
+    if cfg.stage == "opd" and cfg.evaluate:
+        texts += [p.text for pools in splits(cfg, data).values() for pool in pools.values() for p in pool]
+        for spec in cfg.rewards.values():
+            evaluate.find_reward(spec)
     for name, lora in loras.items():
         say(f"teacher {name}: {lora.source}  sha256 {lora.sha256[:12]}  |update| {lora.norm():.3f}")
 
@@ -305,7 +240,7 @@ def build(cfg: Config, device: torch.device):
 def student_start(cfg: Config, m: Model, teachers: list[adapters.Lora]) -> adapters.Lora:
     """The student's first adapter: fresh (= base), the teachers merged, or one from disk."""
     if cfg.cold_start == "merge":
-        return adapters.merge(teachers, cfg.rank, cfg.alpha)
+        return adapters.merge(teachers, cfg.rank, cfg.alpha, count=len(cfg.teachers))
     if cfg.cold_start == "base":
         return adapters.fresh_lora(m.skeleton, m.family.LORA_TARGETS, cfg.rank, cfg.alpha, cfg.seed)
     lora = adapters.read_lora(cfg.cold_start)
@@ -363,7 +298,6 @@ def train(cfg: Config, m: Model, data, run: RunFolder) -> Trained:
         trained.load(state)
         say(f"resuming {run.path} after step {first}")
     prompts = fixed_prompts(cfg, data)
-    m.conditioning.prepare(prompts)
     gradients = opd_gradients if cfg.stage == "opd" else sft_gradients
     samples = cfg.prompts_per_step * (cfg.group if cfg.stage == "opd" else 1)
     bad = 0
@@ -394,14 +328,18 @@ def train(cfg: Config, m: Model, data, run: RunFolder) -> Trained:
     return trained
 
 
+def splits(cfg: Config, data: dict) -> dict[str, dict[str, list[Prompt]]]:
+    """The prompts of the final table: those of training and, if there are any, those held out."""
+    return {"train": data} | ({"held-out": load_tasks(cfg.heldout)} if cfg.heldout else {})
+
+
 def report(cfg: Config, m: Model, data: dict, run: RunFolder, trained: Trained) -> None:
     """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and scores.json."""
     names = [BASE, *(n for n in cfg.teachers if n != BASE), START, STUDENT]
-    splits = {"train": data} | ({"held-out": load_tasks(cfg.heldout)} if cfg.heldout else {})
     guidance = {n: cfg.teacher_guidance if n in cfg.teachers else cfg.guidance for n in names}
     say(f"scoring {', '.join(names)}")
     with trained.averaged():
-        scores = evaluate.evaluate(m, names, splits, cfg.rewards, count=cfg.eval_prompts, steps=cfg.eval_steps, seed=cfg.seed,
+        scores = evaluate.evaluate(m, names, splits(cfg, data), cfg.rewards, count=cfg.eval_prompts, steps=cfg.eval_steps, seed=cfg.seed,
                                    guidance=guidance, say=lambda text: None)
     text = evaluate.table(scores, f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, guidance "
                                   f"{cfg.guidance} (teachers {cfg.teacher_guidance}), seed {cfg.seed}")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from opd.files import locate, replace, write_json, write_safetensors
 
 BASE = "base"  # the name that means: adapter off
+STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
 PREFIXES = ("base_model.model.", "transformer.")
 
 
@@ -172,19 +173,21 @@ def fresh_lora(skeleton: torch.nn.Module, targets: tuple[str, ...], rank: int, a
     return Lora("fresh", "", A, B, {m: alpha / rank for m in A})
 
 
-def merge(loras: list[Lora], rank: int, alpha: float) -> Lora:
+def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) -> Lora:
     """The teachers' mean update, mean_k scale_k B_k A_k, truncated to `rank` by SVD: the cold start by merging.
 
     Averaging A and B apart (A-bar B-bar) would not be the mean update. The product is never formed: QR of both
-    factors, then the SVD of a (sum r, sum r) core. ValueError where there is nothing to merge.
+    factors, then the SVD of a (sum r, sum r) core. `count`: how many teachers there are, if some of them are the base,
+    whose update is zero. ValueError where there is nothing to merge.
     """
+    count = count or len(loras)
     if not loras:
         raise ValueError("--cold-start merge: no teacher has an adapter to merge; use --cold-start base")
     A, B = {}, {}
     for module in sorted(set().union(*(lora.A for lora in loras))):
         having = [lora for lora in loras if module in lora.A]
         a = torch.cat([lora.A[module] for lora in having])
-        b = torch.cat([lora.scale[module] / len(loras) * lora.B[module] for lora in having], dim=1)
+        b = torch.cat([lora.scale[module] / count * lora.B[module] for lora in having], dim=1)
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
         root, keep = s[:rank].sqrt(), min(rank, len(s))

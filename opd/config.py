@@ -1,8 +1,7 @@
 """The configuration of a training run: one flat dataclass, a table of presets, and every check on numbers."""
 
 import importlib
-import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -216,6 +215,7 @@ def check(cfg: Config, world: int) -> None:
         require(getattr(cfg, name) >= 0, f"--{dashed(name)} is {getattr(cfg, name)}; it must not be negative")
     for name in ("ema", "caption_dropout"):
         require(0 <= getattr(cfg, name) < 1, f"--{dashed(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
+    require(cfg.rollout != "cps" or cfg.noise_level <= 1, f"--rollout cps needs --noise-level in (0, 1], got {cfg.noise_level}")
     require(world % cfg.shard_size == 0,
             f"--shard-size {cfg.shard_size} does not divide the {world} ranks; choose one of "
             f"{[n for n in range(1, world + 1) if world % n == 0]}")

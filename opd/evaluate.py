@@ -9,6 +9,7 @@ A scorer is a function `(images (B,3,H,W) float in [0,1], prompts, metadata) -> 
 
 import importlib
 import inspect
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import tyro
 
 from opd import adapters, ranks
-from opd.config import Config, Texts, load_family, mini_prompts, require
+from opd.config import Config, Texts, mini_prompts, require
 from opd.data import Prompt, load_tasks
 from opd.files import replace, write_json
 from opd.model import Model
@@ -65,9 +66,8 @@ def score(model: Model, adapter: str, pool: list[Prompt], reward, *, count: int,
 
 def evaluate(model: Model, names: list[str], splits: dict[str, dict[str, list[Prompt]]], rewards: dict[str, str], *,
              count: int, steps: int, seed: int, guidance: dict[str, float], say=print) -> dict:
-    """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter."""
+    """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter. Prompts must be prepared."""
     functions = {task: find_reward(spec) for task, spec in rewards.items()}
-    model.conditioning.prepare([p.text for pools in splits.values() for pool in pools.values() for p in pool] + [""])
     scores = {}
     for name in names:
         scores[name] = {}
@@ -126,21 +126,18 @@ class Arguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = tyro.cli(Arguments, args=arguments, description=__doc__.splitlines()[0])
-    require(args.count >= 1 and args.steps >= 1, f"--count {args.count} and --steps {args.steps} must be at least 1")
-    device = ranks.start()
-    splits = {name: load_tasks(files) for name, files in (("train", args.prompts), ("held-out", args.heldout)) if files}
-    for task in {t for pools in splits.values() for t in pools}:
-        require(task in args.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function")
-    model = Model.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
-    loras = {name: adapters.read_lora(source) for name, source in args.adapters.items()}
-    for lora in loras.values():
-        adapters.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
-    model.load()
-    for name, lora in loras.items():
-        adapters.attach(model.transformer, name, lora, model.dtype)
-    model.transformer.to(device)
-    names = [adapters.BASE, *loras]
+    args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    try:
+        require(args.count >= 1 and args.steps >= 1, f"--count {args.count} and --steps {args.steps} must be at least 1")
+        device = ranks.start()
+        splits = {name: load_tasks(files) for name, files in (("train", args.prompts), ("held-out", args.heldout)) if files}
+        for task in {t for pools in splits.values() for t in pools}:
+            require(task in args.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function")
+            find_reward(args.rewards[task])
+        model = Model.ready(args, device, [p.text for pools in splits.values() for pool in pools.values() for p in pool])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    names = [adapters.BASE, *(n for n in args.adapters if n != adapters.BASE)]
     scores = evaluate(model, names, splits, args.rewards, count=args.count, steps=args.steps, seed=args.seed,
                       guidance=dict.fromkeys(names, args.guidance))
     if ranks.rank() == 0:

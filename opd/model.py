@@ -8,6 +8,7 @@ import torch
 
 from opd import adapters, flow
 from opd.conditioning import Conditioning
+from opd.config import load_family
 from opd.files import find_pipeline
 from opd.rollout import sample
 
@@ -41,6 +42,21 @@ class Model:
         """Load the transformer (in `dtype`, default the compute dtype) and the VAE."""
         self.transformer = self.family.load_transformer(self.folder, dtype or self.dtype)
         self.vae = self.family.load_vae(self.folder).to(self.device)
+
+    @classmethod
+    def ready(cls, args, device: torch.device, prompts: list[str]) -> "Model":
+        """A model to sample from, frozen adapters attached and prompts encoded; `args` are those of sample.py or
+        opd.evaluate. Whatever can be refused is refused before weights load."""
+        model = cls.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
+        loras = {name: adapters.read_lora(source) for name, source in args.adapters.items() if name != adapters.BASE}
+        for lora in loras.values():
+            adapters.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
+        model.conditioning.prepare([*prompts, ""])
+        model.load()
+        for name, lora in loras.items():
+            adapters.attach(model.transformer, name, lora, model.dtype)
+        model.transformer.to(device)
+        return model
 
     def grid(self, steps: int) -> list[float]:
         """The scheduler's sigmas, `steps` + 1 of them, from 1 down to 0."""

@@ -29,13 +29,13 @@ def skeleton(folder: Path) -> SD3Transformer2DModel:
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
     """The frozen base in `dtype`, on the CPU, in eval mode."""
-    model = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    model = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
     return model.requires_grad_(False).eval()
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
     """The frozen VAE in float32."""
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
+    return AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).requires_grad_(False).eval()
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -47,7 +47,7 @@ def load_text_encoders(folder: Path, dtype: torch.dtype, device: torch.device, t
     index = json.loads((folder / "model_index.json").read_text())
     absent = {"text_encoder_3": None, "tokenizer_3": None} if not (t5 and has_t5(index)) else {}
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        folder, transformer=skeleton(folder), vae=None, torch_dtype=dtype, **absent)
+        folder, transformer=skeleton(folder), vae=None, dtype=dtype, **absent)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:
             encoder.to(device)

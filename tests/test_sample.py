@@ -68,11 +68,17 @@ def test_the_batch_size_changes_nothing_but_rounding(reference, world, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [dict(seed="1"), dict(steps="4"), dict(guidance="3.0"), dict(sampler="sde"), dict(sampler="cps"),
-                                     dict(sampler="cps", noise_level="0.2"), dict(resolution="16"), dict(dtype="bfloat16")])
+                                     dict(resolution="16"), dict(dtype="bfloat16")])
 def test_every_setting_changes_every_image(changes, reference, world, tmp_path):
-    changes = {name.replace("_", "-"): value for name, value in changes.items()}
     images = run(world, tmp_path, **changes)
     assert set(images) == set(reference) and not any(np.array_equal(images[name], reference[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("sampler", ["sde", "cps"])
+def test_the_noise_level_is_that_of_the_sampler(sampler, world, tmp_path):
+    more, less, none = (run(world, tmp_path / level, "--noise-level", level, sampler=sampler)["a-red-circle.0.base.png"].astype(int)
+                        for level in ("0.7", "0.2", "1e-6"))
+    assert np.abs(less - none).mean() < np.abs(more - none).mean() and (less != none).any()
 
 
 def test_several_images_per_prompt_have_their_own_noise(world, tmp_path):

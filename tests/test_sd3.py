@@ -16,6 +16,7 @@ from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.files import find_pipeline
 from opd.model import Model
+from opd.rollout import sample
 
 CPU = torch.device("cpu")
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
@@ -58,13 +59,16 @@ def test_ode_sampling_is_the_diffusers_pipelines(t5, guidance, world, with_t5, t
     folder = with_t5 if t5 else world / "pipeline"
     model = model_at(folder, tmp_path)
     index = [5, 0, 17]
-    images = model.images(adapters.BASE, PROMPTS, index, steps=7, seed=4, guidance=guidance)
+    latents = sample(sd3, model.transformer, model.conditioning(PROMPTS), model.conditioning([""]), model.grid(7), model.shape,
+                     seed=4, index=torch.tensor(index), guidance=guidance)
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, **({} if t5 else NO_T5))
     pipe.set_progress_bar_config(disable=True)
     start = normal((3, *model.shape), seed_of(4, "start"), torch.tensor(index))
     theirs = pipe(PROMPTS, height=8, width=8, num_inference_steps=7, guidance_scale=guidance, negative_prompt=[""] * 3, latents=start,
-                  max_sequence_length=128 if t5 else pipe.tokenizer_max_length, output_type="pt").images
-    assert theirs.std() > 0.05 and (images - theirs).abs().max() < 1e-4
+                  max_sequence_length=128 if t5 else pipe.tokenizer_max_length, output_type="latent").images
+    assert theirs.std() > 0.5 and (latents - theirs).abs().max() < 1e-4
+    images = model.images(adapters.BASE, PROMPTS, index, steps=7, seed=4, guidance=guidance)
+    assert images.std() > 0.05 and (images - sd3.decode(model.vae, theirs)).abs().max() < 1e-4
 
 
 def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(world, tmp_path):

@@ -1,16 +1,16 @@
-"""The fused kernels, run on the CPU by Triton's interpreter, against a float64 reference.
+"""The fused kernels against a float64 reference: on the GPU where there is one, else on the CPU in Triton's interpreter.
 
 The interpreter must be chosen before triton is imported, so `tests/test_kernels.py` runs this file in a process of its own;
-by hand: TRITON_INTERPRET=1 pytest tests/test_kernels_interpreted.py
+by hand: TRITON_INTERPRET=1 pytest tests/test_kernels_fused.py
 """
 
+import contextlib
 import itertools
 import math
 import os
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 import kernels
 from kernels.common import BLOCK, backend, block_position, normal_block, tl, triton
@@ -21,7 +21,12 @@ from kernels.sde_step import sde_step_op
 from kernels.velocity_mse import velocity_mse_backward_op, velocity_mse_op
 from opd import flow
 
-__test__ = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+__test__ = INTERPRETED or torch.cuda.is_available()
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="takes the interpreter apart, or trains on the CPU")
 
 SHAPES = [(1, 1), (5, 7), (3, 16, 33, 17), (2, 16, 64, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,6 +35,12 @@ CASES = list(itertools.product(SHAPES, DTYPES, [1.0, 4.5]))
 TEACHER_CASES = [(shape, dtype, g, k, soft) for shape, dtype, g in CASES for k in (1, 2, 3, 4) for soft in (False, True)
                  if math.prod(shape) < 10_000 or (k, soft) == (4, False)]
 TEACHER_CASES += [((3, 16, 33, 17), torch.float32, 4.5, k, True) for k in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def default_device():
+    with contextlib.nullcontext() if INTERPRETED else torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +71,7 @@ class Inputs:
     """Random arguments of every op; `.to64()` holds the same numbers in float64."""
 
     def __init__(self, shape, dtype, guidance, teachers=2, soft=False):
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(DEVICE).manual_seed(0)
         batch = shape[0]
         self.x, self.noise = torch.randn(2, *shape, generator=g)
         self.v, self.v_uncond = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
@@ -287,6 +298,7 @@ def position_kernel(out_ptr, dims, n_blocks, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), sample * dims + offsets, mask=mask)
 
 
+@only_interpreted
 def test_offsets_are_64_bit(monkeypatch):
     """Program 15 000 000 of samples with 10^10 elements: block 5 234 374 of sample 1, far beyond 2^32."""
     dims, program = 10**10, 15_000_000
@@ -314,7 +326,7 @@ def kernel_noise(shape, seed):
 
 def test_kernel_noise_is_kernels_normal():
     noise = kernel_noise((3, 2, 33, 17), seed=123)
-    assert torch.allclose(noise, kernels.normal((3, 2, 33, 17), 123), atol=5e-6, rtol=0)  # log, sin, cos of two libraries
+    assert torch.allclose(noise, kernels.normal((3, 2, 33, 17), 123, device=DEVICE), atol=5e-6, rtol=0)  # log, sin, cos of two libraries
 
 
 def test_kernel_noise_is_normal_and_independent():
@@ -389,6 +401,7 @@ def test_fake_tensors():
 # ---------------------------------------------------------------- in the training loop
 
 
+@only_interpreted
 @pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "teacher_guidance": 3.0}, {"single_pass": False}, {"rollout": "ode"}], ids=str)
 def test_a_training_step_has_the_eager_loss_and_gradient(world, changes):
     """One step of the tiny model through the loop's own code. The two differ by the rounding of float32 sums and of the
