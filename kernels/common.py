@@ -146,10 +146,12 @@ def box_muller(word_a, word_b):
 def mean_of_partials(partials_ptr, sample, column, dims, n_blocks, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
     """Second stage: the sum of one column of a sample's partial sums, in a fixed order, over its dimensions."""
     total = tl.zeros((CHUNK,), tl.float32)
-    for start in range(0, n_blocks, CHUNK):
+    start = 0
+    while start < n_blocks:
         block = start + tl.arange(0, CHUNK)
         slot = (sample * n_blocks + block) * COLUMNS + column
         total += tl.load(partials_ptr + slot, mask=block < n_blocks, other=0.0)
+        start += CHUNK
     return tl.div_rn(tl.sum(total), dims * 1.0)
 
 

@@ -20,11 +20,12 @@ def opd_step_kernel(x_ptr, x_stride, v_ptr, v_stride, uncond_ptr, uncond_stride,
     """K + 1 partial sums per block: the K teachers', then the step's."""
     sample, block, offsets, mask = block_position(dims, n_blocks, BLOCK)
     v = load_velocity(v_ptr, v_stride, uncond_ptr, uncond_stride, guidance, sample, offsets, mask)
-    teachers_block(v, targets, target_strides, unconds, uncond_strides, guidances, alpha_ptr, direction_ptr, partials_ptr,
-                   sample, block, offsets, mask, dims, n_blocks, K, K + 1)
-    error = step_block(x_ptr, x_stride, v, noise_ptr, noise_stride, seed, index_ptr, sigma_ptr, sigma_next_ptr, s_ptr,
-                       x_next_ptr, sample, block, offsets, mask, dims, BLOCK)
-    tl.store(partials_ptr + (sample * n_blocks + block) * (K + 1) + K, error)
+    square = step_block(x_ptr, x_stride, v, noise_ptr, noise_stride, seed, index_ptr, sigma_ptr, sigma_next_ptr, s_ptr,
+                        x_next_ptr, sample, block, offsets, mask, dims, BLOCK)
+    slot_ptr = partials_ptr + (sample * n_blocks + block) * (K + 1)
+    teachers_block(v, targets, target_strides, unconds, uncond_strides, guidances, alpha_ptr, direction_ptr, slot_ptr, sample,
+                   offsets, mask, dims, K)
+    tl.store(slot_ptr + K, tl.sum(square))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from opd import flow
 @triton.jit
 def step_block(x_ptr, x_stride, v, noise_ptr, noise_stride, seed, index_ptr, sigma_ptr, sigma_next_ptr, s_ptr, x_next_ptr,
                sample, block, offsets, mask, dims, BLOCK: tl.constexpr):
-    """One block of x_next from its velocity: stores it, returns the sum of (x_next - mean)^2 of what was stored."""
+    """One block of x_next from its velocity: stores it, returns (x_next - mean)^2 of what was stored."""
     x = tl.load(x_ptr + sample * x_stride + offsets, mask=mask, other=0.0)
     if noise_ptr is not None:
         noise = tl.load(noise_ptr + sample * noise_stride + offsets, mask=mask, other=0.0)
@@ -27,7 +27,7 @@ def step_block(x_ptr, x_stride, v, noise_ptr, noise_stride, seed, index_ptr, sig
     x_next = mean + std * noise
     tl.store(x_next_ptr + sample * dims + offsets, x_next, mask=mask)
     error = tl.where(mask, x_next - mean, 0.0)
-    return tl.sum(error * error)
+    return error * error
 
 
 @triton.jit
@@ -45,9 +45,9 @@ def sde_step_kernel(x_ptr, x_stride, v_ptr, v_stride, uncond_ptr, uncond_stride,
                     index_ptr, sigma_ptr, sigma_next_ptr, s_ptr, x_next_ptr, partials_ptr, dims, n_blocks, BLOCK: tl.constexpr):
     sample, block, offsets, mask = block_position(dims, n_blocks, BLOCK)
     v = load_velocity(v_ptr, v_stride, uncond_ptr, uncond_stride, guidance, sample, offsets, mask)
-    error = step_block(x_ptr, x_stride, v, noise_ptr, noise_stride, seed, index_ptr, sigma_ptr, sigma_next_ptr, s_ptr,
-                       x_next_ptr, sample, block, offsets, mask, dims, BLOCK)
-    tl.store(partials_ptr + sample * n_blocks + block, error)
+    square = step_block(x_ptr, x_stride, v, noise_ptr, noise_stride, seed, index_ptr, sigma_ptr, sigma_next_ptr, s_ptr,
+                        x_next_ptr, sample, block, offsets, mask, dims, BLOCK)
+    tl.store(partials_ptr + sample * n_blocks + block, tl.sum(square))
 
 
 @triton.jit

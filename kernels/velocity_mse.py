@@ -12,22 +12,23 @@ from opd import flow
 
 
 @triton.jit
-def teachers_block(v, targets, target_strides, unconds, uncond_strides, guidances, alpha_ptr, direction_ptr, partials_ptr,
-                   sample, block, offsets, mask, dims, n_blocks, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block against its teachers: partial sums of (v - v_k)^2, and direction = sum_k alpha_k (v - v_k), which is
-    the gradient but for the per-sample factor 2 w / (B d) that backward applies. A teacher with alpha 0 is not read."""
-    slot = partials_ptr + (sample * n_blocks + block) * COLUMNS
+def teachers_block(v, targets, target_strides, unconds, uncond_strides, guidances, alpha_ptr, direction_ptr, slot_ptr, sample,
+                   offsets, mask, dims, K: tl.constexpr):
+    """One block against its K teachers: the sums of (v - v_k)^2 go to the block's slot, and direction = sum_k alpha_k (v - v_k)
+    is stored if a gradient is wanted: it is the gradient but for the per-sample factor 2 w / (B d) that backward applies.
+    A teacher with alpha 0 is masked out, not read. A sum is a barrier, so teacher k is loaded before teacher k - 1 is summed."""
     direction = tl.zeros_like(v)
+    square = tl.zeros_like(v)
     for k in tl.static_range(K):
         alpha = tl.load(alpha_ptr + sample * K + k)
-        square = 0.0
-        if alpha != 0:
-            target = load_velocity(targets[k], target_strides[k], unconds[k], uncond_strides[k], guidances[k], sample, offsets,
-                                   mask)
-            difference = v - target
-            direction += alpha * difference
-            square = tl.sum(difference * difference)
-        tl.store(slot + k, square)
+        read = offsets < tl.where(alpha != 0, dims, 0)
+        target = load_velocity(targets[k], target_strides[k], unconds[k], uncond_strides[k], guidances[k], sample, offsets, read)
+        if k > 0:
+            tl.store(slot_ptr + k - 1, tl.sum(square))
+        difference = tl.where(read, v - target, 0.0)
+        direction += alpha * difference
+        square = difference * difference
+    tl.store(slot_ptr + K - 1, tl.sum(square))
     if direction_ptr is not None:
         tl.store(direction_ptr + sample * dims + offsets, direction.to(direction_ptr.dtype.element_ty), mask=mask)
 
@@ -50,8 +51,8 @@ def velocity_mse_kernel(v_ptr, v_stride, uncond_ptr, uncond_stride, guidance, ta
                         BLOCK: tl.constexpr):
     sample, block, offsets, mask = block_position(dims, n_blocks, BLOCK)
     v = load_velocity(v_ptr, v_stride, uncond_ptr, uncond_stride, guidance, sample, offsets, mask)
-    teachers_block(v, targets, target_strides, unconds, uncond_strides, guidances, alpha_ptr, direction_ptr, partials_ptr,
-                   sample, block, offsets, mask, dims, n_blocks, K, K)
+    teachers_block(v, targets, target_strides, unconds, uncond_strides, guidances, alpha_ptr, direction_ptr,
+                   partials_ptr + (sample * n_blocks + block) * K, sample, offsets, mask, dims, K)
 
 
 @triton.jit
