@@ -34,8 +34,10 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 def test_fused_kernels_in_the_interpreter():
-    """Triton's interpreter must be chosen before triton is imported, hence the separate process."""
-    result = run("-m", "pytest", "tests/test_kernels_fused.py", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    """Every test of the fused kernels, and the golden losses of the training loop reproduced through them. Triton's
+    interpreter must be chosen before triton is imported, hence the separate process."""
+    result = run("-m", "pytest", "tests/test_kernels_fused.py", "tests/test_train.py::test_golden_losses", "-p", "no:cacheprovider",
+                 TRITON_INTERPRET="1", FLOW_OPD_KERNELS="triton")
     assert result.returncode == 0 and "100%" in result.stdout, result.stdout[-5000:] + result.stderr[-2000:]
 
 
