@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kernels.noise import check_index, check_seed
+
 _HALF_TO_FULL = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,11 +105,11 @@ def check_noise(x: Tensor, noise: Tensor | None, seed: int | None, index: Tensor
             raise ValueError(f"noise has dtype {noise.dtype}: expected {x.dtype}, the dtype of x")
         _check_layout("noise", noise)
         return
-    if not isinstance(seed, int) and not isinstance(seed, torch.SymInt) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed = {seed!r}: expected an integer, 0 <= seed < 2**63")
-    if index is not None and (index.shape != x.shape[:1] or index.dtype != torch.int64 or index.device != x.device):
-        raise ValueError(f"index has shape {tuple(index.shape)}, dtype {index.dtype}, device {index.device}: expected "
-                         f"({x.shape[0]},) int64 on {x.device}, one global index per sample")
+    check_seed(seed)
+    if index is not None:
+        check_index(index, x.shape[0])
+        if index.device != x.device:
+            raise ValueError(f"index is on {index.device}: expected {x.device}, the device of x")
 
 
 def check_targets(v: Tensor, targets, alpha: Tensor, w: Tensor, targets_uncond,

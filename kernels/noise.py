@@ -54,8 +54,8 @@ def normal(shape, seed: int, index: Tensor | None = None, device="cpu") -> Tenso
 
 
 def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed = {seed}: expected 0 <= seed < 2**63")
+    if not isinstance(seed, (int, torch.SymInt)) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed = {seed!r}: expected an integer, 0 <= seed < 2**63")
 
 
 def check_index(index: Tensor, batch: int) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import kernels
-from kernels.common import BLOCK, backend, block_position, normal_block, tl, triton
+from kernels.common import BLOCK, CHUNK, backend, block_position, launch, normal_block, tl, triton
 from kernels.noise import box_muller, philox
 from kernels.opd_step import opd_step_op
 from kernels.sde_log_prob import sde_log_prob_backward_op, sde_log_prob_op
-from kernels.sde_step import sde_step_op
+from kernels.sde_step import sde_step_finish_kernel, sde_step_op
 from kernels.velocity_mse import velocity_mse_backward_op, velocity_mse_op
 from opd import flow
 
@@ -249,6 +249,16 @@ def test_batch_strides_are_free():
         expanded = kernels.velocity_mse(i.v, [i.targets[0][:1].expand(3, 4, 50)], torch.ones(3, 1), i.w)
         copied = kernels.velocity_mse(i.v, [i.targets[0][:1].repeat(3, 1, 1)], torch.ones(3, 1), i.w)
         assert torch.equal(expanded[0], copied[0])
+
+
+def test_more_blocks_than_one_chunk():
+    """The second stage walks 600 partial sums per sample in chunks of 256."""
+    partials, schedule = torch.rand(2, 600), (torch.full((2,), 0.8), torch.full((2,), 0.7), torch.tensor([0.5, 2.0]))
+    log_prob, dims = torch.empty(2), 600 * BLOCK - 5
+    launch(sde_step_finish_kernel, 2, partials, *schedule, log_prob, dims, 600, CHUNK=CHUNK)
+    std = flow.step_std(*schedule).double()
+    expected = -partials.double().sum(1) / dims / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    assert torch.allclose(log_prob.double(), expected, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- noise drawn in the kernel
