@@ -210,7 +210,7 @@ def build(cfg: Config, device: torch.device):
         texts = [p.text for step in range(cfg.iterations) for p in prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, step)]
     else:
         data = load_images(cfg.data, m)
-        texts = data.captions
+        texts = list(data.captions)
     texts += fixed_prompts(cfg, data)
     if cfg.stage == "opd" and cfg.evaluate:
         texts += [p.text for pools in splits(cfg, data).values() for pool in pools.values() for p in pool]

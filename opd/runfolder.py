@@ -22,10 +22,13 @@ class RunFolder:
     def __init__(self, cfg: Config, active: bool):
         self.path, self.active, self.tracker = Path(cfg.out).expanduser(), active, None
         self.tracker_name = cfg.tracker
-        if cfg.tracker == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-        elif cfg.tracker == "wandb":
-            import wandb
+        try:
+            if cfg.tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+            elif cfg.tracker == "wandb":
+                import wandb
+        except ImportError as error:
+            raise ValueError(f'--tracker {cfg.tracker} is not installed: pip install "flow-opd[{cfg.tracker}]"') from error
         if not active:
             return
         self.check_same_run(cfg)

@@ -23,7 +23,7 @@ def test_shipped_weights_have_the_recorded_sha256():
 def test_plain_diffusers_loads_the_miniature_and_our_teachers():
     """`pipe(...)` with a teacher, no line of ours in between, reads as its prompt says."""
     from opd.mini import rewards
-    pipe = StableDiffusion3Pipeline.from_pretrained(MINI / "weights/base", dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(MINI / "weights/base", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     adapters.attach(pipe.transformer, "text", adapters.read_lora(str(MINI / "weights/text")), torch.float32)
     prompts = world.split("text")[1][:16]

@@ -7,8 +7,11 @@
     python -m opd.mini.build base $P runs/mini-base/student    # install it in weights/base
     for t in compose text quality; do
         torchrun train.py mini-$t                              # fine-tune the specialists
-        python -m opd.mini.build teacher runs/mini-$t          # install them in weights/$t
     done
+    torchrun train.py mini-compose --cold-start runs/mini-compose/student --out runs/mini-compose-2 --iterations 1400
+    python -m opd.mini.build teacher runs/mini-compose-2 compose    # install them in weights/
+    python -m opd.mini.build teacher runs/mini-text text
+    python -m opd.mini.build teacher runs/mini-quality quality
     python -m opd.mini.build sha256                            # write weights/SHA256SUMS
 """
 
@@ -196,8 +199,8 @@ def main(arguments: list[str]) -> None:
         build_data(*paths)
     elif (command, len(paths)) == ("base", 2):
         install_base(*paths)
-    elif (command, len(paths)) == ("teacher", 1):
-        install_teacher(paths[0] / "student", WEIGHTS / paths[0].name.removeprefix("mini-"))
+    elif (command, len(paths)) == ("teacher", 2):
+        install_teacher(paths[0] / "student", WEIGHTS / paths[1])
     elif (command, len(paths)) == ("sha256", 0):
         replace(WEIGHTS / "SHA256SUMS", lambda p: p.write_text(sums()))
     else:
