@@ -176,9 +176,11 @@ _SFT = Config(stage="sft", anchor_weight=0.0, cold_start="base", evaluate=False,
 _PUBLIC = "jieliu/SD3.5M-FlowGRPO-"
 
 PRESETS = {
-    # kl weighs the composition-deciding high-noise states hundreds of times less than the last ones, and 40 steps are too
-    # few to wait for them (README, "What the miniature shows"); 3:1:1 is the paper's mix.
-    "mini": Config(weight="uniform", lr=3e-3, mix={"compose": 3}, prompts_per_step=40, micro_batch=40, iterations=40),
+    # kl weighs the high-noise states, which decide the composition, hundreds of times less than the last ones, and a hundred
+    # steps are too few to wait for them (README, "What the miniature shows"); 3:1:1 is the paper's mix.
+    "mini": Config(weight="uniform", queries=5, query_beta=(1.0, 1.5), skip_last=True, rank=32, alpha=64.0, lr=3e-3,
+                   mix={"compose": 3}, prompts_per_step=30, micro_batch=30, iterations=100, save_every=50, sample_every=25,
+                   eval_prompts=128),
     "mini-base": replace(_SFT, full=True, model="runs/mini-pipeline", data="runs/mini-data/base", out="runs/mini-base",
                          iterations=3000, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
                          weight_decay=0.01, save_every=500, sample_every=500),

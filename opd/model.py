@@ -1,6 +1,6 @@
 """One model at work: a frozen base with its adapters, its prompts' conditioning, its latents and its images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +28,7 @@ class Model:
     device: torch.device
     transformer: torch.nn.Module = None
     vae: torch.nn.Module = None
+    grids: dict[int, list[float]] = field(default_factory=dict)
 
     @classmethod
     def plan(cls, family: ModuleType, source: str, dtype: str, resolution: int, cache: str, device: torch.device,
@@ -60,8 +61,10 @@ class Model:
 
     def grid(self, steps: int) -> list[float]:
         """The scheduler's sigmas, `steps` + 1 of them, from 1 down to 0."""
-        tokens = self.family.image_tokens(self.folder, self.shape)
-        return flow.sigma_grid(self.family.load_scheduler(self.folder), steps, image_tokens=tokens).tolist()
+        if steps not in self.grids:
+            tokens = self.family.image_tokens(self.folder, self.shape)
+            self.grids[steps] = flow.sigma_grid(self.family.load_scheduler(self.folder), steps, image_tokens=tokens).tolist()
+        return self.grids[steps]
 
     def images(self, adapter: str, prompts: list[str], index: list[int], *, steps: int, seed: int, guidance: float,
                rollout: str = "ode", noise_level: float = 0.7) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from opd import adapters, evaluate, sd3
-from opd.config import MINI, Config
+from opd.config import MINI, PRESETS
 from opd.mini import build, world
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def test_run_folder_holds_everything(run):
         assert (out / name).exists(), name
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"loss", "grad_norm", "samples_per_second", "effective_batch", "compose", "text", "quality", "anchor"} <= set(row)
-    assert row["effective_batch"] == 6 and len(row["compose"]["kl"]) == Config().steps
+    assert row["effective_batch"] == 6 and len(row["compose"]["kl"]) == PRESETS["mini"].queries
 
 
 def test_evaluate_command_agrees_with_the_run(run, capsys, tmp_path):
