@@ -18,7 +18,7 @@ import tyro
 
 from opd import adapters, ranks
 from opd.config import Config, Texts, mini_prompts, require
-from opd.data import Prompt, load_tasks
+from opd.data import Prompt, load_tasks, permutation
 from opd.files import replace, write_json
 from opd.model import Model
 
@@ -38,8 +38,10 @@ def find_reward(spec: str):
 
 
 def cases(pool: list[Prompt], count: int) -> list[tuple[int, Prompt]]:
-    """`count` (noise index, prompt) pairs: every prompt once before any twice, each time with other noise."""
-    return [(i, pool[i % len(pool)]) for i in range(count)]
+    """`count` (noise index, prompt) pairs: every prompt once before any twice, each time with other noise. In a fixed
+    shuffled order, because files are sorted by kind and their first lines are no fair sample."""
+    order = permutation(len(pool), 0, "evaluate", 0)
+    return [(i, pool[order[i % len(pool)]]) for i in range(count)]
 
 
 def score(model: Model, adapter: str, pool: list[Prompt], reward, *, count: int, steps: int, seed: int, guidance: float,

@@ -32,11 +32,19 @@ def score(model, adapter="red", reward=brightness, count=7, **changes):
 
 def test_mean_is_over_exactly_the_images_asked_for(model):
     """7 images in batches of 3: the mean of one-by-one generation."""
-    single = [model.images("red", [POOL[i % 3].text], [i], steps=3, seed=0, guidance=1.0).mean().item() for i in range(7)]
+    order = [p.metadata["n"] for _, p in evaluate.cases(POOL, 3)]
+    assert sorted(order) == [0, 1, 2] and [n for n, _ in evaluate.cases(POOL, 3)] == [0, 1, 2]
+    single = [model.images("red", [POOL[order[i % 3]].text], [i], steps=3, seed=0, guidance=1.0).mean().item() for i in range(7)]
     assert score(model) == pytest.approx(sum(single) / 7, abs=1e-5)
     seen = []
     score(model, reward=lambda images, prompts, metadata: seen.extend(zip(prompts, [m["n"] for m in metadata])) or torch.zeros(len(images)))
-    assert seen == [(POOL[i % 3].text, i % 3) for i in range(7)]
+    assert seen == [(POOL[order[i % 3]].text, order[i % 3]) for i in range(7)]
+
+
+def test_few_images_are_a_fair_sample_of_a_sorted_file():
+    pool = [Prompt(str(n), "t") for n in range(500)]
+    mean = sum(int(p.text) for _, p in evaluate.cases(pool, 100)) / 100
+    assert abs(mean - 249.5) < 4 * 144 / 10  # four standard errors of a uniform sample
 
 
 @pytest.mark.parametrize("changes", [{"adapter": "blue"}, {"adapter": "base"}, {"seed": 1}, {"steps": 4}, {"guidance": 3.0}], ids=str)
