@@ -18,7 +18,7 @@ def command(world, out, processes, *extra):
             "train.py", "mini", "--model", str(world / "pipeline"), "--dtype", "float32", "--cold-start", "base", "--rank", "4", "--alpha", "8",
             "--teachers", f"red={world / 'red'}", f"blue={world / 'blue'}", "--anchor", "blue",
             "--prompts", f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}", "--prompts-per-step", "5", "--group", "1",
-            "--micro-batch", "2", "--steps", "3", "--iterations", "3", "--lr", "1e-2", "--warmup", "0", "--no-evaluate",
+            "--micro-batch", "2", "--steps", "3", "--queries", "0", "--mix", "--iterations", "3", "--lr", "1e-2", "--warmup", "0", "--no-evaluate",
             "--sample-every", "3", "--cache", str(world / "cache"), "--out", str(out), *extra]
 
 
