@@ -29,6 +29,7 @@ from opd import adapters, evaluate, flow, ranks, rollout
 from opd.adapters import BASE, START, STUDENT
 from opd.config import Config, check, load_family, parse, require
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
+from opd.files import replace, write_json
 from opd.images import Images, load_images
 from opd.model import Model
 from opd.optim import Trained, learning_rate
@@ -345,8 +346,8 @@ def report(cfg: Config, m: Model, data: dict, run: RunFolder, trained: Trained) 
                                   f"{cfg.guidance} (teachers {cfg.teacher_guidance}), seed {cfg.seed}")
     say(text)
     if run.active:
-        evaluate.write_json(run.path / "scores.json", scores)
-        evaluate.replace(run.path / "table.txt", lambda p: p.write_text(text + "\n"))
+        write_json(run.path / "scores.json", scores)
+        replace(run.path / "table.txt", lambda p: p.write_text(text + "\n"))
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -87,14 +86,6 @@ def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:
         if not pool:
             raise ValueError(f"task {task!r} has no prompts: every line of {files[task]!r} names another task")
     return pools
-
-
-def quoted(text: str) -> str:
-    """The text between the first pair of double quotes (the target of an OCR prompt). ValueError if there is none."""
-    match = re.search(r'"([^"]*)"', text)
-    if match is None or not match.group(1).strip():
-        raise ValueError(f"prompt {text!r} has no text in double quotes")
-    return match.group(1)
 
 
 # ---- randomness ----------------------------------------------------------------------------------------------

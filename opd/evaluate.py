@@ -19,7 +19,7 @@ import tyro
 from opd import adapters, ranks
 from opd.config import Config, Texts, mini_prompts, require
 from opd.data import Prompt, load_tasks, permutation
-from opd.files import replace, write_json
+from opd.files import write_json
 from opd.model import Model
 
 _MINI = Config()

@@ -74,14 +74,6 @@ def test_load_tasks_pools_by_task_and_refuses_an_empty_one(tmp_path):
         data.load_tasks({"c": other, "b": b})
 
 
-def test_quoted_is_the_first_pair_of_double_quotes():
-    assert data.quoted('a "Hi there" and "not this"') == "Hi there"
-    for text in ("none", 'one " only', "'single'", 'an empty "" and "full"'):
-        with pytest.raises(ValueError, match="no text in double quotes") as caught:
-            data.quoted(text)
-        assert repr(text) in str(caught.value)
-
-
 # ---- the prompts of a step ---------------------------------------------------------------------------------------
 
 

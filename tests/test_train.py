@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import train
-from opd import adapters, config, flow, ranks
+from opd import adapters, config, ranks
 from tests import tiny
 
 GOLDEN = [0.06670622, 0.0567389, 0.07028888, 0.04412541, 0.03477782, 0.03444718, 0.03829305, 0.0271111, 0.02824556, 0.04205731]
