@@ -7,8 +7,6 @@
 A scorer is a function `(images (B,3,H,W) float in [0,1], prompts, metadata) -> scores (B,)`.
 """
 
-import importlib
-import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +19,9 @@ from opd.config import Config, Texts, mini_prompts, require
 from opd.data import Prompt, load_tasks, permutation
 from opd.files import write_json
 from opd.model import Model
+from opd.rewards import find_reward
 
 _MINI = Config()
-
-
-def find_reward(spec: str):
-    """`module:function` -> the function. ValueError naming the spec if it is malformed or missing."""
-    module, _, name = spec.partition(":")
-    require(bool(module and name), f"scorer {spec!r}: write it as module:function")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
-    require(len(inspect.signature(function).parameters) >= 3, f"scorer {spec!r} must accept (images, prompts, metadata)")
-    return function
 
 
 def cases(pool: list[Prompt], count: int) -> list[tuple[int, Prompt]]:

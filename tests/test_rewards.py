@@ -1,0 +1,381 @@
+"""Rewards: what a name means, what is refused before training, and that no failure of a scoring goes unnoticed."""
+
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+from opd import rewards
+from opd.data import Prompt
+from opd.mini import rewards as mini
+
+HERE = "tests.test_rewards"
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+def lettered(images, prompts, metadata):
+    return torch.tensor([float(len(p)) for p in prompts])
+
+
+def needs_target(images, prompts, metadata):
+    return torch.tensor([float(m["target"]) for m in metadata])
+
+
+def needs_both(images, prompts, metadata):
+    return torch.tensor([float(m["target"] * m["scale"]) for m in metadata])
+
+
+needs_target.metadata_keys = ("target",)
+needs_both.metadata_keys = ("scale", "target")
+
+
+def one_string_of_keys(images, prompts, metadata):
+    return torch.zeros(len(images))
+
+
+one_string_of_keys.metadata_keys = "target"
+
+
+def too_short(images, prompts, metadata):
+    return torch.zeros(1)
+
+
+def a_column(images, prompts, metadata):
+    return torch.zeros(len(images), 1)
+
+
+def integers(images, prompts, metadata):
+    return torch.arange(len(images))
+
+
+def a_list(images, prompts, metadata):
+    return [0.0] * len(images)
+
+
+def an_array(images, prompts, metadata):
+    return torch.zeros(len(images)).numpy()
+
+
+def broken(images, prompts, metadata):
+    raise KeyError("no such glyph")
+
+
+def not_a_number(images, prompts, metadata):
+    return torch.full((len(images),), math.nan)
+
+
+def images_of(count, pixels=8):
+    return torch.rand(count, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+
+
+# ---- rewards without a model ---------------------------------------------------------------------------------------
+
+def test_jpeg_rewards_order_flat_against_noise():
+    images = torch.stack([torch.full((3, 64, 64), 0.3), images_of(1, 64)[0]])
+    size = rewards.jpeg_incompressibility(images, ["", ""], [{}, {}])
+    assert size.shape == (2,) and size.dtype == torch.float32
+    assert 0 < 4 * size[0] < size[1] < 3 * 64 * 64 / 1000  # kB; smaller than the raw pixels
+    assert torch.equal(rewards.jpeg_compressibility(images, ["", ""], [{}, {}]), -size)
+
+
+def test_a_nan_image_is_not_a_compressible_one():
+    images = torch.full((2, 3, 16, 16), 0.5)
+    images[1, 0, 3, 3] = math.nan
+    assert rewards.jpeg_compressibility(images, ["", ""], [{}, {}]).isnan().tolist() == [False, True]
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+def test_a_single_name_is_the_function_itself():
+    assert rewards.find_reward("jpeg_compressibility") is rewards.jpeg_compressibility
+    assert rewards.find_reward(" opd.rewards:jpeg_incompressibility ") is rewards.jpeg_incompressibility
+    assert rewards.find_reward("opd.mini.rewards:text") is mini.text
+
+
+@pytest.mark.parametrize("spec, weights", [
+    ("0.7*opd.mini.rewards:quality+0.3*tests.test_rewards:brightness", (0.7, 0.3)),
+    (" .7 * opd.mini.rewards:quality + 3E-1*tests.test_rewards:brightness ", (0.7, 0.3)),
+    ("1e+1*opd.mini.rewards:quality+-2.*tests.test_rewards:brightness", (10, -2)),
+    ("-2*opd.mini.rewards:quality + +.5*tests.test_rewards:brightness", (-2, 0.5)),
+    ("opd.mini.rewards:quality+tests.test_rewards:brightness", (1, 1)),
+    ("opd.mini.rewards:quality+0*tests.test_rewards:brightness", (1, 0))])
+def test_a_weighted_sum_is_the_sum_by_hand(spec, weights):
+    batch = images_of(4, 32), ["a"] * 4, [{}] * 4
+    got, wanted = rewards.find_reward(spec)(*batch), weights[0] * mini.quality(*batch) + weights[1] * brightness(*batch)
+    assert got.dtype == torch.float32 and torch.allclose(got, wanted, atol=1e-6)
+
+
+def test_sums_take_bare_names_and_a_single_weight():
+    batch = images_of(3), ["a"] * 3, [{}] * 3
+    size = rewards.jpeg_incompressibility(*batch)
+    assert torch.allclose(rewards.find_reward("2*jpeg_incompressibility")(*batch), 2 * size)
+    assert torch.allclose(rewards.find_reward("jpeg_incompressibility+2*jpeg_compressibility")(*batch), -size)
+
+
+def test_a_sum_needs_the_metadata_of_all_its_terms():
+    reward = rewards.find_reward(f"{HERE}:needs_target + 2*{HERE}:needs_both + {HERE}:brightness")
+    assert reward.metadata_keys == ("target", "scale")
+    assert reward(torch.zeros(2, 3, 4, 4), ["", ""], [{"target": 1, "scale": 5}, {"target": 2, "scale": 0}]).tolist() == [11.0, 2.0]
+
+
+@pytest.mark.parametrize("name, message", [("a_column", r"shape \(2, 1\) for 2"), ("integers", "int64"), ("a_list", "list")])
+def test_a_sum_does_not_hide_what_a_term_returns(name, message):
+    with pytest.raises(ValueError, match=message) as error:
+        rewards.find_reward(f"0.5*{HERE}:{name}+{HERE}:brightness")(images_of(2), ["", ""], [{}, {}])
+    assert f"{HERE}:{name}" in str(error.value)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("", "write it as"), ("a:", "write it as"), (":b", "write it as"), ("a:b:c", "write it as"), ("a:b+", "write it as"),
+    ("+a:b", "write it as"), ("2*", "write it as"), ("x*a:b", "write it as"), ("1.5.2*a:b", "write it as"), ("2**a:b", "write it as"),
+    ("a:b-a:c", "write it as"), ("a:b a:c", "write it as"), ("nothing_here", "module:function"),
+    ("no.such.module:f", "cannot be imported"), (".relative:f", "cannot be imported"), (f"{HERE}:nothing", "cannot be imported"),
+    (f"{HERE}:brightness+0.5*no.such:thing", "cannot be imported"),
+    ("math:pi", "must accept"), ("math:sqrt", "must accept"), ("find_reward", "must accept"), ("check_reward", "must accept"),
+    ("Scoring", "must accept"), ("inf*jpeg_compressibility", "not finite"), ("nan*jpeg_compressibility", "not finite"),
+    ("jpeg_compressibility+1e999*jpeg_compressibility", "not finite"), (f"{HERE}:one_string_of_keys", "tuple")])
+def test_wrong_names_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        rewards.find_reward(spec)
+    assert repr(spec) in str(error.value)
+
+
+def test_a_module_that_fails_on_import_is_named(tmp_path, monkeypatch):
+    (tmp_path / "failing_reward.py").write_text("raise OSError('no weights')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'failing_reward:f' cannot be imported: no weights"):
+        rewards.find_reward("failing_reward:f")
+
+
+# ---- before training -------------------------------------------------------------------------------------------------
+
+def pool(*metadata):
+    return [Prompt(f"prompt {n}", "task", m) for n, m in enumerate(metadata)]
+
+
+@pytest.mark.parametrize("prompts", [pool({}), pool({}, {}), pool({}, {}, {})], ids=len)
+@pytest.mark.parametrize("spec", ["jpeg_compressibility", f"{HERE}:brightness", f"{HERE}:not_a_number", f"0.5*{HERE}:brightness"])
+def test_good_rewards_pass(spec, prompts):
+    rewards.check_reward("task", spec, prompts, 16)
+
+
+def test_the_probe_is_two_grey_images_of_the_size_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rewards, "spy", lambda *batch: seen.append((*batch, torch.is_grad_enabled())) or torch.zeros(2), raising=False)
+    rewards.check_reward("task", "spy", pool({"n": 0}, {"n": 1}, {"n": 2}), 24)
+    (images, prompts, metadata, grad), = seen
+    assert images.shape == (2, 3, 24, 24) and images.dtype == torch.float32 and bool((images == 0.5).all())
+    assert (prompts, metadata, grad) == (["prompt 0", "prompt 1"], [{"n": 0}, {"n": 1}], False)
+
+
+@pytest.mark.parametrize("spec", [f"{HERE}:needs_target", f"{HERE}:brightness + 2*{HERE}:needs_target"])
+def test_missing_metadata_is_found_in_any_prompt(spec):
+    prompts = pool({"target": 1}, {"target": 2}, {"target": 3}, {"other": 1}, {})
+    with pytest.raises(ValueError, match=r"needs 'target'.*'prompt 3' has none; add the field 'target'.*jsonl") as error:
+        rewards.check_reward("mytask", spec, prompts, 8)
+    assert "'mytask'" in str(error.value) and repr(spec) in str(error.value)
+    rewards.check_reward("mytask", spec, prompts[:3], 8)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("too_short", r"shape \(1,\) for 2 images.*shape \(2,\)"), ("a_column", r"shape \(2, 1\)"), ("integers", r"int64.*scores\.float\(\)"),
+    ("a_list", r"a list.*torch\.tensor"), ("an_array", r"a ndarray.*torch\.tensor"), ("broken", "prompt 0.*no such glyph")])
+def test_misbehaving_rewards_are_refused(name, message):
+    with pytest.raises(ValueError, match=message) as error:
+        rewards.check_reward("mytask", f"{HERE}:{name}", pool({}, {}), 8)
+    assert "'mytask'" in str(error.value) and f"'{HERE}:{name}'" in str(error.value)
+    assert name != "broken" or isinstance(error.value.__cause__, KeyError)
+
+
+# ---- beside the rollout ----------------------------------------------------------------------------------------------
+
+TEXTS = ["a", "bb", "a", "ccc", "bb"]
+
+
+def scored(function, texts=TEXTS, timeout=30.0, retries=1):
+    images = images_of(len(texts))
+    return rewards.Scoring(function, images, texts, [{"n": n} for n in range(len(texts))], timeout, retries).result()
+
+
+def test_a_good_reward_scores_as_if_called_directly():
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append((prompts, [m["n"] for m in metadata], torch.is_grad_enabled()))
+        return brightness(images, prompts, metadata).double()
+    scores, reasons, seconds = scored(reward)
+    assert torch.equal(scores, brightness(images_of(5), None, None).double().float()) and scores.dtype == torch.float32
+    assert reasons == {} and seconds >= 0 and calls == [(TEXTS, [0, 1, 2, 3, 4], False)]
+
+
+def test_it_runs_beside_the_caller():
+    inside, go = threading.Event(), threading.Event()
+
+    def reward(images, prompts, metadata):
+        inside.set()
+        assert go.wait(60)
+        return lettered(images, prompts, metadata)
+    scoring = rewards.Scoring(reward, images_of(5), TEXTS, [{}] * 5, 120)
+    assert inside.wait(60)  # the reward runs, and we are here
+    go.set()
+    assert scoring.result()[0].tolist() == [1, 2, 1, 3, 2]
+    assert scoring.result()[0].tolist() == [1, 2, 1, 3, 2]  # may be asked again
+
+
+def test_raising_for_one_prompt_costs_only_that_prompt():
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append((prompts, [m["n"] for m in metadata]))
+        if "bb" in prompts:
+            raise ValueError("cannot read bb")
+        return lettered(images, prompts, metadata)
+    scores, reasons, _ = scored(reward, retries=2)
+    assert scores.nan_to_num(-1).tolist() == [1, -1, 1, 3, -1]
+    assert reasons == dict.fromkeys((1, 4), "prompt 'bb': raised ValueError: cannot read bb")
+    assert calls == [(TEXTS, [0, 1, 2, 3, 4]), (["a", "a"], [0, 2]), (["bb", "bb"], [1, 4]), (["bb", "bb"], [1, 4]), (["ccc"], [3])]
+
+
+def test_without_retries_a_failed_batch_is_all_nan():
+    calls = []
+    scores, reasons, _ = scored(lambda *batch: calls.append(batch) or broken(*batch), retries=0)
+    assert scores.isnan().all() and list(reasons) == [0, 1, 2, 3, 4] and len(calls) == 1
+    assert all(f"prompt {text!r}: raised KeyError: 'no such glyph'" == reasons[n] for n, text in enumerate(TEXTS))
+
+
+def test_sys_exit_in_a_reward_is_a_failure_like_any_other():
+    scores, reasons, _ = scored(lambda *_: sys.exit("bye"))
+    assert scores.isnan().all() and reasons[0] == "prompt 'a': raised SystemExit: bye"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_score_is_scored_again_and_recovers(bad):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append([m["n"] for m in metadata])
+        scores = brightness(images, prompts, metadata)
+        if len(calls) == 1:
+            scores[1] = bad
+        return scores
+    scores, reasons, _ = scored(reward)
+    assert torch.allclose(scores, brightness(images_of(5), None, None)) and reasons == {}
+    assert calls == [[0, 1, 2, 3, 4], [1, 4]]  # its prompt and no other
+
+
+def test_a_score_once_good_is_kept():
+    """Sample 1 is NaN always and sample 4, of the same prompt, from the second call on."""
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        return torch.tensor([math.nan if m["n"] == 1 or (m["n"] == 4 and len(calls) > 1) else 7.0 for m in metadata])
+    scores, reasons, _ = scored(reward, retries=3)
+    assert scores.nan_to_num(-1).tolist() == [7, -1, 7, 7, 7] and len(calls) == 4
+    assert reasons == {1: "prompt 'bb': returned nan"}
+
+
+@pytest.mark.parametrize("reward, reason", [
+    (lambda *_: torch.zeros(3), "returned shape (3,) for 2 images"), (integers, "returned dtype torch.int64"), (a_list, "returned a list"),
+    (lambda *_: torch.full((2,), -math.inf), "returned -inf"), (lambda *_: torch.tensor(0.0), "returned shape () for 2 images"),
+    (lambda images, *_: torch.full((2,), 1e300, dtype=torch.float64), "returned inf")])
+def test_what_a_reward_returns_wrongly_is_said(reward, reason):
+    scores, reasons, _ = scored(reward, texts=["a", "a"])
+    assert scores.isnan().all() and sorted(reasons) == [0, 1]
+    assert all(text.startswith(f"prompt 'a': {reason}") for text in reasons.values())
+
+
+def test_a_slow_batch_of_quick_prompts_is_recovered():
+    release = threading.Event()
+
+    def reward(images, prompts, metadata):
+        if len(prompts) == 5:
+            release.wait(60)
+        return lettered(images, prompts, metadata)
+    scores, reasons, seconds = scored(reward, timeout=2.0)
+    release.set()
+    assert scores.tolist() == [1, 2, 1, 3, 2] and reasons == {} and seconds >= 2.0
+
+
+def test_after_two_late_retries_no_prompt_is_called_any_more():
+    calls, release = [], threading.Event()
+
+    def reward(images, prompts, metadata):
+        calls.append(prompts)
+        release.wait(60)
+        return torch.zeros(len(images))
+    start = time.monotonic()
+    scores, reasons, _ = scored(reward, timeout=0.2)
+    assert time.monotonic() - start < 10
+    release.set()
+    assert scores.isnan().all() and calls == [TEXTS, ["a", "a"], ["bb", "bb"]]
+    assert reasons == {n: f"prompt {text!r}: " + ("reward kept timing out" if text == "ccc" else "took longer than 0.2 s")
+                       for n, text in enumerate(TEXTS)}
+
+
+def test_a_prompt_that_is_late_twice_uses_up_the_patience():
+    release, calls = threading.Event(), []
+    _, reasons, _ = scored(lambda *batch: calls.append(batch[1]) or release.wait(60), timeout=0.1, retries=5)
+    release.set()
+    assert calls == [TEXTS, ["a", "a"], ["a", "a"]]
+    assert reasons[0] == "prompt 'a': took longer than 0.1 s" and reasons[1] == "prompt 'bb': reward kept timing out"
+
+
+def test_a_late_answer_changes_nothing():
+    release, late = threading.Event(), []
+
+    def reward(images, prompts, metadata):
+        if len(prompts) == 5:
+            late.append(threading.current_thread())
+            assert release.wait(60)
+            return torch.full((5,), 9.0)
+        return torch.full((len(prompts),), math.nan) if "bb" in prompts else lettered(images, prompts, metadata)
+    scores, reasons, _ = scored(reward, timeout=2.0)
+    before = scores.clone(), dict(reasons)
+    release.set()
+    late[0].join(60)
+    assert not late[0].is_alive()
+    assert scores.nan_to_num(-1).tolist() == before[0].nan_to_num(-1).tolist() == [1, -1, 1, 3, -1] and reasons == before[1]
+
+
+def test_a_reward_that_changes_its_arguments_spoils_no_retry():
+    def reward(images, prompts, metadata):
+        scores = brightness(images, prompts, metadata)
+        images.zero_()
+        return scores if len(prompts) < 5 else scores * math.nan
+    assert torch.allclose(scored(reward)[0], brightness(images_of(5), None, None))
+
+
+def test_no_images_are_no_failure():
+    scores, reasons, _ = scored(broken, texts=[])
+    assert scores.shape == (0,) and reasons == {}
+    with pytest.raises(ValueError, match="2 images, 1 prompts"):
+        rewards.Scoring(lettered, images_of(2), ["a"], [{}], 1.0)
+
+
+def test_a_failure_of_our_own_is_raised_not_swallowed(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(rewards.Scoring, "_score", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        scored(lettered)
+
+
+def test_a_stuck_reward_does_not_keep_the_process():
+    code = """
+        import time, torch
+        from opd.rewards import Scoring
+        scores, reasons, _ = Scoring(lambda *_: time.sleep(1000), torch.rand(2, 3, 4, 4), ["a", "b"], [{}, {}], 0.1).result()
+        print(scores.tolist(), reasons[1])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[nan, nan] prompt 'b': took longer than 0.1 s"
