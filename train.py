@@ -56,13 +56,35 @@ def state_weights(name: str, grid: list[float], noise_level: float) -> torch.Ten
     return flow.WEIGHTS[name](sigma[:-1], sigma[1:], s)
 
 
-def targets_at(cfg: Config, m: Model, names: list[str], x, sigma_B, conditioning, unconditional):
-    """What teacher and anchor would do at x: K velocities and, with guidance, K unconditional ones. One forward each."""
-    pairs = []
-    for name in names:
+def runs_of(batch: MicroBatch) -> dict[str, slice]:
+    """Teacher -> its samples' rows, for every teacher that some rank has at this turn; no rows where this rank has none."""
+    ends = [0]
+    for name in batch.visits:
+        ends.append(ends[-1] + batch.tasks.count(name))
+    return dict(zip(batch.visits, map(slice, ends, ends[1:])))
+
+
+def targets_at(cfg: Config, m: Model, batch: MicroBatch, x, sigma_B, conditioning, unconditional):
+    """What each sample's teacher, and the anchor, would do at x: K velocities (B, ...) and, with guidance, K unconditional ones.
+
+    The anchor sees every sample and each teacher its own, unless it is the anchor, which has seen them. A teacher without
+    samples on this rank sees the first one for nothing: ranks run the same adapters in the same order.
+    """
+    def ask(name: str, rows: slice):
         with torch.no_grad(), adapters.use(m.transformer, name):
-            pairs.append(rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.teacher_guidance))
-    return [v for v, _ in pairs], [u for _, u in pairs] if cfg.teacher_guidance != 1.0 else None
+            v, v_uncond = rollout.velocities(m.family, m.transformer, x[rows], sigma_B[rows], [c[rows] for c in conditioning],
+                                             unconditional, cfg.teacher_guidance)
+        return [v] if v_uncond is None else [v, v_uncond]
+
+    anchor = [ask(cfg.anchor, slice(None))] if cfg.anchor_weight > 0 else []
+    parts = []
+    for name, rows in runs_of(batch).items():
+        here = rows.start < rows.stop
+        own = [v[rows] for v in anchor[0]] if anchor and name == cfg.anchor else ask(name, rows if here else slice(1))
+        parts += [own] if here else []
+    teacher = parts[0] if len(parts) == 1 else [torch.cat(v) for v in zip(*parts)]
+    targets, *unconds = zip(teacher, *anchor)
+    return targets, unconds[0] if unconds else None
 
 
 def student_step(cfg: Config, m: Model, x, i: int, grid, seed: int, index, conditioning, unconditional):
@@ -74,18 +96,18 @@ def student_step(cfg: Config, m: Model, x, i: int, grid, seed: int, index, condi
 
 
 def distil(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt], step: int, query: list[int], scale: float):
-    """Gradients of eq. 16 for one micro-batch, left in the student's .grad; returns sum_b |v - v_k|^2 (T, K), mean over dims.
+    """Gradients of eq. 16 for one micro-batch, left in the student's .grad; returns |v_b - v_k,b|^2 (B, T, K), mean over dims.
 
-    `scale` turns the micro-batch's sum over samples and states into the step's mean. Each queried state costs one
-    student forward and backward, one teacher forward, one anchor forward.
+    batch.tasks are the samples' teachers. `scale` turns the micro-batch's sum over samples and states into the step's mean.
+    Each queried state costs a sample one student forward and backward, one teacher forward, one anchor forward.
     """
     index = torch.tensor(batch.samples, device=m.device)
     texts = [prompts[n // cfg.group].text for n in batch.samples]
     conditioning = m.conditioning(texts)
     unconditional = m.conditioning([""]) if (cfg.guidance, cfg.teacher_guidance) != (1.0, 1.0) else None
-    names = [cfg.route(batch.task)] + ([cfg.anchor] if cfg.anchor_weight > 0 else [])
     real_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device)
-    alpha_BK = torch.tensor([1.0, cfg.anchor_weight], device=m.device)[:len(names)].expand(len(index), -1).contiguous()
+    alphas = [1.0, cfg.anchor_weight] if cfg.anchor_weight > 0 else [1.0]
+    alpha_BK = torch.tensor(alphas, device=m.device).expand(len(index), -1).contiguous()
     grid, weights = m.grid(cfg.steps), state_weights(cfg.weight, m.grid(cfg.steps), cfg.noise_level)
     seeds = [seed_of(cfg.seed, step, "noise", i) for i in range(cfg.steps)]
 
@@ -95,14 +117,14 @@ def distil(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt], step
         i = len(states) - 1
         states.append(student_step(cfg, m, states[i], i, grid, seeds[i], index, conditioning, unconditional))
 
-    squares_TK = torch.zeros(cfg.steps, 2, device=m.device)
+    squares_BTK = torch.zeros(len(index), cfg.steps, 2, device=m.device)
     for i in range(max(query) + 1):
         if i not in query:
             x = student_step(cfg, m, x, i, grid, seeds[i], index, conditioning, unconditional) if cfg.single_pass else x
             continue
         x = x if cfg.single_pass else states[i]
         sigma_B, next_B = (torch.full((len(x),), grid[j], device=m.device) for j in (i, i + 1))
-        targets, targets_uncond = targets_at(cfg, m, names, x, sigma_B, conditioning, unconditional)
+        targets, targets_uncond = targets_at(cfg, m, batch, x, sigma_B, conditioning, unconditional)
         guidance = dict(guidance=cfg.guidance, targets_uncond=targets_uncond, target_guidance=cfg.teacher_guidance)
         w_B = weights[i].float() * real_B
         with adapters.use(m.transformer, STUDENT):  # around backward too: recomputed activations need the same adapter
@@ -116,8 +138,8 @@ def distil(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt], step
                 x = rollout.step(cfg.rollout, x, v.detach(), None if v_uncond is None else v_uncond.detach(),
                                  cfg.guidance, grid, i, cfg.noise_level, seeds[i], index) if cfg.single_pass else x
             (loss * len(index) * scale).backward()
-        squares_TK[i, :len(names)] += (squares_BK * real_B[:, None]).sum(0)
-    return squares_TK
+        squares_BTK[:, i, :len(alphas)] = squares_BK * real_B[:, None]
+    return squares_BTK
 
 
 def opd_gradients(cfg: Config, m: Model, pools: dict[str, list[Prompt]], step: int) -> torch.Tensor:
@@ -133,11 +155,13 @@ def opd_gradients(cfg: Config, m: Model, pools: dict[str, list[Prompt]], step: i
     table = torch.zeros(len(rows) + 1, cfg.steps, 2, device=m.device)
     counted = torch.zeros(cfg.steps, device=m.device)
     counted[query] = 1
-    for batch in micro_batches([p.task for p in prompts], cfg.group, cfg.micro_batch, ranks.world(), ranks.rank()):
-        squares_TK = distil(cfg, m, batch, prompts, step, query, scale)
-        for row, k in ((rows.index(cfg.route(batch.task)), 0), (len(rows), 1)):
-            table[row, :, 0] += squares_TK[:, k]
-            table[row, :, 1] += counted * sum(batch.real)
+    teacher_of = {n: cfg.route(prompts[n // cfg.group].task) for n in range(samples)}
+    for batch in micro_batches(teacher_of, cfg.micro_batch, ranks.world(), ranks.rank()):
+        squares_BTK = distil(cfg, m, batch, prompts, step, query, scale)
+        runs = [(rows.index(name), own, 0) for name, own in runs_of(batch).items()]
+        for row, own, k in [*runs, (len(rows), slice(None), 1)]:
+            table[row, :, 0] += squares_BTK[own, :, k].sum(0)
+            table[row, :, 1] += counted * sum(batch.real[own])
     return ranks.total(table)
 
 
@@ -178,7 +202,7 @@ def sft_gradients(cfg: Config, m: Model, images: Images, step: int) -> torch.Ten
     """
     chosen = images.of_step(cfg.prompts_per_step, cfg.seed, step)
     total = torch.zeros(2, device=m.device)
-    for batch in micro_batches(["data"] * len(chosen), 1, cfg.micro_batch, ranks.world(), ranks.rank()):
+    for batch in micro_batches(dict.fromkeys(range(len(chosen)), "data"), cfg.micro_batch, ranks.world(), ranks.rank()):
         index = torch.tensor(batch.samples, device=m.device)
         real_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device)
         draws_B2 = kernels.normal((len(index), 2), seed_of(cfg.seed, step, "sigma"), index, device=m.device)

@@ -98,18 +98,20 @@ def seed_of(*parts: int | str) -> int:
 
 # ---- the batch of a step -------------------------------------------------------------------------------------
 
-def prompts_of_step(pools: dict[str, list[Prompt]], mix: dict[str, int], count: int, seed: int, step: int) -> list[Prompt]:
+def prompts_of_step(pools: dict[str, list[Prompt]], mix: dict[str, int], count: int, seed: int, step: int,
+                    alternate: bool = False) -> list[Prompt]:
     """The `count` prompts of `step`, tasks interleaved in the ratio `mix`, each task's prompts in shuffled epochs.
 
     Position q = step * count + j of one endless sequence decides, so that no state is kept and over any stretch the
-    ratio holds to within one round of `mix`.
+    ratio holds to within one round of `mix`. With `alternate` a step has prompts of one task, and the steps take turns.
     """
     cycle = interleave(mix)
     chosen = []
     for q in range(step * count, (step + 1) * count):
-        rounds, place = divmod(q, len(cycle))
+        rounds, place = divmod(step if alternate else q, len(cycle))
         task = cycle[place]
         nth = rounds * mix[task] + cycle[:place].count(task)
+        nth = nth * count + q % count if alternate else nth
         epoch, position = divmod(nth, len(pools[task]))
         chosen.append(pools[task][permutation(len(pools[task]), seed, task, epoch)[position]])
     return chosen
@@ -128,26 +130,32 @@ def interleave(mix: dict[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank works on at once: samples of ONE task. `samples` index the step's global batch of
-    prompts x group; `real[i]` is 0 for padding, which keeps ranks in step and counts for nothing."""
-    task: str
+    """What one rank works on at once. `samples` index the step's global batch of prompts x group, `tasks` (one per sample)
+    stand in runs of equal ones; `real[i]` is 0 for padding, which keeps ranks in step and counts for nothing.
+    `visits`: the tasks that any rank has in its micro-batch of this turn, in one order: what runs once per task runs for each
+    of them on every rank, so that collectives match."""
     samples: list[int]
+    tasks: list[str]
     real: list[int]
+    visits: list[str]
 
 
-def micro_batches(tasks: list[str], group: int, size: int, world: int, rank: int) -> list[MicroBatch]:
-    """Cut the step's samples (sample n belongs to prompt n // group) into micro-batches and deal them to the ranks.
+def micro_batches(tasks: dict[int, str], size: int, world: int, rank: int) -> list[MicroBatch]:
+    """Cut samples (number -> task) into micro-batches of at most `size` and deal them to the ranks.
 
-    Every micro-batch has one task, hence one teacher. All ranks get the same number of micro-batches, so that
-    collectives match; where the numbers do not divide, padding (`real` = 0) fills up.
+    Samples of a task stay together, so few micro-batches hold several tasks. All ranks get the same number of
+    micro-batches; where the numbers do not divide, padding (`real` = 0) fills up.
     """
-    by_task: dict[str, list[int]] = {}
-    for n in range(len(tasks) * group):
-        by_task.setdefault(tasks[n // group], []).append(n)
-    chunks = []
-    for task, samples in by_task.items():
-        pieces = -(-len(samples) // size)
-        chunks += [MicroBatch(task, list(map(int, piece)), [1] * len(piece)) for piece in np.array_split(samples, pieces)]
-    while len(chunks) % world:
-        chunks.append(MicroBatch(chunks[0].task, chunks[0].samples, [0] * len(chunks[0].samples)))
-    return chunks[rank::world]
+    order = list(dict.fromkeys(tasks.values()))
+    samples = sorted(tasks, key=lambda n: order.index(tasks[n]))
+    turns = -(-len(samples) // (size * world))
+    chunks = [list(map(int, piece)) for piece in np.array_split(samples, min(turns * world, len(samples)))]
+    padding = [chunks[-1]] * (-len(chunks) % world)
+    reals = [[1] * len(chunk) for chunk in chunks] + [[0] * len(chunk) for chunk in padding]
+    chunks += padding
+    mine = []
+    for turn in range(0, len(chunks), world):
+        present = {tasks[n] for chunk in chunks[turn:turn + world] for n in chunk}
+        samples = chunks[turn + rank]
+        mine.append(MicroBatch(samples, [tasks[n] for n in samples], reals[turn + rank], [t for t in order if t in present]))
+    return mine

@@ -1,6 +1,7 @@
 """Prompt files, the prompts of a step, and the micro-batches of a rank, against brute force."""
 
 from collections import Counter
+from itertools import groupby
 
 import pytest
 
@@ -125,19 +126,31 @@ def test_seed_of_tells_its_parts_apart_and_fits_63_bits():
 
 @pytest.mark.parametrize("world", range(1, 6))
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
-@pytest.mark.parametrize("tasks, group", [("aabab", 1), ("abcabca", 3), ("a", 1), ("ab" * 8, 2)])
-def test_every_sample_once_one_task_each_and_equal_counts(tasks, group, size, world):
-    ranks = [data.micro_batches(list(tasks), group, size, world, rank) for rank in range(world)]
+@pytest.mark.parametrize("tasks, numbers", [
+    ("aabab", None), ("abc" * 7, None), ("a", None), ("ab" * 16, None), ("babc", [9, 2, 30, 4])])
+def test_every_sample_once_in_runs_of_tasks_and_ranks_in_step(tasks, numbers, size, world):
+    task_of = dict(zip(numbers or range(len(tasks)), tasks))
+    ranks = [data.micro_batches(task_of, size, world, rank) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) >= 1
-    real = []
-    for batch in (b for batches in ranks for b in batches):
-        assert 1 <= len(batch.samples) == len(batch.real) <= size and set(batch.real) <= {0, 1}
-        assert {tasks[n // group] for n in batch.samples} == {batch.task}
-        real += [n for n, r in zip(batch.samples, batch.real) if r]
-    assert sorted(real) == list(range(len(tasks) * group))
+    batches = [b for batches in ranks for b in batches]
+    assert sorted(n for b in batches for n, real in zip(b.samples, b.real) if real) == sorted(task_of)
+    sizes = {len(b.samples) for b in batches}
+    assert 1 <= min(sizes) and max(sizes) <= min(size, min(sizes) + 1)
+    for b in batches:
+        assert b.tasks == [task_of[n] for n in b.samples] and len(b.real) == len(b.samples) and len(set(b.real)) == 1
+        assert [t for t in b.visits if t in b.tasks] == [t for t, _ in groupby(b.tasks)]  # runs, in the order of visits
+    for turn in zip(*ranks):
+        assert {tuple(b.visits) for b in turn} == {tuple(turn[0].visits)}
+        assert set(turn[0].visits) == {t for b in turn for t in b.tasks}
+    real = [b for b in batches if b.real[0]]
+    assert len(batches) - len(real) < world
+    assert sum(len(set(b.tasks)) for b in real) <= len(real) + len(set(tasks)) - 1  # a task is cut by ends of batches only
 
 
-def test_micro_batches_are_even():
-    """9 samples, at most 4 at once: 3 + 3 + 3, not 4 + 4 + 1."""
-    assert [len(b.samples) for b in data.micro_batches(["a"] * 9, 1, 4, 1, 0)] == [3, 3, 3]
-    assert data.micro_batches(["a", "b"], 1, 8, 1, 0) == [MicroBatch("a", [0], [1]), MicroBatch("b", [1], [1])]
+def test_micro_batches_are_even_and_few():
+    """9 samples, at most 4 at once: 3 + 3 + 3, not 4 + 4 + 1; tasks share one where they fit."""
+    assert [len(b.samples) for b in data.micro_batches(dict.fromkeys(range(9), "a"), 4, 1, 0)] == [3, 3, 3]
+    assert data.micro_batches(dict(enumerate("abab")), 8, 1, 0) == [MicroBatch([0, 2, 1, 3], list("aabb"), [1] * 4, ["a", "b"])]
+    two = [data.micro_batches(dict(enumerate("abb")), 1, 2, rank) for rank in (0, 1)]
+    assert two == [[MicroBatch([0], ["a"], [1], ["a", "b"]), MicroBatch([2], ["b"], [1], ["b"])],
+                   [MicroBatch([1], ["b"], [1], ["a", "b"]), MicroBatch([2], ["b"], [0], ["b"])]]  # the last is padding

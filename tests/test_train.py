@@ -1,6 +1,7 @@
 """What the training step does: gradients against an independent computation, and every knob against its effect."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,14 @@ def gradient(world, step: int = 0, **changes):
     return flat, train.opd_metrics(cfg, m, table)
 
 
+def record(m):
+    """(list that grows by (adapter, with gradient?, samples) at every forward, handle that ends it)."""
+    layer = next(module for module in m.transformer.modules() if isinstance(module, BaseTunerLayer))
+    calls = []
+    return calls, m.transformer.register_forward_hook(lambda _, __, output: calls.append(
+        ("base" if layer._disable_adapters else layer._active_adapter[0], torch.is_grad_enabled(), len(output[0]))))
+
+
 @pytest.fixture(scope="module")
 def reference(world):
     return gradient(world)
@@ -54,6 +63,36 @@ def test_single_pass_and_stored_trajectory_give_the_same_gradient(world, changes
 @pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"micro_batch": 64}, {"checkpointing": True}], ids=str)
 def test_micro_batches_and_recomputation_do_not_change_the_gradient(world, reference, changes):
     assert distance(gradient(world, **changes)[0], reference[0]) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"guidance": 2.0, "teacher_guidance": 3.0}, {"teacher_guidance": 2.0, "anchor": "base"},
+                                     {"anchor_weight": 0.0}, {"single_pass": False}], ids=str)
+def test_teachers_share_a_micro_batch(world, changes):
+    """All samples in one pass, each against its own teacher: gradient and metrics as with every sample by itself."""
+    (mixed, row), (single, single_row) = (gradient(world, micro_batch=size, **changes) for size in (64, 1))
+    assert distance(mixed, single) < 1e-5 and row.keys() == single_row.keys()
+    for name in row.keys() - {"loss"}:
+        assert row[name]["loss"] == pytest.approx(single_row[name]["loss"], rel=1e-5)
+        assert list(row[name]["kl"].values()) == pytest.approx(list(single_row[name]["kl"].values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch, turns", [(1, 3), (2, 2), (100, 1)])
+def test_three_ranks_run_the_same_adapters_and_add_up_to_one(world, reference, monkeypatch, micro_batch, turns):
+    """Ranks hold different tasks and padding; collectives match only if all call the same adapters in the same order."""
+    cfg, m, data, trained = build(world, micro_batch=micro_batch)
+    sequences, table = [], 0
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        calls, handle = record(m)
+        table = table + train.opd_gradients(cfg, m, data, 0)
+        handle.remove()
+        sequences.append([(name, grad) for name, grad, _ in calls])
+    assert sequences[0] == sequences[1] == sequences[2]
+    assert sequences[0].count(("student", True)) == turns * cfg.steps
+    mean = torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()]) / 3  # as FSDP averages
+    assert distance(mean, reference[0]) < 1e-5
+    assert train.opd_metrics(cfg, m, table)["loss"] == pytest.approx(reference[1]["loss"], rel=1e-5)
 
 
 def test_gradient_matches_autograd_of_equation_16_written_out(world, reference):
@@ -126,19 +165,29 @@ def test_metrics_say_which_teacher_and_sigma(world, reference):
 
 # ---- cost --------------------------------------------------------------------------------------------------------
 
-def test_a_state_costs_one_forward_and_backward_of_the_student_and_one_forward_of_teacher_and_anchor(world):
-    cfg, m, data, _ = build(world, anchor="base", micro_batch=4)
-    layer = next(module for module in m.transformer.modules() if isinstance(module, BaseTunerLayer))
-    calls = []
-    m.transformer.register_forward_hook(lambda *_: calls.append(
-        ("base" if layer._disable_adapters else layer._active_adapter[0], torch.is_grad_enabled())))
+# (what differs, samples that each frozen adapter sees at a state, passes at a state); the prompts are 2 red, 2 blue, twice each
+COSTS = [
+    ({"micro_batch": 4, "anchor": "base"}, {"red": 4, "blue": 4, "base": 8}, 6),
+    ({"micro_batch": 100, "anchor": "base"}, {"red": 4, "blue": 4, "base": 8}, 4),
+    ({"micro_batch": 100, "anchor": "blue"}, {"red": 4, "blue": 8}, 3),  # the anchor's forward serves its own samples too
+    ({"micro_batch": 100, "anchor": "base", "routes": {"red": "blue"}}, {"blue": 8, "base": 8}, 3),
+    ({"micro_batch": 3, "anchor_weight": 0.0}, {"red": 4, "blue": 4}, 7),  # rrr rbb bb
+]
+
+
+@pytest.mark.parametrize("changes, seen, passes", COSTS, ids=str)
+def test_at_a_state_student_teacher_and_anchor_see_each_sample_once(world, changes, seen, passes):
+    cfg, m, data, _ = build(world, **changes)
+    calls, _ = record(m)
     backwards = []
     m.family.blocks(m.transformer)[-1].register_full_backward_hook(lambda *_: backwards.append(1))
     train.opd_gradients(cfg, m, data, 0)
-    micro, states = 2, cfg.steps
-    assert calls.count(("student", True)) == micro * states and len(backwards) == micro * states
-    assert sum(calls.count((n, False)) for n in ("red", "blue")) == micro * states
-    assert calls.count(("base", False)) == micro * states and len(calls) == 3 * micro * states
+    samples = Counter()
+    for name, grad, count in calls:
+        samples[name, grad] += count
+    assert samples == {(name, name == "student"): count * cfg.steps for name, count in {"student": 8, **seen}.items()}
+    assert len(calls) == passes * cfg.steps
+    assert len(backwards) == sum(grad for _, grad, _ in calls)
 
 
 def test_memory_for_teachers_grows_by_their_lora_weights_only(world):
