@@ -1,4 +1,5 @@
-"""Train: on-policy distillation of flow-matching teachers into one student, and flow-matching fine-tuning.
+"""Train: on-policy distillation of flow-matching teachers into one student; before it, the teachers by GRPO (opd/grpo.py) and
+flow-matching fine-tuning.
 
     torchrun train.py                                    # the miniature: three teachers, one student, minutes on a CPU
     torchrun train.py mini --anchor-weight 0 --seed 1    # PRESET --field value; presets are a table in opd/config.py
@@ -20,19 +21,21 @@ Shapes: B samples of a micro-batch, T states, K teachers at a state (the task's,
 import math
 import sys
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
 
 import kernels
-from opd import adapters, evaluate, flow, ranks, rollout
+from opd import adapters, evaluate, flow, grpo, ranks, rollout, sft
 from opd.adapters import BASE, START, STUDENT
 from opd.config import Config, check, load_family, parse, require
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
 from opd.files import replace, write_json
-from opd.images import Images, load_images
+from opd.images import load_images
 from opd.model import Model
 from opd.optim import Trained, learning_rate
+from opd.rewards import check_reward, find_reward
 from opd.runfolder import RunFolder, labelled_grid, save_image
 
 
@@ -147,7 +150,7 @@ def opd_gradients(cfg: Config, m: Model, pools: dict[str, list[Prompt]], step: i
 
     Returns (K + 1, T, 2), summed over ranks: per teacher (last row: the anchor) and state, sum and count of |v - v_k|^2.
     """
-    prompts = prompts_of_step(pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step)
+    prompts = prompts_of_step(pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, cfg.alternate)
     query = queried_states(cfg, step)
     samples = cfg.prompts_per_step * cfg.group
     scale = ranks.world() / (samples * len(query))  # FSDP averages over ranks; this makes it the mean over the global batch
@@ -193,30 +196,13 @@ def opd_metrics(cfg: Config, m: Model, table: torch.Tensor) -> dict:
     return row
 
 
-# ---- one optimizer step: flow matching -------------------------------------------------------------------------
-
-def sft_gradients(cfg: Config, m: Model, images: Images, step: int) -> torch.Tensor:
-    """Accumulate the gradient of the flow-matching loss (eq. 1) on this rank's part of the step's images.
-
-    sigma is logit-normal, shifted like the scheduler's grid. Returns (2,): sum of losses and count over all ranks.
-    """
-    chosen = images.of_step(cfg.prompts_per_step, cfg.seed, step)
-    total = torch.zeros(2, device=m.device)
-    for batch in micro_batches(dict.fromkeys(range(len(chosen)), "data"), cfg.micro_batch, ranks.world(), ranks.rank()):
-        index = torch.tensor(batch.samples, device=m.device)
-        real_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device)
-        draws_B2 = kernels.normal((len(index), 2), seed_of(cfg.seed, step, "sigma"), index, device=m.device)
-        sigma_B = flow.logit_normal_sigma(draws_B2[:, 0], mean=images.log_shift)
-        dropped_B = torch.special.ndtr(draws_B2[:, 1]) < cfg.caption_dropout
-        captions = ["" if drop else images.captions[chosen[n]] for n, drop in zip(batch.samples, dropped_B.tolist())]
-        data = images.latents[[chosen[n] for n in batch.samples]].to(m.device, torch.float32)
-        eps = kernels.normal(tuple(data.shape), seed_of(cfg.seed, step, "eps"), index, device=m.device)
-        with adapters.use(m.transformer, BASE if cfg.full else STUDENT):
-            v = m.family.velocity(m.transformer, flow.noised(data, eps, sigma_B), sigma_B, m.conditioning(captions))
-            loss_B = flow.flow_matching_loss(v, data, eps) * real_B
-            (loss_B.sum() * ranks.world() / len(chosen)).backward()
-        total += torch.stack([loss_B.detach().sum(), real_B.sum()])
-    return ranks.total(total)
+def opd_step(cfg: Config, m: Model, pools: dict[str, list[Prompt]], trained: Trained, step: int, first: bool) -> tuple[dict, float]:
+    """One optimizer step of distillation: (metrics, gradient norm)."""
+    table = opd_gradients(cfg, m, pools, step)
+    norm = trained.update(step)
+    for k, i in (~table[..., 0].isfinite()).nonzero().tolist()[:1]:
+        say(f"step {step}: non-finite velocity difference to {[*teacher_names(cfg), 'anchor'][k]} at state {i}")
+    return opd_metrics(cfg, m, table), norm
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------
@@ -225,22 +211,26 @@ def build(cfg: Config, device: torch.device):
     """Read and check everything the user named, then load weights, attach adapters, shard. Returns (model, data)."""
     m = Model.plan(load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5)
     targets = m.family.LORA_TARGETS
-    used = {n: s for n, s in cfg.teachers.items() if s != BASE and cfg.stage == "opd"}
+    used = {n: s for n, s in teachers(cfg).items() if s != BASE}
     loras = {name: adapters.read_lora(source) for name, source in used.items()}
     student = student_start(cfg, m, list(loras.values()))
     for lora in [*loras.values(), student]:
         adapters.check_fits(lora, m.skeleton, targets)
-    if cfg.stage == "opd":
+    if cfg.on_policy():
         data = load_tasks(cfg.prompts)
-        texts = [p.text for step in range(cfg.iterations) for p in prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, step)]
+        texts = [p.text for step in range(cfg.iterations)
+                 for p in prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, step, cfg.alternate)]
     else:
         data = load_images(cfg.data, m)
         texts = list(data.captions)
     texts += fixed_prompts(cfg, data)
-    if cfg.stage == "opd" and cfg.evaluate:
+    if cfg.on_policy() and (cfg.evaluate or cfg.watch_every):
         texts += [p.text for pools in splits(cfg, data).values() for pool in pools.values() for p in pool]
         for spec in cfg.rewards.values():
-            evaluate.find_reward(spec)
+            find_reward(spec)
+    if cfg.stage == "grpo":
+        for task, pool in data.items():
+            check_reward(task, cfg.train_rewards[task], pool, cfg.resolution or m.family.default_resolution(m.folder))
     for name, lora in loras.items():
         say(f"teacher {name}: {lora.source}  sha256 {lora.sha256[:12]}  |update| {lora.norm():.3f}")
 
@@ -262,6 +252,10 @@ def build(cfg: Config, device: torch.device):
     return m, data
 
 
+def teachers(cfg: Config) -> dict[str, str]:
+    return cfg.teachers if cfg.stage == "opd" else {}
+
+
 def student_start(cfg: Config, m: Model, teachers: list[adapters.Lora]) -> adapters.Lora:
     """The student's first adapter: fresh (= base), the teachers merged, or one from disk."""
     if cfg.cold_start == "merge":
@@ -279,17 +273,9 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def name_bad_step(cfg: Config, table: torch.Tensor, step: int) -> str:
-    """Where a non-finite step went wrong: teacher and state, or the gradient alone."""
-    if cfg.stage == "opd":
-        for k, i in (~table[..., 0].isfinite()).nonzero().tolist():
-            return f"step {step}: non-finite velocity difference to {[*teacher_names(cfg), 'anchor'][k]} at state {i}"
-    return f"step {step}: non-finite gradient"
-
-
 def fixed_prompts(cfg: Config, data) -> list[str]:
     """What the sample grids show: the first prompts of every task, or the first captions."""
-    if cfg.stage == "opd":
+    if cfg.on_policy():
         return [p.text for pool in data.values() for p in pool[:max(1, 9 // len(data))]]
     return list(dict.fromkeys(data.captions))[:9]
 
@@ -323,34 +309,47 @@ def train(cfg: Config, m: Model, data, run: RunFolder) -> Trained:
         trained.load(state)
         say(f"resuming {run.path} after step {first}")
     prompts = fixed_prompts(cfg, data)
-    gradients = opd_gradients if cfg.stage == "opd" else sft_gradients
-    samples = cfg.prompts_per_step * (cfg.group if cfg.stage == "opd" else 1)
-    bad = 0
+    take_step = {"opd": opd_step, "grpo": grpo.iteration, "sft": sft.optimizer_step}[cfg.stage]
+    samples = cfg.prompts_per_step * (cfg.group if cfg.on_policy() else 1)
+    bad, phases = 0, Counter()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not run.active, mininterval=1.0)
     for step in bar:
         clock = time.perf_counter()
-        table = gradients(cfg, m, data, step)
-        norm = trained.update(step)
+        row, norm = take_step(cfg, m, data, trained, step, step == first)
         done = step + 1
         if not math.isfinite(norm):
             bad += 1
-            say(name_bad_step(cfg, table, step) + "; step skipped")
+            say(f"step {step}: non-finite gradient; step skipped")
             if bad >= cfg.max_bad_steps:
                 raise FloatingPointError(f"{bad} non-finite steps in a row; lower --lr {cfg.lr} or use --dtype float32")
             continue
         bad = 0
-        if done % cfg.log_every == 0 or done == cfg.iterations:
-            row = opd_metrics(cfg, m, table) if cfg.stage == "opd" else {"loss": float(table[0] / table[1])}
+        phases.update(row["seconds"] if "seconds" in row else {})
+        watched = cfg.watch_every and (done % cfg.watch_every == 0 or done == cfg.iterations)
+        if done % cfg.log_every == 0 or done == cfg.iterations or watched:
             seconds = time.perf_counter() - clock
+            row |= {"watch": watch(cfg, m, data, trained)} if watched else {}
             run.log({"step": done, **row, "grad_norm": norm, "lr": learning_rate(cfg, step), "effective_batch": samples,
                      "samples_per_second": samples / seconds})
-            bar.set_postfix(loss=f"{row['loss']:.4g}")
+            bar.set_postfix(loss=f"{row['loss']:.4g}", **(row["reward"] if "reward" in row else {}))
         if done % cfg.save_every == 0 or done == cfg.iterations:
             save(cfg, m, run, trained, done)
         if cfg.sample_every and (done % cfg.sample_every == 0 or done == cfg.iterations):
             sample_grid(cfg, m, run, trained, prompts, done)
     run.curves()
+    if phases:
+        whole = phases["rollout"] + phases["reward"] + phases["train"]
+        say("time: " + ", ".join(f"{name} {phases[name] / whole:.0%}" for name in ("rollout", "reward", "train"))
+            + f"; rewards were computed for {phases['scoring']:.0f} s, of which {phases['reward']:.0f} s were waited for")
     return trained
+
+
+def watch(cfg: Config, m: Model, data: dict, trained: Trained) -> dict[str, float]:
+    """The student's scores on held-out prompts of every task, trained on or not."""
+    with trained.averaged():
+        return {task: evaluate.score(m, BASE if cfg.full else STUDENT, pool, find_reward(cfg.rewards[task]), count=cfg.watch_prompts,
+                                     steps=cfg.eval_steps, seed=cfg.seed, guidance=cfg.guidance)
+                for task, pool in splits(cfg, data)["held-out"].items()}
 
 
 def splits(cfg: Config, data: dict) -> dict[str, dict[str, list[Prompt]]]:
@@ -360,8 +359,8 @@ def splits(cfg: Config, data: dict) -> dict[str, dict[str, list[Prompt]]]:
 
 def report(cfg: Config, m: Model, data: dict, run: RunFolder, trained: Trained) -> None:
     """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and scores.json."""
-    names = [BASE, *(n for n in cfg.teachers if n != BASE), START, STUDENT]
-    guidance = {n: cfg.teacher_guidance if n in cfg.teachers else cfg.guidance for n in names}
+    names = [BASE, *(n for n in teachers(cfg) if n != BASE), START, STUDENT]
+    guidance = {n: cfg.teacher_guidance if n in teachers(cfg) else cfg.guidance for n in names}
     say(f"scoring {', '.join(names)}")
     with trained.averaged():
         scores = evaluate.evaluate(m, names, splits(cfg, data), cfg.rewards, count=cfg.eval_prompts, steps=cfg.eval_steps, seed=cfg.seed,
@@ -387,7 +386,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     trained = train(cfg, m, data, run)
-    if cfg.stage == "opd" and cfg.evaluate:
+    if cfg.on_policy() and not cfg.full and cfg.evaluate:
         report(cfg, m, data, run, trained)
     say(f"run folder: {run.path}")
     ranks.stop()

@@ -36,8 +36,8 @@ class Config:
     """Defaults are the miniature's: three teachers into one student, on a CPU, in minutes."""
 
     # model
-    stage: Literal["opd", "sft"] = "opd"
-    """opd: on-policy distillation from teachers. sft: flow matching on images or latents."""
+    stage: Literal["opd", "grpo", "sft"] = "opd"
+    """opd: on-policy distillation from teachers. grpo: reinforcement learning from rewards. sft: flow matching on images."""
     family: str = "sd3"
     """Model family: the module opd/FAMILY.py."""
     model: str = str(MINI / "weights/base")
@@ -51,7 +51,7 @@ class Config:
 
     # adapters
     full: bool = False
-    """Stage sft: train all weights of the transformer instead of a LoRA."""
+    """Stages sft and grpo: train all weights of the transformer instead of a LoRA."""
     rank: int = 16
     """Rank of the student's LoRA."""
     alpha: float = 32.0
@@ -73,6 +73,8 @@ class Config:
     """Task -> prompt file (.txt, .jsonl, .csv)."""
     mix: Shares = field(default_factory=dict)
     """Task -> its share of the prompts, in whole numbers; a task not named has share 1."""
+    alternate: bool = False
+    """One task per step, the steps taking turns in the ratio of --mix, instead of all tasks in every step."""
     data: str = ""
     """Stage sft: directory with metadata.jsonl and images, or with metadata.jsonl and latents.safetensors."""
     caption_dropout: float = 0.1
@@ -82,7 +84,7 @@ class Config:
     prompts_per_step: int = 48
     """Prompts per optimizer step, over all ranks (stage sft: images)."""
     group: int = 1
-    """Trajectories per prompt."""
+    """Trajectories per prompt; stage grpo compares them with each other and needs at least 2."""
     micro_batch: int = 48
     """Samples per forward pass on one rank."""
 
@@ -108,9 +110,37 @@ class Config:
     teacher_guidance: float = 1.0
     """Guidance of teachers and anchor. Higher than --guidance: the student absorbs the difference."""
 
+    # stage grpo
+    train_rewards: Texts = field(default_factory=dict)
+    """Task -> reward: module:function, a name from opd/rewards.py, or a sum like 0.7*a:b+0.3*c:d."""
+    reward_timeout: float = 60.0
+    """Seconds after which a reward is given up, retried, and its group dropped."""
+    beta: float = 0.04
+    """Weight of the KL to the base (adapter off); 0 = no KL, and no forward pass for it."""
+    clip_range: float = 1e-4
+    """c: how far the ratio may leave 1 before it stops to count."""
+    guard: bool = False
+    """GRPO-Guard: centre the log-ratio and scale it with the step's noise, so that one clip range fits all states."""
+    advantage_std: Literal["global", "group"] = "global"
+    """Advantages are divided by the std of all rewards of the task in this step, or of the group."""
+    advantage_clip: float = 5.0
+    """Largest advantage."""
+    window: int = 0
+    """Train on this many consecutive states, drawn per step, with SDE there and ODE elsewhere; 0 = SDE everywhere."""
+    window_range: tuple[int, int] = (0, 5)
+    """The states that a window may cover: first, and one past the last."""
+    shared_start: bool = False
+    """Start the trajectories of a group from the same noise (DanceGRPO): their rewards then differ by the SDE's steps alone."""
+    updates: int = 1
+    """Optimizer steps per rollout: the prompts are cut into so many parts."""
+    epochs: int = 1
+    """Passes over the rollout."""
+    cosine_every: int = 0
+    """Steps between cosines of the tasks' gradients (eq. 4) in the log; 0 = never."""
+
     # optimizer
     iterations: int = 60
-    """Optimizer steps."""
+    """Optimizer steps; stage grpo: rollouts."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 5
@@ -123,6 +153,8 @@ class Config:
     """Largest gradient norm."""
     ema: float = 0.0
     """Decay of a moving average of the weights, min(ema, (1+n)/(10+n)); it is what is saved and evaluated. 0 = off."""
+    ema_every: int = 1
+    """Optimizer steps between its moves."""
     max_bad_steps: int = 5
     """Stop after this many non-finite steps in a row."""
 
@@ -148,7 +180,7 @@ class Config:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
 
-    # evaluation at the end: base, teachers, start and student on every task
+    # evaluation: base, teachers, start and student on every task
     evaluate: bool = True
     """Score base, teachers, start and student when training ends."""
     rewards: Texts = field(default_factory=lambda: {
@@ -160,6 +192,10 @@ class Config:
     """Prompts per task and split in evaluation, repeated with other noise where a file has fewer."""
     eval_steps: int = 10
     """ODE steps in evaluation."""
+    watch_every: int = 0
+    """Steps between scores of the student on held-out prompts of every task, in the log; 0 = never."""
+    watch_prompts: int = 64
+    """Prompts per task in those."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
@@ -167,12 +203,21 @@ class Config:
         """The teacher of `task` (eq. 7)."""
         return self.routes[task] if task in self.routes else task
 
+    def on_policy(self) -> bool:
+        """Whether the stage samples from prompts."""
+        return self.stage != "sft"
+
     def share(self) -> dict[str, int]:
         return {task: self.mix[task] if task in self.mix else 1 for task in self.prompts}
 
 
 _SFT = Config(stage="sft", anchor_weight=0.0, cold_start="base", evaluate=False, prompts_per_step=128, micro_batch=128,
               save_every=200, sample_every=200, log_every=10, clip=1.0, warmup=20)
+_TRAIN_REWARDS = {t: f"opd.mini.rewards:{t}" for t in ("compose", "text", "quality")}
+# Three states early in the trajectory: where the composition is decided, and far from the last step's visible noise.
+_GRPO = Config(stage="grpo", cold_start="base", teachers={}, anchor_weight=0.0, rank=16, alpha=32.0, prompts_per_step=8, group=8,
+               micro_batch=64, window=2, window_range=(0, 5), updates=1, epochs=2, lr=1e-3, warmup=5, decay="constant", beta=0.04,
+               ema=0.9, iterations=120, save_every=50, sample_every=50, watch_every=20, eval_prompts=256)
 _PUBLIC = "jieliu/SD3.5M-FlowGRPO-"
 
 PRESETS = {
@@ -184,7 +229,11 @@ PRESETS = {
     "mini-base": replace(_SFT, full=True, model="runs/mini-pipeline", data="runs/mini-data/base", out="runs/mini-base",
                          iterations=3000, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
                          weight_decay=0.01, save_every=500, sample_every=500),
-    **{f"mini-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-{t}", iterations=n, prompts_per_step=64,
+    **{f"mini-{t}": replace(_GRPO, out=f"runs/mini-{t}", prompts={t: mini_prompts("train")[t]}, train_rewards={t: _TRAIN_REWARDS[t]})
+       for t in _TRAIN_REWARDS},
+    "mini-grpo-mix": replace(_GRPO, out="runs/mini-grpo-mix", train_rewards=_TRAIN_REWARDS, mix={"compose": 3}, prompts_per_step=10,
+                             cosine_every=20),
+    **{f"mini-sft-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-sft-{t}", iterations=n, prompts_per_step=64,
                             micro_batch=64, ema=0.99)
        for t, n in (("compose", 1200), ("text", 500), ("quality", 500))},
     "sd35": Config(
@@ -195,6 +244,13 @@ PRESETS = {
         mix={"geneval": 3, "ocr": 1, "pickscore": 1}, anchor="pickscore", guidance=4.5, teacher_guidance=4.5,
         prompts_per_step=40, group=4, micro_batch=8, iterations=1000, lr=1e-4, warmup=10, decay="constant",
         checkpointing=True, out="runs/sd35", evaluate=False, rewards={}, heldout={}, save_every=25, sample_every=25),
+    # Flow-GRPO's numbers for one teacher; add --train-rewards geneval=module:function.
+    "sd35-grpo": Config(
+        stage="grpo", cold_start="base", teachers={}, anchor_weight=0.0, model="stabilityai/stable-diffusion-3.5-medium", resolution=512,
+        rank=32, alpha=64.0, prompts={"geneval": "dataset/geneval/train_metadata.jsonl"}, prompts_per_step=48, group=24, micro_batch=8,
+        steps=10, eval_steps=40, skip_last=True, guidance=4.5, updates=2, beta=0.04, clip_range=1e-4, lr=3e-4, warmup=0, decay="constant",
+        ema=0.9, ema_every=8, iterations=2000, checkpointing=True, out="runs/sd35-grpo", evaluate=False, rewards={}, heldout={},
+        save_every=25, sample_every=25),
 }
 
 
@@ -211,11 +267,12 @@ def parse(arguments: list[str]) -> Config:
 def check(cfg: Config, world: int) -> None:
     """Every relation between numbers, before anything is read. ValueError with the numbers and the flag to change."""
     for name in ("prompts_per_step", "group", "micro_batch", "steps", "iterations", "rank", "shard_size", "log_every",
-                 "save_every", "max_bad_steps", "eval_prompts", "eval_steps"):
+                 "save_every", "max_bad_steps", "eval_prompts", "eval_steps", "watch_prompts", "updates", "epochs", "ema_every"):
         require(getattr(cfg, name) >= 1, f"--{dashed(name)} is {getattr(cfg, name)}; it must be at least 1")
-    for name in ("lr", "alpha", "clip"):
+    for name in ("lr", "alpha", "clip", "clip_range", "advantage_clip", "reward_timeout"):
         require(getattr(cfg, name) > 0, f"--{dashed(name)} is {getattr(cfg, name)}; it must be positive")
-    for name in ("anchor_weight", "noise_level", "weight_decay", "warmup", "sample_every", "queries"):
+    for name in ("anchor_weight", "noise_level", "weight_decay", "warmup", "sample_every", "queries", "beta", "window",
+                 "cosine_every", "watch_every"):
         require(getattr(cfg, name) >= 0, f"--{dashed(name)} is {getattr(cfg, name)}; it must not be negative")
     for name in ("ema", "caption_dropout"):
         require(0 <= getattr(cfg, name) < 1, f"--{dashed(name)} is {getattr(cfg, name)}; it must lie in [0, 1)")
@@ -224,18 +281,51 @@ def check(cfg: Config, world: int) -> None:
             f"--shard-size {cfg.shard_size} does not divide the {world} ranks; choose one of "
             f"{[n for n in range(1, world + 1) if world % n == 0]}")
     require(min(cfg.query_beta) > 0, f"--query-beta {cfg.query_beta}: both numbers must be positive")
-    if cfg.stage == "opd":
-        check_opd(cfg)
+    if cfg.on_policy():
+        check_tasks(cfg)
+        check_opd(cfg) if cfg.stage == "opd" else check_grpo(cfg)
+        check_scorers(cfg)
     else:
         require(cfg.data != "", "stage sft needs --data: a directory with metadata.jsonl and images or latents")
         require(cfg.cold_start != "merge", "--cold-start merge is for stage opd; use base or an adapter")
         require(not (cfg.full and cfg.cold_start != "base"), f"--full trains the base; --cold-start {cfg.cold_start!r} cannot apply")
 
 
+def check_tasks(cfg: Config) -> None:
+    """What every stage that samples from prompts must satisfy."""
+    require(bool(cfg.prompts), "--prompts is empty: give at least one TASK=FILE pair")
+    require(cfg.steps > cfg.skip_last, f"--steps {cfg.steps} with --skip-last leaves no state to train on; use --steps 2 or more")
+    for task, share in cfg.mix.items():
+        require(task in cfg.prompts, f"--mix names task {task!r}, which has no --prompts; known: {list(cfg.prompts)}")
+        require(share >= 1, f"--mix {task}={share}: shares are whole numbers of at least 1; drop the task from --prompts instead")
+    require(not cfg.watch_every or bool(cfg.heldout), f"--watch-every {cfg.watch_every} scores held-out prompts; give --heldout TASK=FILE")
+
+
+def check_scorers(cfg: Config) -> None:
+    for task in [*(cfg.prompts if cfg.evaluate else []), *(cfg.heldout if cfg.evaluate or cfg.watch_every else [])]:
+        require(task in cfg.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function or --no-evaluate")
+
+
+def check_grpo(cfg: Config) -> None:
+    require(cfg.group >= 2, f"--group {cfg.group}: an advantage compares the images of one prompt, alone it is always 0; use --group 2 or more")
+    require(cfg.rollout == "sde" and cfg.noise_level > 0,
+            f"stage grpo needs the SDE's likelihood: --rollout {cfg.rollout} --noise-level {cfg.noise_level}; use --rollout sde and a noise above 0")
+    require(cfg.cold_start != "merge", "--cold-start merge is for stage opd; use base or an adapter")
+    require(not (cfg.full and cfg.cold_start != "base"), f"--full trains the base; --cold-start {cfg.cold_start!r} cannot apply")
+    require(not (cfg.full and cfg.beta > 0),
+            f"--beta {cfg.beta} with --full: the reference is the base with the adapter off, and --full changes the base; use --beta 0 or a LoRA")
+    require(cfg.prompts_per_step % cfg.updates == 0,
+            f"--updates {cfg.updates} does not divide --prompts-per-step {cfg.prompts_per_step}; every update takes whole groups")
+    low, high = cfg.window_range
+    require(cfg.window == 0 or (0 <= low and low + cfg.window <= high <= cfg.steps),
+            f"--window {cfg.window} does not fit into --window-range {low} {high} of a trajectory of {cfg.steps} states")
+    for task in cfg.prompts:
+        require(task in cfg.train_rewards, f"task {task!r} has no reward to train on; add --train-rewards {task}=module:function")
+
+
 def check_opd(cfg: Config) -> None:
     states = cfg.steps - cfg.skip_last
-    require(not cfg.full, "--full is for stage sft; the student of stage opd is a LoRA")
-    require(states >= 1, f"--steps {cfg.steps} with --skip-last leaves no state to train on; use --steps 2 or more")
+    require(not cfg.full, "--full is for stages sft and grpo; the student of stage opd is a LoRA")
     require(cfg.queries <= states, f"--queries {cfg.queries} exceeds the {states} states of a trajectory; lower it or raise --steps")
     require(not (cfg.weight.startswith("kl") and cfg.noise_level == 0),
             f"--weight {cfg.weight} divides by the SDE's noise; with --noise-level 0 use --weight ode_kl or uniform")
@@ -249,14 +339,9 @@ def check_opd(cfg: Config) -> None:
     for task in cfg.prompts:
         require(cfg.route(task) in known, f"task {task!r} is routed to {cfg.route(task)!r}, which is not among the "
                 f"teachers {known}; add it to --teachers or map it with --routes {task}=NAME")
-    for task in [*cfg.routes, *cfg.mix]:
-        require(task in cfg.prompts, f"--routes / --mix name task {task!r}, which has no --prompts; known: {list(cfg.prompts)}")
-    for task, share in cfg.mix.items():
-        require(share >= 1, f"--mix {task}={share}: shares are whole numbers of at least 1; drop the task from --prompts instead")
+    for task in cfg.routes:
+        require(task in cfg.prompts, f"--routes names task {task!r}, which has no --prompts; known: {list(cfg.prompts)}")
     require(cfg.anchor_weight == 0 or cfg.anchor in known, f"--anchor {cfg.anchor!r} is not among the teachers {known}")
-    if cfg.evaluate:
-        for task in [*cfg.prompts, *cfg.heldout]:
-            require(task in cfg.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function or --no-evaluate")
 
 
 def require(condition: bool, message: str) -> None:

@@ -29,8 +29,11 @@ class Trained:
         self.optimizer = torch.optim.AdamW(list(named.values()), lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.average = {n: p.detach().clone() for n, p in named.items()} if cfg.ema else {}
 
-    def update(self, step: int) -> float:
-        """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the step."""
+    def update(self, step: int, turn: int = 0, turns: int = 1) -> float:
+        """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the step.
+
+        `turn` of `turns`: where an iteration makes several updates. The average moves every `ema_every` of them.
+        """
         ranks.reshard(self.m.transformer)
         norm = float(ranks.full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)))
         if math.isfinite(norm):
@@ -38,9 +41,11 @@ class Trained:
                 group["lr"] = learning_rate(self.cfg, step)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        decay = min(self.cfg.ema, (1 + step) / (10 + step))
-        for name, average in self.average.items():
-            average.lerp_(self.parameters[name].detach(), 1 - decay)
+        count = step * turns + turn
+        if (count + 1) % self.cfg.ema_every == 0:
+            decay = min(self.cfg.ema, (1 + count) / (10 + count))
+            for name, average in self.average.items():
+                average.lerp_(self.parameters[name].detach(), 1 - decay)
         return norm
 
     @contextmanager

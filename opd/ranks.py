@@ -53,6 +53,13 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def largest(tensor: torch.Tensor) -> torch.Tensor:
+    """Maximum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather(value) -> list:
     """A small picklable value of every rank, in rank order, on every rank."""
     if world() == 1:

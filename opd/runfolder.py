@@ -92,7 +92,8 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def curves(self) -> None:
-        """curves.png: loss per teacher and gradient norm over the steps. Needs matplotlib (pip install flow-opd[plot])."""
+        """curves.png: loss per teacher (stage grpo: rewards and held-out scores) and gradient norm over the steps.
+        Needs matplotlib (pip install flow-opd[plot])."""
         if not self.active:
             return
         try:
@@ -100,13 +101,15 @@ class RunFolder:
         except ImportError:
             print("curves.png skipped: pip install matplotlib to get it")
             return
-        rows = self.metrics()
+        rows = [row | {"flat": flatten(row)} for row in self.metrics()]
+        keys = sorted({k for row in rows for k in row["flat"]})
+        scores = [k for k in keys if k.startswith(("reward/", "watch/")) and not k.endswith("_std")]
         figure = Figure(figsize=(11, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for key in sorted({k for row in rows for k in flatten(row) if k == "loss" or k.endswith("/loss")}):
-            points = [(row["step"], flatten(row)[key]) for row in rows if key in flatten(row)]
+        for key in scores or [k for k in keys if k == "loss" or k.endswith("/loss")]:
+            points = [(row["step"], row["flat"][key]) for row in rows if key in row["flat"]]
             left.plot(*zip(*points), label=key.removesuffix("/loss"))
-        left.set(xlabel="step", ylabel="loss, nats per dimension", yscale="log")
+        left.set(xlabel="step", ylabel="score" if scores else "loss, nats per dimension", yscale="linear" if scores else "log")
         left.legend()
         right.plot([r["step"] for r in rows], [r["grad_norm"] for r in rows])
         right.set(xlabel="step", ylabel="gradient norm", yscale="log")

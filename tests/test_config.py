@@ -26,7 +26,7 @@ REFUSED = [
     ({"shard_size": 3}, "--shard-size 3 does not divide the 4 ranks; choose one of [1, 2, 4]"),
     ({"query_beta": (0.0, 2.0)}, "--query-beta (0.0, 2.0): both numbers must be positive"),
     # stage opd
-    ({"full": True}, "--full is for stage sft"),
+    ({"full": True}, "--full is for stages sft and grpo"),
     ({"steps": 1, "skip_last": True}, "--steps 1 with --skip-last leaves no state"),
     ({"queries": 11}, "--queries 11 exceeds the 10 states"),
     ({"queries": 10, "skip_last": True}, "--queries 10 exceeds the 9 states"),
@@ -40,8 +40,8 @@ REFUSED = [
     ({"prompts": {"dog": "x.txt"}}, "task 'dog' is routed to 'dog', which is not among the teachers ['compose', 'text', 'quality', 'base']; "
                                     "add it to --teachers or map it with --routes dog=NAME"),
     ({"routes": {"text": "nobody"}}, "task 'text' is routed to 'nobody'"),
-    ({"routes": {"dog": "text"}}, "name task 'dog', which has no --prompts; known: ['compose', 'text', 'quality']"),
-    ({"mix": {"dog": 1}}, "name task 'dog', which has no --prompts"),
+    ({"routes": {"dog": "text"}}, "names task 'dog', which has no --prompts; known: ['compose', 'text', 'quality']"),
+    ({"mix": {"dog": 1}}, "names task 'dog', which has no --prompts"),
     ({"mix": {"text": 0}}, "--mix text=0: shares are whole numbers of at least 1"),
     ({"anchor": "nobody"}, "--anchor 'nobody' is not among the teachers"),
     ({"rewards": {"compose": "m:f", "quality": "m:f"}}, "task 'text' has no scorer; add --rewards text=module:function or --no-evaluate"),
@@ -75,9 +75,15 @@ def test_settings_at_the_edge_are_accepted(changes):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_passes_and_can_be_parsed(name):
-    check(PRESETS[name], world=1)
+    given = {"train_rewards": {"geneval": "my.rewards:geneval"}} if name == "sd35-grpo" else {}  # the user's, until there is one here
+    check(replace(PRESETS[name], **given), world=1)
     assert parse([name]) == PRESETS[name]
     assert parse([name, "--seed", "7"]) == replace(PRESETS[name], seed=7)
+
+
+def test_the_sd35_teacher_asks_for_its_reward():
+    with pytest.raises(ValueError, match="task 'geneval' has no reward to train on; add --train-rewards geneval=module:function"):
+        check(PRESETS["sd35-grpo"], world=1)
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

@@ -46,14 +46,36 @@ def alone(world, tmp_path_factory):
     return out, launch(world, out, 1)
 
 
-@pytest.mark.parametrize("shard_size", [1, 2])
-def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size):
-    """5 prompts, micro-batches of 2: the ranks hold unequal parts and one of them padding."""
-    assert launch(world, tmp_path, 2, "--shard-size", str(shard_size)) == pytest.approx(alone[1], rel=1e-4)
+@pytest.mark.parametrize("shard_size, micro_batch", [(1, 3), (2, 1)])
+def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size, micro_batch):
+    """3 red and 2 blue prompts. Micro-batches of 3: rrr and bb, so a rank runs red's teacher for the other's sake; of 1: one
+    turn with r and b, and padding. One process: rr, rb, b."""
+    extra = ["--shard-size", str(shard_size), "--micro-batch", str(micro_batch)]
+    assert launch(world, tmp_path, 2, *extra) == pytest.approx(alone[1], rel=1e-4)
     from PIL import Image, ImageChops
     images = [Image.open(folder / "samples/000003.png").convert("RGB") for folder in (alone[0], tmp_path)]
     assert max(hi for _, hi in ImageChops.difference(*images).getextrema()) <= 2
     assert len(set(alone[1])) == 3 and min(alone[1]) > 0
+
+
+GRPO = ["--stage", "grpo", "--teachers", "--group", "4", "--micro-batch", "5", "--beta", "0.1", "--epochs", "2", "--clip-range", "1e-3",
+        "--cosine-every", "1", "--train-rewards", "red=tests.test_grpo:brightness", "blue=tests.test_grpo:brightness"]
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size):
+    """5 groups of 4 in micro-batches of 5: groups span micro-batches and ranks, and their advantages do not change."""
+    rows = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch(world, out, processes, *GRPO, "--shard-size", str(shard_size if processes == 2 else 1))
+        rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*rows, strict=True):
+        for key in ("loss", "kl", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-8) and one[key] != 0
+        assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)  # the same samples
+        assert two["cosine"] == pytest.approx(one["cosine"], abs=1e-3) and two["groups"] == one["groups"]
+        assert two["ratio"]["largest"] == pytest.approx(one["ratio"]["largest"], rel=1e-2) and one["ratio"]["clipped"] > 0
 
 
 def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, alone):

@@ -333,7 +333,7 @@ def test_sft_learns_what_the_caption_says(world, tmp_path, latents, full, share,
 def test_sft_gradient_is_that_of_equation_1(world, latents):
     cfg, m, images, trained = build(world, stage="sft", data=str(latents), prompts_per_step=6, micro_batch=4,
                                     caption_dropout=0.0, anchor_weight=0.0)
-    train.sft_gradients(cfg, m, images, 0)
+    train.sft.gradients(cfg, m, images, 0)
     got = torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
     chosen, index = images.of_step(6, cfg.seed, 0), torch.arange(6)
     u = train.kernels.normal((6, 2), train.seed_of(0, 0, "sigma"), index)[:, 0]
@@ -358,5 +358,5 @@ def test_caption_dropout_replaces_captions(world, latents):
                                   caption_dropout=dropout, anchor_weight=0.0)
         original = m.conditioning
         m.conditioning = lambda captions: seen.append(captions.count("") / len(captions)) or original(captions)
-        train.sft_gradients(cfg, m, images, 0)
+        train.sft.gradients(cfg, m, images, 0)
     assert seen[0] == 0 and 0.35 < seen[1] < 0.65
