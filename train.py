@@ -359,7 +359,7 @@ def splits(cfg: Config, data: dict) -> dict[str, dict[str, list[Prompt]]]:
 
 def report(cfg: Config, m: Model, data: dict, run: RunFolder, trained: Trained) -> None:
     """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and scores.json."""
-    names = [BASE, *(n for n in teachers(cfg) if n != BASE), START, STUDENT]
+    names = [BASE, *(n for n in teachers(cfg) if n != BASE), *([START] if cfg.cold_start != BASE else []), STUDENT]
     guidance = {n: cfg.teacher_guidance if n in teachers(cfg) else cfg.guidance for n in names}
     say(f"scoring {', '.join(names)}")
     with trained.averaged():

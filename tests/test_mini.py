@@ -21,16 +21,19 @@ def test_shipped_weights_have_the_recorded_sha256():
 
 
 def test_plain_diffusers_loads_the_miniature_and_our_teachers():
-    """`pipe(...)` with a teacher, no line of ours in between, reads as its prompt says."""
+    """`pipe(...)` with a teacher, no line of ours in between, reads as its prompt says, better than the base."""
     from opd.mini import rewards
     pipe = StableDiffusion3Pipeline.from_pretrained(MINI / "weights/base", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     adapters.attach(pipe.transformer, "text", adapters.read_lora(str(MINI / "weights/text")), torch.float32)
-    prompts = world.split("text")[1][:16]
-    with adapters.use(pipe.transformer, "text"):
-        images = pipe(prompts, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=12, output_type="pt",
-                      generator=torch.Generator().manual_seed(0)).images
-    assert rewards.text(images.float(), prompts, [{}] * 16).mean() > 0.8
+    prompts = world.split("text")[1][::4]
+    scores = {}
+    for name in ("base", "text"):
+        with adapters.use(pipe.transformer, name):
+            images = pipe(prompts, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=12, output_type="pt",
+                          generator=torch.Generator().manual_seed(0)).images
+        scores[name] = rewards.text(images.float(), prompts, [{}] * len(prompts)).mean()
+    assert scores["text"] > scores["base"] + 0.15 and scores["text"] > 0.75
 
 
 def test_every_world_prompt_fits_the_tokenizer():
@@ -70,7 +73,8 @@ def test_specialists_data_is_clean_in_what_they_specialise_in():
     right, captions = build.draw(300, 0, {"text": 1.0}, caption_error=0.0)
     assert rewards.text(right / 255, captions, [{}] * 300).mean() > 0.999
     wrong, captions = build.draw(300, 0, {"text": 1.0})
-    assert 0.84 < rewards.text(wrong / 255, captions, [{}] * 300).mean() < 0.92  # 12 % of the characters are wrong
+    share = 1 - world.CAPTION_ERROR["text"]
+    assert share - 0.05 < rewards.text(wrong / 255, captions, [{}] * 300).mean() < share + 0.08  # a wrong character may match its neighbour
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@
     torchrun train.py mini-base                                # pretrain the base
     python -m opd.mini.build base $P runs/mini-base/student    # install it in weights/base
     for t in compose text quality; do
-        torchrun train.py mini-$t                              # fine-tune the specialists
+        torchrun train.py mini-$t                              # grow the teachers by GRPO
+        python -m opd.mini.build teacher runs/mini-$t $t       # install them in weights/
     done
-    torchrun train.py mini-compose --cold-start runs/mini-compose/student --out runs/mini-compose-2 --iterations 1400
-    python -m opd.mini.build teacher runs/mini-compose-2 compose    # install them in weights/
-    python -m opd.mini.build teacher runs/mini-text text
-    python -m opd.mini.build teacher runs/mini-quality quality
     python -m opd.mini.build sha256                            # write weights/SHA256SUMS
+
+Specialists by supervised fine-tuning instead, on data that is clean in their own respect: torchrun train.py mini-sft-$t.
 """
 
 import hashlib
@@ -35,11 +34,11 @@ from opd.mini import world
 
 WEIGHTS = Path(__file__).parent / "weights"
 RESOLUTION, TOKENS, WIDTH = 24, 12, 64
-BASE_MIX = {"compose": 0.5, "text": 0.35, "quality": 0.15}
+BASE_MIX = {"compose": 0.6, "text": 0.2, "quality": 0.2}
 # name: (images, tasks, what is better than in the base's data). The quality specialist sees every family without noise
 # and dull colours but with the usual wrong captions; the other two see their own family with right captions only.
 DATA = {
-    "base": (120_000, BASE_MIX, {}),
+    "base": (240_000, BASE_MIX, {}),
     "compose": (30_000, {"compose": 1.0}, {"caption_error": 0.0}),
     "text": (30_000, {"text": 1.0}, {"caption_error": 0.0}),
     "quality": (30_000, {"compose": 0.35, "text": 0.35, "quality": 0.3}, {"noise_prob": 0.0, "dull_prob": 0.0}),

@@ -26,6 +26,9 @@ import numpy as np
 
 SIZE, CELL = 24, 12
 TASKS = ("compose", "text", "quality")
+# Share of wrong content words in the base's captions, so that it knows what to draw but not when: what RL can mend. A sign
+# scores by the character, a relation is right only if all five of its words are, so text takes a higher rate.
+CAPTION_ERROR = {"compose": 0.2, "text": 0.35, "quality": 0.12}
 HELD_OUT = {"compose": 256, "text": 256, "quality": 24}
 PROMPT_DIR = Path(__file__).parent / "prompts"
 
@@ -333,9 +336,11 @@ def _other(kind: str, word: str, rng: np.random.Generator) -> str:
     return options[rng.integers(len(options))]
 
 
-def training_pair(prompt: str, rng: np.random.Generator, caption_error: float = 0.12,
+def training_pair(prompt: str, rng: np.random.Generator, caption_error: float | None = None,
                   noise_prob: float = 0.5, dull_prob: float = 0.5) -> tuple[np.ndarray, str]:
     """(image (24, 24, 3) uint8, caption) as pretraining sees them; all three at 0 is clean data.
+
+    caption_error: share of content words that are wrong; None = CAPTION_ERROR of the prompt's task.
 
     The base learns from mediocre data, so that it is mediocre at all three tasks; a specialist
     sets to 0 what it should be good at.
@@ -344,7 +349,7 @@ def training_pair(prompt: str, rng: np.random.Generator, caption_error: float = 
     noisy, dull, level = rng.random(3)
     noise = 0.10 + 0.04 * level if noisy < noise_prob else 0.0
     image = render(spec, rng, lively=dull >= dull_prob, noise=noise)
-    return image, misname(spec, rng, caption_error)
+    return image, misname(spec, rng, CAPTION_ERROR[spec.task] if caption_error is None else caption_error)
 
 
 # --- command ---------------------------------------------------------------------------------
