@@ -35,7 +35,7 @@ from opd.files import replace, write_json
 from opd.images import load_images
 from opd.model import Model
 from opd.optim import Trained, learning_rate
-from opd.rewards import check_reward, find_reward
+from opd.rewards import Scoring, check_reward, find_reward
 from opd.runfolder import RunFolder, labelled_grid, save_image
 
 
@@ -317,24 +317,24 @@ def train(cfg: Config, m: Model, data, run: RunFolder) -> Trained:
         clock = time.perf_counter()
         row, norm = take_step(cfg, m, data, trained, step, step == first)
         done = step + 1
-        if not math.isfinite(norm):
-            bad += 1
+        bad = 0 if math.isfinite(norm) else bad + 1
+        if bad:
             say(f"step {step}: non-finite gradient; step skipped")
-            if bad >= cfg.max_bad_steps:
-                raise FloatingPointError(f"{bad} non-finite steps in a row; lower --lr {cfg.lr} or use --dtype float32")
-            continue
-        bad = 0
+        if bad >= cfg.max_bad_steps:
+            raise FloatingPointError(f"{bad} non-finite steps in a row; lower --lr {cfg.lr} or use --dtype float32")
         phases.update(row["seconds"] if "seconds" in row else {})
-        watched = cfg.watch_every and (done % cfg.watch_every == 0 or done == cfg.iterations)
-        if done % cfg.log_every == 0 or done == cfg.iterations or watched:
-            seconds = time.perf_counter() - clock
-            row |= {"watch": watch(cfg, m, data, trained)} if watched else {}
+        for reason in row["failed_rewards"] if "failed_rewards" in row else []:
+            say(f"step {step}: no reward for {reason}; group dropped")
+        seconds = time.perf_counter() - clock
+        last, watched = done == cfg.iterations, cfg.watch_every and (done % cfg.watch_every == 0 or done == cfg.iterations)
+        row |= {"watch": watch(cfg, m, data, trained)} if watched else {}
+        if math.isfinite(norm) and (done % cfg.log_every == 0 or last or watched or "failed_rewards" in row):
             run.log({"step": done, **row, "grad_norm": norm, "lr": learning_rate(cfg, step), "effective_batch": samples,
                      "samples_per_second": samples / seconds})
-            bar.set_postfix(loss=f"{row['loss']:.4g}", **(row["reward"] if "reward" in row else {}))
-        if done % cfg.save_every == 0 or done == cfg.iterations:
+            bar.set_postfix({"loss": f"{row['loss']:.4g}"} | (row["reward"] if "reward" in row else {}))
+        if done % cfg.save_every == 0 or last:
             save(cfg, m, run, trained, done)
-        if cfg.sample_every and (done % cfg.sample_every == 0 or done == cfg.iterations):
+        if cfg.sample_every and (done % cfg.sample_every == 0 or last):
             sample_grid(cfg, m, run, trained, prompts, done)
     run.curves()
     if phases:
@@ -345,10 +345,12 @@ def train(cfg: Config, m: Model, data, run: RunFolder) -> Trained:
 
 
 def watch(cfg: Config, m: Model, data: dict, trained: Trained) -> dict[str, float]:
-    """The student's scores on held-out prompts of every task, trained on or not."""
+    """The student's scores on held-out prompts of every task, trained on or not. A scorer that fails does not end the run."""
+    def scorer(task: str):
+        return lambda *inputs: Scoring(find_reward(cfg.rewards[task]), *inputs, cfg.reward_timeout).result()[0]
     with trained.averaged():
-        return {task: evaluate.score(m, BASE if cfg.full else STUDENT, pool, find_reward(cfg.rewards[task]), count=cfg.watch_prompts,
-                                     steps=cfg.eval_steps, seed=cfg.seed, guidance=cfg.guidance)
+        return {task: evaluate.score(m, BASE if cfg.full else STUDENT, pool, scorer(task), count=cfg.watch_prompts, steps=cfg.eval_steps,
+                                     seed=cfg.seed, guidance=cfg.guidance, batch=cfg.micro_batch, strict=False)
                 for task, pool in splits(cfg, data)["held-out"].items()}
 
 
@@ -364,7 +366,7 @@ def report(cfg: Config, m: Model, data: dict, run: RunFolder, trained: Trained) 
     say(f"scoring {', '.join(names)}")
     with trained.averaged():
         scores = evaluate.evaluate(m, names, splits(cfg, data), cfg.rewards, count=cfg.eval_prompts, steps=cfg.eval_steps, seed=cfg.seed,
-                                   guidance=guidance, say=lambda text: None)
+                                   guidance=guidance, say=lambda text: None, batch=cfg.micro_batch)
     text = evaluate.table(scores, f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, guidance "
                                   f"{cfg.guidance} (teachers {cfg.teacher_guidance}), seed {cfg.seed}")
     say(text)

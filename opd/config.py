@@ -116,11 +116,12 @@ class Config:
     reward_timeout: float = 60.0
     """Seconds after which a reward is given up, retried, and its group dropped."""
     beta: float = 0.04
-    """Weight of the KL to the base (adapter off); 0 = no KL, and no forward pass for it."""
+    """Weight of the KL to the base (adapter off); 0 = no KL, and no forward pass for it. The KL is eq. 12; Flow-GRPO's code
+    leaves the step size D out of its variance, so its beta weighs D times what the same number weighs here."""
     clip_range: float = 1e-4
     """c: how far the ratio may leave 1 before it stops to count."""
     guard: bool = False
-    """GRPO-Guard: centre the log-ratio and scale it with the step's noise, so that one clip range fits all states."""
+    """GRPO-Guard: centre the log-ratio and scale it with the step's noise, so that one (smaller) clip range fits all states."""
     advantage_std: Literal["global", "group"] = "global"
     """Advantages are divided by the std of all rewards of the task in this step, or of the group."""
     advantage_clip: float = 5.0
@@ -225,7 +226,7 @@ PRESETS = {
     # kl weighs the high-noise states, which decide the composition, hundreds of times less than the last ones, and a hundred
     # steps are too few to wait for them (README, "What the miniature shows"); 3:1:1 is the paper's mix.
     "mini": Config(weight="uniform", queries=5, query_beta=(1.0, 1.5), skip_last=True, rank=32, alpha=64.0, lr=3e-3,
-                   mix={"compose": 3}, prompts_per_step=30, micro_batch=30, iterations=100, save_every=50, sample_every=25,
+                   mix={"compose": 3}, prompts_per_step=30, micro_batch=30, iterations=80, save_every=40, sample_every=20,
                    eval_prompts=128),
     "mini-base": replace(_SFT, full=True, model="runs/mini-pipeline", data="runs/mini-data/base", out="runs/mini-base",
                          iterations=8700, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
@@ -288,6 +289,7 @@ def check(cfg: Config, world: int) -> None:
         check_opd(cfg) if cfg.stage == "opd" else check_grpo(cfg)
         check_scorers(cfg)
     else:
+        require(cfg.watch_every == 0, f"--watch-every {cfg.watch_every} scores prompts; stage sft has none")
         require(cfg.data != "", "stage sft needs --data: a directory with metadata.jsonl and images or latents")
         require(cfg.cold_start != "merge", "--cold-start merge is for stage opd; use base or an adapter")
         require(not (cfg.full and cfg.cold_start != "base"), f"--full trains the base; --cold-start {cfg.cold_start!r} cannot apply")
@@ -319,8 +321,9 @@ def check_grpo(cfg: Config) -> None:
     require(cfg.prompts_per_step % cfg.updates == 0,
             f"--updates {cfg.updates} does not divide --prompts-per-step {cfg.prompts_per_step}; every update takes whole groups")
     low, high = cfg.window_range
-    require(cfg.window == 0 or (0 <= low and low + cfg.window <= high <= cfg.steps),
-            f"--window {cfg.window} does not fit into --window-range {low} {high} of a trajectory of {cfg.steps} states")
+    states = cfg.steps - cfg.skip_last
+    require(cfg.window == 0 or (0 <= low and low + cfg.window <= high <= states),
+            f"--window {cfg.window} does not fit into --window-range {low} {high} of the {states} states (--steps, --skip-last)")
     for task in cfg.prompts:
         require(task in cfg.train_rewards, f"task {task!r} has no reward to train on; add --train-rewards {task}=module:function")
 

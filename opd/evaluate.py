@@ -32,10 +32,11 @@ def cases(pool: list[Prompt], count: int) -> list[tuple[int, Prompt]]:
 
 
 def score(model: Model, adapter: str, pool: list[Prompt], reward, *, count: int, steps: int, seed: int, guidance: float,
-          batch: int = 128) -> float:
+          batch: int = 128, strict: bool = True) -> float:
     """Mean score of `adapter` over `count` images, the work dealt over the ranks.
 
-    Ranks run the same number of batches (collectives must match), but nothing padded enters the mean.
+    Ranks run the same number of batches (collectives must match), but nothing padded enters the mean. A score that is not
+    finite is a ValueError, or with `strict` off left out of the mean.
     """
     work, world = cases(pool, count), ranks.world()
     pieces = [work[i:i + batch] for i in range(0, len(work), batch)]
@@ -47,14 +48,15 @@ def score(model: Model, adapter: str, pool: list[Prompt], reward, *, count: int,
         if i < len(pieces):
             scores = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
             require(tuple(scores.shape) == (len(piece),), f"the scorer returned shape {tuple(scores.shape)} for {len(piece)} images")
-            require(bool(torch.isfinite(scores).all()), f"the scorer returned a non-finite score for one of {[p.text for p in prompts][:3]}...")
-            total += torch.tensor([scores.double().sum(), len(piece)], dtype=torch.float64, device=model.device)
+            known = scores[scores.isfinite()]
+            require(not strict or len(known) == len(scores), f"the scorer returned a non-finite score for one of {[p.text for p in prompts][:3]}...")
+            total += torch.tensor([known.double().sum(), len(known)], dtype=torch.float64, device=model.device)
     ranks.total(total)
     return float(total[0] / total[1])
 
 
 def evaluate(model: Model, names: list[str], splits: dict[str, dict[str, list[Prompt]]], rewards: dict[str, str], *,
-             count: int, steps: int, seed: int, guidance: dict[str, float], say=print) -> dict:
+             count: int, steps: int, seed: int, guidance: dict[str, float], say=print, batch: int = 128) -> dict:
     """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter. Prompts must be prepared."""
     functions = {task: find_reward(spec) for task, spec in rewards.items()}
     scores = {}
@@ -62,7 +64,7 @@ def evaluate(model: Model, names: list[str], splits: dict[str, dict[str, list[Pr
         scores[name] = {}
         for split, pools in splits.items():
             row = {task: score(model, name, pool, functions[task], count=count, steps=steps, seed=seed,
-                               guidance=guidance[name]) for task, pool in pools.items()}
+                               guidance=guidance[name], batch=batch) for task, pool in pools.items()}
             scores[name][split] = row | {"mean": sum(row.values()) / len(row)}
         say(f"  evaluated {name}")
     return scores

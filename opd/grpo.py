@@ -57,7 +57,8 @@ def guarded(log_ratio_B: Tensor, kl_old_B: Tensor, step_std_B: Tensor) -> Tensor
     """GRPO-Guard's RatioNorm (arXiv 2510.22319): std (log ratio + KL of old and new transition).
 
     The log-ratio of a sampled step has mean -KL and a spread that goes with 1 / std; without its mean and times std
-    it is centred and of one size at every noise level, so that one clip range fits all states.
+    it is centred and of one size at every noise level, so that one (smaller) clip range fits all states. Guard's published
+    code also divides the loss of a state by its step size; we do not.
     """
     return step_std_B * (log_ratio_B + kl_old_B)
 
@@ -89,7 +90,7 @@ class Trajectory:
     log_prob: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
     """Guided velocities of the old policy; kept for --guard alone."""
-    scoring: Scoring = None
+    scoring: Scoring | None = None
 
 
 def conditions(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt]):
@@ -141,6 +142,7 @@ def gather_rewards(cfg: Config, parts: list[list[Trajectory]], prompts: list[Pro
         if not any(trajectory.batch.real):
             continue
         scores_B, failed, seconds = trajectory.scoring.result()
+        trajectory.scoring = None  # it holds the images
         rewards_N[trajectory.batch.samples] = scores_B.to(device, torch.float64)
         reasons += sorted(set(failed.values()))
         busy += seconds
@@ -162,7 +164,8 @@ def learn(cfg: Config, m: Model, trajectory: Trajectory, prompts: list[Prompt], 
     batch, grid = trajectory.batch, m.grid(cfg.steps)
     conditioning, unconditional = conditions(cfg, m, batch, prompts)
     advantage_B = advantage_N[batch.samples]
-    kept_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device) * ~advantage_B.isnan()
+    real_B = torch.tensor(batch.real, dtype=torch.float32, device=m.device)
+    kept_B = real_B * ~advantage_B.isnan()
     advantage_B = advantage_B.nan_to_num(0.0)
     ones_B1 = torch.ones(len(batch.samples), 1, device=m.device)
     sums, largest = torch.zeros(len(STATISTICS), device=m.device), torch.zeros((), device=m.device)
@@ -190,7 +193,7 @@ def learn(cfg: Config, m: Model, trajectory: Trajectory, prompts: list[Prompt], 
                                                           target_guidance=cfg.guidance)
                 loss, kl_B = loss + cfg.beta * mean_kl * len(x), w_B * square_B1[:, 0]
             (loss * scale).backward()
-        drift_B = (log_ratio_B.detach().exp() - 1) * kept_B
+        drift_B = (log_ratio_B.detach().exp() - 1) * real_B
         rows = loss_B.detach(), kl_B, drift_B, drift_B**2, (drift_B.abs() > cfg.clip_range).float(), torch.ones_like(kept_B)
         sums += (torch.stack(rows) * kept_B).sum(1)
         largest = torch.maximum(largest, drift_B.abs().max())
@@ -253,9 +256,11 @@ def iteration(cfg: Config, m: Model, pools: dict[str, list[Prompt]], trained: Tr
     for turn in range(turns):
         u = turn % cfg.updates
         kept = int((~advantage_N.view(cfg.updates, -1)[u].isnan()).sum())
+        if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
+            continue
         compare = turn == 0 and bool(cfg.cosine_every) and step % cfg.cosine_every == 0
         more, drift, found = gradients(cfg, m, parts[u], prompts, states, advantage_N, trained, kept, compare)
-        if first and turn == 0:
+        if first and not norms:
             self_test(float(drift), cfg.clip_range)
         norms.append(trained.update(step, turn, turns))
         sums, largest, cosine = sums + more, max(largest, float(drift)), cosine | found
@@ -263,7 +268,7 @@ def iteration(cfg: Config, m: Model, pools: dict[str, list[Prompt]], trained: Tr
     row |= {"cosine": cosine} if cosine else {}
     row |= {"failed_rewards": reasons} if reasons else {}
     row["seconds"] = {"rollout": rolled - clock, "reward": scored - rolled, "train": time.perf_counter() - scored, "scoring": busy}
-    return row, next((n for n in norms if not abs(n) < float("inf")), norms[-1])
+    return row, next((n for n in norms if not abs(n) < float("inf")), norms[-1] if norms else 0.0)
 
 
 def sample_and_score(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt], step: int, states: list[int]) -> Trajectory:
@@ -277,14 +282,16 @@ def sample_and_score(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Pro
 
 
 def metrics(cfg: Config, sums: Tensor, largest: float, rewards_PG: Tensor, prompts: list[Prompt]) -> dict:
-    """Readable numbers: losses in nats per dimension; `spread` is the std of the ratio; groups of equal rewards teach nothing."""
+    """Readable numbers: losses in nats per dimension; of the ratio its std (`spread`) and the share that is further than the clip
+    range from 1 (`clipped`); how many groups have equal rewards, which teach nothing, or were dropped."""
     mean = dict(zip(STATISTICS, (sums / sums[-1].clamp(min=1)).tolist()))
     dropped_P = rewards_PG.isnan().any(1)
     flat_P = (rewards_PG == rewards_PG[:, :1]).all(1)
-    reward = {}
+    reward, std = {}, {}
     for task in dict.fromkeys(p.task for p in prompts):
         mine = rewards_PG[torch.tensor([p.task == task for p in prompts], device=rewards_PG.device) & ~dropped_P]
-        reward |= {task: float(mine.mean()), f"{task}_std": float(mine.std(correction=0))} if len(mine) else {}
-    return {"loss": mean["policy"] + cfg.beta * mean["kl"], "reward": reward, "kl": mean["kl"],
+        if len(mine):
+            reward[task], std[task] = float(mine.mean()), float(mine.std(correction=0))
+    return {"loss": mean["policy"] + cfg.beta * mean["kl"], "reward": reward, "reward_std": std, "kl": mean["kl"],
             "ratio": {"spread": max(mean["square"] - mean["drift"] ** 2, 0.0) ** 0.5, "largest": largest, "clipped": mean["clipped"]},
             "groups": {"zero_spread": int(flat_P.sum()), "dropped": int(dropped_P.sum()), "all": len(prompts)}}

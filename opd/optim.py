@@ -73,6 +73,8 @@ class Trained:
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             ranks.load_full(parameter, tensors[f"model/{name}"])
+            if f"optimizer/step/{name}" not in tensors:  # saved before any step succeeded
+                continue
             step = tensors[f"optimizer/step/{name}"]
             moments = {k: torch.zeros_like(parameter.detach()) for k in ("exp_avg", "exp_avg_sq")}
             for key, value in moments.items():

@@ -1,7 +1,8 @@
 """Rewards: how they are named, checked before training, and computed beside the rollout.
 
 A reward is a function `(images (B,3,H,W) float32 in [0,1] on the CPU, prompts list[str], metadata list[dict]) -> scores
-(B,)`, a floating tensor, higher is better. It may be called from several threads at once. It may carry an attribute
+(B,)`, a floating tensor, higher is better. A call that timed out may still run beside the
+next one. It may carry an attribute
 `metadata_keys = ("key", ...)`: what the metadata of every prompt must hold.
 """
 
@@ -22,6 +23,7 @@ from opd.config import require
 from opd.data import Prompt
 
 _TERM = r"\s*(?:([-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan))\s*\*)?\s*([\w.]+(?::\w+)?)\s*"
+_TURN = threading.Lock()  # calls run one at a time: batches wait for each other outside their timeouts
 _RETRY_TIMEOUTS = 2  # after so many in one batch no further prompt of it is tried again
 
 
@@ -173,11 +175,13 @@ class Scoring:
         """Call the reward in a thread of its own, with copies, and note what came of it; True if it took too long.
         A late answer goes into a queue that nobody reads any more."""
         answer = queue.SimpleQueue()
-        threading.Thread(daemon=True, target=_call, args=(
-            answer, self.device, self.function, self.images[positions], [self.prompts[i] for i in positions],
-            [self.metadata[i] for i in positions])).start()
         try:
-            self._note(positions, answer.get(timeout=self.timeout))
+            with _TURN:
+                threading.Thread(daemon=True, target=_call, args=(
+                    answer, self.device, self.function, self.images[positions], [self.prompts[i] for i in positions],
+                    [self.metadata[i] for i in positions])).start()
+                outcome = answer.get(timeout=self.timeout)
+            self._note(positions, outcome)
         except queue.Empty:
             self._note(positions, f"took longer than {self.timeout:g} s")
             return True

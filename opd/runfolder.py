@@ -13,7 +13,7 @@ from opd.config import Config, require
 from opd.files import replace, write_json, write_safetensors
 
 FREE = {"iterations", "out", "cache", "log_every", "save_every", "sample_every", "tracker", "evaluate", "rewards", "heldout",
-        "eval_prompts", "eval_steps", "dry_run", "shard_size", "max_bad_steps"}  # may change when a run resumes
+        "eval_prompts", "eval_steps", "dry_run", "shard_size", "max_bad_steps", "reward_timeout", "watch_every", "watch_prompts", "cosine_every"}  # may change when a run resumes
 
 
 class RunFolder:
@@ -103,7 +103,7 @@ class RunFolder:
             return
         rows = [row | {"flat": flatten(row)} for row in self.metrics()]
         keys = sorted({k for row in rows for k in row["flat"]})
-        scores = [k for k in keys if k.startswith(("reward/", "watch/")) and not k.endswith("_std")]
+        scores = [k for k in keys if k.startswith(("reward/", "watch/"))]
         figure = Figure(figsize=(11, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         for key in scores or [k for k in keys if k == "loss" or k.endswith("/loss")]:

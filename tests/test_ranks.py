@@ -62,13 +62,14 @@ GRPO = ["--stage", "grpo", "--teachers", "--group", "4", "--micro-batch", "5", "
         "--cosine-every", "1", "--train-rewards", "red=tests.test_grpo:brightness", "blue=tests.test_grpo:brightness"]
 
 
-@pytest.mark.parametrize("shard_size", [1, 2])
-def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size):
-    """5 groups of 4 in micro-batches of 5: groups span micro-batches and ranks, and their advantages do not change."""
+@pytest.mark.parametrize("shard_size, extra", [(1, ()), (2, ("--group", "3", "--micro-batch", "1", "--guidance", "2", "--checkpointing"))])
+def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra):
+    """5 groups of 4 in micro-batches of 5, then of 3 in ones of 1, with padding: groups span micro-batches and ranks, and their
+    advantages do not change."""
     rows = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        launch(world, out, processes, *GRPO, "--shard-size", str(shard_size if processes == 2 else 1))
+        launch(world, out, processes, *GRPO, *extra, "--shard-size", str(shard_size if processes == 2 else 1))
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*rows, strict=True):
         for key in ("loss", "kl", "grad_norm"):
