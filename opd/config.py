@@ -235,7 +235,7 @@ PRESETS = {
                             window_range=states, beta=beta, iterations=n)
        for t, states, beta, n in (("compose", (0, 2), 0.01, 140), ("text", (0, 4), 0.04, 60), ("quality", (0, 4), 0.04, 15))},
     "mini-grpo-mix": replace(_GRPO, out="runs/mini-grpo-mix", train_rewards=_TRAIN_REWARDS, mix={"compose": 3}, prompts_per_step=15,
-                             window_range=(0, 3), beta=0.01, iterations=215, cosine_every=20),
+                             window_range=(0, 3), beta=0.01, lr=4e-3, iterations=215, cosine_every=20),
     **{f"mini-sft-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-sft-{t}", iterations=n, prompts_per_step=64,
                             micro_batch=64, ema=0.99)
        for t, n in (("compose", 1200), ("text", 500), ("quality", 500))},

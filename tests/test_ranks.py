@@ -73,7 +73,8 @@ def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*rows, strict=True):
         for key in ("loss", "kl", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-8) and one[key] != 0
+            # the loss is a mean of advantages of size 1 that cancel almost, so float32 sums leave 1e-8 of it in any order
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7) and one[key] != 0
         assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)  # the same samples
         assert two["cosine"] == pytest.approx(one["cosine"], abs=1e-3) and two["groups"] == one["groups"]
         assert two["ratio"]["largest"] == pytest.approx(one["ratio"]["largest"], rel=1e-2) and one["ratio"]["clipped"] > 0
