@@ -13,7 +13,8 @@ from opd.config import Config, require
 from opd.files import replace, write_json, write_safetensors
 
 FREE = {"iterations", "out", "cache", "log_every", "save_every", "sample_every", "tracker", "evaluate", "rewards", "heldout",
-        "eval_prompts", "eval_steps", "dry_run", "shard_size", "max_bad_steps", "reward_timeout", "watch_every", "watch_prompts", "cosine_every"}  # may change when a run resumes
+        "eval_prompts", "eval_steps", "dry_run", "shard_size", "max_bad_steps", "reward_timeout", "watch_every",
+        "watch_prompts", "cosine_every"}  # may change when a run resumes
 
 
 class RunFolder:

@@ -290,6 +290,18 @@ def test_average_moves_every_so_many_updates(world):
     assert moved == [False, False, True]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_share_their_start_only_if_asked(world, shared):
+    """Same first state for a group, other noise after it, other first states for other groups."""
+    cfg, m, data, _ = build(world, shared_start=shared)
+    prompts = grpo.prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    batch = grpo.MicroBatch(list(range(8)), ["red"] * 8, [1] * 8, ["red"])
+    trajectory, images = grpo.sample_trajectory(cfg, m, batch, prompts, 0, [0, 1])
+    first, second = (x.view(2, 4, *m.shape) for x in trajectory.x[:2])
+    assert torch.equal(first[:, :1].expand_as(first), first) == shared
+    assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])
+
+
 def test_window_moves_over_its_range_and_only_over_it(world):
     cfg = grpo_config(world, steps=10, window=2, window_range=(1, 6))
     drawn = [grpo.trained_states(cfg, step) for step in range(200)]
