@@ -54,8 +54,8 @@ class Arguments:
     """a, for sde and cps."""
     resolution: int = 0
     """Pixels per side; 0 = what the model was made for."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the transformer computes in."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
     family: str = "sd3"
     """Model family: the module opd/FAMILY.py."""
     t5: bool = True

@@ -42,8 +42,8 @@ class Config:
     """Model family: the module opd/FAMILY.py."""
     model: str = str(MINI / "weights/base")
     """Pipeline directory or Hub id of the base."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the transformer computes in. LoRA masters, states, schedule and losses are float32 anyway."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. LoRA masters, states, schedule and losses are float32 anyway."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     resolution: int = 0

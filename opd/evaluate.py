@@ -106,8 +106,8 @@ class Arguments:
     """Seed of the noise."""
     resolution: int = 0
     """Pixels per side; 0 = what the model was made for."""
-    dtype: str = "bfloat16"
-    """What the transformer computes in: bfloat16, float16 or float32."""
+    dtype: str = "auto"
+    """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware multiplies it)."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     cache: str = "~/.cache/flow-opd"

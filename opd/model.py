@@ -15,6 +15,17 @@ from opd.rollout import sample
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; "auto" is bfloat16 on an accelerator and on CPUs that multiply it, else float32.
+
+    A CPU without AVX512-BF16 or AMX emulates bfloat16 more than ten times slower than it computes in float32.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 @dataclass
 class Model:
     family: ModuleType
@@ -36,8 +47,9 @@ class Model:
         """Everything that can be known, and refused, before weights load."""
         folder = find_pipeline(source, family.PIPELINE)
         shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
-        conditioning = Conditioning(family, folder, cache, DTYPES[dtype], device, t5)
-        return cls(family, folder, family.skeleton(folder), shape, conditioning, DTYPES[dtype], device)
+        compute = compute_dtype(dtype, device)
+        conditioning = Conditioning(family, folder, cache, compute, device, t5)
+        return cls(family, folder, family.skeleton(folder), shape, conditioning, compute, device)
 
     def load(self, dtype: torch.dtype | None = None) -> None:
         """Load the transformer (in `dtype`, default the compute dtype) and the VAE."""

@@ -15,7 +15,7 @@ from opd import adapters, sd3
 from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.files import find_pipeline
-from opd.model import Model
+from opd.model import Model, compute_dtype
 from opd.rollout import sample
 
 CPU = torch.device("cpu")
@@ -48,6 +48,16 @@ def model_at(folder, cache, t5=True):
     model.conditioning.prepare([*PROMPTS, ""])
     model.load()
     return model
+
+
+@pytest.mark.parametrize("bf16, amx, device, wanted", [
+    (False, False, "cpu", torch.float32), (True, False, "cpu", torch.bfloat16), (False, True, "cpu", torch.bfloat16),
+    (False, False, "cuda", torch.bfloat16)])
+def test_auto_is_bfloat16_only_where_the_hardware_has_it(bf16, amx, device, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert compute_dtype("auto", torch.device(device)) == wanted
+    assert compute_dtype("float16", torch.device(device)) == torch.float16
 
 
 # ---- sampling equals diffusers' own -------------------------------------------------------------------------------
