@@ -99,6 +99,22 @@ def conditions(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt]):
     return m.conditioning(texts), m.conditioning([""]) if cfg.guidance != 1.0 else None
 
 
+def velocities(cfg: Config, m: Model, batch: MicroBatch, i: int, states: list[int], x: Tensor, sigma_B: Tensor, conditioning, unconditional):
+    """(v, v_uncond or None) at state i of the trajectories.
+
+    Groups that share their start stand together until the first trained state, where their SDE begins: up to there one
+    sample of a group answers for all, in the rollout, in the update and in its KL.
+    """
+    if not cfg.shared_start or i > states[0]:
+        return rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.guidance)
+    groups = [n // cfg.group for n in batch.samples]
+    order = list(dict.fromkeys(groups))
+    first, back = [groups.index(g) for g in order], [order.index(g) for g in groups]
+    found = rollout.velocities(m.family, m.transformer, x[first], sigma_B[first], [c[first] for c in conditioning], unconditional,
+                               cfg.guidance)
+    return [v if v is None else v[back] for v in found]
+
+
 @torch.no_grad()
 def sample_trajectory(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Prompt], step: int, states: list[int]):
     """Roll the policy out: SDE on the trained states (with --window: nowhere else). Returns (Trajectory, images (B, 3, H, W))."""
@@ -110,7 +126,7 @@ def sample_trajectory(cfg: Config, m: Model, batch: MicroBatch, prompts: list[Pr
     with adapters.use(m.transformer, policy(cfg)):
         for i in range(cfg.steps):
             sigma_B, next_B, s_B = schedule(cfg, grid, i, x)
-            v, v_uncond = rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.guidance)
+            v, v_uncond = velocities(cfg, m, batch, i, states, x, sigma_B, conditioning, unconditional)
             if cfg.window and i not in states:
                 x = flow.ode_step(x, flow.guided(v, v_uncond, cfg.guidance), sigma_B, next_B)
                 continue
@@ -176,10 +192,10 @@ def learn(cfg: Config, m: Model, trajectory: Trajectory, prompts: list[Prompt], 
         reference = [], []
         if cfg.beta > 0:
             with torch.no_grad(), adapters.use(m.transformer, BASE):
-                v_ref, uncond_ref = rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.guidance)
+                v_ref, uncond_ref = velocities(cfg, m, batch, i, states, x, sigma_B, conditioning, unconditional)
             reference = [v_ref], [uncond_ref]
         with adapters.use(m.transformer, policy(cfg)):  # around backward too, for recomputed activations
-            v, v_uncond = rollout.velocities(m.family, m.transformer, x, sigma_B, conditioning, unconditional, cfg.guidance)
+            v, v_uncond = velocities(cfg, m, batch, i, states, x, sigma_B, conditioning, unconditional)
             log_prob_B = kernels.sde_log_prob(trajectory.x[j + 1], x, v, sigma_B, next_B, s_B, v_uncond=v_uncond, guidance=cfg.guidance)
             log_ratio_B = log_prob_B - trajectory.log_prob[j]
             if cfg.guard:

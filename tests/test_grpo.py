@@ -302,6 +302,22 @@ def test_groups_share_their_start_only_if_asked(world, shared):
     assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])
 
 
+@pytest.mark.parametrize("changes", [{}, {"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}])
+def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, changes):
+    """The same gradient as with a forward pass for every sample, from fewer samples in the transformer."""
+    changes = dict(changes, shared_start=True, beta=0.1, cold_start=str(world / "red"))
+    rows, original = [], grpo.rollout.velocities
+    monkeypatch.setattr(grpo.rollout, "velocities", lambda family, transformer, x, *rest: (rows.append(len(x)), original(family, transformer, x, *rest))[1])
+    once, counted = recorded(world, **changes)[0], sum(rows)
+    rows.clear()
+    monkeypatch.setattr(grpo, "velocities", lambda cfg, m, batch, i, states, *rest: grpo.rollout.velocities(m.family, m.transformer, *rest, cfg.guidance))
+    assert distance(once, recorded(world, **changes)[0]) < 1e-4
+    cfg = grpo_config(world, **changes)
+    first = grpo.trained_states(cfg, 0)[0]
+    spared = cfg.prompts_per_step * (cfg.group - 1) * (first + 1 + 2)  # rollout up to there, policy and reference in the update
+    assert sum(rows) - counted == spared > 0
+
+
 def test_window_moves_over_its_range_and_only_over_it(world):
     cfg = grpo_config(world, steps=10, window=2, window_range=(1, 6))
     drawn = [grpo.trained_states(cfg, step) for step in range(200)]
