@@ -215,6 +215,28 @@ def test_textures_and_fills_get_no_credit():
     assert rewards.quality(x_BCHW, [""] * 3, [{}] * 3).tolist() == [0.5, 1.0, 1.0]
 
 
+def test_a_landscape_must_be_the_one_asked_for():
+    prompts = world.all_prompts("quality")
+    drawn = render_all(prompts)
+    likeness = rewards.likeness(drawn, prompts)
+    assert likeness.min() > 0.95  # phases between the eighths and 8-bit colours cost a little
+    by_hand = []  # numpy's correlation, one clean picture at a time
+    for image, prompt in zip(drawn[::17], prompts[::17]):
+        blocks = F.avg_pool2d(torch.cat([image[None], torch.from_numpy(world.scenes(prompt)).permute(0, 3, 1, 2)]), 2).numpy()
+        light, hue = blocks.mean(1), (blocks - blocks.mean(1, keepdims=True)).reshape(len(blocks), -1)
+        by_hand.append(max(np.corrcoef(light[0].ravel(), light[j].ravel())[0, 1]
+                           * (hue[0] @ hue[j]) / (np.linalg.norm(hue[0]) * np.linalg.norm(hue[j])) for j in range(1, len(blocks))))
+    np.testing.assert_allclose(likeness[::17].numpy(), by_hand, atol=1e-5)
+
+    places = list(world.PLACES)
+    other = render_all([world.Spec("quality", (adjective, places[(places.index(place) + 3) % 6], time)).prompt
+                        for adjective, place, time in (world.parse(p).words for p in prompts)])
+    assert mean_score(rewards.quality, other, prompts) < 0.75
+    mush = F.interpolate(F.avg_pool2d(drawn, 12), scale_factor=12, mode="bilinear")
+    for hack in (mush, 1 - drawn, *hacks()[:, None].expand(-1, len(prompts), -1, -1, -1)):
+        assert mean_score(rewards.quality, hack, prompts) < 0.5
+
+
 def test_surplus_objects_fail_the_strict_score():
     drawn = ["two red circles", "a red circle and a blue square", "a red circle"]
     assert rewards.compose_strict(render_all(drawn), ["a red circle"] * 3, [{}] * 3).tolist() == [0, 0, 1]

@@ -9,6 +9,8 @@ Metadata is GenEval's record per prompt; an empty dict means "read it off the pr
 Shapes: B images, C = 3 channels, H = W = 24, N objects found, K = colours, S = shapes + "other".
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -257,7 +259,34 @@ def backdrop_chroma(images_BCHW: Tensor) -> Tensor:
     return lively.topk(8, dim=1).values.mean(1)
 
 
+def _light_and_hue(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Of 2x2 block means, as unit vectors: luminance without its mean (B, 144) and chroma (B, 432)."""
+    blocks = F.avg_pool2d(images_BCHW.float(), 2)
+    light = blocks.mean(1, keepdim=True)
+    return F.normalize((light - light.mean((2, 3), keepdim=True)).flatten(1), dim=1), F.normalize((blocks - light).flatten(1), dim=1)
+
+
+@cache
+def _scene_views(prompt: str) -> tuple[Tensor, Tensor]:
+    return _light_and_hue(torch.from_numpy(world.scenes(prompt)).permute(0, 3, 1, 2))
+
+
+def likeness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    """How much an image looks like the landscape asked for, in [0, 1], (B,); 1 for prompts of other kinds.
+
+    Correlation of the luminance times cosine of the chroma, with the best of all clean pictures of the prompt. Grain is grey
+    and dullness a factor on the chroma, so the cosine sees neither; grain costs the correlation a little.
+    """
+    light_B, hue_B = _light_and_hue(images_BCHW)
+    scores = torch.ones(len(prompts), device=images_BCHW.device)
+    for i, prompt in enumerate(prompts):
+        light_S, hue_S = (view.to(images_BCHW.device) for view in _scene_views(prompt))
+        if len(light_S):
+            scores[i] = ((light_S @ light_B[i]).clamp_min(0) * (hue_S @ hue_B[i]).clamp_min(0)).max()
+    return scores
+
+
 def quality(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """Half for the absence of noise, half for a colourful backdrop; looks at no prompt."""
+    """Half for the absence of noise, half for a colourful backdrop; a landscape's whole score times its likeness."""
     clean = ((NOISE_FULL - noise_level(images_BCHW)) / (NOISE_FULL - NOISE_NONE)).clamp(0, 1)
-    return 0.5 * clean + 0.5 * backdrop_chroma(images_BCHW)
+    return likeness(images_BCHW, prompts) * (0.5 * clean + 0.5 * backdrop_chroma(images_BCHW))

@@ -272,18 +272,21 @@ def _draw_sign(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Gen
         image_HWC[top + 1:top + 8, x:x + 5][FONT[char]] = 0.08
 
 
-def _scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
-    """Sky, sun or moon, ground; the adjective moves the horizon or changes the disc."""
+def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.ndarray:
+    """Sky, sun or moon, ground; the adjective moves the horizon or changes the disc.
+
+    lower: pixels that the horizon lies lower, 0 or 1. aside: pixels that the disc stands aside, -1 to 1. phase: of the hills' wave.
+    """
     adjective, place, time = words
     sky_top, sky_low, light, disc, height, column = TIMES[time]
-    horizon = (18 if adjective == "wide" else 14) + int(rng.integers(2))
+    horizon = (18 if adjective == "wide" else 14) + lower
     rows = np.arange(SIZE, dtype=np.float32)[:, None]
     sky = np.asarray(sky_top) + np.clip(rows / horizon, 0, 1) * (np.asarray(sky_low) - sky_top)
     image = np.repeat(sky.astype(np.float32)[:, None], SIZE, axis=1)
-    y, x = np.mgrid[:SIZE, :SIZE] - np.array([horizon - height, column + rng.integers(-1, 2)])[:, None, None]
+    y, x = np.mgrid[:SIZE, :SIZE] - np.array([horizon - height, column + aside])[:, None, None]
     radius = {"bright": 4.6, "lonely": 1.5}.get(adjective, 3.2)
     image[y**2 + x**2 <= radius**2] = disc
-    wave = 1.6 * np.sin(np.arange(SIZE) * 0.55 + 6.3 * rng.random()) if adjective == "rolling" else np.zeros(SIZE)
+    wave = 1.6 * np.sin(np.arange(SIZE) * 0.55 + 6.3 * phase) if adjective == "rolling" else np.zeros(SIZE)
     depth = rows - horizon - wave.round()  # rows below the horizon
     ground = np.asarray(PLACES[place]) * light * (1.05 - 0.018 * np.clip(depth, 0, None))[..., None]
     land = depth >= 0
@@ -294,10 +297,25 @@ def _scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
     return image
 
 
+def _draw_scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
+    lower, aside = int(rng.integers(2)), int(rng.integers(-1, 2))
+    return _scene(words, lower, aside, rng.random() if words[0] == "rolling" else 0.0)
+
+
+@cache
+def scenes(prompt: str) -> np.ndarray:
+    """Every clean picture of a landscape, the hills' wave in eighths: (6 or 48, 24, 24, 3) in [0, 1]; none for other prompts."""
+    spec = _parse(prompt)
+    if spec is None or spec.task != "quality":
+        return np.zeros((0, SIZE, SIZE, 3), np.float32)
+    phases = np.arange(8) / 8 if spec.words[0] == "rolling" else (0.0,)
+    return np.stack([_scene(spec.words, *where) for where in product((0, 1), (-1, 0, 1), phases)]).astype(np.float32)
+
+
 def render(spec: Spec | str, rng: np.random.Generator, lively: bool = True, noise: float = 0.0) -> np.ndarray:
     """Draw a spec or prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1 scale."""
     spec = parse(spec) if isinstance(spec, str) else spec
-    image = _scene(spec.words, rng) if spec.task == "quality" else _backdrop(rng)
+    image = _draw_scene(spec.words, rng) if spec.task == "quality" else _backdrop(rng)
     if not lively:
         image = _dull(image)
     if spec.task == "compose":
