@@ -131,7 +131,8 @@ class Config:
     window_range: tuple[int, int] = (0, 5)
     """The states that a window may cover: first, and one past the last."""
     shared_start: bool = False
-    """Start the trajectories of a group from the same noise (DanceGRPO): their rewards then differ by the SDE's steps alone."""
+    """Start the trajectories of a group from the same noise (DanceGRPO): their rewards then differ by the SDE's steps alone, and
+    up to the first of these one forward pass serves the group."""
     updates: int = 1
     """Optimizer steps per rollout: the prompts are cut into so many parts."""
     epochs: int = 1
@@ -215,11 +216,12 @@ class Config:
 _SFT = Config(stage="sft", anchor_weight=0.0, cold_start="base", evaluate=False, prompts_per_step=128, micro_batch=128,
               save_every=200, sample_every=200, log_every=10, clip=1.0, warmup=20)
 _TRAIN_REWARDS = {t: f"opd.mini.rewards:{t}" for t in ("compose", "text", "quality")}
-# The late states' gradients are tens of times larger and almost pure noise (README, "What the miniature shows"), so a window of
-# early states is trained, groups share their start, and six steps are enough to roll out.
+# The late states' gradients are tens of times larger and almost pure noise (README, "Where a flow policy learns"), so one early
+# state is trained at a time; groups share their start, so that this state is computed once for all of a group, and rewards
+# differ by the noise of its one step. Six steps are enough to roll out.
 _GRPO = Config(stage="grpo", cold_start="base", teachers={}, anchor_weight=0.0, rank=16, alpha=32.0, prompts_per_step=12, group=8,
-               micro_batch=48, steps=6, window=2, window_range=(0, 4), shared_start=True, lr=2e-3, warmup=5, beta=0.04, ema=0.9,
-               save_every=50, sample_every=30, watch_every=15, watch_prompts=128, eval_prompts=256)
+               micro_batch=48, steps=6, window=1, window_range=(0, 3), shared_start=True, lr=4e-3, warmup=5, beta=0.04, ema=0.9,
+               save_every=50, sample_every=30, watch_every=30, watch_prompts=128, eval_prompts=256)
 _PUBLIC = "jieliu/SD3.5M-FlowGRPO-"
 
 PRESETS = {
@@ -232,10 +234,10 @@ PRESETS = {
                          iterations=8700, prompts_per_step=64, micro_batch=64, lr=1e-3, warmup=200, ema=0.999,
                          weight_decay=0.01, save_every=500, sample_every=500),
     **{f"mini-{t}": replace(_GRPO, out=f"runs/mini-{t}", prompts={t: mini_prompts("train")[t]}, train_rewards={t: _TRAIN_REWARDS[t]},
-                            window_range=states, beta=beta, iterations=n)
-       for t, states, beta, n in (("compose", (0, 2), 0.01, 140), ("text", (0, 4), 0.04, 60), ("quality", (0, 4), 0.04, 15))},
+                            beta=beta, lr=lr, iterations=n)
+       for t, beta, lr, n in (("compose", 0.002, 1.3e-3, 240), ("text", 0.04, 2e-3, 60), ("quality", 0.04, 4e-3, 30))},
     "mini-grpo-mix": replace(_GRPO, out="runs/mini-grpo-mix", train_rewards=_TRAIN_REWARDS, mix={"compose": 3}, prompts_per_step=15,
-                             window_range=(0, 3), beta=0.01, lr=4e-3, iterations=215, cosine_every=20),
+                             beta=0.002, lr=4e-3, iterations=270, cosine_every=30),
     **{f"mini-sft-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-sft-{t}", iterations=n, prompts_per_step=64,
                             micro_batch=64, ema=0.99)
        for t, n in (("compose", 1200), ("text", 500), ("quality", 500))},
