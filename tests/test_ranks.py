@@ -59,7 +59,7 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size
 
 
 GRPO = ["--stage", "grpo", "--teachers", "--group", "4", "--micro-batch", "5", "--beta", "0.1", "--epochs", "2", "--clip-range", "1e-3",
-        "--cosine-every", "1", "--train-rewards", "red=tests.test_grpo:brightness", "blue=tests.test_grpo:brightness"]
+        "--cosine-every", "1", "--train-rewards", "red=tests.tiny_grpo:brightness", "blue=tests.tiny_grpo:brightness"]
 
 
 @pytest.mark.parametrize("shard_size, extra", [(1, ()), (2, ("--group", "3", "--micro-batch", "1", "--guidance", "2", "--checkpointing"))])
