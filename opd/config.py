@@ -237,7 +237,7 @@ PRESETS = {
                             beta=beta, lr=lr, iterations=n)
        for t, beta, lr, n in (("compose", 0.002, 1.3e-3, 240), ("text", 0.04, 2e-3, 60), ("quality", 0.04, 4e-3, 30))},
     "mini-grpo-mix": replace(_GRPO, out="runs/mini-grpo-mix", train_rewards=_TRAIN_REWARDS, mix={"compose": 3}, prompts_per_step=15,
-                             beta=0.002, lr=4e-3, iterations=270, cosine_every=30),
+                             beta=0.002, lr=2e-3, iterations=320, cosine_every=40),
     **{f"mini-sft-{t}": replace(_SFT, data=f"runs/mini-data/{t}", out=f"runs/mini-sft-{t}", iterations=n, prompts_per_step=64,
                             micro_batch=64, ema=0.99)
        for t, n in (("compose", 1200), ("text", 500), ("quality", 500))},
