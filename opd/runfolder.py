@@ -1,6 +1,8 @@
 """A run folder: config.json, metrics.jsonl, sample grids, curves.png, checkpoints; and resuming from it."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 from pathlib import Path
 
@@ -33,11 +35,22 @@ class RunFolder:
         if not active:
             return
         self.check_same_run(cfg)
+        self.lock()
         write_json(self.path / "config.json", dataclasses.asdict(cfg))
         if cfg.tracker == "tensorboard":
             self.tracker = SummaryWriter(self.path / "tensorboard")
         elif cfg.tracker == "wandb":
             self.tracker = wandb.init(project="flow-opd", config=dataclasses.asdict(cfg), dir=self.path)
+
+    def lock(self) -> None:
+        """Hold the folder while this process lives. ValueError if another process does: the two would mix their steps."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.held = open(self.path / "lock", "w")
+        try:
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # a file system without locks is no reason not to train
+            require(error.errno not in (errno.EACCES, errno.EAGAIN),
+                    f"{self.path} belongs to a run that is still going; stop that run or choose another --out")
 
     def check_same_run(self, cfg: Config) -> None:
         """ValueError if the folder holds a run with another configuration: resuming it would mix two runs."""

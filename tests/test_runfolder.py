@@ -1,6 +1,8 @@
 """The run folder: what is logged, what survives a resume or a crash, and the pictures."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -42,6 +44,22 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert step == 2 and list(state) == ["x"] and torch.equal(state["x"], torch.arange(3.0))
     resumed.log(rows(3)[0])
     assert resumed.metrics() == rows(1, 2, 3)
+
+
+def test_a_folder_belongs_to_one_living_run(tmp_path):
+    """A second process is refused while the first lives, and welcome once it was killed."""
+    hold = ("import sys, time; from opd.config import Config; from opd.runfolder import RunFolder; "
+            "run = RunFolder(Config(out=sys.argv[1]), True); print('held', flush=True); time.sleep(600)")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="run belongs to a run that is still going; stop that run or choose another --out"):
+            RunFolder(config(tmp_path), active=True)
+        RunFolder(config(tmp_path), active=False)  # the other ranks of a run hold nothing
+    finally:
+        other.kill()
+        other.wait()
+    RunFolder(config(tmp_path), active=True)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
