@@ -43,7 +43,8 @@ class Config:
     model: str = str(MINI / "weights/base")
     """Pipeline directory or Hub id of the base."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. LoRA masters, states, schedule and losses are float32 anyway."""
+    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. LoRA masters, states,
+    schedule and losses are float32 anyway."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     resolution: int = 0
@@ -220,7 +221,7 @@ _TRAIN_REWARDS = {t: f"opd.mini.rewards:{t}" for t in ("compose", "text", "quali
 # state is trained at a time; groups share their start, so that this state is computed once for all of a group, and rewards
 # differ by the noise of its one step. Six steps are enough to roll out.
 _GRPO = Config(stage="grpo", cold_start="base", teachers={}, anchor_weight=0.0, rank=16, alpha=32.0, prompts_per_step=12, group=8,
-               micro_batch=48, steps=6, window=1, window_range=(0, 3), shared_start=True, lr=4e-3, warmup=5, beta=0.04, ema=0.9,
+               micro_batch=48, steps=6, window=1, window_range=(0, 3), shared_start=True, warmup=5, ema=0.9,
                save_every=50, sample_every=30, watch_every=60, watch_prompts=128, eval_prompts=256)
 _PUBLIC = "jieliu/SD3.5M-FlowGRPO-"
 
