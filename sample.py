@@ -1,10 +1,10 @@
 """Make images: prompts -> PNG files and one labelled grid, adapters side by side as rows with the same noise.
 
-    python sample.py                                                            # the miniature: base and its teachers
+    python sample.py                                              # the miniature: base and its teachers
     python sample.py --adapters student=runs/mini/student --prompts "two red circles" 'a sign that says "K7A"'
-    python sample.py --model stabilityai/stable-diffusion-3.5-medium --adapters ocr=jieliu/SD3.5M-FlowGRPO-Text \\
-        --prompts prompts.txt --steps 40 --guidance 4.5 --resolution 512
-    python sample.py --again images/two-red-circles.0.student.png               # the same image from a PNG's metadata
+    python sample.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt \\
+        --adapters ocr=jieliu/SD3.5M-FlowGRPO-Text --steps 40 --guidance 4.5 --resolution 512
+    python sample.py --again images/two-red-circles.0.student.png   # the same image, from its metadata
 """
 
 import json
@@ -20,23 +20,30 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from opd import adapters
-from opd.config import Config, Texts, require
 from opd.data import load_prompts
+from opd.flags import Texts, require
 from opd.model import Model
-from opd.runfolder import labelled_grid, save_image, to_pil
+from opd.pictures import labelled_grid, save_image, to_pil
+from opd.presets import DEFAULT
 
-MINI = Config()
 KEY = "flow-opd"  # the PNG text chunk that holds the settings
 
 
 @dataclass(frozen=True)
 class Arguments:
-    prompts: tuple[str, ...] = ("two red circles", "a blue square left of a green circle", "a yellow triangle above a red square",
-                                'a sign that says "K7A"', 'a sign that says "R2X"', "a calm sea at dawn", "a rolling meadow at dusk")
+    prompts: tuple[str, ...] = (
+        "two red circles",
+        "a blue square left of a green circle",
+        "a yellow triangle above a red square",
+        'a sign that says "K7A"',
+        'a sign that says "R2X"',
+        "a calm sea at dawn",
+        "a rolling meadow at dusk",
+    )
     """Prompts, or one file of prompts (.txt, .jsonl, .csv)."""
-    model: str = MINI.model
+    model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
-    adapters: Texts = field(default_factory=lambda: dict(MINI.teachers))
+    adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
     """Rows of the grid: name and source of each adapter. The base is always the first row."""
     out: str = "images"
     """Folder for the PNG files."""
@@ -57,7 +64,7 @@ class Arguments:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
     family: str = "sd3"
-    """Model family: the module opd/FAMILY.py."""
+    """Model family: the module opd/families/FAMILY.py."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     batch: int = 16
@@ -67,7 +74,8 @@ class Arguments:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     again: str = ""
-    """A PNG made by this program: repeat it with the settings in its metadata (only --out, --cache, --device apply)."""
+    """A PNG made by this program: repeat it with the settings in its metadata (only --out, --cache, --device
+    apply)."""
 
 
 def read_settings(file: str) -> dict:
@@ -84,9 +92,12 @@ def read_settings(file: str) -> dict:
 
 
 def load(args: Arguments, prompts: list[str]) -> Model:
-    """The model with all adapters attached and the prompts encoded; whatever can be refused is refused first."""
+    """The model with all adapters attached and the prompts encoded; whatever can be refused is refused
+    first."""
     require(min(args.images, args.steps, args.batch) >= 1, "--images, --steps and --batch must be at least 1")
-    require(args.sampler == "ode" or args.noise_level > 0, f"--sampler {args.sampler} needs --noise-level above 0")
+    require(
+        args.sampler == "ode" or args.noise_level > 0, f"--sampler {args.sampler} needs --noise-level above 0"
+    )
     return Model.ready(args, find_device(args.device), prompts)
 
 
@@ -98,21 +109,41 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[torch.Tensor]:
+def make(
+    args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]
+) -> list[torch.Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
     for i in range(0, len(prompts), args.batch):
         piece = slice(i, i + args.batch)
-        images += list(model.images(adapter, prompts[piece], index[piece], steps=args.steps, seed=args.seed,
-                                    guidance=args.guidance, rollout=args.sampler, noise_level=args.noise_level))
+        images += list(
+            model.images(
+                adapter,
+                prompts[piece],
+                index[piece],
+                steps=args.steps,
+                seed=args.seed,
+                guidance=args.guidance,
+                rollout=args.sampler,
+                noise_level=args.noise_level,
+            )
+        )
     return images
 
 
-def write(args: Arguments, image: torch.Tensor, adapter: str, prompt: str, index: int, place: int, batch: int) -> Path:
-    """One PNG with everything that is needed to make it again: even its place among the `batch` images of its forward
-    pass, since rounding depends on both."""
-    settings = asdict(args) | {"prompts": [prompt], "adapter": adapter, "index": index, "place": place, "batch": batch,
-                               "adapters": {adapter: args.adapters[adapter]} if adapter != adapters.BASE else {}}
+def write(
+    args: Arguments, image: torch.Tensor, adapter: str, prompt: str, index: int, place: int, batch: int
+) -> Path:
+    """One PNG with everything that is needed to make it again: even its place among the `batch` images of its
+    forward pass, since rounding depends on both."""
+    settings = asdict(args) | {
+        "prompts": [prompt],
+        "adapter": adapter,
+        "index": index,
+        "place": place,
+        "batch": batch,
+        "adapters": {adapter: args.adapters[adapter]} if adapter != adapters.BASE else {},
+    }
     info = PngInfo()
     info.add_text(KEY, json.dumps(settings))
     path = Path(args.out) / f"{slug(prompt)}.{index}.{adapter}.png"
@@ -125,10 +156,16 @@ def slug(prompt: str) -> str:
 
 
 def repeat(args: Arguments) -> None:
-    """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the same bits."""
+    """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the
+    same bits."""
     settings = read_settings(args.again)
     adapter, index, place = (settings.pop(key) for key in ("adapter", "index", "place"))
-    settings |= {"out": args.out, "cache": args.cache, "device": args.device, "prompts": tuple(settings["prompts"])}
+    settings |= {
+        "out": args.out,
+        "cache": args.cache,
+        "device": args.device,
+        "prompts": tuple(settings["prompts"]),
+    }
     args = Arguments(**settings)
     model = load(args, list(args.prompts))
     images = make(args, model, adapter, list(args.prompts) * args.batch, [index] * args.batch)
@@ -144,7 +181,10 @@ def main(arguments: list[str] | None = None) -> None:
             prompts = [p.text for p in load_prompts(args.prompts[0], "any", None)]
         else:
             prompts = list(args.prompts)
-        require(bool(prompts) and all(p.strip() for p in prompts), "--prompts: give at least one, none of them empty")
+        require(
+            bool(prompts) and all(p.strip() for p in prompts),
+            "--prompts: give at least one, none of them empty",
+        )
         model = load(args, prompts)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
@@ -152,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {}
     for adapter in [adapters.BASE, *(n for n in args.adapters if n != adapters.BASE)]:
         rows[adapter] = make(args, model, adapter, columns, list(range(len(columns))))
-        for n, (prompt, image) in enumerate(zip(columns, rows[adapter])):
+        for n, (prompt, image) in enumerate(zip(columns, rows[adapter], strict=True)):
             place = n % args.batch
             write(args, image, adapter, prompt, n, place, min(args.batch, len(columns) - n + place))
     save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")

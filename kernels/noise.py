@@ -10,16 +10,39 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(seed: int, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit counters -> four random 32-bit words, all held in int64 tensors.
+def normal(shape, seed: int, index: Tensor | None = None, device="cpu") -> Tensor:
+    """Standard normal noise, float32, of shape (B, ...). Element e of sample b depends on (seed, index[b], e)
+    alone: not on the batch it is drawn in, the device, or how a batch is split over processes.
 
-    A product of two 32-bit words fits in 64 bits; int64 wraps to the same bits, and shift-then-mask reads its high half.
+    seed: 0 <= seed < 2**63; give every step its own.
+    index: (B,) int64, the samples' global indices; None means 0 .. B-1.
+    The same bits feed the fused kernels: counter = (e // 4, index[b]) as 64-bit words, key = seed, elements
+    4j .. 4j+3 are the four outputs of one Philox call. ValueError: bad seed or index.
     """
+    check_seed(seed)
+    batch, dims = shape[0], math.prod(shape[1:])
+    if index is None:
+        index = torch.arange(batch, device=device)
+    if index.shape != (batch,) or index.dtype != torch.int64:
+        got = f"shape {tuple(index.shape)} and dtype {index.dtype}"
+        raise ValueError(f"index has {got}: expected ({batch},) int64, one global index per sample")
+    index_B1 = index.to(device)[:, None]
+    call_1N = torch.arange((dims + 3) // 4, device=device)[None]
+    counters = (call_1N & _MASK, call_1N >> 32, index_B1 & _MASK, index_B1 >> 32 & _MASK)
+    w0, w1, w2, w3 = philox(seed, torch.broadcast_tensors(*counters))
+    noise_BN4 = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
+    return noise_BN4.flatten(1)[:, :dims].reshape(shape)
+
+
+def philox(seed: int, counters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit counters -> four random 32-bit words, held in int64: a
+    product of two words wraps to the same 64 bits, and shift-then-mask reads its high half."""
     c0, c1, c2, c3 = counters
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = k0 + _KEY_STEPS[0] & _MASK, k1 + _KEY_STEPS[1] & _MASK
     return c0, c1, c2, c3
 
@@ -31,34 +54,6 @@ def box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin()
 
 
-def normal(shape, seed: int, index: Tensor | None = None, device="cpu") -> Tensor:
-    """Standard normal noise, float32, of shape (B, ...). Element e of sample b depends on (seed, index[b], e) alone:
-    not on the batch it is drawn in, the device, or how a batch is split over processes.
-
-    seed: 0 <= seed < 2**63; give every step its own.
-    index: (B,) int64, the samples' global indices; None means 0 .. B-1.
-    The same bits feed the fused kernels: counter = (e // 4, index[b]) as 64-bit words, key = seed, elements
-    4j .. 4j+3 are the four outputs of one Philox call. ValueError: bad seed or index.
-    """
-    check_seed(seed)
-    batch, dims = shape[0], math.prod(shape[1:])
-    if index is None:
-        index = torch.arange(batch, device=device)
-    check_index(index, batch)
-    index_B1 = index.to(device)[:, None]
-    call_1N = torch.arange((dims + 3) // 4, device=device)[None]
-    c0, c1, c2, c3 = torch.broadcast_tensors(call_1N & _MASK, call_1N >> 32, index_B1 & _MASK, index_B1 >> 32 & _MASK)
-    w0, w1, w2, w3 = philox(seed, (c0, c1, c2, c3))
-    noise_BN4 = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
-    return noise_BN4.flatten(1)[:, :dims].reshape(shape)
-
-
 def check_seed(seed: int) -> None:
     if not isinstance(seed, (int, torch.SymInt)) or not 0 <= seed < 2**63:
         raise ValueError(f"seed = {seed!r}: expected an integer, 0 <= seed < 2**63")
-
-
-def check_index(index: Tensor, batch: int) -> None:
-    if index.shape != (batch,) or index.dtype != torch.int64:
-        raise ValueError(f"index has shape {tuple(index.shape)} and dtype {index.dtype}: "
-                         f"expected ({batch},) int64, one global index per sample")

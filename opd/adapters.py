@@ -1,7 +1,8 @@
 """LoRA adapters on one frozen base: read any of the field's formats, check, attach, switch, merge, save.
 
 The student, every teacher and the anchor are adapters on the same transformer. Base weights are never copied:
-K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base itself and may teach or anchor too.
+K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base itself and may teach or anchor
+too.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ PREFIXES = ("base_model.model.", "transformer.")
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter as read from disk: per module name A (r, in), B (out, r) float32, and its scale alpha / r."""
+    """One adapter as read from disk: per module name A (r, in), B (out, r) float32, and its scale alpha /
+    r."""
+
     source: str
     sha256: str
     A: dict[str, torch.Tensor]
@@ -40,11 +43,14 @@ class Lora:
 
     def norm(self) -> float:
         """Frobenius norm of the whole update, from the small r x r Gram matrices."""
-        square = sum(self.scale[m] ** 2 * ((self.B[m].T @ self.B[m]) * (self.A[m] @ self.A[m].T)).sum() for m in self.A)
+        square = sum(
+            self.scale[m] ** 2 * ((self.B[m].T @ self.B[m]) * (self.A[m] @ self.A[m].T)).sum() for m in self.A
+        )
         return float(square) ** 0.5
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
+
 
 def find_adapter(source: str) -> Path:
     """A local directory or file, a Hub id `owner/name`, or `owner/name:subfolder` -> the weights file.
@@ -61,14 +67,18 @@ def find_adapter(source: str) -> Path:
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"adapter {source!r}: {path} holds neither adapter_model.safetensors nor "
-                            "pytorch_lora_weights.safetensors")
+    raise FileNotFoundError(
+        f"adapter {source!r}: {path} holds neither adapter_model.safetensors nor "
+        "pytorch_lora_weights.safetensors"
+    )
 
 
 def read_lora(source: str) -> Lora:
-    """Read an adapter in PEFT (`base_model.model.`), diffusers (`transformer.`) or bare naming, r and alpha from the file.
+    """Read an adapter in PEFT (`base_model.model.`), diffusers (`transformer.`) or bare naming, r and alpha
+    from the file.
 
-    ValueError for a broken file, tensors that are not LoRA weights, half a pair, or an update that is zero everywhere.
+    ValueError for a broken file, tensors that are not LoRA weights, half a pair, or an update that is zero
+    everywhere.
     """
     path = find_adapter(source)
     try:
@@ -76,10 +86,14 @@ def read_lora(source: str) -> Lora:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"adapter {source!r}: {path} is not a readable safetensors file ({error})") from error
+        raise ValueError(
+            f"adapter {source!r}: {path} is not a readable safetensors file ({error})"
+        ) from error
     A, B, alpha = {}, {}, {}
     for key, tensor in tensors.items():
-        module, _, kind = _bare(key).partition(".lora_") if ".lora_" in key else (_bare(key).removesuffix(".alpha"), "", "")
+        module, _, kind = (
+            _bare(key).partition(".lora_") if ".lora_" in key else (_bare(key).removesuffix(".alpha"), "", "")
+        )
         if kind in ("A.weight", "A.default.weight"):
             A[module] = tensor.float()
         elif kind in ("B.weight", "B.default.weight"):
@@ -87,14 +101,20 @@ def read_lora(source: str) -> Lora:
         elif key.endswith(".alpha"):
             alpha[module] = float(tensor)
         else:
-            raise ValueError(f"adapter {source!r}: {key!r} is no LoRA weight (expected *.lora_A.weight, "
-                             "*.lora_B.weight, *.alpha); fully fine-tuned models cannot be attached as adapters")
+            raise ValueError(
+                f"adapter {source!r}: {key!r} is no LoRA weight (expected *.lora_A.weight, "
+                "*.lora_B.weight, *.alpha); fully fine-tuned models cannot be attached as adapters"
+            )
     if not A or A.keys() != B.keys():
         lonely = sorted(A.keys() ^ B.keys())
-        raise ValueError(f"adapter {source!r}: {len(A)} lora_A and {len(B)} lora_B weights; without partner: {lonely[:3]}")
+        raise ValueError(
+            f"adapter {source!r}: {len(A)} lora_A and {len(B)} lora_B weights; without partner: {lonely[:3]}"
+        )
     if all(b.abs().max() == 0 for b in B.values()) or all(a.abs().max() == 0 for a in A.values()):
-        raise ValueError(f"adapter {source!r}: its update is zero everywhere, so it equals the base; "
-                         f"was it saved before training? To use the base itself write {BASE!r}")
+        raise ValueError(
+            f"adapter {source!r}: its update is zero everywhere, so it equals the base; "
+            f"was it saved before training? To use the base itself write {BASE!r}"
+        )
     rank = {m: a.shape[0] for m, a in A.items()}
     scale = {m: _alpha(m, rank[m], path, metadata, alpha) / rank[m] for m in A}
     return Lora(source, hashlib.sha256(path.read_bytes()).hexdigest(), A, B, scale)
@@ -108,51 +128,72 @@ def _bare(key: str) -> str:
 
 
 def _alpha(module: str, rank: int, path: Path, metadata: dict, alpha: dict[str, float]) -> float:
-    """alpha of `module`: `.alpha` key, adapter_config.json, diffusers' metadata; without any of them alpha = r."""
+    """alpha of `module`: `.alpha` key, adapter_config.json, diffusers' metadata; without any of them alpha =
+    r."""
     if module in alpha:
         return alpha[module]
     config = {}
     if path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
         config = json.loads((path.parent / "adapter_config.json").read_text())
     elif "lora_adapter_metadata" in metadata:
-        config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata["lora_adapter_metadata"]).items()}
+        config = {
+            k.removeprefix("transformer."): v
+            for k, v in json.loads(metadata["lora_adapter_metadata"]).items()
+        }
     if "lora_alpha" not in config:
         return rank
     patterns = config.get("alpha_pattern") or {}
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT does
+    matching = (
+        value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)
+    )  # as PEFT does
     value = next(matching, config["lora_alpha"])
     return value * rank**0.5 if config.get("use_rslora") else value
 
 
 def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) -> None:
-    """ValueError unless every adapted module exists in the base with fitting shapes and no block's target is missing."""
+    """ValueError unless every adapted module exists in the base with fitting shapes and no block's target is
+    missing."""
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
     unknown = sorted(set(lora.A) - set(linears))
     if unknown:
-        raise ValueError(f"adapter {lora.source!r} has layers that the base lacks: {unknown[:3]} "
-                         f"({len(unknown)} of {len(lora.A)}); it was made for another base")
+        raise ValueError(
+            f"adapter {lora.source!r} has layers that the base lacks: {unknown[:3]} "
+            f"({len(unknown)} of {len(lora.A)}); it was made for another base"
+        )
     for module, a in lora.A.items():
         out_features, in_features = linears[module].out_features, linears[module].in_features
         if a.shape[1] != in_features or lora.B[module].shape[0] != out_features:
-            raise ValueError(f"adapter {lora.source!r}: {module} updates ({lora.B[module].shape[0]}, {a.shape[1]}), "
-                             f"the base has ({out_features}, {in_features}); it was made for another base")
+            raise ValueError(
+                f"adapter {lora.source!r}: {module} updates ({lora.B[module].shape[0]}, {a.shape[1]}), "
+                f"the base has ({out_features}, {in_features}); it was made for another base"
+            )
     used = [t for t in targets if any(m.endswith("." + t) for m in lora.A)]
     missing = sorted(n for n in linears if any(n.endswith("." + t) for t in used) and n not in lora.A)
     if missing:
-        raise ValueError(f"adapter {lora.source!r} adapts {used} but lacks {len(missing)} of these layers: "
-                         f"{missing[:3]}; the file is incomplete")
+        raise ValueError(
+            f"adapter {lora.source!r} adapts {used} but lacks {len(missing)} of these layers: "
+            f"{missing[:3]}; the file is incomplete"
+        )
 
 
-# ---- on the model --------------------------------------------------------------------------------------------
+# ---- on the model ------------------------------------------------------------------------------------------
+
 
 def attach(transformer: torch.nn.Module, name: str, lora: Lora, dtype: torch.dtype) -> None:
-    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`. ValueError for a name PyTorch cannot store."""
+    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`. ValueError for a name PyTorch
+    cannot store."""
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r}: choose one that is not empty and has no dot")
-    config = LoraConfig(r=max(a.shape[0] for a in lora.A.values()), target_modules=sorted(lora.A),
-                        rank_pattern={m: a.shape[0] for m, a in lora.A.items()}, lora_alpha=1)
+    config = LoraConfig(
+        r=max(a.shape[0] for a in lora.A.values()),
+        target_modules=sorted(lora.A),
+        rank_pattern={m: a.shape[0] for m, a in lora.A.items()},
+        lora_alpha=1,
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config`"
+        )  # several adapters are the point
         inject_adapter_in_model(config, transformer, adapter_name=name)
     for module, a in lora.A.items():
         layer = transformer.get_submodule(module)
@@ -162,7 +203,9 @@ def attach(transformer: torch.nn.Module, name: str, lora: Lora, dtype: torch.dty
     transformer.requires_grad_(False)
 
 
-def fresh_lora(skeleton: torch.nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> Lora:
+def fresh_lora(
+    skeleton: torch.nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int
+) -> Lora:
     """A new adapter: A ~ N(0, 1/r^2) (PEFT's "gaussian"), B = 0, so that it starts as the base."""
     generator = torch.Generator().manual_seed(seed)
     A, B = {}, {}
@@ -174,11 +217,12 @@ def fresh_lora(skeleton: torch.nn.Module, targets: tuple[str, ...], rank: int, a
 
 
 def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) -> Lora:
-    """The teachers' mean update, mean_k scale_k B_k A_k, truncated to `rank` by SVD: the cold start by merging.
+    """The teachers' mean update, mean_k scale_k B_k A_k, truncated to `rank` by SVD: the cold start by
+    merging.
 
-    Averaging A and B apart (A-bar B-bar) would not be the mean update. The product is never formed: QR of both
-    factors, then the SVD of a (sum r, sum r) core. `count`: how many teachers there are, if some of them are the base,
-    whose update is zero. ValueError where there is nothing to merge.
+    Averaging A and B apart (A-bar B-bar) would not be the mean update. The product is never formed: QR of
+    both factors, then the SVD of a (sum r, sum r) core. `count`: how many teachers there are, if some of them
+    are the base, whose update is zero. ValueError where there is nothing to merge.
     """
     count = count or len(loras)
     if not loras:
@@ -195,15 +239,19 @@ def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) 
         B[module] = torch.zeros(b.shape[0], rank)
         A[module][:keep] = (root[:, None] * vh[:rank]) @ q_a.T
         B[module][:, :keep] = q_b @ (u[:, :rank] * root) * (rank / alpha)
-    return Lora("merge of " + ", ".join(lora.source for lora in loras), "", A, B, {m: alpha / rank for m in A})
+    return Lora(
+        "merge of " + ", ".join(lora.source for lora in loras), "", A, B, {m: alpha / rank for m in A}
+    )
 
 
 @contextmanager
 def use(transformer: torch.nn.Module, name: str):
-    """Run the transformer with adapter `name` (or BASE: none). No weight moves and no requires_grad flag changes.
+    """Run the transformer with adapter `name` (or BASE: none). No weight moves and no requires_grad flag
+    changes.
 
     PEFT's own `set_adapter` flips requires_grad, which FSDP and the optimizer must not see; so only the two
-    attributes that its forward reads are set. Where activations are recomputed, keep backward inside the `with`.
+    attributes that its forward reads are set. Where activations are recomputed, keep backward inside the
+    `with`.
     """
     layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
     assert name == BASE or any(name in layer.lora_A for layer in layers), f"no adapter {name!r} is attached"
@@ -213,37 +261,67 @@ def use(transformer: torch.nn.Module, name: str):
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before):
+        for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def parameters_of(transformer: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
     """The parameters of adapter `name` by their full names, in a fixed order."""
-    return {n: p for n, p in transformer.named_parameters() if f".lora_A.{name}." in n or f".lora_B.{name}." in n}
+    return {
+        n: p for n, p in transformer.named_parameters() if f".lora_A.{name}." in n or f".lora_B.{name}." in n
+    }
 
 
-# ---- saving --------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
-def save_lora(folder: Path, weights: dict[str, torch.Tensor], name: str, rank: int, alpha: float,
-              dtype: torch.dtype = torch.float32) -> None:
-    """Write adapter `name` from full (unsharded) weights keyed as in `parameters_of`, each file whole or not at all.
 
-    `adapter_model.safetensors` + `adapter_config.json` is a PEFT directory; `pytorch_lora_weights.safetensors` is for
-    `pipe.load_lora_weights`, with alpha / r folded into B, because readers of that format assume alpha = r.
+def save_lora(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    name: str,
+    rank: int,
+    alpha: float,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write adapter `name` from full (unsharded) weights keyed as in `parameters_of`, each file whole or not
+    at all.
+
+    `adapter_model.safetensors` + `adapter_config.json` is a PEFT directory;
+    `pytorch_lora_weights.safetensors` is for `pipe.load_lora_weights`, with alpha / r folded into B, because
+    readers of that format assume alpha = r.
     """
-    bare = {n.replace(f".{name}.weight", ".weight"): w.detach().cpu().to(dtype).contiguous() for n, w in weights.items()}
+    bare = {
+        n.replace(f".{name}.weight", ".weight"): w.detach().cpu().to(dtype).contiguous()
+        for n, w in weights.items()
+    }
     modules = sorted({n.partition(".lora_")[0] for n in bare})
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules, "lora_dropout": 0.0,
-        "bias": "none", "init_lora_weights": "gaussian", "inference_mode": True})
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": modules,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "init_lora_weights": "gaussian",
+            "inference_mode": True,
+        },
+    )
     folded = {"transformer." + n: w * (alpha / rank) if ".lora_B." in n else w for n, w in bare.items()}
     write_safetensors(folder / "pytorch_lora_weights.safetensors", folded)
-    write_safetensors(folder / "adapter_model.safetensors", {"base_model.model." + n: w for n, w in bare.items()})
+    write_safetensors(
+        folder / "adapter_model.safetensors", {"base_model.model." + n: w for n, w in bare.items()}
+    )
 
 
-def save_transformer(folder: Path, transformer: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def save_transformer(
+    folder: Path, transformer: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
     """Write all weights of the transformer as the `transformer/` directory of a pipeline, in `dtype`."""
     tensors = {n: w.cpu().to(dtype).contiguous() for n, w in weights.items()}
-    tensors |= {n: b.cpu().contiguous() for n, b in transformer.named_buffers() if n in transformer.state_dict()}
+    tensors |= {
+        n: b.cpu().contiguous() for n, b in transformer.named_buffers() if n in transformer.state_dict()
+    }
     replace(folder / "config.json", lambda p: p.write_text(transformer.to_json_string()))
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)

@@ -1,13 +1,17 @@
-"""Prompts, tasks, and who gets which sample: pure functions of (seed, step), so any number of ranks sees the same batch."""
+"""Prompts, tasks, and who gets which sample: pure functions of (seed, step), so any number of ranks sees the
+same batch."""
 
 import csv
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+from opd.files import resolve
 
 
 @dataclass(frozen=True)
@@ -17,15 +21,16 @@ class Prompt:
     metadata: dict = field(default_factory=dict, compare=False)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
+
 
 def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     """Read `.txt` (one prompt per line), `.jsonl` (objects with "prompt") or `.csv` (column prompt).
 
-    A "task" field or column overrides `task` and must be among `tasks` (None: any); every other field becomes metadata.
-    FileNotFoundError / ValueError name the file, the line and the fix.
+    A "task" field or column overrides `task` and must be among `tasks` (None: any); every other field becomes
+    metadata. FileNotFoundError / ValueError name the file, the line and the fix.
     """
-    file = Path(path).expanduser()
+    file = resolve(path)
     if not file.is_file():
         raise FileNotFoundError(f"prompts of task {task!r}: no file {path!r}")
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
@@ -35,10 +40,12 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     for number, row in readers[file.suffix](file):
         text, own_task = row.pop("prompt", None), row.pop("task", None) or task
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}:{number}: no prompt on this line; give it a non-empty \"prompt\"")
+            raise ValueError(f'{path}:{number}: no prompt on this line; give it a non-empty "prompt"')
         if tasks is not None and own_task not in tasks:
-            raise ValueError(f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
-                             "(add it to --prompts and --teachers, or correct the line)")
+            raise ValueError(
+                f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
+                "(add it to --prompts and --teachers, or correct the line)"
+            )
         prompts.append(Prompt(text.strip(), own_task, row))
     if not prompts:
         raise ValueError(f"prompts {path!r}: the file holds no prompt")
@@ -46,7 +53,8 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
 
 
 def numbered_lines(file: Path) -> list[tuple[int, str]]:
-    """(line number, line) of a UTF-8 file, blank lines left out. Unlike `splitlines`, U+2028 and its like do not end a line."""
+    """(line number, line) of a UTF-8 file, blank lines left out. Unlike `splitlines`, U+2028 and its like do
+    not end a line."""
     lines = file.read_text(encoding="utf-8-sig").split("\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -60,9 +68,11 @@ def _read_jsonl(file: Path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error.msg}); expected one object per line") from error
+            raise ValueError(
+                f"{file}:{number}: not JSON ({error.msg}); expected one object per line"
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{file}:{number}: expected an object like {{\"prompt\": ...}}, got {line[:40]!r}")
+            raise ValueError(f'{file}:{number}: expected an object like {{"prompt": ...}}, got {line[:40]!r}')
         yield number, row
 
 
@@ -84,26 +94,39 @@ def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:
             pools[prompt.task].append(prompt)
     for task, pool in pools.items():
         if not pool:
-            raise ValueError(f"task {task!r} has no prompts: every line of {files[task]!r} names another task")
+            raise ValueError(
+                f"task {task!r} has no prompts: every line of {files[task]!r} names another task"
+            )
     return pools
 
 
-# ---- randomness ----------------------------------------------------------------------------------------------
+# ---- randomness --------------------------------------------------------------------------------------------
+
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from any tuple, e.g. (seed, "noise", step, state). The only source of randomness in training."""
+    """A 63-bit seed from any tuple, e.g. (seed, "noise", step, state). The only source of randomness in
+    training."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-# ---- the batch of a step -------------------------------------------------------------------------------------
+# ---- the batch of a step -----------------------------------------------------------------------------------
 
-def prompts_of_step(pools: dict[str, list[Prompt]], mix: dict[str, int], count: int, seed: int, step: int,
-                    alternate: bool = False) -> list[Prompt]:
-    """The `count` prompts of `step`, tasks interleaved in the ratio `mix`, each task's prompts in shuffled epochs.
 
-    Position q = step * count + j of one endless sequence decides, so that no state is kept and over any stretch the
-    ratio holds to within one round of `mix`. With `alternate` a step has prompts of one task, and the steps take turns.
+def prompts_of_step(
+    pools: dict[str, list[Prompt]],
+    mix: dict[str, int],
+    count: int,
+    seed: int,
+    step: int,
+    alternate: bool = False,
+) -> list[Prompt]:
+    """The `count` prompts of `step`, tasks interleaved in the ratio `mix`, each task's prompts in shuffled
+    epochs.
+
+    Position q = step * count + j of one endless sequence decides, so that no state is kept and over any
+    stretch the ratio holds to within one round of `mix`. With `alternate` a step has prompts of one task, and
+    the steps take turns.
     """
     cycle = interleave(mix)
     chosen = []
@@ -124,38 +147,45 @@ def permutation(size: int, seed: int, task: str, epoch: int) -> np.ndarray:
 
 def interleave(mix: dict[str, int]) -> list[str]:
     """{a: 3, b: 1} -> [a, a, b, a]: each task spread evenly over one round."""
-    slots = [((i + 0.5) / weight, order, task) for order, (task, weight) in enumerate(mix.items()) for i in range(weight)]
+    slots = [
+        ((i + 0.5) / weight, order, task)
+        for order, (task, weight) in enumerate(mix.items())
+        for i in range(weight)
+    ]
     return [task for *_, task in sorted(slots)]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank works on at once. `samples` index the step's global batch of prompts x group, `tasks` (one per sample)
-    stand in runs of equal ones; `real[i]` is 0 for padding, which keeps ranks in step and counts for nothing.
-    `visits`: the tasks that any rank has in its micro-batch of this turn, in one order: what runs once per task runs for each
-    of them on every rank, so that collectives match."""
-    samples: list[int]
-    tasks: list[str]
-    real: list[int]
-    visits: list[str]
+    """What one rank works on at once.
 
-
-def micro_batches(tasks: dict[int, str], size: int, world: int, rank: int) -> list[MicroBatch]:
-    """Cut samples (number -> task) into micro-batches of at most `size` and deal them to the ranks.
-
-    Samples of a task stay together, so few micro-batches hold several tasks. All ranks get the same number of
-    micro-batches; where the numbers do not divide, padding (`real` = 0) fills up.
+    `samples` index the step's global batch of prompts x group. `real[b]` is 0 for padding, which keeps ranks
+    in step and counts for nothing. `turn`: the samples of all ranks at this turn, so that a rank knows what
+    the others run, and runs the same: collectives must match.
     """
-    order = list(dict.fromkeys(tasks.values()))
-    samples = sorted(tasks, key=lambda n: order.index(tasks[n]))
-    turns = -(-len(samples) // (size * world))
-    chunks = [list(map(int, piece)) for piece in np.array_split(samples, min(turns * world, len(samples)))]
-    padding = [chunks[-1]] * (-len(chunks) % world)
-    reals = [[1] * len(chunk) for chunk in chunks] + [[0] * len(chunk) for chunk in padding]
-    chunks += padding
+
+    samples: list[int]
+    real: list[int]
+    turn: list[int]
+
+
+def micro_batches(kinds: dict[int, str], size: int, world: int, rank: int) -> list[MicroBatch]:
+    """Cut samples (number -> kind) into micro-batches of at most `size` and deal them to the ranks.
+
+    Samples of one kind stay together, so few micro-batches hold several kinds. All ranks get the same number
+    of micro-batches; where the numbers do not divide, padding (`real` = 0) fills up.
+    """
+    order = list(dict.fromkeys(kinds.values()))
+    samples = sorted(kinds, key=lambda n: order.index(kinds[n]))
+    turns = math.ceil(len(samples) / (size * world))
+    chunks = [piece.tolist() for piece in np.array_split(samples, min(turns * world, len(samples)))]
+    real_chunks = len(chunks)
+    while len(chunks) % world:
+        chunks.append(chunks[-1])
     mine = []
-    for turn in range(0, len(chunks), world):
-        present = {tasks[n] for chunk in chunks[turn:turn + world] for n in chunk}
-        samples = chunks[turn + rank]
-        mine.append(MicroBatch(samples, [tasks[n] for n in samples], reals[turn + rank], [t for t in order if t in present]))
+    for first in range(0, len(chunks), world):
+        number = first + rank
+        turn = [n for chunk in chunks[first : first + world] for n in chunk]
+        is_real = int(number < real_chunks)
+        mine.append(MicroBatch(chunks[number], [is_real] * len(chunks[number]), turn))
     return mine

@@ -1,101 +1,52 @@
-"""Score a model and its adapters on every task, on trained and held-out prompts.
+r"""Score a model and its adapters on every task, on trained and held-out prompts.
 
     python -m opd.evaluate                                        # the miniature's base and teachers
     python -m opd.evaluate --adapters student=runs/mini/student --out scores.json
-    python -m opd.evaluate --model PATH --adapters a=PATH b=PATH --prompts task=FILE --rewards task=module:function
+    python -m opd.evaluate --model PATH --adapters a=PATH b=PATH \
+        --prompts task=FILE --rewards task=module:function
 
-A scorer is a function `(images (B,3,H,W) float in [0,1], prompts, metadata) -> scores (B,)`.
+Scorers are rewards: opd/rewards/__init__.py says what they are and how they are named.
 """
 
+import math
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
+from torch import Tensor
 
 from opd import adapters, ranks
-from opd.config import Config, Texts, mini_prompts, require
 from opd.data import Prompt, load_tasks, permutation
 from opd.files import write_json
+from opd.flags import Texts, require
 from opd.model import Model
-from opd.rewards import find_reward
+from opd.presets import DEFAULT
+from opd.rewards import Reward, find_reward
+from opd.rewards.scoring import Scoring
 
-_MINI = Config()
-
-
-def cases(pool: list[Prompt], count: int) -> list[tuple[int, Prompt]]:
-    """`count` (noise index, prompt) pairs: every prompt once before any twice, each time with other noise. In a fixed
-    shuffled order, because files are sorted by kind and their first lines are no fair sample."""
-    order = permutation(len(pool), 0, "evaluate", 0)
-    return [(i, pool[order[i % len(pool)]]) for i in range(count)]
-
-
-def score(model: Model, adapter: str, pool: list[Prompt], reward, *, count: int, steps: int, seed: int, guidance: float,
-          batch: int = 128, strict: bool = True) -> float:
-    """Mean score of `adapter` over `count` images, the work dealt over the ranks.
-
-    Ranks run the same number of batches (collectives must match), but nothing padded enters the mean. A score that is not
-    finite is a ValueError, or with `strict` off left out of the mean.
-    """
-    work, world = cases(pool, count), ranks.world()
-    pieces = [work[i:i + batch] for i in range(0, len(work), batch)]
-    total = torch.zeros(2, dtype=torch.float64, device=model.device)
-    for i in range(ranks.rank(), -(-len(pieces) // world) * world, world):
-        piece = pieces[min(i, len(pieces) - 1)]
-        prompts = [p for _, p in piece]
-        images = model.images(adapter, [p.text for p in prompts], [n for n, _ in piece], steps=steps, seed=seed, guidance=guidance)
-        if i < len(pieces):
-            scores = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
-            require(tuple(scores.shape) == (len(piece),), f"the scorer returned shape {tuple(scores.shape)} for {len(piece)} images")
-            known = scores[scores.isfinite()]
-            require(not strict or len(known) == len(scores), f"the scorer returned a non-finite score for one of {[p.text for p in prompts][:3]}...")
-            total += torch.tensor([known.double().sum(), len(known)], dtype=torch.float64, device=model.device)
-    ranks.total(total)
-    return float(total[0] / total[1])
-
-
-def evaluate(model: Model, names: list[str], splits: dict[str, dict[str, list[Prompt]]], rewards: dict[str, str], *,
-             count: int, steps: int, seed: int, guidance: dict[str, float], say=print, batch: int = 128) -> dict:
-    """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter. Prompts must be prepared."""
-    functions = {task: find_reward(spec) for task, spec in rewards.items()}
-    scores = {}
-    for name in names:
-        scores[name] = {}
-        for split, pools in splits.items():
-            row = {task: score(model, name, pool, functions[task], count=count, steps=steps, seed=seed,
-                               guidance=guidance[name], batch=batch) for task, pool in pools.items()}
-            scores[name][split] = row | {"mean": sum(row.values()) / len(row)}
-        say(f"  evaluated {name}")
-    return scores
-
-
-def table(scores: dict, note: str) -> str:
-    """The scores as text: a row per adapter, the tasks and their mean per split."""
-    splits = next(iter(scores.values()))
-    columns = [(split, task) for split, row in splits.items() for task in row]
-    width = max(len(name) for name in scores) + 2
-    lines = [note, " " * width + "".join(f"{split:>10}" for split, _ in columns),
-             " " * width + "".join(f"{task:>10}" for _, task in columns)]
-    for name, row in scores.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{row[s][t]:>10.3f}" for s, t in columns))
-    return "\n".join(lines)
+Case = tuple[int, Prompt]  # noise index and prompt: what an image is made from
+Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
 
 
 @dataclass(frozen=True)
 class Arguments:
-    model: str = _MINI.model
+    model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
     family: str = "sd3"
-    """Model family: the module opd/FAMILY.py."""
-    adapters: Texts = field(default_factory=lambda: dict(_MINI.teachers))
+    """Model family: the module opd/families/FAMILY.py."""
+    adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
     """Name and source of each adapter; the base is always scored too."""
-    prompts: Texts = field(default_factory=lambda: mini_prompts("train"))
+    prompts: Texts = field(default_factory=lambda: dict(DEFAULT.prompts))
     """Task -> file of prompts that were trained on."""
-    heldout: Texts = field(default_factory=lambda: mini_prompts("test"))
+    heldout: Texts = field(default_factory=lambda: dict(DEFAULT.heldout))
     """Task -> file of prompts never trained on."""
-    rewards: Texts = field(default_factory=lambda: dict(_MINI.rewards))
-    """Task -> scorer, module:function."""
+    rewards: Texts = field(default_factory=lambda: dict(DEFAULT.rewards))
+    """Task -> scorer: module:function_or_class, a short name, or a sum like 0.7*a:b+0.3*c:d."""
+    reward_timeout: float = 60.0
+    """Seconds after which a call of a scorer is given up."""
     count: int = 256
     """Images per task and split."""
     steps: int = 10
@@ -107,7 +58,8 @@ class Arguments:
     resolution: int = 0
     """Pixels per side; 0 = what the model was made for."""
     dtype: str = "auto"
-    """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware multiplies it)."""
+    """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware
+    multiplies it)."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     cache: str = "~/.cache/flow-opd"
@@ -119,23 +71,250 @@ class Arguments:
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     try:
-        require(args.count >= 1 and args.steps >= 1, f"--count {args.count} and --steps {args.steps} must be at least 1")
+        check(args)
+        splits = read_splits(args)
+        rewards = find_rewards(args, splits)
         device = ranks.start()
-        splits = {name: load_tasks(files) for name, files in (("train", args.prompts), ("held-out", args.heldout)) if files}
-        for task in {t for pools in splits.values() for t in pools}:
-            require(task in args.rewards, f"task {task!r} has no scorer; add --rewards {task}=module:function")
-            find_reward(args.rewards[task])
-        model = Model.ready(args, device, [p.text for pools in splits.values() for pool in pools.values() for p in pool])
+        for reward in rewards.values():
+            reward.load(device)
+        model = Model.ready(args, device, texts_of(splits))
+        try_rewards(model, args, splits, rewards)
+        scores = evaluate_all(model, args, splits, rewards)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    names = [adapters.BASE, *(n for n in args.adapters if n != adapters.BASE)]
-    scores = evaluate(model, names, splits, args.rewards, count=args.count, steps=args.steps, seed=args.seed,
-                      guidance=dict.fromkeys(names, args.guidance))
     if ranks.rank() == 0:
-        settings = f"n={args.count} steps={args.steps} guidance={args.guidance} seed={args.seed} resolution={args.resolution or 'native'}"
-        print(table(scores, settings))
-        if args.out:
-            write_json(Path(args.out), {"settings": vars(args), "scores": scores})
+        publish(args, scores)
+
+
+# ---- what is asked for --------------------------------------------
+
+
+def check(args: Arguments) -> None:
+    """Every argument that can be judged by itself. ValueError with its value and the flag."""
+    require(args.count >= 1, f"--count is {args.count}; it must be at least 1")
+    require(args.steps >= 1, f"--steps is {args.steps}; it must be at least 1")
+    require(math.isfinite(args.guidance), f"--guidance is {args.guidance}; it must be a finite number")
+    longest = threading.TIMEOUT_MAX
+    in_range = 0 < args.reward_timeout <= longest
+    require(
+        in_range,
+        f"--reward-timeout is {args.reward_timeout}; it must be seconds above 0, at most {longest:.0f}",
+    )
+    named = bool(args.prompts) or bool(args.heldout)
+    require(named, "--prompts and --heldout are both empty: give at least one TASK=FILE pair")
+    if args.out:
+        check_writable(args.out)
+
+
+def check_writable(out: str) -> None:
+    """ValueError where a JSON file cannot be put: the work of hours would end in it."""
+    path = Path(out)
+    regular = path.is_file() or not path.exists()
+    require(regular, f"--out {out!r} exists and is not a regular file; name a file such as scores.json")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    require(folder.is_dir(), f"--out {out!r}: {str(folder)!r} is not a directory; name another place")
+
+
+def read_splits(args: Arguments) -> Splits:
+    """The prompts of those splits that have files."""
+    splits = {}
+    if args.prompts:
+        splits["train"] = load_tasks(args.prompts)
+    if args.heldout:
+        splits["held-out"] = load_tasks(args.heldout)
+    return splits
+
+
+def texts_of(splits: Splits) -> list[str]:
+    texts = []
+    for pools in splits.values():
+        for pool in pools.values():
+            texts.extend(prompt.text for prompt in pool)
+    return texts
+
+
+def find_rewards(args: Arguments, splits: Splits) -> dict[str, Reward]:
+    """Task -> its reward, each found once, with every prompt holding the metadata that it needs."""
+    rewards = {}
+    for pools in splits.values():
+        for task, pool in pools.items():
+            fix = f"add --rewards {task}=module:function"
+            require(task in args.rewards, f"task {task!r} has no scorer; {fix}")
+            if task not in rewards:
+                rewards[task] = find_reward(args.rewards[task])
+            rewards[task].check_metadata(task, pool)
+    return rewards
+
+
+def try_rewards(model: Model, args: Arguments, splits: Splits, rewards: dict[str, Reward]) -> None:
+    """Call every reward once on grey images, before hours are spent on better ones."""
+    pixels = args.resolution or model.family.default_resolution(model.folder)
+    for pools in splits.values():
+        for task, pool in pools.items():
+            rewards[task].check(task, pool, pixels)
+
+
+# ---- scores --------------------------------------------
+
+
+def evaluate_all(model: Model, args: Arguments, splits: Splits, rewards: dict[str, Reward]) -> dict:
+    """The scores of the base and of every adapter."""
+    names = [adapters.BASE]
+    names += [name for name in args.adapters if name != adapters.BASE]
+    return evaluate(
+        model,
+        names,
+        splits,
+        rewards,
+        images_per_task=args.count,
+        ode_steps=args.steps,
+        seed=args.seed,
+        guidance=dict.fromkeys(names, args.guidance),
+        timeout=args.reward_timeout,
+    )
+
+
+def say(text: str) -> None:
+    if ranks.rank() == 0:
+        print(text)
+
+
+def evaluate(
+    model: Model,
+    names: list[str],
+    splits: Splits,
+    rewards: dict[str, Reward],
+    *,
+    images_per_task: int,
+    ode_steps: int,
+    seed: int,
+    guidance: dict[str, float],
+    timeout: float,
+    batch: int = 128,
+    say=say,
+) -> dict:
+    """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter. Prompts must be
+    prepared and rewards loaded. `timeout`: seconds for one call of a reward. ValueError if an image gets no
+    score."""
+    scores = {}
+    for name in names:
+        scores[name] = {}
+        for split, pools in splits.items():
+            row = {}
+            for task, pool in pools.items():
+                row[task] = score(
+                    model,
+                    name,
+                    pool,
+                    rewards[task],
+                    images_per_task=images_per_task,
+                    ode_steps=ode_steps,
+                    seed=seed,
+                    guidance=guidance[name],
+                    timeout=timeout,
+                    batch=batch,
+                )
+            mean = sum(row.values()) / len(row)
+            scores[name][split] = row | {"mean": mean}
+        say(f"  evaluated {name}")
+    return scores
+
+
+def score(
+    model: Model,
+    adapter: str,
+    pool: list[Prompt],
+    reward: Reward,
+    *,
+    images_per_task: int,
+    ode_steps: int,
+    seed: int,
+    guidance: float,
+    timeout: float,
+    batch: int = 128,
+    strict: bool = True,
+) -> float:
+    """Mean score of `adapter` over images of one task's prompts, the work dealt over the ranks. A batch is
+    scored while the next is generated.
+
+    An image that gets no score (the reward raises, takes longer than `timeout` seconds, is not finite) is a
+    ValueError with the reasons, or with `strict` off left out of the mean, which is NaN if none remains."""
+    sum_and_count = torch.zeros(2, dtype=torch.float64)
+    running = []  # the scoring of the last batch
+    for cases, counts in batches_of_rank(cases_of(pool, images_per_task), batch):
+        prompts = [prompt for _, prompt in cases]
+        texts = [prompt.text for prompt in prompts]
+        noise = [index for index, _ in cases]
+        images_BCHW = model.images(adapter, texts, noise, steps=ode_steps, seed=seed, guidance=guidance)
+        if running:
+            sum_and_count += collect(running.pop(), adapter, pool[0].task, reward, strict)
+        if counts:
+            metadata = [prompt.metadata for prompt in prompts]
+            running.append(reward.start(images_BCHW, texts, metadata, timeout))
+    if running:
+        sum_and_count += collect(running.pop(), adapter, pool[0].task, reward, strict)
+    total, known = ranks.total(sum_and_count.to(model.device)).tolist()
+    if known == 0:
+        return math.nan
+    return total / known
+
+
+def cases_of(pool: list[Prompt], count: int) -> list[Case]:
+    """`count` (noise index, prompt) pairs: every prompt once before any twice, each time with other noise.
+    In a fixed shuffled order, because files are sorted by kind and their first lines are no fair sample."""
+    order = permutation(len(pool), 0, "evaluate", 0)
+    return [(index, pool[order[index % len(pool)]]) for index in range(count)]
+
+
+def batches_of_rank(cases: list[Case], size: int) -> list[tuple[list[Case], bool]]:
+    """This rank's batches, and whether each counts: ranks get the same number of them (collectives must
+    match), and those that a rank has too few of are repetitions, which enter no mean."""
+    batches = [cases[start : start + size] for start in range(0, len(cases), size)]
+    mine = []
+    for turn in range(math.ceil(len(batches) / ranks.world())):
+        place = turn * ranks.world() + ranks.rank()
+        counts = place < len(batches)
+        mine.append((batches[min(place, len(batches) - 1)], counts))
+    return mine
+
+
+def collect(scoring: Scoring, adapter: str, task: str, reward: Reward, strict: bool) -> Tensor:
+    """(sum, count) of the scores of one batch, float64. ValueError with `strict` if some are missing."""
+    scores_B, reasons, _ = scoring.result()
+    if strict and reasons:
+        first = "; ".join(list(reasons.values())[:3])
+        missing = f"no score for {len(reasons)} of {len(scores_B)} images of adapter {adapter!r}"
+        raise ValueError(f"task {task!r}: reward {reward.spec!r} gave {missing}: {first}")
+    known = scores_B[scores_B.isfinite()].double()
+    return torch.tensor([known.sum(), len(known)], dtype=torch.float64)
+
+
+# ---- what comes out --------------------------------------------
+
+
+def publish(args: Arguments, scores: dict) -> None:
+    """Print the table, and write the file if there is to be one."""
+    resolution = args.resolution or "native"
+    sampling = f"n={args.count} steps={args.steps} guidance={args.guidance}"
+    print(table(scores, f"{sampling} seed={args.seed} resolution={resolution}"))
+    if args.out:
+        write_json(Path(args.out), {"settings": vars(args), "scores": scores})
+
+
+def table(scores: dict, note: str) -> str:
+    """The scores as text: a row per adapter, the tasks and their mean per split."""
+    splits = next(iter(scores.values()))
+    columns = [(split, task) for split, row in splits.items() for task in row]
+    width = max(len(name) for name in scores) + 2
+    above = "".join(f"{split:>10}" for split, _ in columns)
+    heads = "".join(f"{task:>10}" for _, task in columns)
+    lines = [note, " " * width + above, " " * width + heads]
+    for name, row in scores.items():
+        numbers = "".join(f"{row[split][task]:>10.3f}" for split, task in columns)
+        lines.append(f"{name:<{width}}" + numbers)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,31 @@ def write_json(path: Path, value) -> None:
     replace(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One metadata key at most: safetensors writes several in random order, and equal files should be equal bytes."""
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """One metadata key at most: safetensors writes several in random order, and equal files should be equal
+    bytes."""
     replace(path, lambda p: save_file(tensors, p, metadata=metadata or {"format": "pt"}))
 
 
-def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
-    """A local path, or the local copy of Hub repository `owner/name`. FileNotFoundError naming `source` otherwise."""
+def resolve(source: str) -> Path:
+    """The local path that `source` names; it need not exist.
+
+    A source that starts with opd/ and is not found from the current directory lies in this package: so the
+    presets work from anywhere, and a run resumes in a checkout that has moved.
+    """
     path = Path(source).expanduser()
+    packaged = Path(__file__).parents[1] / source
+    if not path.exists() and source.startswith("opd/") and packaged.exists():
+        return packaged
+    return path
+
+
+def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
+    """A local path, or the local copy of Hub repository `owner/name`. FileNotFoundError naming `source`
+    otherwise."""
+    path = resolve(source)
     if path.exists():
         return path
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -41,8 +58,10 @@ def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
-        raise FileNotFoundError(f"{what} {source!r}: neither a local path nor a Hub repository that can be reached "
-                                f"({type(error).__name__}); check the spelling, the network, or log in if it is gated") from error
+        raise FileNotFoundError(
+            f"{what} {source!r}: neither a local path nor a Hub repository that can be reached "
+            f"({type(error).__name__}); check the spelling, the network, or log in if it is gated"
+        ) from error
 
 
 def find_pipeline(source: str, pipeline: str) -> Path:
@@ -56,5 +75,7 @@ def find_pipeline(source: str, pipeline: str) -> Path:
         raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
     name = json.loads(index.read_text())["_class_name"]
     if name != pipeline:
-        raise ValueError(f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)")
+        raise ValueError(
+            f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)"
+        )
     return folder

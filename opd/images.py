@@ -1,15 +1,16 @@
 """Images with captions for flow-matching fine-tuning, held as latents."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from opd.data import numbered_lines, seed_of
 
@@ -18,82 +19,124 @@ CAPTION_KEYS = ("prompt", "text", "caption")
 
 @dataclass
 class Images:
-    latents: torch.Tensor
+    latents: Tensor
     """(N, C, H, W), scaled as the transformer sees them."""
     captions: list[str]
     log_shift: float
-    """Mean of logit(sigma) in training: log of the scheduler's shift."""
+    """Mean of logit(sigma) in training: log of the family's shift."""
 
     def of_step(self, count: int, seed: int, step: int) -> list[int]:
         """Which `count` images step `step` trains on: endless shuffled epochs, a pure function."""
-        chosen, size = [], len(self.captions)
-        for epoch in range(step * count // size, ((step + 1) * count - 1) // size + 1):
+        first, size = step * count, len(self.captions)
+        chosen = []
+        while len(chosen) < count:
+            epoch, place = divmod(first + len(chosen), size)
             order = np.random.default_rng(seed_of(seed, "images", epoch)).permutation(size)
-            lo, hi = max(step * count - epoch * size, 0), min((step + 1) * count - epoch * size, size)
-            chosen += order[lo:hi].tolist()
+            chosen += order[place : place + count - len(chosen)].tolist()
         return chosen
+
+
+def load_images(source: str, model) -> Images:
+    """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once.
+
+    FileNotFoundError / ValueError naming the file or line for missing, unreadable or misshapen data.
+    """
+    folder = Path(source).expanduser()
+    captions, rows = read_metadata(folder)
+    log_shift = model.family.log_shift(model.folder, model.shape)
+    if (folder / "latents.safetensors").is_file():
+        latents = read_latents(folder / "latents.safetensors", (len(rows), *model.shape))
+    else:
+        latents = encode_files(find_files(folder, rows), model)
+    return Images(latents, captions, log_shift)
 
 
 def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
     """Captions and rows of metadata.jsonl. FileNotFoundError / ValueError naming the line."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"--data {str(folder)!r}: no metadata.jsonl; give one line {{\"file_name\", \"prompt\"}} per "
-                                "image, or {\"prompt\"} per latent of latents.safetensors")
-    rows, captions = [], []
+        raise FileNotFoundError(
+            f'--data {str(folder)!r}: no metadata.jsonl; give one line {{"file_name", "prompt"}} per image, '
+            'or {"prompt"} per latent of latents.safetensors'
+        )
+    captions, rows = [], []
     for number, line in numbered_lines(file):
         try:
             row = json.loads(line)
-            captions.append(next(row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)))
-        except (json.JSONDecodeError, StopIteration, AttributeError) as error:
-            raise ValueError(f"{file}:{number}: expected an object with one of {CAPTION_KEYS}, got {line[:60]!r}") from error
+            captions.append(caption_of(row))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"{file}:{number}: expected an object with one of {CAPTION_KEYS}, got {line[:60]!r}"
+            ) from error
         rows.append(row)
     if not rows:
         raise ValueError(f"{file} is empty")
     return captions, rows
 
 
-def load_images(source: str, model) -> Images:
-    """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once."""
-    folder = Path(source).expanduser()
-    captions, rows = read_metadata(folder)
-    shift = math.log(model.family.load_scheduler(model.folder).config.shift)
-    if (folder / "latents.safetensors").is_file():
-        try:
-            with safe_open(folder / "latents.safetensors", "pt") as file:
-                shape = tuple(file.get_slice("latents").get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{folder}/latents.safetensors holds no tensor 'latents' ({error})") from error
-        if shape != (len(rows), *model.shape):
-            raise ValueError(f"{folder}/latents.safetensors has shape {shape}; with {len(rows)} captions and this "
-                             f"model and --resolution it must be {(len(rows), *model.shape)}")
-        return Images(load_file(folder / "latents.safetensors")["latents"], captions, shift)
-    nameless = [n for n, row in enumerate(rows, 1) if "file_name" not in row]
-    if nameless:
-        raise ValueError(f"{folder}/metadata.jsonl: line {nameless[0]} has no \"file_name\", and there is no latents.safetensors")
+def caption_of(row: dict) -> str:
+    """The first text under one of CAPTION_KEYS. TypeError where there is none."""
+    if isinstance(row, dict):
+        for key in CAPTION_KEYS:
+            if key in row and isinstance(row[key], str):
+                return row[key]
+    raise TypeError("no caption")
+
+
+def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
+    """The tensor `latents`, which must have the shape `wanted`; it is checked before the data is read."""
+    try:
+        with safe_open(file, "pt") as content:
+            shape = tuple(content.get_slice("latents").get_shape())
+    except SafetensorError as error:
+        raise ValueError(f"{file} holds no tensor 'latents' ({error})") from error
+    if shape != wanted:
+        raise ValueError(
+            f"{file} has shape {shape}; with {wanted[0]} captions and this model and --resolution "
+            f"it must be {wanted}"
+        )
+    return load_file(file)["latents"]
+
+
+def find_files(folder: Path, rows: list[dict]) -> list[Path]:
+    """The image of every row. ValueError for a row without, FileNotFoundError for one that is not there."""
+    for number, row in enumerate(rows, 1):
+        if "file_name" not in row:
+            raise ValueError(
+                f'{folder}/metadata.jsonl: line {number} has no "file_name", '
+                "and there is no latents.safetensors"
+            )
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}/metadata.jsonl names {len(missing)} images that do not exist, first: {missing[0]!r}")
-    return Images(encode_files([folder / r["file_name"] for r in rows], model), captions, shift)
+        raise FileNotFoundError(
+            f"{folder}/metadata.jsonl names {len(missing)} images that do not exist, first: {missing[0]!r}"
+        )
+    return [folder / row["file_name"] for row in rows]
 
 
-def encode_files(files: list[Path], model, batch: int = 16) -> torch.Tensor:
-    """Image files -> latents (N, C, H, W) in the model's dtype: shorter side resized to the resolution, centre cropped."""
+def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
+    """Image files -> latents (N, C, H, W) in the model's dtype.
+
+    The shorter side is resized to the resolution, the longer one cropped at the centre.
+    """
     vae = model.family.load_vae(model.folder).to(model.device)
-    pixels = model.shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
+    side = model.shape[1] * model.family.pixels(model.folder)
     latents = []
     for i in range(0, len(files), batch):
-        images = torch.stack([read_image(f, pixels) for f in files[i:i + batch]])
-        latents.append(model.family.encode_images(vae, images.to(model.device)).to("cpu", model.dtype))
+        images = torch.stack([read_image(file, side) for file in files[i : i + batch]])
+        encoded = model.family.encode_images(vae, images.to(model.device))
+        latents.append(encoded.to("cpu", model.dtype))
     return torch.cat(latents)
 
 
-def read_image(file: Path, pixels: int) -> torch.Tensor:
-    """RGB (3, pixels, pixels) float32 in [0, 1]."""
+def read_image(file: Path, side: int) -> Tensor:
+    """RGB (3, side, side) float32 in [0, 1]."""
     image = Image.open(file).convert("RGB")
-    scale = pixels / min(image.size)
+    scale = side / min(image.size)
     if scale != 1:
-        image = image.resize((max(pixels, round(image.width * scale)), max(pixels, round(image.height * scale))), Image.Resampling.LANCZOS)
-    left, top = (image.width - pixels) // 2, (image.height - pixels) // 2
-    array = np.asarray(image.crop((left, top, left + pixels, top + pixels)), dtype=np.float32)
-    return torch.from_numpy(array / 255).permute(2, 0, 1)
+        width, height = (max(side, round(scale * length)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    array_HWC = np.asarray(image, dtype=np.float32) / 255
+    return rearrange(torch.from_numpy(array_HWC), "h w c -> c h w")

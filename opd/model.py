@@ -1,89 +1,190 @@
-"""One model at work: a frozen base with its adapters, its prompts' conditioning, its latents and its images."""
+"""One model at work: a frozen base with its adapters, its text conditions, its velocity and its images."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
-from opd import adapters, flow
+from opd import adapters, flow, kernels, trajectory
 from opd.conditioning import Conditioning
-from opd.config import load_family
+from opd.data import seed_of
+from opd.families import Condition, load_family
 from opd.files import find_pipeline
-from opd.rollout import sample
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of this name; "auto" is bfloat16 on an accelerator and on CPUs that multiply it, else float32.
-
-    A CPU without AVX512-BF16 or AMX emulates bfloat16 more than ten times slower than it computes in float32.
-    """
-    if name != "auto":
-        return DTYPES[name]
-    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+# Their bars for loading a handful of files would bury ours.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 
 
 @dataclass
 class Model:
     family: ModuleType
+    """A module of opd/families."""
     folder: Path
+    """The pipeline's directory."""
     skeleton: torch.nn.Module
-    """The bare transformer on the meta device: names and shapes to check adapters against, before weights load."""
+    """The transformer on the meta device: names and shapes to check adapters against, before weights load."""
     shape: tuple[int, int, int]
     """(C, H, W) of the latents."""
     conditioning: Conditioning
+    """The cache of encoded prompts."""
     dtype: torch.dtype
+    """What the transformer computes in."""
     device: torch.device
+    trained: str = adapters.STUDENT
+    """The adapter that is trained; adapters.BASE where all weights are."""
+    decode_pixels: int = 4 * 1024**2
+    """How many pixels of images the VAE decodes at once: its activations take gigabytes per million."""
     transformer: torch.nn.Module = None
     vae: torch.nn.Module = None
     grids: dict[int, list[float]] = field(default_factory=dict)
+    """The noise levels by number of steps."""
+    coefficients: dict[tuple, list[flow.Transition]] = field(default_factory=dict)
+    """The transitions by (steps, rollout, noise_level)."""
+
+    # ---- from a name to a loaded model ----
 
     @classmethod
-    def plan(cls, family: ModuleType, source: str, dtype: str, resolution: int, cache: str, device: torch.device,
-             t5: bool) -> "Model":
-        """Everything that can be known, and refused, before weights load."""
+    def plan(
+        cls,
+        family: ModuleType,
+        source: str,
+        dtype: str,
+        resolution: int,
+        cache: str,
+        device: torch.device,
+        t5: bool,
+    ) -> "Model":
+        """Everything that can be known, and refused, before weights load. `resolution` 0 is the model's own.
+
+        FileNotFoundError / ValueError: no such source, another pipeline, a resolution that does not fit.
+        """
         folder = find_pipeline(source, family.PIPELINE)
         shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
         compute = compute_dtype(dtype, device)
         conditioning = Conditioning(family, folder, cache, compute, device, t5)
         return cls(family, folder, family.skeleton(folder), shape, conditioning, compute, device)
 
+    def prepare(self, prompts: list[str]) -> None:
+        """Encode `prompts`, and what guidance needs beside them, into the cache."""
+        self.conditioning.prepare([*prompts, self.family.NEGATIVE])
+
     def load(self, dtype: torch.dtype | None = None) -> None:
-        """Load the transformer (in `dtype`, default the compute dtype) and the VAE."""
+        """Load the transformer, on the CPU in `dtype` (default: the compute dtype), and the VAE."""
         self.transformer = self.family.load_transformer(self.folder, dtype or self.dtype)
         self.vae = self.family.load_vae(self.folder).to(self.device)
 
     @classmethod
     def ready(cls, args, device: torch.device, prompts: list[str]) -> "Model":
-        """A model to sample from, frozen adapters attached and prompts encoded; `args` are those of sample.py or
-        opd.evaluate. Whatever can be refused is refused before weights load."""
-        model = cls.plan(load_family(args.family), args.model, args.dtype, args.resolution, args.cache, device, args.t5)
-        loras = {name: adapters.read_lora(source) for name, source in args.adapters.items() if name != adapters.BASE}
-        for lora in loras.values():
-            adapters.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
-        model.conditioning.prepare([*prompts, ""])
+        """A model to sample from, frozen adapters attached and prompts encoded; `args` are those of sample.py
+        or opd.evaluate. Whatever can be refused is refused before weights load."""
+        family = load_family(args.family)
+        model = cls.plan(family, args.model, args.dtype, args.resolution, args.cache, device, args.t5)
+        loras = {}
+        for name, source in args.adapters.items():
+            if name != adapters.BASE:
+                loras[name] = adapters.read_lora(source)
+                adapters.check_fits(loras[name], model.skeleton, family.LORA_TARGETS)
+        model.prepare(prompts)
         model.load()
         for name, lora in loras.items():
             adapters.attach(model.transformer, name, lora, model.dtype)
         model.transformer.to(device)
         return model
 
-    def grid(self, steps: int) -> list[float]:
-        """The scheduler's sigmas, `steps` + 1 of them, from 1 down to 0."""
+    # ---- the velocity ----
+
+    def text(self, prompts: list[str]) -> list[Condition]:
+        """The conditions of prepared prompts, on the device; rows of a batch are a slice of the list."""
+        return self.conditioning(prompts)
+
+    def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition], guidance: float) -> Tensor:
+        """dx/dsigma (B, C, H, W) float32 of the adapter in use, guided: guidance is part of the policy, known
+        here and to the family alone. One forward; with guidance both branches ride in one batch."""
+        family = self.family
+        if guidance == 1.0:
+            return family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
+        both = family.collate(text + [self.negative] * len(text))
+        twice_x, twice_sigma = torch.cat([x_BCHW, x_BCHW]), torch.cat([sigma_B, sigma_B])
+        v, v_uncond = family.velocity(self.transformer, twice_x, twice_sigma, both).chunk(2)
+        return family.guide(v, v_uncond, guidance).float()
+
+    @cached_property
+    def negative(self) -> Condition:
+        """The condition of the unconditional branch."""
+        return self.text([self.family.NEGATIVE])[0]
+
+    # ---- the walk ----
+
+    def sigmas(self, steps: int) -> list[float]:
+        """The pipeline's noise levels, `steps` + 1 of them, from 1 down to 0."""
         if steps not in self.grids:
-            tokens = self.family.image_tokens(self.folder, self.shape)
-            self.grids[steps] = flow.sigma_grid(self.family.load_scheduler(self.folder), steps, image_tokens=tokens).tolist()
+            self.grids[steps] = self.family.sigmas(self.folder, self.shape, steps)
         return self.grids[steps]
 
-    def images(self, adapter: str, prompts: list[str], index: list[int], *, steps: int, seed: int, guidance: float,
-               rollout: str = "ode", noise_level: float = 0.7) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] on the CPU; image b depends on (seed, index[b]) and its prompt alone."""
-        unconditional = self.conditioning([""]) if guidance != 1.0 else None
-        where = torch.tensor(index, device=self.device)
+    def path(self, steps: int, rollout: str, noise_level: float, seeds: list[int]) -> trajectory.Path:
+        """The pipeline's noise levels with each step's transition and seed. `rollout` names one of
+        flow.TRANSITIONS. Coefficients are 0-dim float64 tensors on the CPU."""
+        key = (steps, rollout, noise_level)
+        if key not in self.coefficients:
+            sigma = torch.tensor(self.sigmas(steps), dtype=torch.float64)
+            every = flow.TRANSITIONS[rollout](sigma[:-1], sigma[1:], noise_level)
+            self.coefficients[key] = [every.at(i) for i in range(steps)]
+        return trajectory.Path(self.sigmas(steps), self.coefficients[key], seeds)
+
+    @torch.no_grad()
+    def images(
+        self,
+        adapter: str,
+        prompts: list[str],
+        index: list[int],
+        *,
+        steps: int,
+        seed: int,
+        guidance: float,
+        rollout: str = "ode",
+        noise_level: float = 0.7,
+    ) -> Tensor:
+        """Images (B, 3, height, width) float32 in [0, 1] on the CPU.
+
+        Image b depends on (seed, index[b]) and its prompt alone.
+        """
+        text = self.text(prompts)
+        seeds = [seed_of(seed, "step", i) for i in range(steps)]
+        path = self.path(steps, rollout, noise_level, seeds)
+        index_B = torch.tensor(index, device=self.device)
+        start = kernels.normal((len(index), *self.shape), seed_of(seed, "start"), index_B, device=self.device)
         with adapters.use(self.transformer, adapter):
-            latents = sample(self.family, self.transformer, self.conditioning(prompts), unconditional, self.grid(steps),
-                             self.shape, seed=seed, index=where, guidance=guidance, rollout=rollout, noise_level=noise_level)
-        return self.family.decode(self.vae, latents).cpu()
+            for state in trajectory.walk(start, path, index_B):
+                state.step(self.velocity(state.x, state.sigma_B, text, guidance))
+        return self.decode(state.x_next)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Images (B, 3, height, width) float32 in [0, 1] on the CPU, decoded in pieces of bounded memory."""
+        side = self.family.pixels(self.folder)
+        area = side**2 * latents_BCHW.shape[2] * latents_BCHW.shape[3]
+        count = max(1, self.decode_pixels // area)
+        pieces = [self.family.decode(self.vae, piece).cpu() for piece in latents_BCHW.split(count)]
+        return torch.cat(pieces)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype named so; "auto" is bfloat16 on an accelerator and on CPUs that multiply it, else float32.
+
+    A CPU without AVX512-BF16 or AMX emulates bfloat16 more than ten times slower than it computes in float32.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cpu":
+        return torch.bfloat16
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32

@@ -1,84 +1,129 @@
 """The trained parameters, their optimizer and their moving average: what a checkpoint holds."""
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from opd import adapters, ranks
-from opd.adapters import STUDENT
-from opd.config import Config
+from opd.adapters import BASE
+from opd.config import Run
 from opd.model import Model
 
 
-def learning_rate(cfg: Config, step: int) -> float:
+def learning_rate(cfg: Run, step: int) -> float:
     """Linear warm-up, then constant or a cosine down to zero."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / (cfg.warmup + 1)
+    if cfg.decay == "constant":
+        return cfg.lr
     progress = (step - cfg.warmup) / max(1, cfg.iterations - cfg.warmup)
-    return cfg.lr * (0.5 * (1 + math.cos(math.pi * progress)) if cfg.decay == "cosine" else 1.0)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def due(done: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and after the last, happens now; `every` 0 means
+    never."""
+    if every == 0:
+        return False
+    return done % every == 0 or done == last
 
 
 class Trained:
-    """The trained parameters, their optimizer and their moving average: what a checkpoint holds."""
+    """The parameters that a run trains: the student's LoRA, or (--full) all weights of the transformer."""
 
-    def __init__(self, cfg: Config, m: Model):
-        self.cfg, self.m = cfg, m
-        named = dict(m.transformer.named_parameters()) if cfg.full else adapters.parameters_of(m.transformer, STUDENT)
-        self.parameters = named
-        self.optimizer = torch.optim.AdamW(list(named.values()), lr=cfg.lr, weight_decay=cfg.weight_decay)
-        self.average = {n: p.detach().clone() for n, p in named.items()} if cfg.ema else {}
+    def __init__(self, cfg: Run, model: Model):
+        self.cfg, self.model = cfg, model
+        if model.trained == BASE:
+            self.parameters = dict(model.transformer.named_parameters())
+        else:
+            self.parameters = adapters.parameters_of(model.transformer, model.trained)
+        parameters = list(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        self.average = {}
+        if cfg.ema > 0:
+            self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.updates = 0
+        """Calls of `update` in this process."""
 
     def update(self, step: int, turn: int = 0, turns: int = 1) -> float:
-        """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the step.
+        """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the
+        step.
 
-        `turn` of `turns`: where an iteration makes several updates. The average moves every `ema_every` of them.
+        `turn` of `turns`: where a rollout is followed by several updates. The average moves every `ema_every`
+        of them.
         """
-        ranks.reshard(self.m.transformer)
-        norm = float(ranks.full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)))
+        self.updates += 1
+        ranks.reshard(self.model.transformer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)
+        norm = float(ranks.full(norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.cfg, step)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        count = step * turns + turn
-        if (count + 1) % self.cfg.ema_every == 0:
-            decay = min(self.cfg.ema, (1 + count) / (10 + count))
-            for name, average in self.average.items():
-                average.lerp_(self.parameters[name].detach(), 1 - decay)
+        self._move_average(step * turns + turn)
         return norm
 
+    def _move_average(self, count: int) -> None:
+        """EMA with decay min(ema, (1 + n) / (10 + n)), n updates in."""
+        if (count + 1) % self.cfg.ema_every != 0:
+            return
+        decay = min(self.cfg.ema, (1 + count) / (10 + count))
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - decay)
+
     @contextmanager
-    def averaged(self):
+    def averaged(self) -> Iterator[None]:
         """Inside, the model holds the moving average (if there is one)."""
-        ranks.reshard(self.m.transformer)
-        kept = {n: self.parameters[n].detach().clone() for n in self.average}
+        ranks.reshard(self.model.transformer)
+        kept = {name: self.parameters[name].detach().clone() for name in self.average}
         with torch.no_grad():
             for name, average in self.average.items():
                 self.parameters[name].copy_(average)
             yield
-            ranks.reshard(self.m.transformer)
+            ranks.reshard(self.model.transformer)
             for name, value in kept.items():
                 self.parameters[name].copy_(value)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    # ---- saving and resuming ----
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the run would ship now: the average if there is one, as whole tensors (a collective)."""
+        with self.averaged():
+            return {name: ranks.full(p.detach()) for name, p in self.parameters.items()}
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write `weights()` as a PEFT directory, or as the `transformer/` directory of a pipeline."""
+        if self.model.trained == BASE:
+            adapters.save_transformer(folder, self.model.transformer, weights, self.model.dtype)
+        else:
+            adapters.save_lora(folder, weights, self.model.trained, self.cfg.rank, self.cfg.alpha)
+
+    def state(self) -> dict[str, Tensor]:
         """Everything to resume from, as whole tensors (a collective)."""
-        tensors = {f"model/{n}": ranks.full(p.detach()) for n, p in self.parameters.items()}
+        tensors = {f"model/{name}": ranks.full(p.detach()) for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{name}"] = ranks.full(value)
-        tensors |= {f"average/{n}": ranks.full(a) for n, a in self.average.items()}
-        return {n: t.cpu().contiguous() for n, t in tensors.items()}
+        for name, average in self.average.items():
+            tensors[f"average/{name}"] = ranks.full(average)
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned, on any number of ranks."""
         for name, parameter in self.parameters.items():
             ranks.load_full(parameter, tensors[f"model/{name}"])
             if f"optimizer/step/{name}" not in tensors:  # saved before any step succeeded
                 continue
-            step = tensors[f"optimizer/step/{name}"]
-            moments = {k: torch.zeros_like(parameter.detach()) for k in ("exp_avg", "exp_avg_sq")}
-            for key, value in moments.items():
-                ranks.load_full(value, tensors[f"optimizer/{key}/{name}"])
-            self.optimizer.state[parameter] = {"step": step.clone(), **moments}
+            moments = {}
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = torch.zeros_like(parameter.detach())
+                ranks.load_full(moments[key], tensors[f"optimizer/{key}/{name}"])
+            step = tensors[f"optimizer/step/{name}"].clone()
+            self.optimizer.state[parameter] = {"step": step, **moments}
         for name, average in self.average.items():
             ranks.load_full(average, tensors[f"average/{name}"])

@@ -1,4 +1,5 @@
-"""All rank handling. On one process, with or without torchrun, everything here does nothing or the obvious."""
+"""All rank handling. On one process, with or without torchrun, everything here does nothing or the
+obvious."""
 
 import os
 
@@ -7,20 +8,31 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 
 def start() -> torch.device:
-    """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on GPU."""
+    """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on
+    GPU."""
     cuda = torch.cuda.is_available()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+    }.items():
         os.environ.setdefault(name, value)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = dist.HashStore() if os.environ["WORLD_SIZE"] == "1" else None
-        dist.init_process_group("nccl" if cuda else "gloo", store=alone,
-                                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=alone,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
     return device
 
 
@@ -39,6 +51,12 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    """Print a line once, above a progress bar if there is one."""
+    if rank() == 0:
+        tqdm.write(text)
 
 
 def barrier() -> None:
@@ -71,29 +89,40 @@ def gather(value) -> list:
 
 def mesh(shard_size: int, device: torch.device) -> DeviceMesh:
     """(replicas, shards). shard_size 1 replicates, world() shards fully, anything between is hybrid."""
-    return init_device_mesh(device.type, (world() // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device.type, (world() // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+    )
 
 
-def shard(model: torch.nn.Module, blocks: list[torch.nn.Module], shard_size: int, compute: torch.dtype,
-          device: torch.device) -> None:
-    """FSDP2 from outside, block by block. Parameters keep their dtype (float32 masters), compute runs in `compute`,
-    gradients are reduced in float32. Inputs are not cast: a timestep of 1000 sigma would not survive bf16."""
+def shard(
+    model: torch.nn.Module,
+    blocks: list[torch.nn.Module],
+    shard_size: int,
+    compute: torch.dtype,
+    device: torch.device,
+) -> None:
+    """FSDP2 from outside, block by block. Parameters keep their dtype (float32 masters), compute runs in
+    `compute`, gradients are reduced in float32. Inputs are not cast: a timestep of 1000 sigma would not
+    survive bf16."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     grid = mesh(shard_size, device)
     for module in [*blocks, model]:
-        fully_shard(module, mesh=grid, mp_policy=policy, reshard_after_forward=shard_size > 1 and module is not model)
+        fully_shard(
+            module, mesh=grid, mp_policy=policy, reshard_after_forward=shard_size > 1 and module is not model
+        )
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Drop gathered copies. Needed before the optimizer changes the masters: a later forward must gather them anew."""
+    """Drop gathered copies. Needed before the optimizer changes the masters: a later forward must gather them
+    anew."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the whole tensor on every rank (a collective where it is sharded). On one rank DTensor would return
-    a view, which changes with the parameter."""
+    """A copy of the whole tensor on every rank (a collective where it is sharded). On one rank DTensor would
+    return a view, which changes with the parameter."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 

@@ -1,92 +1,138 @@
 """A run folder: config.json, metrics.jsonl, sample grids, curves.png, checkpoints; and resuming from it."""
 
-import dataclasses
 import errno
 import fcntl
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from opd.config import Config, require
+from opd.config import Logistics, Run, Scores
 from opd.files import replace, write_json, write_safetensors
+from opd.flags import require
+from opd.optim import Trained, due
+from opd.ranks import say
+from opd.settings import field_names, read_config, stage_of, to_json
 
-FREE = {"iterations", "out", "cache", "log_every", "save_every", "sample_every", "tracker", "evaluate", "rewards", "heldout",
-        "eval_prompts", "eval_steps", "dry_run", "shard_size", "max_bad_steps", "reward_timeout", "watch_every",
-        "watch_prompts", "cosine_every"}  # may change when a run resumes
+FREE = field_names(Logistics) | field_names(Scores)  # may change when a run resumes
 
 
 class RunFolder:
     """Only the main rank writes (`active`); the others hold the same object and write nothing."""
 
-    def __init__(self, cfg: Config, active: bool):
+    def __init__(self, cfg: Run, active: bool):
         self.path, self.active, self.tracker = Path(cfg.out).expanduser(), active, None
-        self.tracker_name = cfg.tracker
+        self.tracker_name, self.log_every, self.last = cfg.tracker, cfg.log_every, cfg.iterations
         try:
             if cfg.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
             elif cfg.tracker == "wandb":
                 import wandb
         except ImportError as error:
-            raise ValueError(f'--tracker {cfg.tracker} is not installed: pip install "flow-opd[{cfg.tracker}]"') from error
+            raise ValueError(
+                f'--tracker {cfg.tracker} is not installed: pip install "flow-opd[{cfg.tracker}]"'
+            ) from error
         if not active:
             return
         self.check_same_run(cfg)
         self.lock()
-        write_json(self.path / "config.json", dataclasses.asdict(cfg))
+        write_json(self.path / "config.json", to_json(cfg))
         if cfg.tracker == "tensorboard":
             self.tracker = SummaryWriter(self.path / "tensorboard")
         elif cfg.tracker == "wandb":
-            self.tracker = wandb.init(project="flow-opd", config=dataclasses.asdict(cfg), dir=self.path)
+            self.tracker = wandb.init(project="flow-opd", config=to_json(cfg), dir=self.path)
 
     def lock(self) -> None:
-        """Hold the folder while this process lives. ValueError if another process does: the two would mix their steps."""
+        """Hold the folder while this process lives. ValueError if another process does: the two would mix
+        their steps."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.held = open(self.path / "lock", "w")
         try:
             fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # a file system without locks is no reason not to train
-            require(error.errno not in (errno.EACCES, errno.EAGAIN),
-                    f"{self.path} belongs to a run that is still going; stop that run or choose another --out")
+            require(
+                error.errno not in (errno.EACCES, errno.EAGAIN),
+                f"{self.path} belongs to a run that is still going; stop that run or choose another --out",
+            )
 
-    def check_same_run(self, cfg: Config) -> None:
-        """ValueError if the folder holds a run with another configuration: resuming it would mix two runs."""
-        if not (self.path / "config.json").is_file():
+    def check_same_run(self, cfg: Run) -> None:
+        """ValueError if the folder holds a run with other settings: resuming it would mix two runs.
+
+        A run without a checkpoint is nothing to mix with.
+        """
+        file = self.path / "config.json"
+        if not file.is_file() or not (self.path / "state.safetensors").is_file():
             return
-        old, new = json.loads((self.path / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(cfg)))
-        changed = [k for k in new if k not in FREE and k in old and old[k] != new[k]]
-        require(not changed or not (self.path / "state.safetensors").is_file(),
-                f"{self.path} holds a run with other settings: " + ", ".join(f"{k} {old[k]!r} -> {new[k]!r}" for k in changed)
-                + "; choose another --out, or delete that folder")
+        way_out = "choose another --out, or delete that folder"
+        try:
+            old = read_config(file)
+        except ValueError as error:
+            raise ValueError(f"{error}; {way_out}") from error
+        if type(old) is not type(cfg):
+            stages = f"stage {stage_of(old)}, and this is stage {stage_of(cfg)}"
+            raise ValueError(f"{self.path} holds a run of {stages}; {way_out}")
+        changes = []
+        for name, before in asdict(old).items():
+            now = getattr(cfg, name)
+            if name not in FREE and now != before:
+                changes.append(f"{name} {before!r} -> {now!r}")
+        require(not changes, f"{self.path} holds a run with other settings: {', '.join(changes)}; {way_out}")
 
-    # ---- resuming ----
+    # ---- saving and resuming ----
+
+    def save(self, trained: Trained, done: int) -> None:
+        """Checkpoint after `done` steps: the student, and the state to resume from (collectives)."""
+        weights = trained.weights()
+        if self.active:
+            trained.export(weights, self.path / "checkpoints" / f"{done:06d}")
+            trained.export(weights, self.path / "student")
+        self.save_state(done, trained.state())
+
+    def resume(self, trained: Trained) -> int:
+        """Load the last checkpoint, if there is one; returns how many steps are done."""
+        done, state = self.load_state()
+        if state:
+            trained.load(state)
+            say(f"resuming {self.path} after step {done}")
+        return done
+
+    def save_state(self, done: int, tensors: dict[str, torch.Tensor]) -> None:
+        if self.active:
+            write_safetensors(self.path / "state.safetensors", tensors, {"step": str(done)})
 
     def load_state(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """(steps done, tensors) of the last checkpoint; (0, {}) for a new run. Metrics past it are dropped."""
+        """(steps done, tensors) of the last checkpoint; (0, {}) for a new run. Metrics past it are
+        dropped."""
         file = self.path / "state.safetensors"
         if not file.is_file():
             self.truncate_metrics(0)
             return 0, {}
         with safe_open(file, "pt") as state:
-            step, tensors = int(state.metadata()["step"]), {k: state.get_tensor(k) for k in state.keys()}
-        self.truncate_metrics(step)
-        return step, tensors
+            done = int(state.metadata()["step"])
+            tensors = {key: state.get_tensor(key) for key in state.keys()}
+        self.truncate_metrics(done)
+        return done, tensors
 
-    def truncate_metrics(self, step: int) -> None:
+    def truncate_metrics(self, done: int) -> None:
         file = self.path / "metrics.jsonl"
-        if self.active and file.is_file():
-            lines = file.read_text().splitlines(True)
-            keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]  # a kill cuts the last
-            replace(file, lambda p: p.write_text("".join(keep)))
-
-    def save_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        if self.active:
-            write_safetensors(self.path / "state.safetensors", tensors, {"step": str(step)})
+        if not self.active or not file.is_file():
+            return
+        keep = []
+        for line in file.read_text().splitlines(True):
+            whole = line.endswith("\n")  # a kill may have cut the last line
+            if whole and json.loads(line)["step"] <= done:
+                keep.append(line)
+        replace(file, lambda path: path.write_text("".join(keep)))
 
     # ---- logging ----
+
+    def worth_logging(self, metrics: dict, done: int) -> bool:
+        """Every so many steps, the last, and whatever was watched or failed."""
+        if "watch" in metrics or "failed_rewards" in metrics:
+            return True
+        return due(done, self.log_every, self.last)
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl; flat numbers also go to the tracker."""
@@ -106,8 +152,8 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def curves(self) -> None:
-        """curves.png: loss per teacher (stage grpo: rewards and held-out scores) and gradient norm over the steps.
-        Needs matplotlib (pip install flow-opd[plot])."""
+        """curves.png: loss per teacher (stage grpo: rewards and held-out scores) and gradient norm over the
+        steps. Needs matplotlib (pip install flow-opd[plot])."""
         if not self.active:
             return
         try:
@@ -115,65 +161,32 @@ class RunFolder:
         except ImportError:
             print("curves.png skipped: pip install matplotlib to get it")
             return
-        rows = [row | {"flat": flatten(row)} for row in self.metrics()]
-        keys = sorted({k for row in rows for k in row["flat"]})
-        scores = [k for k in keys if k.startswith(("reward/", "watch/"))]
+        rows = self.metrics()
+        flat = [flatten(row) for row in rows]
+        keys = sorted({key for row in flat for key in row})
         figure = Figure(figsize=(11, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for key in scores or [k for k in keys if k == "loss" or k.endswith("/loss")]:
-            points = [(row["step"], row["flat"][key]) for row in rows if key in row["flat"]]
-            left.plot(*zip(*points), label=key.removesuffix("/loss"))
-        left.set(xlabel="step", ylabel="score" if scores else "loss, nats per dimension", yscale="linear" if scores else "log")
+        scores = [key for key in keys if key.startswith(("reward/", "watch/"))]
+        losses = [key for key in keys if key == "loss" or key.endswith("/loss")]
+        if scores:
+            left.set(xlabel="step", ylabel="score")
+        else:
+            left.set(xlabel="step", ylabel="loss, nats per dimension", yscale="log")
+        for key in scores or losses:
+            steps = [row["step"] for row in flat if key in row]
+            left.plot(steps, [row[key] for row in flat if key in row], label=key.removesuffix("/loss"))
         left.legend()
-        right.plot([r["step"] for r in rows], [r["grad_norm"] for r in rows])
+        right.plot([row["step"] for row in rows], [row["grad_norm"] for row in rows])
         right.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        replace(self.path / "curves.png", lambda p: figure.savefig(p, dpi=110, format="png"))
+        replace(self.path / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
 def flatten(row: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a/b": 1}."""
     flat = {}
     for key, value in row.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
     return flat
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------
-
-def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
-    """[0, 1] float -> RGB, enlarged by a whole factor (nearest) to at least `pixels` per side."""
-    array = (image_3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    image = Image.fromarray(np.asarray(array))
-    factor = max(1, -(-pixels // image.width))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def labelled_grid(rows: dict[str, list[torch.Tensor]], columns: list[str], pixels: int = 120) -> Image.Image:
-    """One picture: a row of images (3, H, W) per name, a caption above every column."""
-    tiles = {name: [to_pil(image, pixels) for image in images] for name, images in rows.items()}
-    width, height = next(iter(tiles.values()))[0].size
-    left, top, gap = 12 + 7 * max(map(len, rows)), 48, 4
-    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for c, caption in enumerate(columns):
-        draw.multiline_text((left + c * (width + gap), 4), wrap(caption, max(6, width // 6)), fill="black", spacing=1)
-    for r, (name, images) in enumerate(tiles.items()):
-        y = top + r * (height + gap)
-        draw.text((6, y + height // 2 - 6), name, fill="black")
-        for c, image in enumerate(images):
-            canvas.paste(image, (left + c * (width + gap), y))
-    return canvas
-
-
-def wrap(text: str, width: int) -> str:
-    """At most three lines of `width` characters."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(line[:width] for line in lines[:3])
-
-
-def save_image(image: Image.Image, path: Path, info=None) -> None:
-    replace(path, lambda p: image.save(p, format="PNG", pnginfo=info))

@@ -1,4 +1,5 @@
-"""Adapters: every format gives the same dense update, and the model under an adapter is the model with it folded in."""
+"""Adapters: every format gives the same dense update, and the model under an adapter is the model with it
+folded in."""
 
 import copy
 import json
@@ -12,12 +13,19 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import opd.files
-from opd import adapters, sd3
+from opd import adapters
+from opd.families import sd3
 from tests import tiny
 
 MODULES = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
 TARGETS = ("attn.to_q", "attn.to_out.0")
-CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 7.0, "target_modules": list(TARGETS), "a_future_key": {"x": [1]}}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 3,
+    "lora_alpha": 7.0,
+    "target_modules": list(TARGETS),
+    "a_future_key": {"x": [1]},
+}
 
 
 def pairs(ranks=(3,), seed=0):
@@ -28,7 +36,11 @@ def pairs(ranks=(3,), seed=0):
 
 
 def keyed(weights, prefix="base_model.model.", suffix=".weight"):
-    return {f"{prefix}{m}.lora_{kind}{suffix}": t for m, ab in weights.items() for kind, t in zip("AB", ab)}
+    return {
+        f"{prefix}{m}.lora_{kind}{suffix}": t
+        for m, ab in weights.items()
+        for kind, t in zip("AB", ab, strict=True)
+    }
 
 
 def peft_dir(folder, weights, **config):
@@ -49,7 +61,9 @@ def with_alpha_keys(weights):
 
 
 def diffusers_metadata(**config):
-    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in (CONFIG | config).items()})}
+    return {
+        "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in (CONFIG | config).items()})
+    }
 
 
 # name: (write(folder, weights) -> path, ranks, alpha of the i-th module)
@@ -57,21 +71,53 @@ FORMATS = {
     "PEFT directory": (lambda f, w: peft_dir(f, w), (3,), lambda i: 7),
     "the file in it": (lambda f, w: peft_dir(f, w) / "adapter_model.safetensors", (3,), lambda i: 7),
     "ranks differ": (lambda f, w: peft_dir(f, w, rank_pattern={"attn.to_out.0": 2}), (3, 2), lambda i: 7),
-    "alpha by name": (lambda f, w: peft_dir(f, w, alpha_pattern={MODULES[1]: 2.0}), (3,), lambda i: 2 if i == 1 else 7),
-    "alpha by suffix": (lambda f, w: peft_dir(f, w, alpha_pattern={"to_q": 2.0}), (3,), lambda i: 7 if i % 2 else 2),
-    "alpha by regex": (lambda f, w: peft_dir(f, w, alpha_pattern={r".*\.1\.attn.*": 2.0}), (3,), lambda i: 2 if i > 1 else 7),
-    "no alpha_pattern": (lambda f, w: peft_dir(f, w, alpha_pattern=None, rank_pattern=None), (3,), lambda i: 7),
-    "rank-stabilised": (lambda f, w: peft_dir(f, w, use_rslora=True, alpha_pattern={"to_q": 2.0}), (3,),
-                        lambda i: 3**0.5 * (7 if i % 2 else 2)),
+    "alpha by name": (
+        lambda f, w: peft_dir(f, w, alpha_pattern={MODULES[1]: 2.0}),
+        (3,),
+        lambda i: 2 if i == 1 else 7,
+    ),
+    "alpha by suffix": (
+        lambda f, w: peft_dir(f, w, alpha_pattern={"to_q": 2.0}),
+        (3,),
+        lambda i: 7 if i % 2 else 2,
+    ),
+    "alpha by regex": (
+        lambda f, w: peft_dir(f, w, alpha_pattern={r".*\.1\.attn.*": 2.0}),
+        (3,),
+        lambda i: 2 if i > 1 else 7,
+    ),
+    "no alpha_pattern": (
+        lambda f, w: peft_dir(f, w, alpha_pattern=None, rank_pattern=None),
+        (3,),
+        lambda i: 7,
+    ),
+    "rank-stabilised": (
+        lambda f, w: peft_dir(f, w, use_rslora=True, alpha_pattern={"to_q": 2.0}),
+        (3,),
+        lambda i: 3**0.5 * (7 if i % 2 else 2),
+    ),
     "transformer.": (lambda f, w: single_file(f, keyed(w, "transformer.")), (3, 2), lambda i: (3, 2)[i % 2]),
     "base_model.model.": (lambda f, w: single_file(f, keyed(w)), (3,), lambda i: 3),
     "no prefix": (lambda f, w: single_file(f, keyed(w, "")), (3,), lambda i: 3),
     "default in names": (lambda f, w: single_file(f, keyed(w, suffix=".default.weight")), (3,), lambda i: 3),
     "alpha keys": (lambda f, w: single_file(f, with_alpha_keys(w)), (3,), lambda i: 5 + i),
-    "metadata": (lambda f, w: single_file(f, keyed(w, "transformer."), diffusers_metadata()), (3,), lambda i: 7),
-    "metadata pattern": (lambda f, w: single_file(f, keyed(w, "transformer."), diffusers_metadata(alpha_pattern={MODULES[2]: 1})),
-                         (3, 2), lambda i: 1 if i == 2 else 7),
-    "bfloat16": (lambda f, w: peft_dir(f, {m: (a.bfloat16(), b.bfloat16()) for m, (a, b) in w.items()}), (3,), lambda i: 7),
+    "metadata": (
+        lambda f, w: single_file(f, keyed(w, "transformer."), diffusers_metadata()),
+        (3,),
+        lambda i: 7,
+    ),
+    "metadata pattern": (
+        lambda f, w: single_file(
+            f, keyed(w, "transformer."), diffusers_metadata(alpha_pattern={MODULES[2]: 1})
+        ),
+        (3, 2),
+        lambda i: 1 if i == 2 else 7,
+    ),
+    "bfloat16": (
+        lambda f, w: peft_dir(f, {m: (a.bfloat16(), b.bfloat16()) for m, (a, b) in w.items()}),
+        (3,),
+        lambda i: 7,
+    ),
 }
 
 
@@ -91,7 +137,7 @@ def test_every_format_gives_the_update_computed_by_hand(name, tmp_path):
     assert lora.norm() == pytest.approx(square**0.5, rel=1e-5)
 
 
-# ---- on the model --------------------------------------------------------------------------------------------
+# ---- on the model ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +149,9 @@ def velocity(transformer):
     g = torch.Generator().manual_seed(0)
     x, embeds, pooled = (torch.randn(s, generator=g) for s in ((3, 4, 4, 4), (3, 24, 128), (3, 128)))
     with torch.no_grad():
-        return sd3.velocity(transformer, x, torch.tensor([1.0, 0.6, 0.1]), (embeds, pooled))
+        return sd3.velocity(
+            transformer, x, torch.tensor([1.0, 0.6, 0.1]), {"embeds": embeds, "pooled": pooled}
+        )
 
 
 def folded(base, update, share=1.0):
@@ -119,7 +167,12 @@ def dense_update(folder, scale):
     """The update of a PEFT directory, straight from its tensors."""
     tensors = load_file(folder / "adapter_model.safetensors")
     names = {k.removeprefix("base_model.model.").partition(".lora_")[0] for k in tensors}
-    return {m: scale * tensors[f"base_model.model.{m}.lora_B.weight"] @ tensors[f"base_model.model.{m}.lora_A.weight"] for m in names}
+    return {
+        m: scale
+        * tensors[f"base_model.model.{m}.lora_B.weight"]
+        @ tensors[f"base_model.model.{m}.lora_A.weight"]
+        for m in names
+    }
 
 
 def attached(base, world, *names):
@@ -146,7 +199,9 @@ def test_each_adapter_equals_its_folded_copy_and_the_base_is_untouched(base, wor
 
 def test_use_nests_restores_and_leaves_requires_grad_alone(base, world):
     transformer = attached(base, world, "red", "blue")
-    adapters.parameters_of(transformer, "blue")["transformer_blocks.0.attn.to_q.lora_A.blue.weight"].requires_grad_(True)
+    adapters.parameters_of(transformer, "blue")[
+        "transformer_blocks.0.attn.to_q.lora_A.blue.weight"
+    ].requires_grad_(True)
     flags = {n: p.requires_grad for n, p in transformer.named_parameters()}
     red, blue, plain = (under(transformer, n) for n in ("red", "blue", "base"))
     with adapters.use(transformer, "red"):
@@ -168,10 +223,16 @@ def test_only_the_adapter_in_use_gets_gradients(base, world):
             p.requires_grad_(True)
     with adapters.use(transformer, "red"):
         x, embeds, pooled = torch.randn(1, 4, 4, 4), torch.randn(1, 24, 128), torch.randn(1, 128)
-        sd3.velocity(transformer, x, torch.tensor([0.5]), (embeds, pooled)).square().sum().backward()
+        sd3.velocity(
+            transformer, x, torch.tensor([0.5]), {"embeds": embeds, "pooled": pooled}
+        ).square().sum().backward()
     gradients = {n: p.grad for n, p in adapters.parameters_of(transformer, "red").items()}
     # The last block's text queries reach no output, so their gradient is zero.
-    assert all(g.abs().max() > 0 for n, g in gradients.items() if not n.startswith("transformer_blocks.1.attn.add_q_proj"))
+    assert all(
+        g.abs().max() > 0
+        for n, g in gradients.items()
+        if not n.startswith("transformer_blocks.1.attn.add_q_proj")
+    )
     assert all(p.grad is None for n, p in transformer.named_parameters() if ".red." not in n)
 
 
@@ -190,8 +251,12 @@ def test_teachers_add_their_lora_bytes_and_nothing_else(base, world):
 def test_ranks_may_differ_between_modules_and_teachers(base, tmp_path):
     weights = pairs((3, 2))
     transformer = copy.deepcopy(base)
-    adapters.attach(transformer, "a", adapters.read_lora(str(peft_dir(tmp_path / "a", weights))), torch.float32)
-    adapters.attach(transformer, "b", adapters.read_lora(str(peft_dir(tmp_path / "b", pairs((5,))))), torch.float32)
+    adapters.attach(
+        transformer, "a", adapters.read_lora(str(peft_dir(tmp_path / "a", weights))), torch.float32
+    )
+    adapters.attach(
+        transformer, "b", adapters.read_lora(str(peft_dir(tmp_path / "b", pairs((5,))))), torch.float32
+    )
     expected = velocity(folded(base, {m: b @ a * 7 / len(a) for m, (a, b) in weights.items()}))
     assert (under(transformer, "a") - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -202,12 +267,18 @@ def test_names_that_cannot_be_stored_are_refused(name, base, world):
         adapters.attach(copy.deepcopy(base), name, adapters.read_lora(str(world / "red")), torch.float32)
 
 
-# ---- files written by the libraries themselves -----------------------------------------------------------------
+# ---- files written by the libraries themselves -------------------------------------------------------------
 
 
 def peft_model(base):
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=list(TARGETS), rank_pattern={"attn.to_q": 5},
-                        alpha_pattern={"1.attn.to_out.0": 2}, init_lora_weights=False)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=list(TARGETS),
+        rank_pattern={"attn.to_q": 5},
+        alpha_pattern={"1.attn.to_out.0": 2},
+        init_lora_weights=False,
+    )
     torch.manual_seed(0)
     return get_peft_model(copy.deepcopy(base), config).eval()
 
@@ -226,7 +297,11 @@ def test_a_directory_saved_by_peft_is_read_right(base, tmp_path):
 def test_a_file_saved_by_diffusers_is_read_right(metadata, base, tmp_path):
     inner = copy.deepcopy(base)
     torch.manual_seed(0)
-    inner.add_adapter(LoraConfig(r=3, lora_alpha=7 if metadata else 3, target_modules=list(TARGETS), init_lora_weights=False))
+    inner.add_adapter(
+        LoraConfig(
+            r=3, lora_alpha=7 if metadata else 3, target_modules=list(TARGETS), init_lora_weights=False
+        )
+    )
     extra = _collate_lora_metadata({"transformer": inner}) if metadata else {}
     StableDiffusion3Pipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(inner), **extra)
     transformer = copy.deepcopy(base)
@@ -234,14 +309,16 @@ def test_a_file_saved_by_diffusers_is_read_right(metadata, base, tmp_path):
     assert (under(transformer, "x") - velocity(inner)).abs().max() < 1e-5
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(base, world, tmp_path_factory):
     """A student of rank 4, alpha 10 as saved, and its velocity."""
     folder, transformer = tmp_path_factory.mktemp("saved"), copy.deepcopy(base)
-    adapters.attach(transformer, "student", tiny.random_lora(world / "pipeline", 5, rank=4, alpha=10.0), torch.float32)
+    adapters.attach(
+        transformer, "student", tiny.random_lora(world / "pipeline", 5, rank=4, alpha=10.0), torch.float32
+    )
     adapters.save_lora(folder, adapters.parameters_of(transformer, "student"), "student", 4, 10.0)
     return folder, under(transformer, "student")
 
@@ -253,19 +330,26 @@ def by_ours(base, world, source):
 
 
 def by_diffusers(base, world, source, **which):
-    pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", transformer=copy.deepcopy(base),
-                                                    text_encoder_3=None, tokenizer_3=None)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        world / "pipeline", transformer=copy.deepcopy(base), text_encoder_3=None, tokenizer_3=None
+    )
     pipe.load_lora_weights(source, **which)
     return velocity(pipe.transformer)
 
 
-@pytest.mark.parametrize("read", [
-    by_ours,
-    lambda base, world, source: by_ours(base, world, source / "pytorch_lora_weights.safetensors"),
-    lambda base, world, source: velocity(PeftModel.from_pretrained(copy.deepcopy(base), source).eval()),
-    by_diffusers,
-    lambda base, world, source: by_diffusers(base, world, source, weight_name="pytorch_lora_weights.safetensors"),
-], ids=["ours", "our reader of the diffusers file", "PEFT", "diffusers", "diffusers by file name"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        by_ours,
+        lambda base, world, source: by_ours(base, world, source / "pytorch_lora_weights.safetensors"),
+        lambda base, world, source: velocity(PeftModel.from_pretrained(copy.deepcopy(base), source).eval()),
+        by_diffusers,
+        lambda base, world, source: by_diffusers(
+            base, world, source, weight_name="pytorch_lora_weights.safetensors"
+        ),
+    ],
+    ids=["ours", "our reader of the diffusers file", "PEFT", "diffusers", "diffusers by file name"],
+)
 def test_what_we_save_means_the_same_to_everyone(read, base, world, saved):
     folder, expected = saved
     assert (expected - velocity(base)).abs().max() > 0.01
@@ -274,11 +358,13 @@ def test_what_we_save_means_the_same_to_everyone(read, base, world, saved):
 
 def test_save_transformer_is_a_diffusers_directory(base, tmp_path):
     changed = folded(base, {MODULES[0]: torch.ones(32, 32)}, 0.1)
-    adapters.save_transformer(tmp_path / "transformer", changed, dict(changed.named_parameters()), torch.float32)
+    adapters.save_transformer(
+        tmp_path / "transformer", changed, dict(changed.named_parameters()), torch.float32
+    )
     assert torch.equal(velocity(sd3.load_transformer(tmp_path, torch.float32)), velocity(changed))
 
 
-# ---- fresh and merged --------------------------------------------------------------------------------------------
+# ---- fresh and merged --------------------------------------------------------------------------------------
 
 
 def test_a_fresh_lora_starts_at_the_base_with_pefts_spread(base, world):
@@ -286,10 +372,19 @@ def test_a_fresh_lora_starts_at_the_base_with_pefts_spread(base, world):
     transformer = copy.deepcopy(base)
     adapters.attach(transformer, "x", lora, torch.float32)
     assert torch.equal(under(transformer, "x"), velocity(base))
-    reference = get_peft_model(copy.deepcopy(base), LoraConfig(r=64, target_modules=list(sd3.LORA_TARGETS), init_lora_weights="gaussian"))
-    theirs = {n.removeprefix("base_model.model.").partition(".lora_A")[0]: p for n, p in reference.named_parameters() if ".lora_A." in n}
+    reference = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(r=64, target_modules=list(sd3.LORA_TARGETS), init_lora_weights="gaussian"),
+    )
+    theirs = {
+        n.removeprefix("base_model.model.").partition(".lora_A")[0]: p
+        for n, p in reference.named_parameters()
+        if ".lora_A." in n
+    }
     assert set(theirs) == set(lora.A)
-    assert torch.cat([*lora.A.values()]).std() == pytest.approx(torch.cat([*theirs.values()]).std().item(), rel=0.02)
+    assert torch.cat([*lora.A.values()]).std() == pytest.approx(
+        torch.cat([*theirs.values()]).std().item(), rel=0.02
+    )
     again = adapters.fresh_lora(sd3.skeleton(world / "pipeline"), sd3.LORA_TARGETS, 64, 8.0, seed=4)
     assert not torch.equal(again.A[MODULES[0]], lora.A[MODULES[0]])
 
@@ -325,15 +420,17 @@ def test_merge_of_nothing_says_what_to_do():
         adapters.merge([], 4, 4.0)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 def changed(change):
     """Write the tensors of two modules after `change`."""
+
     def write(folder):
         tensors = keyed(pairs())
         change(tensors)
         return single_file(folder, tensors)
+
     return write
 
 
@@ -358,12 +455,21 @@ UNREADABLE = {
     "not safetensors": (text_file, ValueError, "not a readable safetensors file"),
     "zero B": (zero("B"), ValueError, "zero everywhere.*saved before training.*write 'base'"),
     "zero A": (zero("A"), ValueError, "zero everywhere"),
-    "half a pair": (changed(lambda t: t.pop(f"base_model.model.{MODULES[2]}.lora_B.weight")), ValueError,
-                    rf"4 lora_A and 3 lora_B.*{MODULES[2]}"),
-    "full model": (lambda f: single_file(f, {f"{MODULES[0]}.weight": torch.ones(32, 32)}), ValueError,
-                   rf"{MODULES[0]}.weight' is no LoRA weight.*fully fine-tuned"),
-    "DoRA": (changed(lambda t: t.update({f"{MODULES[0]}.lora_magnitude_vector": torch.ones(32)})), ValueError,
-             "lora_magnitude_vector' is no LoRA weight"),
+    "half a pair": (
+        changed(lambda t: t.pop(f"base_model.model.{MODULES[2]}.lora_B.weight")),
+        ValueError,
+        rf"4 lora_A and 3 lora_B.*{MODULES[2]}",
+    ),
+    "full model": (
+        lambda f: single_file(f, {f"{MODULES[0]}.weight": torch.ones(32, 32)}),
+        ValueError,
+        rf"{MODULES[0]}.weight' is no LoRA weight.*fully fine-tuned",
+    ),
+    "DoRA": (
+        changed(lambda t: t.update({f"{MODULES[0]}.lora_magnitude_vector": torch.ones(32)})),
+        ValueError,
+        "lora_magnitude_vector' is no LoRA weight",
+    ),
 }
 
 
@@ -386,17 +492,28 @@ def other_width(tensors):
 
 
 def extra_block(tensors):
-    tensors |= {f"base_model.model.transformer_blocks.9.attn.to_q.lora_{k}.weight": torch.ones(s) for k, s in (("A", (3, 32)), ("B", (32, 3)))}
+    tensors |= {
+        f"base_model.model.transformer_blocks.9.attn.to_q.lora_{k}.weight": torch.ones(s)
+        for k, s in (("A", (3, 32)), ("B", (32, 3)))
+    }
 
 
-@pytest.mark.parametrize("change, message", [
-    (without_a_module, rf"lacks 1 of these layers: \['{MODULES[3]}'\]; the file is incomplete"),
-    (other_width, rf"{MODULES[1]} updates \(32, 48\), the base has \(32, 32\); it was made for another base"),
-    (extra_block, r"layers that the base lacks: \['transformer_blocks.9.attn.to_q'\] \(1 of 5\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without_a_module, rf"lacks 1 of these layers: \['{MODULES[3]}'\]; the file is incomplete"),
+        (
+            other_width,
+            rf"{MODULES[1]} updates \(32, 48\), the base has \(32, 32\); it was made for another base",
+        ),
+        (extra_block, r"layers that the base lacks: \['transformer_blocks.9.attn.to_q'\] \(1 of 5\)"),
+    ],
+)
 def test_adapters_of_another_base_are_refused(change, message, world, tmp_path):
     skeleton = sd3.skeleton(world / "pipeline")
-    adapters.check_fits(adapters.read_lora(str(changed(lambda t: None)(tmp_path / "good"))), skeleton, sd3.LORA_TARGETS)
+    adapters.check_fits(
+        adapters.read_lora(str(changed(lambda t: None)(tmp_path / "good"))), skeleton, sd3.LORA_TARGETS
+    )
     source = str(changed(change)(tmp_path / "bad"))
     with pytest.raises(ValueError, match=message) as caught:
         adapters.check_fits(adapters.read_lora(source), skeleton, sd3.LORA_TARGETS)
@@ -409,16 +526,21 @@ def test_hub_ids_with_and_without_subfolder(world, monkeypatch, tmp_path):
     def download(repo, allow_patterns):
         calls.append((repo, allow_patterns))
         return str(world if "sub" in repo else world / "red")
+
     monkeypatch.setattr(opd.files, "snapshot_download", download)
     red, blue = adapters.read_lora("owner/plain"), adapters.read_lora("owner/sub:blue")
     assert red.sha256 == adapters.read_lora(str(world / "red")).sha256
     assert blue.sha256 == adapters.read_lora(str(world / "blue")).sha256 != red.sha256
-    assert calls == [("owner/plain", ["*.json", "*.safetensors"]), ("owner/sub", ["blue/*.json", "blue/*.safetensors"])]
+    assert calls == [
+        ("owner/plain", ["*.json", "*.safetensors"]),
+        ("owner/sub", ["blue/*.json", "blue/*.safetensors"]),
+    ]
 
 
 def test_an_unreachable_hub_id_is_named(monkeypatch):
     def download(repo, allow_patterns):
         raise OSError("gated")
+
     monkeypatch.setattr(opd.files, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"adapter 'owner/name'.*\(OSError\); check the spelling"):
         adapters.read_lora("owner/name")

@@ -8,7 +8,7 @@ import pytest
 from opd import data
 from opd.data import MicroBatch, Prompt
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def write(folder, name, text):
@@ -17,14 +17,27 @@ def write(folder, name, text):
 
 
 def test_txt_keeps_lines_and_drops_blank_ones(tmp_path):
-    file = write(tmp_path, "a.txt", '\ufeffone\n\n  two words  \r\nthree\u2028still three\n')
-    assert data.load_prompts(file, "t", ["t"]) == [Prompt("one", "t"), Prompt("two words", "t"), Prompt("three\u2028still three", "t")]
+    file = write(tmp_path, "a.txt", "\ufeffone\n\n  two words  \r\nthree\u2028still three\n")
+    assert data.load_prompts(file, "t", ["t"]) == [
+        Prompt("one", "t"),
+        Prompt("two words", "t"),
+        Prompt("three\u2028still three", "t"),
+    ]
 
 
 def test_jsonl_fields_become_metadata_and_may_name_the_task(tmp_path):
-    file = write(tmp_path, "a.jsonl", '{"prompt": "x\u2028y", "tag": "counting", "include": [{"class": "cat"}]}\n\n{"prompt": "z", "task": "other"}\n')
+    file = write(
+        tmp_path,
+        "a.jsonl",
+        '{"prompt": "x\u2028y", "tag": "counting", "include": [{"class": "cat"}]}\n\n'
+        '{"prompt": "z", "task": "other"}\n',
+    )
     first, second = data.load_prompts(file, "t", ["t", "other"])
-    assert (first.text, first.task, first.metadata) == ("x\u2028y", "t", {"tag": "counting", "include": [{"class": "cat"}]})
+    assert (first.text, first.task, first.metadata) == (
+        "x\u2028y",
+        "t",
+        {"tag": "counting", "include": [{"class": "cat"}]},
+    )
     assert (second.text, second.task, second.metadata) == ("z", "other", {})
 
 
@@ -50,7 +63,12 @@ BAD_FILES = [
     ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ValueError, ["a.jsonl:3", "expected an object"]),
     ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', ValueError, ["a.jsonl:2", "no prompt"]),
     ("a.jsonl", '{"prompt": null}\n', ValueError, ["a.jsonl:1", "no prompt"]),
-    ("a.jsonl", '{"prompt": "x", "task": "u"}\n', ValueError, ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"]),
+    (
+        "a.jsonl",
+        '{"prompt": "x", "task": "u"}\n',
+        ValueError,
+        ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"],
+    ),
     ("a.csv", "text,task\nx,t\n", ValueError, ["a.csv:1", "no column 'prompt'", "'text'"]),
     ("a.csv", "task,prompt\nt,x\nt\n", ValueError, ["a.csv:3", "no prompt"]),
     ("a.csv", 'prompt,task\n"x\ny",t\nz,u\n', ValueError, ["a.csv:4", "unknown task 'u'"]),
@@ -69,33 +87,43 @@ def test_bad_files_are_refused_by_line(name, content, error, pieces, tmp_path):
 def test_load_tasks_pools_by_task_and_refuses_an_empty_one(tmp_path):
     a = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "b"}\n{"prompt": "y"}\n')
     b = write(tmp_path, "b.txt", "z\n")
-    assert data.load_tasks({"a": a, "b": b}) == {"a": [Prompt("y", "a")], "b": [Prompt("x", "b"), Prompt("z", "b")]}
+    assert data.load_tasks({"a": a, "b": b}) == {
+        "a": [Prompt("y", "a")],
+        "b": [Prompt("x", "b"), Prompt("z", "b")],
+    }
     other = write(tmp_path, "c.jsonl", '{"prompt": "x", "task": "b"}\n')
     with pytest.raises(ValueError, match="task 'c' has no prompts.*c.jsonl.*names another task"):
         data.load_tasks({"c": other, "b": b})
 
 
-# ---- the prompts of a step ---------------------------------------------------------------------------------------
+# ---- the prompts of a step ---------------------------------------------------------------------------------
 
 
 def pools(**sizes):
     return {task: [Prompt(f"{task}{i}", task) for i in range(size)] for task, size in sizes.items()}
 
 
-@pytest.mark.parametrize("sizes, mix, count", [
-    (dict(a=5, b=3, c=7), dict(a=3, b=1, c=1), 4), (dict(a=4), dict(a=2), 3), (dict(a=2, b=11), dict(a=1, b=2), 7),
-])
+@pytest.mark.parametrize(
+    "sizes, mix, count",
+    [
+        (dict(a=5, b=3, c=7), dict(a=3, b=1, c=1), 4),
+        (dict(a=4), dict(a=2), 3),
+        (dict(a=2, b=11), dict(a=1, b=2), 7),
+    ],
+)
 def test_ratio_and_epochs_by_brute_force(sizes, mix, count):
     steps = 120
     chosen = [p for step in range(steps) for p in data.prompts_of_step(pools(**sizes), mix, count, 0, step)]
     assert len(chosen) == steps * count
     cycle = sum(mix.values())
     for start in range(0, len(chosen) - cycle, cycle):  # the ratio holds in every round
-        assert Counter(p.task for p in chosen[start:start + cycle]) == mix
+        assert Counter(p.task for p in chosen[start : start + cycle]) == mix
     for task, size in sizes.items():
         texts = [p.text for p in chosen if p.task == task]
-        epochs = [texts[i:i + size] for i in range(0, len(texts) - size + 1, size)]
-        assert len(epochs) > 1 and all(sorted(e) == sorted(p.text for p in pools(**sizes)[task]) for e in epochs)
+        epochs = [texts[i : i + size] for i in range(0, len(texts) - size + 1, size)]
+        assert len(epochs) > 1 and all(
+            sorted(e) == sorted(p.text for p in pools(**sizes)[task]) for e in epochs
+        )
         assert size < 4 or len(set(map(tuple, epochs))) > 1  # shuffled anew
 
 
@@ -111,7 +139,9 @@ def test_a_step_is_a_pure_function_of_seed_and_step():
     backwards = [data.prompts_of_step(many, mix, 6, 3, step) for step in reversed(range(9))]
     assert forwards == backwards[::-1]
     other = [data.prompts_of_step(many, mix, 6, 4, step) for step in range(9)]
-    assert other != forwards and [[p.task for p in s] for s in other] == [[p.task for p in s] for s in forwards]
+    assert other != forwards and [[p.task for p in s] for s in other] == [
+        [p.task for p in s] for s in forwards
+    ]
 
 
 def test_seed_of_tells_its_parts_apart_and_fits_63_bits():
@@ -121,36 +151,45 @@ def test_seed_of_tells_its_parts_apart_and_fits_63_bits():
     assert data.seed_of(0, "noise", 1) == 2376061928063757211  # a run must resume on another machine
 
 
-# ---- micro-batches -----------------------------------------------------------------------------------------------
+# ---- micro-batches -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", range(1, 6))
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
-@pytest.mark.parametrize("tasks, numbers", [
-    ("aabab", None), ("abc" * 7, None), ("a", None), ("ab" * 16, None), ("babc", [9, 2, 30, 4])])
+@pytest.mark.parametrize(
+    "tasks, numbers",
+    [("aabab", None), ("abc" * 7, None), ("a", None), ("ab" * 16, None), ("babc", [9, 2, 30, 4])],
+)
 def test_every_sample_once_in_runs_of_tasks_and_ranks_in_step(tasks, numbers, size, world):
-    task_of = dict(zip(numbers or range(len(tasks)), tasks))
+    task_of = dict(zip(numbers or range(len(tasks)), tasks, strict=True))
     ranks = [data.micro_batches(task_of, size, world, rank) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) >= 1
     batches = [b for batches in ranks for b in batches]
-    assert sorted(n for b in batches for n, real in zip(b.samples, b.real) if real) == sorted(task_of)
+    assert sorted(n for b in batches for n, real in zip(b.samples, b.real, strict=True) if real) == sorted(
+        task_of
+    )
     sizes = {len(b.samples) for b in batches}
     assert 1 <= min(sizes) and max(sizes) <= min(size, min(sizes) + 1)
     for b in batches:
-        assert b.tasks == [task_of[n] for n in b.samples] and len(b.real) == len(b.samples) and len(set(b.real)) == 1
-        assert [t for t in b.visits if t in b.tasks] == [t for t, _ in groupby(b.tasks)]  # runs, in the order of visits
-    for turn in zip(*ranks):
-        assert {tuple(b.visits) for b in turn} == {tuple(turn[0].visits)}
-        assert set(turn[0].visits) == {t for b in turn for t in b.tasks}
+        kinds = [task_of[n] for n in b.samples]
+        assert len(b.real) == len(b.samples) and len(set(b.real)) == 1
+        assert len(set(kinds)) == len([kind for kind, _ in groupby(kinds)])  # every kind in one run
+    for turn in zip(*ranks, strict=True):
+        assert all(b.turn == [n for other in turn for n in other.samples] for b in turn)
     real = [b for b in batches if b.real[0]]
     assert len(batches) - len(real) < world
-    assert sum(len(set(b.tasks)) for b in real) <= len(real) + len(set(tasks)) - 1  # a task is cut by ends of batches only
+    cut = sum(len({task_of[n] for n in b.samples}) for b in real)
+    assert cut <= len(real) + len(set(tasks)) - 1  # a kind is cut by ends of batches only
 
 
 def test_micro_batches_are_even_and_few():
     """9 samples, at most 4 at once: 3 + 3 + 3, not 4 + 4 + 1; tasks share one where they fit."""
     assert [len(b.samples) for b in data.micro_batches(dict.fromkeys(range(9), "a"), 4, 1, 0)] == [3, 3, 3]
-    assert data.micro_batches(dict(enumerate("abab")), 8, 1, 0) == [MicroBatch([0, 2, 1, 3], list("aabb"), [1] * 4, ["a", "b"])]
+    assert data.micro_batches(dict(enumerate("abab")), 8, 1, 0) == [
+        MicroBatch([0, 2, 1, 3], [1] * 4, [0, 2, 1, 3])
+    ]
     two = [data.micro_batches(dict(enumerate("abb")), 1, 2, rank) for rank in (0, 1)]
-    assert two == [[MicroBatch([0], ["a"], [1], ["a", "b"]), MicroBatch([2], ["b"], [1], ["b"])],
-                   [MicroBatch([1], ["b"], [1], ["a", "b"]), MicroBatch([2], ["b"], [0], ["b"])]]  # the last is padding
+    assert two == [
+        [MicroBatch([0], [1], [0, 1]), MicroBatch([2], [1], [2, 2])],
+        [MicroBatch([1], [1], [0, 1]), MicroBatch([2], [0], [2, 2])],
+    ]  # the last is padding

@@ -1,75 +1,347 @@
 """Scoring: no padded row enters a mean, the same noise for everyone, scorers that misbehave are named."""
 
+import json
+import math
+import os
+import sys
+import threading
+import time
+
 import pytest
 import torch
 
 from opd import adapters, evaluate
-from opd.config import load_family
 from opd.data import Prompt
+from opd.families import load_family
 from opd.model import Model
+from opd.rewards import Reward, Term, find_reward
+
+HERE = "tests.test_evaluate"
 
 
 @pytest.fixture(scope="module")
 def model(world):
-    m = Model.plan(load_family("sd3"), str(world / "pipeline"), "float32", 0, str(world / "cache"), torch.device("cpu"), True)
-    m.conditioning.prepare(["a red circle", "a blue circle", "two red circles", ""])
-    m.load()
+    family, cpu = load_family("sd3"), torch.device("cpu")
+    model = Model.plan(family, str(world / "pipeline"), "float32", 0, str(world / "cache"), cpu, True)
+    model.conditioning.prepare(["a red circle", "a blue circle", "two red circles", ""])
+    model.load()
     for name in ("red", "blue"):
-        adapters.attach(m.transformer, name, adapters.read_lora(str(world / name)), torch.float32)
-    return m
+        adapters.attach(model.transformer, name, adapters.read_lora(str(world / name)), torch.float32)
+    return model
 
 
-POOL = [Prompt(t, "red", {"n": n}) for n, t in enumerate(("a red circle", "a blue circle", "two red circles"))]
+TEXTS = ("a red circle", "a blue circle", "two red circles")
+POOL = [Prompt(text, "red", {"n": n}) for n, text in enumerate(TEXTS)]
 
 
 def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
 
-def score(model, adapter="red", reward=brightness, count=7, **changes):
-    return evaluate.score(model, adapter, POOL, reward, **(dict(count=count, steps=3, seed=0, guidance=1.0, batch=3) | changes))
+def nothing(images, prompts, metadata):
+    return torch.full((len(images),), math.nan)
+
+
+def only_circles(images, prompts, metadata):
+    """NaN for two circles."""
+    scores = images.mean((1, 2, 3))
+    return torch.where(torch.tensor([text == "two red circles" for text in prompts]), math.nan, scores)
+
+
+def too_short(images, prompts, metadata):
+    return torch.zeros(1)
+
+
+def needs_target(images, prompts, metadata):
+    return torch.tensor([float(m["target"]) for m in metadata])
+
+
+needs_target.metadata_keys = ("target",)
+
+
+class Darkness:
+    """Scores that are right only after load on the CPU."""
+
+    device = None
+
+    def load(self, device):
+        self.device = device
+
+    def __call__(self, images, prompts, metadata):
+        assert self.device == torch.device("cpu")
+        return 1 - images.mean((1, 2, 3))
+
+
+class Unloadable:
+    def load(self, device):
+        raise OSError("no such weights")
+
+    def __call__(self, images, prompts, metadata):
+        return torch.zeros(len(images))
+
+
+def spy(function):
+    return Reward("spy", [Term(1.0, "spy", function)])
+
+
+def score(model, adapter="red", reward=brightness, images_per_task=7, **changes):
+    settings = dict(ode_steps=3, seed=0, guidance=1.0, batch=3, timeout=30.0) | changes
+    return evaluate.score(model, adapter, POOL, spy(reward), images_per_task=images_per_task, **settings)
+
+
+def brightness_one_by_one(model, count):
+    """Of images that are generated one at a time."""
+    order = [prompt.metadata["n"] for _, prompt in evaluate.cases_of(POOL, 3)]
+    single = []
+    for index in range(count):
+        text = POOL[order[index % 3]].text
+        single.append(model.images("red", [text], [index], steps=3, seed=0, guidance=1.0).mean().item())
+    return order, single
+
+
+# ---- means -----------------------------------------------------------------------------------------
 
 
 def test_mean_is_over_exactly_the_images_asked_for(model):
     """7 images in batches of 3: the mean of one-by-one generation."""
-    order = [p.metadata["n"] for _, p in evaluate.cases(POOL, 3)]
-    assert sorted(order) == [0, 1, 2] and [n for n, _ in evaluate.cases(POOL, 3)] == [0, 1, 2]
-    single = [model.images("red", [POOL[order[i % 3]].text], [i], steps=3, seed=0, guidance=1.0).mean().item() for i in range(7)]
+    order, single = brightness_one_by_one(model, 7)
+    assert sorted(order) == [0, 1, 2] and [index for index, _ in evaluate.cases_of(POOL, 3)] == [0, 1, 2]
     assert score(model) == pytest.approx(sum(single) / 7, abs=1e-5)
     seen = []
-    score(model, reward=lambda images, prompts, metadata: seen.extend(zip(prompts, [m["n"] for m in metadata])) or torch.zeros(len(images)))
+
+    def reward(images, prompts, metadata):
+        seen.extend(zip(prompts, [m["n"] for m in metadata], strict=True))
+        return torch.zeros(len(images))
+
+    score(model, reward=reward)
     assert seen == [(POOL[order[i % 3]].text, order[i % 3]) for i in range(7)]
 
 
 def test_few_images_are_a_fair_sample_of_a_sorted_file():
     pool = [Prompt(str(n), "t") for n in range(500)]
-    mean = sum(int(p.text) for _, p in evaluate.cases(pool, 100)) / 100
+    mean = sum(int(prompt.text) for _, prompt in evaluate.cases_of(pool, 100)) / 100
     assert abs(mean - 249.5) < 4 * 144 / 10  # four standard errors of a uniform sample
 
 
-@pytest.mark.parametrize("changes", [{"adapter": "blue"}, {"adapter": "base"}, {"seed": 1}, {"steps": 4}, {"guidance": 3.0}], ids=str)
+CHANGES = [{"adapter": "blue"}, {"adapter": "base"}, {"seed": 1}, {"ode_steps": 4}, {"guidance": 3.0}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_every_setting_counts(model, changes):
     assert abs(score(model, **changes) - score(model)) > 1e-5
 
 
-def test_misbehaving_scorers_are_refused(model):
-    with pytest.raises(ValueError, match=r"shape \(1,\) for 3 images"):
-        score(model, reward=lambda images, *_: torch.zeros(1))
-    with pytest.raises(ValueError, match="non-finite score"):
-        score(model, reward=lambda images, *_: torch.full((len(images),), float("nan")))
+def test_a_batch_is_scored_while_the_next_is_generated(model):
+    """The first call waits until the second batch's images exist: waited for, it would hang."""
+    generated, batches = threading.Event(), []
+
+    class Watched:
+        device = model.device
+
+        def images(self, *arguments, **settings):
+            batches.append(arguments)
+            if len(batches) == 2:
+                generated.set()
+            return model.images(*arguments, **settings)
+
+    def reward(images, prompts, metadata):
+        assert generated.wait(60)
+        return brightness(images, prompts, metadata)
+
+    assert score(Watched(), reward=reward, timeout=120.0) == score(model)
 
 
-@pytest.mark.parametrize("spec, message", [("nocolon", "module:function"), ("no.such:thing", "cannot be imported"),
-                                           ("opd.mini.rewards:nothing", "cannot be imported"), ("math:sqrt", "must accept")])
-def test_unknown_scorers_are_named(spec, message):
-    with pytest.raises(ValueError, match=message) as error:
-        evaluate.find_reward(spec)
-    assert spec in str(error.value)
+def test_the_table_of_a_sum_with_a_class(model):
+    """Twice the brightness less the darkness, for every adapter, split and task."""
+    rewards = {"red": find_reward(f"2*{HERE}:brightness + -1*{HERE}:Darkness")}
+    rewards["red"].load(torch.device("cpu"))
+    said = []
+    scores = evaluate.evaluate(
+        model,
+        ["base", "red"],
+        {"train": {"red": POOL}, "held-out": {"red": POOL[:1]}},
+        rewards,
+        images_per_task=4,
+        ode_steps=3,
+        seed=0,
+        guidance={"base": 1.0, "red": 2.0},
+        timeout=30.0,
+        batch=3,
+        say=said.append,
+    )
+    bright = score(model, images_per_task=4, guidance=2.0)
+    assert scores["red"]["train"]["red"] == pytest.approx(2 * bright - (1 - bright), abs=1e-5)
+    assert scores["red"]["train"]["mean"] == scores["red"]["train"]["red"]
+    assert [list(scores), list(scores["base"])] == [["base", "red"], ["train", "held-out"]] and len(said) == 2
+
+
+# ---- scorers that fail -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda images, *_: torch.zeros(2), r"prompt '.*': returned shape \(2,\) for 1 images"),
+        (lambda images, *_: torch.zeros(len(images), 1), r"returned shape \(1, 1\) for 1 images"),
+        (nothing, "prompt '.*': returned nan"),
+        (lambda images, *_: torch.full((len(images),), math.inf), "returned inf"),
+        (lambda *_: [][0], "raised IndexError: list index out of range"),
+        (lambda *_: sys.exit("bye"), "raised SystemExit: bye"),
+    ],
+)
+def test_misbehaving_scorers_are_refused(model, reward, message):
+    with pytest.raises(ValueError, match="task 'red': reward 'spy' gave no score for 3 of 3 images") as error:
+        score(model, reward=reward)
+    assert error.match(message) and "adapter 'red'" in str(error.value)
+    assert math.isnan(score(model, reward=reward, strict=False))
+
+
+def test_a_scorer_that_hangs_is_given_up(model):
+    release = threading.Event()
+
+    def reward(images, prompts, metadata):
+        release.wait(60)
+        return torch.zeros(len(images))
+
+    try:
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="task 'red': reward 'spy'.*took longer than 0.2 s"):
+            score(model, reward=reward, timeout=0.2)
+        assert math.isnan(score(model, reward=reward, timeout=0.2, strict=False))
+        assert time.monotonic() - start < 30
+    finally:
+        release.set()
+
+
+def test_images_without_a_score_are_left_out_of_the_mean(model):
+    order, single = brightness_one_by_one(model, 7)
+    known = [value for index, value in enumerate(single) if POOL[order[index % 3]].text != "two red circles"]
+    assert 4 <= len(known) <= 5
+    assert score(model, reward=only_circles, strict=False) == pytest.approx(sum(known) / len(known), abs=1e-5)
+    with pytest.raises(ValueError, match="prompt 'two red circles': returned nan"):
+        score(model, reward=only_circles)
+
+
+def test_a_scorer_that_fails_once_is_asked_again(model):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(prompts)
+        if len(calls) == 1:
+            raise ConnectionError("try later")
+        return brightness(images, prompts, metadata)
+
+    assert score(model, reward=reward) == pytest.approx(score(model), abs=1e-7)
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def command(world, *changes):
+    files = [f"red={world / 'red.txt'}"]
+    pipeline = [
+        "--model",
+        str(world / "pipeline"),
+        "--adapters",
+        f"red={world / 'red'}",
+        "--dtype",
+        "float32",
+    ]
+    sampling = ["--count", "3", "--steps", "2", "--cache", str(world / "cache")]
+    tasks = ["--prompts", *files, "--heldout", *files, "--rewards", f"red={HERE}:brightness"]
+    evaluate.main([*pipeline, *sampling, *tasks, *changes])
+
+
+def refused(world, *changes):
+    with pytest.raises(SystemExit) as stop:
+        command(world, *changes)
+    assert stop.value.code.startswith("error: ")
+    return stop.value.code
+
+
+def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
+    out = tmp_path / "new" / "scores.json"
+    command(world, "--out", str(out), "--rewards", f"red={HERE}:Darkness")
+    written = json.loads(out.read_text())
+    scores = written["scores"]
+    assert list(scores) == ["base", "red"] and written["settings"]["reward_timeout"] == 60.0
+    assert scores["red"]["train"] == scores["red"]["held-out"] != scores["base"]["train"]
+    assert f"{scores['red']['train']['red']:.3f}" in capsys.readouterr().out.splitlines()[-1]
+    command(world, "--out", str(out))  # a file may be replaced
+    darkness, bright = (
+        scores["red"]["train"]["red"],
+        json.loads(out.read_text())["scores"]["red"]["train"]["red"],
+    )
+    assert darkness + bright == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("nocolon", "module:function"),
+        ("no.such:thing", "cannot be imported"),
+        ("opd.mini.rewards:nothing", "cannot be imported"),
+        ("math:sqrt", "must accept"),
+        (f"{HERE}:Unloadable", "raised OSError: no such weights"),
+    ],
+)
+def test_unknown_scorers_are_named(world, spec, message):
+    error = refused(world, "--rewards", f"red={spec}")
+    assert message in error and repr(spec) in error
+
+
+def test_missing_metadata_is_found_before_any_image(world):
+    error = refused(world, "--rewards", f"red={HERE}:needs_target", "--model", "/nowhere")
+    assert "task 'red'" in error and "needs 'target'" in error
+
+
+def test_a_scorer_of_the_wrong_shape_is_refused_before_any_image(world):
+    error = refused(world, "--rewards", f"red={HERE}:too_short")
+    assert "returned shape (1,) for 2 images" in error and "task 'red'" in error and "too_short" in error
+
+
+def test_a_scorer_that_fails_ends_the_command_with_its_reason(world):
+    error = refused(world, "--rewards", f"red={HERE}:nothing", "--reward-timeout", "30")
+    assert "task 'red'" in error and f"'{HERE}:nothing'" in error and "returned nan" in error
+
+
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--guidance", "nan", "--guidance is nan"),
+        ("--guidance", "-inf", "--guidance is -inf"),
+        ("--count", "0", "--count is 0"),
+        ("--steps", "-1", "--steps is -1"),
+        ("--reward-timeout", "0", "--reward-timeout is 0"),
+        ("--reward-timeout", "nan", "--reward-timeout is nan"),
+        ("--reward-timeout", "inf", "--reward-timeout is inf"),
+        ("--rewards", "blue=a:b", "task 'red' has no scorer; add --rewards red=module:function"),
+        ("--out", "/dev/null", "--out '/dev/null' exists and is not a regular file"),
+        ("--out", ".", "--out '.' exists and is not a regular file"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_model(world, flag, value, message):
+    assert message in refused(world, "--model", "/nowhere", flag, value)
+
+
+def test_no_prompts_at_all_are_refused(world):
+    assert "both empty" in refused(world, "--prompts", "--heldout")
+
+
+def test_an_output_that_cannot_be_a_file_is_refused(world, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    assert "not a regular file" in refused(world, "--out", str(tmp_path / "pipe"))
+    assert f"{str(tmp_path / 'file')!r} is not a directory" in refused(
+        world, "--out", str(tmp_path / "file" / "new" / "scores.json")
+    )
 
 
 def test_table_shows_every_number():
-    scores = {"base": {"train": {"a": 0.1, "mean": 0.2}, "held-out": {"a": 0.3, "mean": 0.4}},
-              "student": {"train": {"a": 0.5, "mean": 0.6}, "held-out": {"a": 0.7, "mean": 0.8}}}
+    scores = {
+        "base": {"train": {"a": 0.1, "mean": 0.2}, "held-out": {"a": 0.3, "mean": 0.4}},
+        "student": {"train": {"a": 0.5, "mean": 0.6}, "held-out": {"a": 0.7, "mean": 0.8}},
+    }
     lines = evaluate.table(scores, "settings").splitlines()
     assert lines[0] == "settings" and lines[2].split() == ["a", "mean", "a", "mean"]
     assert lines[4].split() == ["student", "0.500", "0.600", "0.700", "0.800"]

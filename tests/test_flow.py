@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
 from opd import flow
@@ -25,59 +24,40 @@ def exact_velocity(x, sigma, std=STD):
     return velocity_slope(sigma, std) * (x - (1 - sigma) * MEAN) - MEAN
 
 
-def random_transition(batch=4, dims=6, noise_level=0.7):
+def random_step(batch=4, dims=6):
+    """States, velocities and noise (B, D) at four steps of a grid, the first and the last among them;
+    float64."""
     g = torch.Generator().manual_seed(0)
     x, v, v_teacher, z = torch.randn(4, batch, dims, generator=g, dtype=torch.float64)
     sigma = torch.tensor([1.0, 0.9, 0.5, 0.1], dtype=torch.float64)
     sigma_next = torch.tensor([0.9, 0.7, 0.4, 0.0], dtype=torch.float64)
-    return x, v, v_teacher, z, sigma, sigma_next, flow.diffusion_coefficient(sigma, 0.9, noise_level)
+    return x, v, v_teacher, z, sigma, sigma_next
+
+
+def sde_by_formula(x, v, sigma, sigma_next, noise_level):
+    """(mean, std of the step, s) of eq. 5-6 as the paper writes them, with one sigma per sample."""
+    sigma, sigma_next = sigma[:, None], sigma_next[:, None]
+    denominator = torch.where(sigma == 1, 1 - sigma_next, 1 - sigma)
+    s = noise_level * torch.sqrt(sigma / denominator)
+    dt = sigma - sigma_next
+    mean = x + (v + s**2 / (2 * sigma) * (x + (1 - sigma) * v)) * -dt
+    return mean, s * dt.sqrt(), s
+
+
+def cps_by_formula(x, v, sigma, sigma_next, noise_level):
+    """(mean, std of the step) of Flow-CPS as its paper writes them."""
+    sigma, sigma_next = sigma[:, None], sigma_next[:, None]
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    x0, x1 = x - sigma * v, x + (1 - sigma) * v
+    return (1 - sigma_next) * x0 + torch.sqrt(sigma_next**2 - std**2) * x1, std
 
 
 # ---------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("steps", [1, 4, 10, 40])
-def test_sigma_grid_is_the_schedulers_and_leaves_it_alone(shift, steps):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    before = scheduler.sigmas.clone()
-    grid = flow.sigma_grid(scheduler, steps)
-    assert torch.equal(scheduler.sigmas, before)
-    scheduler.set_timesteps(steps)
-    assert grid.dtype == torch.float64 and grid.shape == (steps + 1,)
-    assert torch.equal(grid, scheduler.sigmas.double())
-    assert grid[0] == 1 and grid[-1] == 0
-
-
-def test_sigma_grid_of_shift_3_by_hand():
-    """The scheduler spaces sigma evenly between its ends (1 and the shifted 1/1000), then shifts: 3 u / (1 + 2 u)."""
-    low = 3 * 0.001 / (1 + 2 * 0.001)
-    u = torch.linspace(1, low, 8, dtype=torch.float64)
-    expected = torch.cat([3 * u / (1 + 2 * u), torch.zeros(1, dtype=torch.float64)])
-    grid = flow.sigma_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), 8)
-    assert torch.allclose(grid, expected, atol=1e-7, rtol=0)  # the scheduler stores float32
-
-
-def test_sigma_grid_with_dynamic_shift():
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    for tokens, mu in [(256, 0.5), (4096, 1.15), (1024, 0.5 + 0.65 * 768 / 3840)]:
-        u = torch.linspace(1, 0.001, 5, dtype=torch.float64)
-        expected = math.exp(mu) / (math.exp(mu) + 1 / u - 1)
-        assert torch.allclose(flow.sigma_grid(scheduler, 5, tokens)[:-1], expected, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="image_tokens"):
-        flow.sigma_grid(scheduler, 5)
-
-
-def test_sigma_grid_refuses_bad_input():
-    with pytest.raises(ValueError, match="steps = 0"):
-        flow.sigma_grid(FlowMatchEulerDiscreteScheduler(), 0)
-    with pytest.raises(ValueError, match="fall strictly to 0"):
-        flow.sigma_grid(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 4)
-
-
 def test_diffusion_coefficient():
     sigma = torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64)
-    s = flow.diffusion_coefficient(sigma, 0.8, 0.7)
+    s = flow.diffusion_coefficient(sigma, torch.tensor([0.8, 0.5, 0.2, 0.0], dtype=torch.float64), 0.7)
     expected = [0.7 * math.sqrt(q) for q in (1 / (1 - 0.8), 0.8 / 0.2, 1.0, 0.2 / 0.8)]
     assert torch.isfinite(s).all()
     assert torch.allclose(s, torch.tensor(expected, dtype=torch.float64), rtol=1e-14)
@@ -87,47 +67,58 @@ def test_diffusion_coefficient():
 
 
 def propagate(step, steps, std=STD, start=1.0, samples=20_000):
-    """Draw at `start` from the marginal, then walk the grid; returns per sigma the sample mean and variance."""
+    """Draw at `start` from the marginal, then walk the grid; returns per sigma the sample mean and
+    variance."""
     generator = torch.Generator().manual_seed(0)
     grid = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
     x = torch.randn(1, samples, generator=generator, dtype=torch.float64)
     x = (1 - start) * MEAN + math.sqrt((1 - start) ** 2 * std**2 + start**2) * x
     rows = []
-    for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None]):
+    for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None], strict=True):
         z = torch.randn(1, samples, generator=generator, dtype=torch.float64)
-        x = step(x, exact_velocity(x, sigma, std), sigma, sigma_next, grid[1], z)
+        x = step(x, exact_velocity(x, sigma, std), sigma, sigma_next, z)
         rows.append((sigma_next.item(), x.mean().item(), x.var().item()))
     return rows
 
 
-def sde(noise_level):
-    def step(x, v, sigma, sigma_next, second, z):
-        s = flow.diffusion_coefficient(sigma, second, noise_level)
-        return flow.sde_mean(x, v, sigma, sigma_next, s) + flow.step_std(sigma, sigma_next, s)[:, None] * z
+def step_of(name, noise_level):
+    def step(x, v, sigma, sigma_next, z):
+        transition = flow.TRANSITIONS[name](sigma, sigma_next, noise_level)
+        return flow.step_mean(x, v, transition) + transition.std * z
+
     return step
 
 
-def ode(x, v, sigma, sigma_next, second, z):
-    return flow.ode_step(x, v, sigma, sigma_next)
+ode = step_of("ode", 0.7)
+
+
+def sde(noise_level):
+    return step_of("sde", noise_level)
 
 
 def cps(noise_level):
-    def step(x, v, sigma, sigma_next, second, z):
-        return flow.cps_step(x, v, sigma, sigma_next, noise_level, z)
-    return step
+    return step_of("cps", noise_level)
 
 
-# (step, std of the data, start, relative discretisation error of the variance allowed at 400 steps)
-# ODE and SDE are first-order: the local variance error of order D^2 accumulates to a few D = 1/400, relative to a
-# variance of at least 0.26. The SDE starts below sigma = 1, where s changes by O(1) in one step. Small-noise CPS adds
-# up a deficit of sigma^2 (1 - cos(a pi/2))^2 per step, negligible at a = 0.1; on a point mass CPS is exact at any a.
-WALKS = [(ode, STD, 1.0, 0.01), (sde(0.7), STD, 0.9, 0.01), (sde(0.3), STD, 0.9, 0.01),
-         (cps(0.1), STD, 1.0, 0.02), (cps(0.0), STD, 1.0, 0.01), (cps(0.7), 0.0, 1.0, 0.0)]
+# (step, std of the data, start, relative discretisation error of the variance allowed at 400 steps) ODE and
+# SDE are first-order: the local variance error of order D^2 accumulates to a few D = 1/400, relative to a
+# variance of at least 0.26. The SDE starts below sigma = 1, where s changes by O(1) in one step. Small-noise
+# CPS adds up a deficit of sigma^2 (1 - cos(a pi/2))^2 per step, negligible at a = 0.1; on a point mass CPS is
+# exact at any a.
+WALKS = [
+    (ode, STD, 1.0, 0.01),
+    (sde(0.7), STD, 0.9, 0.01),
+    (sde(0.3), STD, 0.9, 0.01),
+    (cps(0.1), STD, 1.0, 0.02),
+    (cps(0.0), STD, 1.0, 0.01),
+    (cps(0.7), 0.0, 1.0, 0.0),
+]
 
 
 @pytest.mark.parametrize("step, std, start, discretisation", WALKS)
 def test_sampling_reproduces_the_marginals(step, std, start, discretisation):
-    """5 standard errors of Monte Carlo (sqrt(V/n) of a mean, sqrt(2/n) V of a variance) plus the discretisation."""
+    """5 standard errors of Monte Carlo (sqrt(V/n) of a mean, sqrt(2/n) V of a variance) plus the
+    discretisation."""
     samples = 20_000
     for sigma, mean, variance in propagate(step, 400, std, start, samples):
         exact = (1 - sigma) ** 2 * std**2 + sigma**2
@@ -137,7 +128,8 @@ def test_sampling_reproduces_the_marginals(step, std, start, discretisation):
 
 
 def variance_recursion(sigma, sigma_next, s, variance):
-    """Exact variance after one Euler-Maruyama step; x_next is linear in x: keep x - move slope (x - E x) + const + s sqrt(D) z."""
+    """Exact variance after one Euler-Maruyama step; x_next is linear in x: keep x - move slope (x - E x) +
+    const + s sqrt(D) z."""
     dt = sigma - sigma_next
     keep = 1 - s**2 * dt / (2 * sigma)
     move = dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
@@ -146,16 +138,19 @@ def variance_recursion(sigma, sigma_next, s, variance):
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.7])
 def test_one_step_is_affine_with_the_exact_moments(noise_level):
-    """No Monte Carlo: +-1 std of the state and of the noise give the mean and variance of one step to rounding."""
+    """No Monte Carlo: +-1 std of the state and of the noise give the mean and variance of one step to
+    rounding."""
     grid = torch.linspace(1, 0, 11, dtype=torch.float64)
-    for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None]):
-        s = flow.diffusion_coefficient(sigma, grid[1], noise_level)
+    for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None], strict=True):
+        s = flow.diffusion_coefficient(sigma, sigma_next, noise_level)
         centre, variance = (1 - sigma) * MEAN, marginal_variance(sigma)
         x = centre + variance.sqrt() * torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
         z = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
-        x_next = sde(noise_level)(x, exact_velocity(x, sigma), sigma, sigma_next, grid[1], z)
+        x_next = sde(noise_level)(x, exact_velocity(x, sigma), sigma, sigma_next, z)
         assert torch.allclose(x_next.mean(), (1 - sigma_next) * MEAN, rtol=1e-12)
-        assert torch.allclose(x_next.var(correction=0), variance_recursion(sigma, sigma_next, s, variance), rtol=1e-12)
+        assert torch.allclose(
+            x_next.var(correction=0), variance_recursion(sigma, sigma_next, s, variance), rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.7])
@@ -163,61 +158,115 @@ def test_discretisation_error_is_first_order(noise_level):
     def final_error(steps):
         grid = torch.linspace(0.9, 0, steps + 1, dtype=torch.float64)
         variance = marginal_variance(grid[0])
-        for sigma, sigma_next in zip(grid[:-1], grid[1:]):
-            s = flow.diffusion_coefficient(sigma, grid[1], noise_level)
+        for sigma, sigma_next in zip(grid[:-1], grid[1:], strict=True):
+            s = flow.diffusion_coefficient(sigma, sigma_next, noise_level)
             variance = variance_recursion(sigma, sigma_next, s, variance)
         return (variance - STD**2).abs().item()
+
     assert 1.8 < final_error(400) / final_error(800) < 2.2
     assert final_error(800) < 0.005 * STD**2
 
 
-def test_ode_step_is_the_sde_step_without_noise():
-    x, v, _, _, sigma, sigma_next, s = random_transition()
-    assert torch.allclose(flow.sde_mean(x, v, sigma, sigma_next, 0 * s), flow.ode_step(x, v, sigma, sigma_next), rtol=1e-14)
+def test_every_step_is_the_papers():
+    """Eq. 5-6, Euler and Flow-CPS as they are written there, from one linear formula; float64 to rounding."""
+    x, v, _, _, sigma, sigma_next = random_step()
+    mean, std, _ = sde_by_formula(x, v, sigma, sigma_next, 0.7)
+    transition = flow.sde_transition(sigma, sigma_next, 0.7)
+    assert torch.allclose(flow.step_mean(x, v, transition), mean, rtol=1e-14, atol=1e-14)
+    assert torch.allclose(transition.std, std[:, 0], rtol=1e-14)
+    mean, std = cps_by_formula(x, v, sigma, sigma_next, 0.7)
+    transition = flow.cps_transition(sigma, sigma_next, 0.7)
+    assert torch.allclose(flow.step_mean(x, v, transition), mean, rtol=1e-14, atol=1e-14)
+    assert torch.allclose(transition.std, std[:, 0], rtol=1e-14)
+    euler = x - (sigma - sigma_next)[:, None] * v
+    transition = flow.ode_transition(sigma, sigma_next, 0.7)
+    assert torch.allclose(flow.step_mean(x, v, transition), euler, rtol=1e-14) and not transition.std.any()
 
 
-def test_cps_at_zero_noise_is_the_ode():
-    x, v, _, z, sigma, sigma_next, _ = random_transition()
-    assert torch.allclose(flow.cps_step(x, v, sigma, sigma_next, 0.0, z), flow.ode_step(x, v, sigma, sigma_next), rtol=1e-12)
+@pytest.mark.parametrize("name", ["sde", "cps"])
+def test_without_noise_every_step_is_the_ode(name):
+    *_, sigma, sigma_next = random_step()
+    quiet = flow.TRANSITIONS[name](sigma, sigma_next, 0.0)
+    euler = flow.ode_transition(sigma, sigma_next, 0.0)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(quiet, euler, strict=True))
+
+
+def test_coefficients_of_one_state_of_a_grid():
+    *_, sigma, sigma_next = random_step()
+    grid = flow.sde_transition(sigma, sigma_next, 0.7)
+    alone = flow.sde_transition(sigma[2], sigma_next[2], 0.7)
+    assert [float(a) for a in grid.at(2)] == [float(a) for a in alone] and alone.keep.ndim == 0
 
 
 # ---------------------------------------------------------------- likelihood, KL and the weights
 
 
-def transition(x, v, sigma, sigma_next, s):
-    mean, std = flow.sde_mean(x, v, sigma, sigma_next, s), flow.step_std(sigma, sigma_next, s)
-    return Independent(Normal(mean, std[:, None].expand_as(mean)), 1), mean, std
+def gaussian(mean, std):
+    return Independent(Normal(mean, std.expand_as(mean)), 1)
 
 
-def test_log_prob_equals_torch_distributions():
-    x, v, _, z, sigma, sigma_next, s = random_transition()
-    gaussian, mean, std = transition(x, v, sigma, sigma_next, s)
-    x_next = mean + std[:, None] * z
-    expected = gaussian.log_prob(x_next) / x.shape[1]
-    assert torch.allclose(flow.log_prob_mean(x_next, mean, std), expected, rtol=0, atol=1e-10)
+def transitions_of(name, noise_level):
+    """(the transition, its law given x and v by the paper's own formula), at every step with noise."""
+    x, v, v_teacher, z, sigma, sigma_next = random_step()
+    by_formula = {"sde": sde_by_formula, "cps": cps_by_formula}[name]
+    if name == "cps":  # its last step has none
+        x, v, v_teacher, z, sigma, sigma_next = (t[:3] for t in (x, v, v_teacher, z, sigma, sigma_next))
+    student, teacher = (by_formula(x, u, sigma, sigma_next, noise_level)[:2] for u in (v, v_teacher))
+    return x, v, v_teacher, z, flow.TRANSITIONS[name](sigma, sigma_next, noise_level), student, teacher
 
 
+@pytest.mark.parametrize("name", ["sde", "cps"])
+def test_log_prob_equals_torch_distributions(name):
+    """A log-probability is a distillation loss with one teacher, the velocity that was taken."""
+    x, v, _, z, transition, (mean, std), _ = transitions_of(name, 0.7)
+    x_next = mean + std * z
+    square_B = flow.mean_square(v - flow.velocity_taken(x_next, x, transition))
+    expected = gaussian(mean, std).log_prob(x_next) / x.shape[1]
+    assert torch.allclose(flow.log_prob_mean(square_B, transition), expected, rtol=0, atol=1e-10)
+
+
+def test_a_step_without_noise_is_infinitely_likely():
+    *_, sigma, sigma_next = random_step()
+    quiet = flow.ode_transition(sigma, sigma_next, 0.7)
+    assert (flow.log_prob_mean(torch.zeros(4), quiet) == math.inf).all()
+
+
+@pytest.mark.parametrize("name", ["sde", "cps"])
 @pytest.mark.parametrize("noise_level", [0.1, 0.7, 1.0])
-def test_kl_weight_equals_torch_distributions(noise_level):
-    x, v, v_teacher, _, sigma, sigma_next, s = random_transition(noise_level=noise_level)
-    student, _, _ = transition(x, v, sigma, sigma_next, s)
-    teacher, _, _ = transition(x, v_teacher, sigma, sigma_next, s)
-    kl = flow.kl_weight(sigma, sigma_next, s) * ((v - v_teacher) ** 2).sum(1)
-    expected = kl_divergence(student, teacher)
+def test_kl_weight_equals_torch_distributions(name, noise_level):
+    """Each sampler's own KL, at every state; that of the SDE would be wrong for CPS."""
+    x, v, v_teacher, _, transition, student, teacher = transitions_of(name, noise_level)
+    kl = flow.WEIGHTS["kl"](transition, None) * ((v - v_teacher) ** 2).sum(1)
+    expected = kl_divergence(gaussian(*student), gaussian(*teacher))
     assert torch.allclose(kl, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_kl_weight_of_the_sde_is_equation_12():
+    *_, sigma, sigma_next = random_step()
+    s, dt = flow.diffusion_coefficient(sigma, sigma_next, 0.7), sigma - sigma_next
+    eq_12 = dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
+    assert torch.allclose(flow.sde_transition(sigma, sigma_next, 0.7).kl_weight(), eq_12, rtol=1e-13)
+
+
+def test_the_last_cps_step_has_no_finite_kl():
+    grid = torch.linspace(1, 0, 11, dtype=torch.float64)
+    weight_T = flow.cps_transition(grid[:-1], grid[1:], 0.7).kl_weight()
+    assert weight_T[:-1].isfinite().all() and weight_T[-1] == math.inf
+
+
 def test_the_other_weights_follow_their_definitions():
-    x, v, v_teacher, _, sigma, sigma_next, s = random_transition()
+    x, v, v_teacher, _, sigma, sigma_next = random_step()
+    transition, dt = flow.sde_transition(sigma, sigma_next, 0.7), sigma - sigma_next
     difference = ((v - v_teacher) ** 2).sum(1)
-    means = [flow.sde_mean(x, u, sigma, sigma_next, s) for u in (v, v_teacher)]
-    released = ((means[0] - means[1]) ** 2).sum(1) / (2 * s**2)
-    assert torch.allclose(flow.WEIGHTS["kl_released"](sigma, sigma_next, s) * difference, released, rtol=1e-10)
-    steps = [flow.ode_step(x, u, sigma, sigma_next) for u in (v, v_teacher)]
-    ode_kl = ((steps[0] - steps[1]) ** 2).sum(1) / 2
-    assert torch.allclose(flow.WEIGHTS["ode_kl"](sigma, sigma_next, s) * difference, ode_kl, rtol=1e-10)
-    assert torch.equal(flow.WEIGHTS["uniform"](sigma, sigma_next, s), torch.ones(4, dtype=torch.float64))
-    assert flow.WEIGHTS["kl"] is flow.kl_weight and len(flow.WEIGHTS) == 4
+    (mean, _, s), (mean_teacher, _, _) = (
+        sde_by_formula(x, u, sigma, sigma_next, 0.7) for u in (v, v_teacher)
+    )
+    released = ((mean - mean_teacher) ** 2).sum(1) / (2 * s[:, 0] ** 2)
+    assert torch.allclose(flow.WEIGHTS["kl_released"](transition, dt) * difference, released, rtol=1e-10)
+    ode_kl = ((dt[:, None] * (v - v_teacher)) ** 2).sum(1) / 2
+    assert torch.allclose(flow.WEIGHTS["ode_kl"](transition, dt) * difference, ode_kl, rtol=1e-10)
+    assert torch.equal(flow.WEIGHTS["uniform"](transition, dt), torch.ones(4, dtype=torch.float64))
+    assert len(flow.WEIGHTS) == 4
 
 
 # ---------------------------------------------------------------- guidance, flow matching, precision
@@ -225,12 +274,9 @@ def test_the_other_weights_follow_their_definitions():
 
 def test_guided():
     v, v_uncond = torch.randn(2, 3, 4, dtype=torch.float64)
-    assert flow.guided(v, None, 1.0) is v
     assert torch.allclose(flow.guided(v, v_uncond, 1.0), v)
     assert torch.allclose(flow.guided(v, v_uncond, 0.0), v_uncond)
     assert torch.allclose(flow.guided(v, v_uncond, 4.5), 4.5 * v - 3.5 * v_uncond)
-    per_sample = flow.guided(v, v_uncond, torch.tensor([0.0, 1.0, 4.5]))
-    assert torch.allclose(per_sample, torch.stack([v_uncond[0], v[1], 4.5 * v[2] - 3.5 * v_uncond[2]]))
 
 
 def test_flow_matching_loss():
@@ -250,15 +296,28 @@ def test_logit_normal_sigma_has_its_quantiles():
     assert torch.allclose(torch.logit(sigma), 0.5 + 1.5 * quantiles)
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-                                             (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_half_precision_is_computed_in_float32(dtype, expected):
-    x, v, _, z, sigma, sigma_next, s = random_transition()
+    x, v, _, z, sigma, sigma_next = random_step()
     x, v, z = x.to(dtype), v.to(dtype), z.to(dtype)
-    outputs = [flow.guided(v, x, 4.5), flow.sde_mean(x, v, sigma, sigma_next, s), flow.ode_step(x, v, sigma, sigma_next),
-               flow.cps_step(x, v, sigma, sigma_next, 0.7, z), flow.noised(x, z, sigma), flow.velocity_target(x, z),
-               flow.flow_matching_loss(v, x, z), flow.log_prob_mean(x, v, s)]
+    transition = flow.sde_transition(sigma, sigma_next, 0.7)
+    outputs = [
+        flow.guided(v, x, 4.5),
+        flow.step_mean(x, v, transition),
+        flow.velocity_taken(z, x, transition),
+        flow.noised(x, z, sigma),
+        flow.velocity_target(x, z),
+        flow.flow_matching_loss(v, x, z),
+    ]
     x, v = x.to(expected), v.to(expected)
-    wide = [flow.guided(v, x, 4.5), flow.sde_mean(x, v, sigma, sigma_next, s)]
+    wide = [flow.guided(v, x, 4.5), flow.step_mean(x, v, transition)]
     assert [o.dtype for o in outputs] == [expected] * len(outputs)
     assert torch.equal(outputs[0], wide[0]) and torch.equal(outputs[1], wide[1])

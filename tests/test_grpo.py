@@ -1,4 +1,5 @@
-"""Stage grpo: the gradient against finite differences and the policy gradient, advantages by brute force, a known optimum."""
+"""Stage grpo: the gradient against finite differences and the policy gradient, advantages by brute force, a
+known optimum."""
 
 import math
 
@@ -6,84 +7,116 @@ import numpy as np
 import pytest
 import torch
 
-import train
-from kernels.sde_log_prob import sde_log_prob_reference
-from opd import adapters, flow, grpo
-from opd.data import seed_of
-from tests.tiny_grpo import build, distance, flat, grpo_config, recorded, run
+from opd import adapters, flow, grpo, kernels
+from opd.data import prompts_of_step, seed_of
+from tests.tiny import grpo_config
+from tests.tiny_grpo import build, distance, flat, recorded, run
 
+# ---- the gradient ------------------------------------------------------------------------------------------
 
-# ---- the gradient ----------------------------------------------------------------------------------------------
 
 def test_at_ratio_one_the_gradient_is_minus_advantage_times_score_by_finite_differences(world):
     """Central differences of -A log p in float64 along five random directions, on the tiny transformer."""
-    cfg, m, data, trained = build(world, cold_start=str(world / "red"))
-    transformer = m.family.load_transformer(world / "pipeline", torch.float64)
+    _, model, *_ = build(world, cold_start=str(world / "red"))
+    transformer = model.family.load_transformer(world / "pipeline", torch.float64)
     lora = adapters.read_lora(str(world / "red"))
     adapters.attach(transformer, "student", lora, torch.float64)
     parameters = [p.requires_grad_() for p in adapters.parameters_of(transformer, "student").values()]
-    embeds, pooled = (c.double() for c in m.conditioning(["a red circle"] * 3))
+    text = model.family.collate(model.text(["a red circle"] * 3))
+    embeds, pooled = text["embeds"].double(), text["pooled"].double()
     generator = torch.Generator().manual_seed(0)
-    x, x_next = torch.randn(2, 3, *m.shape, generator=generator, dtype=torch.float64)
-    sigma, sigma_next, s = (torch.full((3,), value, dtype=torch.float64) for value in (0.8, 0.6, 0.9))
+    x, x_next = torch.randn(2, 3, *model.shape, generator=generator, dtype=torch.float64)
+    sigma, sigma_next = (torch.full((3,), value, dtype=torch.float64) for value in (0.8, 0.6))
+    transition = flow.sde_transition(sigma, sigma_next, 0.45)
     advantage = torch.tensor([1.5, -0.7, 0.3], dtype=torch.float64)
 
     def log_prob():
         with adapters.use(transformer, "student"):
-            v = transformer(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False)[0]
-        return sde_log_prob_reference(x_next, x, v, sigma, sigma_next, s, None, 1.0)
+            v = transformer(
+                hidden_states=x,
+                timestep=1000 * sigma,
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+        return kernels.log_prob(x_next, x, v, transition)
 
     now = log_prob()
     grpo.clipped_loss(now - now.detach(), advantage, 1e-4).sum().backward()
     for seed in range(5):
-        direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for p in parameters]
-        def shifted(h):
+        direction = [
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for p in parameters
+        ]
+
+        def shifted(h, direction=direction):
             with torch.no_grad():
-                for p, d in zip(parameters, direction):
+                for p, d in zip(parameters, direction, strict=True):
                     p.add_(d, alpha=h)
                 value = float(-(advantage * log_prob()).sum())
-                for p, d in zip(parameters, direction):
+                for p, d in zip(parameters, direction, strict=True):
                     p.sub_(d, alpha=h)
             return value
+
         coarse, fine = ((shifted(h) - shifted(-h)) / (2 * h) for h in (2e-3, 1e-3))
         numeric = (4 * fine - coarse) / 3  # steps well above the float32 that diffusers' norms fall back to
-        exact = float(sum((p.grad * d).sum() for p, d in zip(parameters, direction)))
+        exact = float(sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)))
         assert abs(exact) > 1e-4 and numeric == pytest.approx(exact, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"guidance": 2.0}, {"window": 2, "window_range": (0, 4)}, {"skip_last": True}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance": 2.0},
+        {"window": 2, "window_range": (0, 4)},
+        {"skip_last": True},
+        {"micro_batch": 3},
+        {"rollout": "cps", "skip_last": True},
+    ],
+    ids=str,
+)
 def test_first_update_is_the_policy_gradient_written_out(world, changes):
-    """Roll out sample by sample with flow's equations, score, take -A log p by autograd: the iteration's first gradient."""
-    cfg, m, data, trained = build(world, cold_start=str(world / "red"), **changes)
-    prompts = grpo.prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-    grid, states = m.grid(cfg.steps), grpo.trained_states(cfg, 0)
+    """Roll out sample by sample with flow's equations, score, take -A log p by autograd: the iteration's
+    first gradient."""
+    cfg, model, data, trained, _ = build(world, cold_start=str(world / "red"), **changes)
+    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    grid, states = model.sigmas(cfg.steps), grpo.trained_states(cfg, 0)
     transitions, images = [], []
 
     def velocity(x, i, text):
         sigma = torch.tensor([grid[i]])
-        with adapters.use(m.transformer, "student"):
-            v, u = (m.family.velocity(m.transformer, x, sigma, m.conditioning([t])) for t in (text, ""))
+        with adapters.use(model.transformer, "student"):
+            v, u = (model.velocity(x, sigma, model.text([t]), 1.0) for t in (text, ""))
         return u + cfg.guidance * (v - u)
 
-    def schedule(i):
-        sigma, sigma_next = torch.tensor([grid[i]]), torch.tensor([grid[i + 1]])
-        return sigma, sigma_next, flow.diffusion_coefficient(sigma, grid[1], cfg.noise_level)
+    def mean_and_std(x, v, i):
+        """Eq. 5-6, or Flow-CPS, as their papers write them."""
+        sigma, after = grid[i], grid[i + 1]
+        if cfg.rollout == "cps":
+            std = after * math.sin(0.7 * math.pi / 2)
+            x0, x1 = x - sigma * v, x + (1 - sigma) * v
+            return (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1, std
+        dt = sigma - after
+        s = 0.7 * math.sqrt(sigma / (1 - (grid[1] if sigma == 1 else sigma)))
+        mean = x * (1 - s**2 * dt / (2 * sigma)) - v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
+        return mean, s * math.sqrt(dt)
 
     for n in range(cfg.prompts_per_step * cfg.group):
         text, index = prompts[n // cfg.group].text, torch.tensor([n])
-        x = train.kernels.normal((1, *m.shape), seed_of(0, 0, "start"), index)
+        x = kernels.normal((1, *model.shape), seed_of(0, 0, "start"), index)
         for i in range(cfg.steps):
-            sigma, sigma_next, s = schedule(i)
             v = velocity(x, i, text).detach()
             if cfg.window and i not in states:
-                x = flow.ode_step(x, v, sigma, sigma_next)
+                x = x - (grid[i] - grid[i + 1]) * v
                 continue
-            z = train.kernels.normal(x.shape, seed_of(0, 0, "noise", i), index)
-            after = flow.sde_mean(x, v, sigma, sigma_next, s) + float(flow.step_std(sigma, sigma_next, s)) * z
+            z = kernels.normal(x.shape, seed_of(0, 0, "noise", i), index)
+            mean, std = mean_and_std(x, v, i)
+            after = mean + std * z
             if i in states:
                 transitions.append((n, i, x, after))
             x = after
-        images.append(m.family.decode(m.vae, x))
+        images.append(model.decode(x))
     rewards = torch.stack([i.mean() for i in images]).double().view(-1, cfg.group)
     tasks = [p.task for p in prompts]
     advantage = torch.zeros_like(rewards)
@@ -92,8 +125,7 @@ def test_first_update_is_the_policy_gradient_written_out(world, changes):
         advantage[p] = (rewards[p] - rewards[p].mean()) / (same.numpy().std() + 1e-4)
     loss = 0.0
     for n, i, x, after in transitions:
-        sigma, sigma_next, s = schedule(i)
-        mean, std = flow.sde_mean(x, velocity(x, i, prompts[n // cfg.group].text), sigma, sigma_next, s), flow.step_std(sigma, sigma_next, s)
+        mean, std = mean_and_std(x, velocity(x, i, prompts[n // cfg.group].text), i)
         log_p = torch.distributions.Normal(mean, std).log_prob(after).mean()
         loss = loss - advantage.flatten()[n] * log_p / len(transitions)
     loss.backward()
@@ -105,21 +137,30 @@ def test_first_update_is_the_policy_gradient_written_out(world, changes):
 def test_clip_changes_the_second_update_and_not_the_first(world):
     """At ratio 1 nothing is clipped; after a step it is."""
     changes = dict(epochs=2, lr=3e-2, cold_start=str(world / "red"))
-    tight, wide = ([recorded(world, turn, clip_range=clip, **changes) for turn in (0, 1)] for clip in (1e-4, 10.0))
+    tight, wide = (
+        [recorded(world, turn, clip_range=clip, **changes) for turn in (0, 1)] for clip in (1e-4, 10.0)
+    )
     assert distance(tight[0][0], wide[0][0]) < 1e-6
     assert distance(tight[1][0], wide[1][0]) > 0.1
     assert tight[0][1]["ratio"]["clipped"] > 0.3 and wide[0][1]["ratio"]["clipped"] == 0
 
 
 def test_kl_term_adds_the_gradient_of_the_exact_kl(world):
-    """Its gradient is linear in beta, and it pulls the policy to the base: a step along minus it lowers the KL."""
+    """Its gradient is linear in beta, and it pulls the policy to the base: a step along minus it lowers the
+    KL."""
     start = dict(cold_start=str(world / "red"))
     without, half, full = (recorded(world, beta=beta, **start) for beta in (0.0, 0.5, 1.0))
     assert distance(full[0] - without[0], 2 * (half[0] - without[0])) < 1e-3
     assert (full[0] - without[0]).norm() > 1e-4 and full[1]["kl"] > 1e-4 and without[1]["kl"] == 0
-    only = dict(train_rewards={"red": "tests.tiny_grpo:constant", "blue": "tests.tiny_grpo:constant"}, beta=1.0, lr=1e-3, iterations=8, **start)
-    cfg, m, data, trained = build(world, **only)
-    kls = [grpo.iteration(cfg, m, data, trained, step, step == 0)[0]["kl"] for step in range(8)]
+    only = dict(
+        train_rewards={"red": "tests.tiny_grpo:constant", "blue": "tests.tiny_grpo:constant"},
+        beta=1.0,
+        lr=1e-3,
+        iterations=8,
+        **start,
+    )
+    *_, stage = build(world, **only)
+    kls = [stage.step(step)[0]["kl"] for step in range(8)]
     assert kls[-1] < 0.9 * kls[0]
 
 
@@ -127,14 +168,17 @@ def test_guarded_ratio_is_the_noise_times_the_mean_difference():
     """std (log ratio + KL) = z . (mean - mean_old) / d, the closed form, whatever the step."""
     generator = torch.Generator().manual_seed(0)
     x, v, v_old, z = torch.randn(4, 5, 2, 3, 3, generator=generator, dtype=torch.float64)
-    sigma, sigma_next = torch.tensor([1.0, 0.9, 0.5, 0.3, 0.1]).double(), torch.tensor([0.95, 0.7, 0.4, 0.2, 0.0]).double()
-    s = flow.diffusion_coefficient(sigma, 0.95, 0.7)
-    std, mean, mean_old = flow.step_std(sigma, sigma_next, s), *(flow.sde_mean(x, u, sigma, sigma_next, s) for u in (v, v_old))
-    after = mean_old + std.view(-1, 1, 1, 1) * z
-    log_ratio = flow.log_prob_mean(after, mean, std) - flow.log_prob_mean(after, mean_old, std)
-    kl_old = flow.kl_weight(sigma, sigma_next, s) * (v - v_old).square().flatten(1).mean(1)
+    sigma, sigma_next = (
+        torch.tensor([1.0, 0.9, 0.5, 0.3, 0.1]).double(),
+        torch.tensor([0.95, 0.7, 0.4, 0.2, 0.0]).double(),
+    )
+    step = flow.sde_transition(sigma, sigma_next, 0.7)
+    mean, mean_old = (flow.step_mean(x, u, step) for u in (v, v_old))
+    after = mean_old + step.std.view(-1, 1, 1, 1) * z
+    log_ratio = kernels.log_prob(after, x, v, step) - kernels.log_prob(after, x, v_old, step)
+    kl_old = step.kl_weight() * (v - v_old).square().flatten(1).mean(1)
     wanted = (z * (mean - mean_old)).flatten(1).mean(1)
-    assert torch.allclose(grpo.guarded(log_ratio, kl_old, std), wanted, atol=1e-12)
+    assert torch.allclose(grpo.guarded(log_ratio, kl_old, step.std), wanted, atol=1e-12)
 
 
 def test_guard_changes_the_second_update(world):
@@ -143,14 +187,15 @@ def test_guard_changes_the_second_update(world):
     assert distance(guarded, plain) > 0.1
 
 
-# ---- advantages --------------------------------------------------------------------------------------------------
+# ---- advantages --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("scope", ["global", "group"])
 def test_advantages_equal_a_brute_force_version(scope):
     rng = np.random.default_rng(0)
     rewards, tasks = rng.random((6, 5)) * [[1], [1], [10], [1], [10], [1]], ["a", "a", "b", "a", "b", "a"]
     rewards[3, 2] = math.nan  # a dropped group
-    rewards[5] = 0.5          # a flat group
+    rewards[5] = 0.5  # a flat group
     got = grpo.advantages(torch.tensor(rewards), tasks, scope, 1.2)
     for p in range(6):
         whole = [rewards[q] for q in range(6) if tasks[q] == tasks[p] and not np.isnan(rewards[q]).any()]
@@ -162,14 +207,21 @@ def test_advantages_equal_a_brute_force_version(scope):
 
 def test_advantage_knobs_change_the_gradient(world):
     plain = recorded(world, cold_start=str(world / "red"))[0]
-    for changes in ({"advantage_std": "group"}, {"advantage_clip": 0.5}, {"window": 1, "window_range": (0, 4)}, {"skip_last": True}):
+    for changes in (
+        {"advantage_std": "group"},
+        {"advantage_clip": 0.5},
+        {"window": 1, "window_range": (0, 4)},
+        {"skip_last": True},
+    ):
         assert distance(recorded(world, cold_start=str(world / "red"), **changes)[0], plain) > 0.01, changes
 
 
-# ---- a known optimum ---------------------------------------------------------------------------------------------
+# ---- a known optimum ---------------------------------------------------------------------------------------
+
 
 def test_one_dimension_reaches_the_known_optimum():
-    """A velocity that is one number per state; reward -(x_0 - 2)^2. The noise is fixed, so the best policy has E[x_0] = 2."""
+    """A velocity that is one number per state; reward -(x_0 - 2)^2. The noise is fixed, so the best policy
+    has E[x_0] = 2."""
     torch.manual_seed(0)
     grid = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
     theta = torch.zeros(4, requires_grad=True)
@@ -179,12 +231,12 @@ def test_one_dimension_reaches_the_known_optimum():
         x, steps = torch.randn(count, 1), []
         for i in range(4):
             sigma, after = grid[i].expand(count), grid[i + 1].expand(count)
-            s, v = flow.diffusion_coefficient(sigma, grid[1], 0.7), theta[i].detach().expand(count, 1)
+            v = theta[i].detach().expand(count, 1)
             if i == 3:
-                return flow.ode_step(x, v, sigma, after), steps
-            mean, std = flow.sde_mean(x, v, sigma, after, s), flow.step_std(sigma, after, s)
-            x_next = mean + std[:, None] * torch.randn(count, 1)
-            steps.append((i, x, x_next, sigma, after, s, flow.log_prob_mean(x_next, mean, std)))
+                return flow.step_mean(x, v, flow.ode_transition(sigma, after, 0.7)), steps
+            step = flow.sde_transition(sigma, after, 0.7)
+            x_next, log_prob = kernels.sde_step(x, v, step, torch.randn(count, 1))
+            steps.append((i, x, x_next, step, log_prob))
             x = x_next
 
     with torch.no_grad():
@@ -194,9 +246,8 @@ def test_one_dimension_reaches_the_known_optimum():
         advantage = grpo.advantages(-(x - 2).square().view(64, 8), ["toy"] * 64, "global", 5.0).flatten()
         for _ in range(2):
             loss = 0.0
-            for i, x_i, x_next, sigma, after, s, old in steps:
-                mean = flow.sde_mean(x_i, theta[i].expand(len(x_i), 1), sigma, after, s)
-                log_ratio = flow.log_prob_mean(x_next, mean, flow.step_std(sigma, after, s)) - old
+            for i, x_i, x_next, step, old in steps:
+                log_ratio = kernels.log_prob(x_next, x_i, theta[i].expand(len(x_i), 1), step) - old
                 loss = loss + grpo.clipped_loss(log_ratio, advantage, 0.2).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -206,7 +257,17 @@ def test_one_dimension_reaches_the_known_optimum():
 
 
 def test_reward_rises_on_the_tiny_model(world, tmp_path):
-    cfg = grpo_config(world, out=str(tmp_path), iterations=25, group=8, prompts_per_step=4, micro_batch=32, lr=1e-2, epochs=2, clip_range=1e-2)
+    cfg = grpo_config(
+        world,
+        out=str(tmp_path),
+        iterations=25,
+        group=8,
+        prompts_per_step=4,
+        micro_batch=32,
+        lr=1e-2,
+        epochs=2,
+        clip_range=1e-2,
+    )
     rows = run(cfg)[0].metrics()
     means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
     spread = rows[0]["reward_std"]["red"]

@@ -2,67 +2,82 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 import train
-from opd import config, grpo, ranks
-from opd.runfolder import RunFolder
-from tests.tiny_grpo import BRIGHT, build, distance, flat, grpo_config, recorded, run
+from opd import grpo, ranks
+from opd.data import MicroBatch, prompts_of_step
+from opd.model import Model
+from opd.rewards import find_reward
+from tests.tiny import grpo_config
+from tests.tiny_grpo import BRIGHT, build, distance, flat, recorded, run
 
+# ---- the run -----------------------------------------------------------------------------------------------
 
-# ---- the run -----------------------------------------------------------------------------------------------------
 
 def test_parts_and_epochs_make_so_many_updates_of_whole_groups(world):
-    cfg, m, data, trained = build(world, updates=2, epochs=3)
+    *_, trained, stage = build(world, updates=2, epochs=3)
     calls, original = [], trained.update
     trained.update = lambda *a: calls.append(a) or original(*a)
-    grpo.iteration(cfg, m, data, trained, 5, True)
+    stage.step(5)
     assert calls == [(5, turn, 6) for turn in range(6)]
     halves = [recorded(world, u, updates=2, lr=1e-9, cold_start=str(world / "red"))[0] for u in (0, 1)]
     assert distance((halves[0] + halves[1]) / 2, recorded(world, cold_start=str(world / "red"))[0]) < 1e-3
 
 
 def test_average_moves_every_so_many_updates(world):
-    cfg, m, data, trained = build(world, ema=0.9, ema_every=3)
+    _, _, _, trained, _ = build(world, ema=0.9, ema_every=3)
     before = {n: a.clone() for n, a in trained.average.items()}
     moved = []
     for turn in range(3):
         for p in trained.parameters.values():
             p.grad = torch.ones_like(p)
         trained.update(0, turn, 3)
-        moved.append(any(not torch.equal(ranks.full(a), ranks.full(before[n])) for n, a in trained.average.items()))
+        moved.append(
+            any(not torch.equal(ranks.full(a), ranks.full(before[n])) for n, a in trained.average.items())
+        )
     assert moved == [False, False, True]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_groups_share_their_start_only_if_asked(world, shared):
     """Same first state for a group, other noise after it, other first states for other groups."""
-    cfg, m, data, _ = build(world, shared_start=shared)
-    prompts = grpo.prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-    batch = grpo.MicroBatch(list(range(8)), ["red"] * 8, [1] * 8, ["red"])
-    trajectory, images = grpo.sample_trajectory(cfg, m, batch, prompts, 0, [0, 1])
-    first, second = (x.view(2, 4, *m.shape) for x in trajectory.x[:2])
+    cfg, model, data, _, stage = build(world, shared_start=shared)
+    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    batch = MicroBatch(list(range(8)), [1] * 8, list(range(8)))
+    sampled = stage.sample(batch, "red", prompts, 0, [0, 1])
+    first, second = (state.x.view(2, 4, *model.shape) for state in sampled.states)
     assert torch.equal(first[:, :1].expand_as(first), first) == shared
     assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}]
+)
 def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, changes):
     """The same gradient as with a forward pass for every sample, from fewer samples in the transformer."""
     changes = dict(changes, shared_start=True, beta=0.1, cold_start=str(world / "red"))
-    rows, original = [], grpo.rollout.velocities
-    monkeypatch.setattr(grpo.rollout, "velocities", lambda family, transformer, x, *rest: (rows.append(len(x)), original(family, transformer, x, *rest))[1])
-    once, counted = recorded(world, **changes)[0], sum(rows)
-    rows.clear()
-    monkeypatch.setattr(grpo, "velocities", lambda cfg, m, batch, i, states, *rest: grpo.rollout.velocities(m.family, m.transformer, *rest, cfg.guidance))
-    assert distance(once, recorded(world, **changes)[0]) < 1e-4
+    gradients, samples = [], []
+    for once in (True, False):
+        cfg, model, *_, trained, stage = build(world, **changes)
+        if not once:
+            everyone = lambda batch: grpo.Together(*2 * [list(range(len(batch.samples)))])  # noqa: E731
+            monkeypatch.setattr(stage, "standing_together", everyone)
+        rows = []
+        model.transformer.register_forward_hook(lambda *given, rows=rows: rows.append(len(given[-1][0])))
+        monkeypatch.setattr(trained, "update", lambda *_: 1.0)
+        stage.step(0)
+        gradients.append(flat(p.grad for p in trained.parameters.values()))
+        samples.append(sum(rows))
+    assert gradients[1].norm() > 1e-4 and distance(gradients[0], gradients[1]) < 1e-4
     cfg = grpo_config(world, **changes)
     first = grpo.trained_states(cfg, 0)[0]
-    spared = cfg.prompts_per_step * (cfg.group - 1) * (first + 1 + 2)  # rollout up to there, policy and reference in the update
-    assert sum(rows) - counted == spared > 0
+    branches = 1 + (cfg.guidance != 1.0)
+    # one rollout up to the first trained state, then policy and reference in the update
+    spared = cfg.prompts_per_step * (cfg.group - 1) * (first + 1 + 2) * branches
+    assert samples[1] - samples[0] == spared > 0
 
 
 def test_window_moves_over_its_range_and_only_over_it(world):
@@ -72,37 +87,41 @@ def test_window_moves_over_its_range_and_only_over_it(world):
     assert drawn == [grpo.trained_states(cfg, step) for step in range(200)]
 
 
-def test_self_test_names_causes_when_training_sees_another_policy(world, monkeypatch):
-    original = grpo.rollout.velocities
-    def changed(family, transformer, x, *rest):
-        v, u = original(family, transformer, x, *rest)
-        return (v.bfloat16().float() if torch.is_grad_enabled() else v), u
-    monkeypatch.setattr(grpo.rollout, "velocities", changed)
-    with pytest.raises(RuntimeError, match=r"a ratio is .* off 1 \(tolerance 5e-05.*dtype.*dropout.*guidance"):
-        recorded(world)
+def test_self_test_names_causes_when_training_sees_another_policy(world):
+    *_, model, _, _, stage = build(world)
+
+    def rounded(module, given, output):
+        if torch.is_grad_enabled():
+            return (output[0].bfloat16().float(),)
+
+    model.transformer.register_forward_hook(rounded)
+    with pytest.raises(
+        RuntimeError, match=r"a ratio is .* off 1 \(tolerance 5e-05.*dtype.*dropout.*guidance"
+    ):
+        stage.step(0)
 
 
 def test_cosine_of_two_tasks(world):
-    """Sums of the tasks' gradients are the update's; the logged cosine is that of gradients computed one task at a time."""
+    """Sums of the tasks' gradients are the update's; the logged cosine is that of gradients computed one task
+    at a time."""
     start = dict(cold_start=str(world / "red"), prompts_per_step=4, beta=0.1)
     both, row = recorded(world, cosine_every=1, **start)
     alone = []
     for task in ("red", "blue"):
-        cfg, m, data, trained = build(world, **start)
-        original = grpo.advantages
-        def masked(rewards, tasks, *rest):
-            got = original(rewards, tasks, *rest)
-            got[[t != task for t in tasks]] = math.nan
-            return got
-        grpo.advantages = masked
-        try:
-            trained.update = lambda *a: 0.0
-            grpo.iteration(cfg, m, data, trained, 0, True)
-        finally:
-            grpo.advantages = original
+        cfg, model, data, trained, stage = build(world, **start)
+        prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+        tasks = [prompt.task for prompt in prompts]
+        part = stage.sample_part(prompts, 0, 0, grpo.trained_states(cfg, 0))
+        rewards, *_ = stage.gather_rewards([part], prompts)
+        advantage = grpo.advantages(rewards, tasks, cfg.advantage_std, cfg.advantage_clip)
+        advantage[[t != task for t in tasks]] = math.nan
+        trained.update = lambda *_: 0.0
+        stage.update([part], prompts, advantage, 0)
         alone.append(flat(p.grad for p in trained.parameters.values()))
     assert distance((alone[0] + alone[1]) / 2, both) < 1e-4
-    assert row["cosine"]["red/blue"] == pytest.approx(float(torch.nn.functional.cosine_similarity(*alone, dim=0)), abs=1e-4)
+    assert row["cosine"]["red/blue"] == pytest.approx(
+        float(torch.nn.functional.cosine_similarity(*alone, dim=0)), abs=1e-4
+    )
     assert "cosine" not in recorded(world, **start)[1]
 
 
@@ -120,27 +139,31 @@ def test_zero_spread_groups_are_counted_and_teach_nothing(world):
 def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes, monkeypatch):
     whole = run(grpo_config(world, out=str(tmp_path / "a"), iterations=4, save_every=2, **changes))[0]
     cfg = grpo_config(world, out=str(tmp_path / "b"), iterations=4, save_every=2, **changes)
-    original = grpo.iteration
-    def interrupted(cfg, m, data, trained, step, first):
+    original = grpo.Growing.step
+
+    def interrupted(stage, step):
         if step == 3:
             raise KeyboardInterrupt
-        return original(cfg, m, data, trained, step, first)
-    monkeypatch.setattr(grpo, "iteration", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+        return original(stage, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grpo.Growing, "step", interrupted)
         run(cfg)
-    monkeypatch.setattr(grpo, "iteration", original)
     resumed = run(cfg)[0]
     assert [r["loss"] for r in resumed.metrics()] == [r["loss"] for r in whole.metrics()]
     assert (tmp_path / "a/state.safetensors").read_bytes() == (tmp_path / "b/state.safetensors").read_bytes()
 
 
 def test_full_fine_tuning_trains_the_transformer(world, tmp_path):
-    folder, _, trained = run(grpo_config(world, out=str(tmp_path), full=True, lr=1e-3))
-    assert len(trained.parameters) > 50 and (tmp_path / "student" / "diffusion_pytorch_model.safetensors").is_file()
+    folder, _, trained, _ = run(grpo_config(world, out=str(tmp_path), full=True, lr=1e-3))
+    assert (
+        len(trained.parameters) > 50
+        and (tmp_path / "student" / "diffusion_pytorch_model.safetensors").is_file()
+    )
     assert all(row["grad_norm"] > 0 for row in folder.metrics())
 
 
-# ---- rewards that fail -------------------------------------------------------------------------------------------
+# ---- rewards that fail -------------------------------------------------------------------------------------
 
 CALLS = []
 
@@ -148,6 +171,7 @@ CALLS = []
 def failing(images, prompts, metadata):
     """Fine at first; later one prompt's images raise, hang or are NaN."""
     import time
+
     CALLS.append(prompts)
     scores = images.mean((1, 2, 3))
     if len(CALLS) > 4 and "a red circle" in prompts:
@@ -162,11 +186,26 @@ def failing(images, prompts, metadata):
 MODE = ["exception"]
 
 
-@pytest.mark.parametrize("mode, reason", [("exception", "raised OSError: no more memory"), ("sleep", "took longer than 0.3 s"), ("nan", "returned nan")])
-def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_log(world, tmp_path, mode, reason):
+@pytest.mark.parametrize(
+    "mode, reason",
+    [
+        ("exception", "raised OSError: no more memory"),
+        ("sleep", "took longer than 0.3 s"),
+        ("nan", "returned nan"),
+    ],
+)
+def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_log(
+    world, tmp_path, mode, reason
+):
     CALLS.clear()
     MODE[0] = mode
-    cfg = grpo_config(world, out=str(tmp_path), iterations=8, train_rewards={"red": "tests.test_grpo_run:failing", "blue": BRIGHT}, reward_timeout=0.3)
+    cfg = grpo_config(
+        world,
+        out=str(tmp_path),
+        iterations=8,
+        train_rewards={"red": "tests.test_grpo_run:failing", "blue": BRIGHT},
+        reward_timeout=0.3,
+    )
     rows = run(cfg)[0].metrics()
     dropped = [row["groups"]["dropped"] for row in rows]
     assert len(rows) == 8 and sum(dropped) >= 1 and dropped[0] == 0 and max(dropped) == 1
@@ -177,10 +216,11 @@ def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_lo
 
 def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
     """Not even by the momentum of a step before; and the next step learns again."""
-    cfg, m, data, trained = build(world, weight_decay=0.1)
+    *_, trained, stage = build(world, weight_decay=0.1)
     weights = []
     for step, spec in enumerate((BRIGHT, "tests.test_grpo_run:nothing", BRIGHT)):
-        row, norm = grpo.iteration(replace(cfg, train_rewards=dict.fromkeys(("red", "blue"), spec)), m, data, trained, step, False)
+        stage.reward_of = dict.fromkeys(("red", "blue"), find_reward(spec))
+        row, norm = stage.step(step)
         weights.append(flat(p.detach() for p in trained.parameters.values()))
         assert row["groups"]["dropped"] == (0 if spec == BRIGHT else 4) and (norm > 0) == (spec == BRIGHT)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
@@ -188,7 +228,14 @@ def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
 
 def test_a_watched_scorer_that_fails_does_not_end_the_run(world, tmp_path):
     files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    cfg = grpo_config(world, out=str(tmp_path), heldout=files, rewards={"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"}, watch_every=1, watch_prompts=3)
+    cfg = grpo_config(
+        world,
+        out=str(tmp_path),
+        heldout=files,
+        rewards={"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"},
+        watch_every=1,
+        watch_prompts=3,
+    )
     rows = run(cfg)[0].metrics()
     assert len(rows) == 2 and 0 < rows[0]["watch"]["red"] < 1 and math.isnan(rows[0]["watch"]["blue"])
 
@@ -197,55 +244,89 @@ def nothing(images, prompts, metadata):
     return torch.full((len(images),), math.nan)
 
 
-# ---- what the log holds --------------------------------------------------------------------------------------------
+# ---- what the log holds ------------------------------------------------------------------------------------
+
 
 def test_held_out_tasks_are_watched_trained_on_or_not(world, tmp_path):
     files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    cfg = grpo_config(world, out=str(tmp_path), prompts={"red": files["red"]}, heldout=files, rewards={"red": BRIGHT, "blue": BRIGHT},
-                      watch_every=2, watch_prompts=3, iterations=3)
+    cfg = grpo_config(
+        world,
+        out=str(tmp_path),
+        prompts={"red": files["red"]},
+        heldout=files,
+        rewards={"red": BRIGHT, "blue": BRIGHT},
+        watch_every=2,
+        watch_prompts=3,
+        iterations=3,
+    )
     rows = run(cfg)[0].metrics()
-    assert [sorted(row["watch"]) if "watch" in row else None for row in rows] == [None, ["blue", "red"], ["blue", "red"]]
+    assert [sorted(row["watch"]) if "watch" in row else None for row in rows] == [
+        None,
+        ["blue", "red"],
+        ["blue", "red"],
+    ]
     assert list(rows[0]["reward"]) == ["red"]
 
 
 def test_report_scores_base_and_student(world, tmp_path, capsys):
     files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    cfg = grpo_config(world, out=str(tmp_path), heldout=files, rewards={"red": BRIGHT, "blue": BRIGHT}, evaluate=True, eval_prompts=4, eval_steps=2)
-    config.check(cfg, 1)
-    m, data = train.build(cfg, ranks.start())
-    folder = RunFolder(cfg, True)
-    train.report(cfg, m, data, folder, train.train(cfg, m, data, folder))
+    cfg = grpo_config(
+        world,
+        out=str(tmp_path),
+        heldout=files,
+        rewards={"red": BRIGHT, "blue": BRIGHT},
+        evaluate=True,
+        eval_prompts=4,
+        eval_steps=2,
+    )
+    *_, trained, report = run(cfg)
+    report.table(trained)
     assert list(json.loads((tmp_path / "scores.json").read_text())) == ["base", "student"]
     assert "time: rollout" in capsys.readouterr().out
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, message", [
-    ({"group": 1}, "--group 1: an advantage compares the images of one prompt"),
-    ({"rollout": "ode"}, "needs the SDE's likelihood"), ({"noise_level": 0.0}, "needs the SDE's likelihood"),
-    ({"full": True, "beta": 0.1}, "--beta 0.1 with --full"), ({"cold_start": "merge"}, "--cold-start merge is for stage opd"),
-    ({"updates": 3}, "--updates 3 does not divide --prompts-per-step 4"),
-    ({"window": 3, "window_range": (2, 4)}, "--window 3 does not fit into --window-range 2 4"),
-    ({"window": 2, "window_range": (2, 4), "skip_last": True}, r"of the 3 states \(--steps, --skip-last"),
-    ({"window": 2, "window_range": (3, 9)}, r"of the 4 states \(--steps"),
-    ({"train_rewards": {"red": BRIGHT}}, "task 'blue' has no reward to train on; add --train-rewards blue=module:function"),
-    ({"clip_range": 0.0}, "--clip-range is 0.0"), ({"beta": -1.0}, "--beta is -1.0"),
-])
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"group": 1}, "--group 1: an advantage compares the images of one prompt"),
+        ({"rollout": "ode"}, "needs the likelihood of a noisy step"),
+        ({"noise_level": 0.0}, "needs the likelihood of a noisy step"),
+        ({"full": True, "beta": 0.1}, "--beta 0.1 with --full"),
+        ({"cold_start": "merge"}, "--cold-start merge"),
+        ({"updates": 3}, "--updates 3 does not divide --prompts-per-step 4"),
+        ({"window": 3, "window_range": (2, 4)}, "--window 3 does not fit into --window-range 2 4"),
+        ({"window": 2, "window_range": (2, 4), "skip_last": True}, r"of the 3 states \(--steps, --skip-last"),
+        ({"window": 2, "window_range": (3, 9)}, r"of the 4 states \(--steps"),
+        (
+            {"train_rewards": {"red": BRIGHT}},
+            "task 'blue' has no reward to train on; add --train-rewards blue=module:function",
+        ),
+        ({"clip_range": 0.0}, "--clip-range is 0.0"),
+        ({"beta": -1.0}, "--beta is -1.0"),
+    ],
+)
 def test_impossible_settings_are_refused(world, changes, message):
     with pytest.raises(ValueError, match=message):
-        config.check(grpo_config(world, **changes), 1)
+        grpo_config(world, **changes).check(1)
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("no.such:reward", "cannot be imported"), ("tests.test_grpo_run:whole_numbers", "which is not floating"),
-    ("tests.test_grpo_run:too_long", r"returned shape \(3,\) for 2 images"), ("tests.test_grpo_run:needy", "needs 'include' with every prompt"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("no.such:reward", "cannot be imported"),
+        ("tests.test_grpo_run:whole_numbers", "which is not floating"),
+        ("tests.test_grpo_run:too_long", r"returned shape \(3,\) for 2 images"),
+        ("tests.test_grpo_run:needy", "needs 'include' with every prompt"),
+    ],
+)
 def test_bad_rewards_are_refused_before_weights_load(world, spec, message, monkeypatch):
-    monkeypatch.setattr(train.Model, "load", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
     cfg = grpo_config(world, train_rewards={"red": spec, "blue": BRIGHT})
     with pytest.raises(ValueError, match=message):
-        train.build(cfg, ranks.start())
+        train.set_up(cfg, ranks.start())
 
 
 def whole_numbers(images, prompts, metadata):

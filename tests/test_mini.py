@@ -1,4 +1,5 @@
-"""The shipped miniature: its weights are the recorded ones, it is a genuine pipeline, and the real commands run on it."""
+"""The shipped miniature: its weights are the recorded ones, it is a genuine pipeline, and the real commands
+run on it."""
 
 import json
 import subprocess
@@ -9,11 +10,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from opd import adapters, evaluate, sd3
-from opd.config import MINI, PRESETS
+from opd import adapters, evaluate
+from opd.families import sd3
 from opd.mini import build, world
+from opd.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
+MINI = ROOT / "opd/mini"
 
 
 def test_shipped_weights_have_the_recorded_sha256():
@@ -21,23 +24,33 @@ def test_shipped_weights_have_the_recorded_sha256():
 
 
 def test_plain_diffusers_loads_the_miniature_and_our_teachers():
-    """`pipe(...)` with a teacher, no line of ours in between, reads as its prompt says, better than the base."""
+    """`pipe(...)` with a teacher, no line of ours in between, reads as its prompt says, better than the
+    base."""
     from opd.mini import rewards
-    pipe = StableDiffusion3Pipeline.from_pretrained(MINI / "weights/base", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        MINI / "weights/base", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
     pipe.set_progress_bar_config(disable=True)
     adapters.attach(pipe.transformer, "text", adapters.read_lora(str(MINI / "weights/text")), torch.float32)
     prompts = world.split("text")[1][::4]
     scores = {}
     for name in ("base", "text"):
         with adapters.use(pipe.transformer, name):
-            images = pipe(prompts, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=12, output_type="pt",
-                          generator=torch.Generator().manual_seed(0)).images
+            images = pipe(
+                prompts,
+                num_inference_steps=10,
+                guidance_scale=1.0,
+                max_sequence_length=12,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+            ).images
         scores[name] = rewards.text(images.float(), prompts, [{}] * len(prompts)).mean()
     assert scores["text"] > scores["base"] + 0.15 and scores["text"] > 0.75
 
 
 def test_every_world_prompt_fits_the_tokenizer():
-    pipe = sd3.load_text_encoders(MINI / "weights/base", torch.float32, torch.device("cpu"), t5=True)
+    pipe = sd3.load_text(MINI / "weights/base", torch.float32, torch.device("cpu"), t5=True)
     for task in world.TASKS:
         for prompt in world.all_prompts(task):
             assert len(pipe.tokenizer(prompt).input_ids) <= build.TOKENS, prompt
@@ -70,20 +83,44 @@ def reconstruction_error(vae, images):
 
 def test_specialists_data_is_clean_in_what_they_specialise_in():
     from opd.mini import rewards
+
     right, captions = build.draw(300, 0, {"text": 1.0}, caption_error=0.0)
     assert rewards.text(right / 255, captions, [{}] * 300).mean() > 0.999
     wrong, captions = build.draw(300, 0, {"text": 1.0})
     share = 1 - world.CAPTION_ERROR["text"]
-    assert share - 0.05 < rewards.text(wrong / 255, captions, [{}] * 300).mean() < share + 0.08  # a wrong character may match its neighbour
+    assert (
+        share - 0.05 < rewards.text(wrong / 255, captions, [{}] * 300).mean() < share + 0.08
+    )  # a wrong character may match its neighbour
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The README's first command, shortened."""
     out = tmp_path_factory.mktemp("mini")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "train.py", "--iterations", "2", "--prompts-per-step", "6",
-                           "--eval-prompts", "8", "--sample-every", "2", "--out", str(out), "--cache", str(out / "cache")],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "train.py",
+            "--iterations",
+            "2",
+            "--prompts-per-step",
+            "6",
+            "--eval-prompts",
+            "8",
+            "--sample-every",
+            "2",
+            "--out",
+            str(out),
+            "--cache",
+            str(out / "cache"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
 
@@ -102,22 +139,53 @@ def test_first_command_ends_with_the_table(run):
 
 def test_run_folder_holds_everything(run):
     out, _ = run
-    for name in ("config.json", "metrics.jsonl", "curves.png", "samples/000002.png", "student/adapter_model.safetensors",
-                 "student/adapter_config.json", "student/pytorch_lora_weights.safetensors", "checkpoints/000002", "state.safetensors"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "samples/000002.png",
+        "student/adapter_model.safetensors",
+        "student/adapter_config.json",
+        "student/pytorch_lora_weights.safetensors",
+        "checkpoints/000002",
+        "state.safetensors",
+    ):
         assert (out / name).exists(), name
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"loss", "grad_norm", "samples_per_second", "effective_batch", "compose", "text", "quality", "anchor"} <= set(row)
+    assert {
+        "loss",
+        "grad_norm",
+        "samples_per_second",
+        "effective_batch",
+        "compose",
+        "text",
+        "quality",
+        "anchor",
+    } <= set(row)
     assert row["effective_batch"] == 6 and len(row["compose"]["kl"]) == PRESETS["mini"].queries
 
 
 def test_evaluate_command_agrees_with_the_run(run, capsys, tmp_path):
     out, _ = run
-    evaluate.main(["--adapters", f"student={out / 'student'}", "--count", "8", "--cache", str(out / "cache"),
-                   "--out", str(tmp_path / "scores.json")])
+    evaluate.main(
+        [
+            "--adapters",
+            f"student={out / 'student'}",
+            "--count",
+            "8",
+            "--cache",
+            str(out / "cache"),
+            "--out",
+            str(tmp_path / "scores.json"),
+        ]
+    )
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     inside = json.loads((out / "scores.json").read_text())
     assert "student" in capsys.readouterr().out
     assert scores["base"] == inside["base"]
-    for split in ("train", "held-out"):  # the run computes with the same bf16 weights, cast by FSDP instead of by us
+    for split in (
+        "train",
+        "held-out",
+    ):  # the run computes with the same bf16 weights, cast by FSDP instead of by us
         for task in world.TASKS:
             assert scores["student"][split][task] == pytest.approx(inside["student"][split][task], abs=0.13)

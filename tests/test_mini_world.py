@@ -31,6 +31,7 @@ def mean_score(reward, images_BCHW, prompts):
 
 # --- prompts ---------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("task", world.TASKS)
 def test_prompts_parse_back_and_test_is_held_out(task):
     train, test = world.split(task)
@@ -55,14 +56,21 @@ def test_shipped_prompt_files_are_the_generated_ones():
 
 def test_metadata_follows_geneval():
     assert world.parse("two red circles").metadata == {
-        "tag": "counting", "include": [{"class": "circle", "count": 2, "color": "red"}], "prompt": "two red circles"}
+        "tag": "counting",
+        "include": [{"class": "circle", "count": 2, "color": "red"}],
+        "prompt": "two red circles",
+    }
     record = world.parse("a red circle left of a blue square").metadata
     assert record["tag"] == "position"
-    assert record["include"] == [{"class": "square", "count": 1, "color": "blue"},
-                                 {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]}]
+    assert record["include"] == [
+        {"class": "square", "count": 1, "color": "blue"},
+        {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]},
+    ]
 
 
-@pytest.mark.parametrize("prompt", ["a red circles", "two red circle", "a pink circle", 'a sign that says "7AK"', ""])
+@pytest.mark.parametrize(
+    "prompt", ["a red circles", "two red circle", "a pink circle", 'a sign that says "7AK"', ""]
+)
 def test_prompts_outside_the_world_are_refused_by_name(prompt):
     with pytest.raises(ValueError, match="is not a prompt of the miniature world"):
         world.parse(prompt)
@@ -70,10 +78,17 @@ def test_prompts_outside_the_world_are_refused_by_name(prompt):
 
 # --- training data ---------------------------------------------------------------------------
 
+
 def test_pictures_depend_on_the_seed_only():
-    pairs = [[world.training_pair(p, np.random.default_rng(s)) for t in world.TASKS for p in world.split(t)[0][:20]]
-             for s in (1, 1, 2)]
-    same, other = ([np.array_equal(a[0], b[0]) for a, b in zip(pairs[0], x)] for x in pairs[1:])
+    pairs = [
+        [
+            world.training_pair(p, np.random.default_rng(s))
+            for t in world.TASKS
+            for p in world.split(t)[0][:20]
+        ]
+        for s in (1, 1, 2)
+    ]
+    same, other = ([np.array_equal(a[0], b[0]) for a, b in zip(pairs[0], x, strict=True)] for x in pairs[1:])
     assert all(same) and not any(other)
     assert [c for _, c in pairs[0]] == [c for _, c in pairs[1]]
 
@@ -97,24 +112,29 @@ def test_each_switch_of_training_pair_spoils_its_own_thing():
 
     def measured(**switches):
         rng, clean = np.random.default_rng(0), dict(caption_error=0.0, noise_prob=0.0, dull_prob=0.0)
-        images, captions = zip(*(world.training_pair(p, rng, **{**clean, **switches}) for p in prompts))
+        images, captions = zip(
+            *(world.training_pair(p, rng, **{**clean, **switches}) for p in prompts), strict=True
+        )
         x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
         noisy = (rewards.noise_level(x_BCHW) > 0.05).float().mean().item()
         dull = (rewards.backdrop_chroma(x_BCHW) < 0.5).float().mean().item()
-        return [sum(c != p for c, p in zip(captions, prompts)) / len(prompts), noisy, dull]
+        return [sum(c != p for c, p in zip(captions, prompts, strict=True)) / len(prompts), noisy, dull]
 
     assert measured() == [0, 0, 0]
     for i, switch in enumerate(("caption_error", "noise_prob", "dull_prob")):
         rates = measured(**{switch: 0.5})
         assert rates[i] == pytest.approx(0.88 if i == 0 else 0.5, abs=0.1)  # 1 - 0.5^3 words
-        assert rates[:i] + rates[i + 1:] == [0, 0]
+        assert rates[:i] + rates[i + 1 :] == [0, 0]
 
 
 # --- rewards on ground truth -----------------------------------------------------------------
 
+
 @pytest.mark.parametrize("lively, noise", CONDITIONS)
-@pytest.mark.parametrize("reward, task", [(rewards.compose, "compose"), (rewards.compose_strict, "compose"),
-                                          (rewards.text, "text")])
+@pytest.mark.parametrize(
+    "reward, task",
+    [(rewards.compose, "compose"), (rewards.compose_strict, "compose"), (rewards.text, "text")],
+)
 def test_ground_truth_scores_one(reward, task, lively, noise):
     prompts = world.all_prompts(task)
     x_BCHW = render_all(prompts, lively, noise)
@@ -124,21 +144,27 @@ def test_ground_truth_scores_one(reward, task, lively, noise):
 
 def test_wrong_prompts_score_low():
     rng = np.random.default_rng(0)
-    for task, reward, most in (("compose", rewards.compose, 0.35), ("compose", rewards.compose_strict, 0.02),
-                               ("text", rewards.text, 0.25)):
+    for task, reward, most in (
+        ("compose", rewards.compose, 0.35),
+        ("compose", rewards.compose_strict, 0.02),
+        ("text", rewards.text, 0.25),
+    ):
         prompts = TEST_PROMPTS[task]
         assert mean_score(reward, render_all(prompts), list(rng.permutation(prompts))) <= most
 
 
-@pytest.mark.parametrize("prompt, drawn, credit", [
-    ("two red circles", "a red circle", 0.5),                          # half of each count
-    ("a red circle", "a red square", 0.2),                             # the colour
-    ("a red circle", "a blue circle", 0.2),                            # the shape
-    ("a red circle", "a red circle and a blue square", 0.5),           # one of two is surplus
-    ("a red circle left of a blue square", "a red circle right of a blue square", 0.6),
-    ("a red circle and a blue square", "a blue circle and a red square", 0.4),  # bound the wrong way
-    ("three blue triangles", "three blue triangles", 1.0),
-])
+@pytest.mark.parametrize(
+    "prompt, drawn, credit",
+    [
+        ("two red circles", "a red circle", 0.5),  # half of each count
+        ("a red circle", "a red square", 0.2),  # the colour
+        ("a red circle", "a blue circle", 0.2),  # the shape
+        ("a red circle", "a red circle and a blue square", 0.5),  # one of two is surplus
+        ("a red circle left of a blue square", "a red circle right of a blue square", 0.6),
+        ("a red circle and a blue square", "a blue circle and a red square", 0.4),  # bound the wrong way
+        ("three blue triangles", "three blue triangles", 1.0),
+    ],
+)
 def test_partial_credit(prompt, drawn, credit):
     x_BCHW, meta = render_all([drawn]), [world.parse(prompt).metadata]
     assert rewards.compose(x_BCHW, [prompt], meta).item() == pytest.approx(credit, abs=1e-6)
@@ -159,7 +185,14 @@ def test_metadata_decides_where_given():
 
 def test_text_is_edit_distance_without_case_and_spaces():
     x_BCHW = render_all(['a sign that says "K7A"'])
-    for target, score in (("K7A", 1), ("k 7a", 1), ("K7L", 2 / 3), ("7AX", 1 / 3), ("XXX", 0), ("K7AXXX", 0.5)):
+    for target, score in (
+        ("K7A", 1),
+        ("k 7a", 1),
+        ("K7L", 2 / 3),
+        ("7AX", 1 / 3),
+        ("XXX", 0),
+        ("K7AXXX", 0.5),
+    ):
         assert rewards.text(x_BCHW, [f'says "{target}" today'], [{}]).item() == pytest.approx(score)
 
 
@@ -171,10 +204,16 @@ def test_median_equals_the_sorted_one():
 
 # --- quality and hacks -----------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("task", world.TASKS)
 def test_quality_tells_the_four_conditions_apart(task):
     prompts = TEST_PROMPTS[task]
-    bounds = {(True, 0.0): (0.95, 1), (True, 0.12): (0.4, 0.6), (False, 0.0): (0.4, 0.6), (False, 0.12): (0, 0.15)}
+    bounds = {
+        (True, 0.0): (0.95, 1),
+        (True, 0.12): (0.4, 0.6),
+        (False, 0.0): (0.4, 0.6),
+        (False, 0.12): (0, 0.15),
+    }
     for (lively, noise), (low, high) in bounds.items():
         x_BCHW = render_all(prompts, lively, noise)
         for seen in (x_BCHW, through_vae(x_BCHW)):
@@ -193,14 +232,20 @@ def hacks():
     rng = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     palette = torch.tensor(list(world.PALETTE.values()))
-    images = [rgb[:, None, None].expand(3, 24, 24) for rgb in (*palette, *torch.eye(3), torch.ones(3), torch.zeros(3))]
+    images = [
+        rgb[:, None, None].expand(3, 24, 24)
+        for rgb in (*palette, *torch.eye(3), torch.ones(3), torch.zeros(3))
+    ]
     for cell in (1, 2, 3, 4, 6, 12):
         board = ((y // cell + x // cell) % 2).float()
         images += [board.expand(3, 24, 24), palette[board.long()].permute(2, 0, 1)]
         coarse = palette[torch.randint(5, (24 // cell, 24 // cell), generator=rng)].permute(2, 0, 1)
         images.append(coarse.repeat_interleave(cell, 1).repeat_interleave(cell, 2))
-    images += [((x // 2) % 2).float().expand(3, 24, 24), torch.rand(3, 24, 24, generator=rng),
-               torch.rand(1, 24, 24, generator=rng).expand(3, 24, 24)]
+    images += [
+        ((x // 2) % 2).float().expand(3, 24, 24),
+        torch.rand(3, 24, 24, generator=rng),
+        torch.rand(1, 24, 24, generator=rng).expand(3, 24, 24),
+    ]
     return torch.stack(images)
 
 
@@ -211,7 +256,9 @@ def test_textures_and_fills_get_no_credit():
             assert reward(x_BCHW, [prompt] * len(x_BCHW), [{}] * len(x_BCHW)).max() <= 0.1, prompt
     # A saturated backdrop gains nothing over a pastel one; in a palette colour it loses.
     red, pastel = torch.tensor(world.PALETTE["red"]), torch.tensor(world._pastel(0.3, 0.9))
-    x_BCHW = torch.stack([red, torch.tensor([0.0, 1.0, 0.0]), pastel.float()])[:, :, None, None].expand(3, 3, 24, 24)
+    x_BCHW = torch.stack([red, torch.tensor([0.0, 1.0, 0.0]), pastel.float()])[:, :, None, None].expand(
+        3, 3, 24, 24
+    )
     assert rewards.quality(x_BCHW, [""] * 3, [{}] * 3).tolist() == [0.5, 1.0, 1.0]
 
 
@@ -221,16 +268,28 @@ def test_a_landscape_must_be_the_one_asked_for():
     likeness = rewards.likeness(drawn, prompts)
     assert likeness.min() > 0.95  # phases between the eighths and 8-bit colours cost a little
     by_hand = []  # numpy's correlation, one clean picture at a time
-    for image, prompt in zip(drawn[::17], prompts[::17]):
-        blocks = F.avg_pool2d(torch.cat([image[None], torch.from_numpy(world.scenes(prompt)).permute(0, 3, 1, 2)]), 2).numpy()
+    for image, prompt in zip(drawn[::17], prompts[::17], strict=True):
+        blocks = F.avg_pool2d(
+            torch.cat([image[None], torch.from_numpy(world.scenes(prompt)).permute(0, 3, 1, 2)]), 2
+        ).numpy()
         light, hue = blocks.mean(1), (blocks - blocks.mean(1, keepdims=True)).reshape(len(blocks), -1)
-        by_hand.append(max(np.corrcoef(light[0].ravel(), light[j].ravel())[0, 1]
-                           * (hue[0] @ hue[j]) / (np.linalg.norm(hue[0]) * np.linalg.norm(hue[j])) for j in range(1, len(blocks))))
+        by_hand.append(
+            max(
+                np.corrcoef(light[0].ravel(), light[j].ravel())[0, 1]
+                * (hue[0] @ hue[j])
+                / (np.linalg.norm(hue[0]) * np.linalg.norm(hue[j]))
+                for j in range(1, len(blocks))
+            )
+        )
     np.testing.assert_allclose(likeness[::17].numpy(), by_hand, atol=1e-5)
 
     places = list(world.PLACES)
-    other = render_all([world.Spec("quality", (adjective, places[(places.index(place) + 3) % 6], time)).prompt
-                        for adjective, place, time in (world.parse(p).words for p in prompts)])
+    other = render_all(
+        [
+            world.Spec("quality", (adjective, places[(places.index(place) + 3) % 6], time)).prompt
+            for adjective, place, time in (world.parse(p).words for p in prompts)
+        ]
+    )
     assert mean_score(rewards.quality, other, prompts) < 0.75
     mush = F.interpolate(F.avg_pool2d(drawn, 12), scale_factor=12, mode="bilinear")
     for hack in (mush, 1 - drawn, *hacks()[:, None].expand(-1, len(prompts), -1, -1, -1)):

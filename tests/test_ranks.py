@@ -1,4 +1,5 @@
-"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded; kill and resume."""
+"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded; kill
+and resume."""
 
 import json
 import os
@@ -13,25 +14,119 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def command(world, out, processes, *extra):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()),
-            "train.py", "mini", "--model", str(world / "pipeline"), "--dtype", "float32", "--cold-start", "base", "--rank", "4", "--alpha", "8",
-            "--teachers", f"red={world / 'red'}", f"blue={world / 'blue'}", "--anchor", "blue",
-            "--prompts", f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}", "--prompts-per-step", "5", "--group", "1",
-            "--micro-batch", "2", "--steps", "3", "--queries", "0", "--mix", "--iterations", "3", "--lr", "1e-2", "--warmup", "0", "--no-evaluate",
-            "--sample-every", "3", "--cache", str(world / "cache"), "--out", str(out), *extra]
+def distil(world):
+    """The arguments that make a preset a distillation on the tiny world."""
+    return [
+        "mini",
+        "--teachers",
+        f"red={world / 'red'}",
+        f"blue={world / 'blue'}",
+        "--anchor",
+        "blue",
+        "--queries",
+        "0",
+        "--cold-start",
+        "base",
+        "--group",
+        "1",
+        "--micro-batch",
+        "2",
+    ]
+
+
+def grow():
+    return [
+        "mini-grpo-mix",
+        "--group",
+        "4",
+        "--micro-batch",
+        "5",
+        "--beta",
+        "0.1",
+        "--epochs",
+        "2",
+        "--clip-range",
+        "1e-3",
+        "--cosine-every",
+        "1",
+        "--window",
+        "0",
+        "--no-shared-start",
+        "--ema",
+        "0",
+        "--decay",
+        "cosine",
+        "--watch-every",
+        "0",
+        "--train-rewards",
+        "red=tests.tiny_grpo:brightness",
+        "blue=tests.tiny_grpo:brightness",
+    ]
+
+
+def torchrun(world, out, processes, *arguments):
+    preset, *own = arguments
+    shared = [
+        "--model",
+        str(world / "pipeline"),
+        "--dtype",
+        "float32",
+        "--rank",
+        "4",
+        "--alpha",
+        "8",
+        "--prompts",
+        f"red={world / 'red.txt'}",
+        f"blue={world / 'blue.txt'}",
+        "--prompts-per-step",
+        "5",
+        "--steps",
+        "3",
+        "--mix",
+        "--iterations",
+        "3",
+        "--lr",
+        "1e-2",
+        "--warmup",
+        "0",
+        "--no-evaluate",
+        "--sample-every",
+        "3",
+        "--cache",
+        str(world / "cache"),
+        "--out",
+        str(out),
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        str(free_port()),
+    ]
+    return [*launcher, "train.py", preset, *shared, *own]
 
 
 def free_port() -> int:
     import socket
+
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
 
 
-def launch(world, out, processes, *extra):
+def launch(world, out, processes, *arguments):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(world, out, processes, *extra), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        torchrun(world, out, processes, *arguments),
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(out)
 
@@ -43,71 +138,96 @@ def losses(out):
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    return out, launch(world, out, 1)
+    return out, launch(world, out, 1, *distil(world))
 
 
 @pytest.mark.parametrize("shard_size, micro_batch", [(1, 3), (2, 1)])
 def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size, micro_batch):
-    """3 red and 2 blue prompts. Micro-batches of 3: rrr and bb, so a rank runs red's teacher for the other's sake; of 1: one
-    turn with r and b, and padding. One process: rr, rb, b."""
+    """3 red and 2 blue prompts. Micro-batches of 3: rrr and bb, so a rank runs red's teacher for the other's
+    sake; of 1: one turn with r and b, and padding. One process: rr, rb, b."""
     extra = ["--shard-size", str(shard_size), "--micro-batch", str(micro_batch)]
-    assert launch(world, tmp_path, 2, *extra) == pytest.approx(alone[1], rel=1e-4)
+    assert launch(world, tmp_path, 2, *distil(world), *extra) == pytest.approx(alone[1], rel=1e-4)
     from PIL import Image, ImageChops
+
     images = [Image.open(folder / "samples/000003.png").convert("RGB") for folder in (alone[0], tmp_path)]
     assert max(hi for _, hi in ImageChops.difference(*images).getextrema()) <= 2
     assert len(set(alone[1])) == 3 and min(alone[1]) > 0
 
 
-GRPO = ["--stage", "grpo", "--teachers", "--group", "4", "--micro-batch", "5", "--beta", "0.1", "--epochs", "2", "--clip-range", "1e-3",
-        "--cosine-every", "1", "--train-rewards", "red=tests.tiny_grpo:brightness", "blue=tests.tiny_grpo:brightness"]
-
-
-@pytest.mark.parametrize("shard_size, extra", [(1, ()), (2, ("--group", "3", "--micro-batch", "1", "--guidance", "2", "--checkpointing"))])
+@pytest.mark.parametrize(
+    "shard_size, extra",
+    [(1, ()), (2, ("--group", "3", "--micro-batch", "1", "--guidance", "2", "--checkpointing"))],
+)
 def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra):
-    """5 groups of 4 in micro-batches of 5, then of 3 in ones of 1, with padding: groups span micro-batches and ranks, and their
-    advantages do not change."""
+    """5 groups of 4 in micro-batches of 5, then of 3 in ones of 1, with padding: groups span micro-batches
+    and ranks, and their advantages do not change."""
     rows = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        launch(world, out, processes, *GRPO, *extra, "--shard-size", str(shard_size if processes == 2 else 1))
+        launch(
+            world, out, processes, *grow(), *extra, "--shard-size", str(shard_size if processes == 2 else 1)
+        )
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*rows, strict=True):
         for key in ("loss", "kl", "grad_norm"):
-            # the loss is a mean of advantages of size 1 that cancel almost, so float32 sums leave 1e-8 of it in any order
+            # the loss is a mean of advantages of size 1 that cancel almost, so float32 sums leave 1e-8 of it
+            # in any order
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7) and one[key] != 0
         assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)  # the same samples
         assert two["cosine"] == pytest.approx(one["cosine"], abs=1e-3) and two["groups"] == one["groups"]
-        assert two["ratio"]["largest"] == pytest.approx(one["ratio"]["largest"], rel=1e-2) and one["ratio"]["clipped"] > 0
+        assert (
+            two["ratio"]["largest"] == pytest.approx(one["ratio"]["largest"], rel=1e-2)
+            and one["ratio"]["clipped"] > 0
+        )
 
 
 def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, alone):
-    args = command(world, tmp_path, 1, "--save-every", "1", "--iterations", "3")
-    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    args = torchrun(world, tmp_path, 1, *distil(world), "--save-every", "1", "--iterations", "3")
+    process = subprocess.Popen(
+        args,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.time() + 200
     while not (tmp_path / "state.safetensors").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert (tmp_path / "state.safetensors").exists()
-    assert launch(world, tmp_path, 1, "--save-every", "1") == alone[1]
-    ours, theirs = ((folder / "student/adapter_model.safetensors").read_bytes() for folder in (tmp_path, alone[0]))
+    assert launch(world, tmp_path, 1, *distil(world), "--save-every", "1") == alone[1]
+    ours, theirs = (
+        (folder / "student/adapter_model.safetensors").read_bytes() for folder in (tmp_path, alone[0])
+    )
     assert ours == theirs
 
 
 def test_bad_input_is_one_line(world, tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "mini", "--model", "/no/such/model", "--out", str(tmp_path / "run")], cwd=ROOT,
-                          capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and "error: model '/no/such/model'" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "train.py", "mini", "--model", "/no/such/model", "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (
+        done.returncode == 1
+        and "error: model '/no/such/model'" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_no_option_of_ours_collides_with_torchrun():
-    """torchrun looks at every argument: one of ours that abbreviates two of its own is refused as ambiguous."""
+    """torchrun looks at every argument: one of ours that abbreviates two of its own is refused as
+    ambiguous."""
     from dataclasses import fields
 
     from torch.distributed.run import get_args_parser
 
-    from opd.config import Config
-    for field in fields(Config):
+    from opd.config import STAGES
+
+    for field in {field.name: field for stage in STAGES.values() for field in fields(stage)}.values():
         option = "--" + field.name.replace("_", "-")
         assert get_args_parser().parse_args(["train.py", option, "1"]).training_script_args == [option, "1"]

@@ -1,4 +1,4 @@
-"""Rewards: what a name means, what is refused before training, and that no failure of a scoring goes unnoticed."""
+"""Rewards: what a name means, what is refused before training, that no failure goes unnoticed."""
 
 import math
 import subprocess
@@ -13,6 +13,7 @@ import torch
 from opd import rewards
 from opd.data import Prompt
 from opd.mini import rewards as mini
+from opd.rewards import jpeg
 
 HERE = "tests.test_rewards"
 
@@ -72,50 +73,142 @@ def not_a_number(images, prompts, metadata):
     return torch.full((len(images),), math.nan)
 
 
+class Uncallable:
+    pass
+
+
+class Unmakable:
+    def __init__(self):
+        raise OSError("no weights here")
+
+    __call__ = broken
+
+
+class Counted:
+    """A reward with a model: its scores are (2 * brightness), and it notes what is done to it."""
+
+    metadata_keys = ("target",)
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.loads, self.calls = [], []
+
+    def load(self, device):
+        self.loads.append(device)
+
+    def __call__(self, images, prompts, metadata):
+        assert self.loads, "called before load"
+        self.calls.append((len(images), [m["target"] for m in metadata]))
+        return 2 * brightness(images, prompts, metadata)
+
+
+class Unloadable:
+    """Fails to load the first time only."""
+
+    def __init__(self):
+        self.attempts = 0
+
+    def load(self, device):
+        self.attempts += 1
+        if self.attempts == 1:
+            raise OSError("no file weights.safetensors")
+
+    def __call__(self, images, prompts, metadata):
+        return brightness(images, prompts, metadata)
+
+
+class Module(torch.nn.Module):
+    def forward(self, images, prompts, metadata):
+        return brightness(images, prompts, metadata)
+
+
+def spy(function):
+    """A reward made of any function."""
+    return rewards.Reward("spy", [rewards.Term(1.0, "spy", function)])
+
+
+def fresh(kind):
+    """The spec of a class that nobody has named before: a subclass of `kind`, found in this module."""
+    name = f"{kind.__name__}{len(globals())}"
+    globals()[name] = type(name, (kind,), {"made": 0})
+    return f"{HERE}:{name}", globals()[name]
+
+
 def images_of(count, pixels=8):
     return torch.rand(count, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
 
 
-# ---- rewards without a model ---------------------------------------------------------------------------------------
+# ---- rewards without a model --------------------------------------------
+
 
 def test_jpeg_rewards_order_flat_against_noise():
     images = torch.stack([torch.full((3, 64, 64), 0.3), images_of(1, 64)[0]])
-    size = rewards.jpeg_incompressibility(images, ["", ""], [{}, {}])
+    size = jpeg.incompressibility(images, ["", ""], [{}, {}])
     assert size.shape == (2,) and size.dtype == torch.float32
     assert 0 < 4 * size[0] < size[1] < 3 * 64 * 64 / 1000  # kB; smaller than the raw pixels
-    assert torch.equal(rewards.jpeg_compressibility(images, ["", ""], [{}, {}]), -size)
+    assert torch.equal(jpeg.compressibility(images, ["", ""], [{}, {}]), -size)
 
 
 def test_a_nan_image_is_not_a_compressible_one():
     images = torch.full((2, 3, 16, 16), 0.5)
     images[1, 0, 3, 3] = math.nan
-    assert rewards.jpeg_compressibility(images, ["", ""], [{}, {}]).isnan().tolist() == [False, True]
+    assert jpeg.compressibility(images, ["", ""], [{}, {}]).isnan().tolist() == [False, True]
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-def test_a_single_name_is_the_function_itself():
-    assert rewards.find_reward("jpeg_compressibility") is rewards.jpeg_compressibility
-    assert rewards.find_reward(" opd.rewards:jpeg_incompressibility ") is rewards.jpeg_incompressibility
-    assert rewards.find_reward("opd.mini.rewards:text") is mini.text
+# ---- names --------------------------------------------
 
 
-@pytest.mark.parametrize("spec, weights", [
-    ("0.7*opd.mini.rewards:quality+0.3*tests.test_rewards:brightness", (0.7, 0.3)),
-    (" .7 * opd.mini.rewards:quality + 3E-1*tests.test_rewards:brightness ", (0.7, 0.3)),
-    ("1e+1*opd.mini.rewards:quality+-2.*tests.test_rewards:brightness", (10, -2)),
-    ("-2*opd.mini.rewards:quality + +.5*tests.test_rewards:brightness", (-2, 0.5)),
-    ("opd.mini.rewards:quality+tests.test_rewards:brightness", (1, 1)),
-    ("opd.mini.rewards:quality+0*tests.test_rewards:brightness", (1, 0))])
+@pytest.mark.parametrize(
+    "spec, function",
+    [
+        ("jpeg_compressibility", jpeg.compressibility),
+        ("jpeg_incompressibility", jpeg.incompressibility),
+        (" opd.rewards.jpeg:incompressibility ", jpeg.incompressibility),
+        ("opd.mini.rewards:quality", mini.quality),
+    ],
+)
+def test_a_single_name_is_the_function_itself(spec, function):
+    reward = rewards.find_reward(spec)
+    batch = images_of(3, 32), ["a"] * 3, [{}] * 3
+    assert [term.function for term in reward.terms] == [function] and reward.spec == spec
+    assert torch.equal(reward(*batch), function(*batch))
+
+
+def test_a_single_name_passes_on_what_the_function_returns():
+    answer = object()
+    reward = spy(lambda *batch: answer)
+    assert reward(images_of(2), ["", ""], [{}, {}]) is answer
+
+
+def test_every_short_name_is_a_reward():
+    for name in rewards.SHORT:
+        rewards.find_reward(name).check("task", pool({}, {}), 16)
+
+
+@pytest.mark.parametrize(
+    "spec, weights",
+    [
+        ("0.7*opd.mini.rewards:quality+0.3*tests.test_rewards:brightness", (0.7, 0.3)),
+        (" .7 * opd.mini.rewards:quality + 3E-1*tests.test_rewards:brightness ", (0.7, 0.3)),
+        ("1e+1*opd.mini.rewards:quality+-2.*tests.test_rewards:brightness", (10, -2)),
+        ("-2*opd.mini.rewards:quality + +.5*tests.test_rewards:brightness", (-2, 0.5)),
+        ("opd.mini.rewards:quality+tests.test_rewards:brightness", (1, 1)),
+        ("opd.mini.rewards:quality+0*tests.test_rewards:brightness", (1, 0)),
+    ],
+)
 def test_a_weighted_sum_is_the_sum_by_hand(spec, weights):
     batch = images_of(4, 32), ["a"] * 4, [{}] * 4
-    got, wanted = rewards.find_reward(spec)(*batch), weights[0] * mini.quality(*batch) + weights[1] * brightness(*batch)
+    got, wanted = (
+        rewards.find_reward(spec)(*batch),
+        weights[0] * mini.quality(*batch) + weights[1] * brightness(*batch),
+    )
     assert got.dtype == torch.float32 and torch.allclose(got, wanted, atol=1e-6)
 
 
 def test_sums_take_bare_names_and_a_single_weight():
     batch = images_of(3), ["a"] * 3, [{}] * 3
-    size = rewards.jpeg_incompressibility(*batch)
+    size = jpeg.incompressibility(*batch)
     assert torch.allclose(rewards.find_reward("2*jpeg_incompressibility")(*batch), 2 * size)
     assert torch.allclose(rewards.find_reward("jpeg_incompressibility+2*jpeg_compressibility")(*batch), -size)
 
@@ -123,25 +216,55 @@ def test_sums_take_bare_names_and_a_single_weight():
 def test_a_sum_needs_the_metadata_of_all_its_terms():
     reward = rewards.find_reward(f"{HERE}:needs_target + 2*{HERE}:needs_both + {HERE}:brightness")
     assert reward.metadata_keys == ("target", "scale")
-    assert reward(torch.zeros(2, 3, 4, 4), ["", ""], [{"target": 1, "scale": 5}, {"target": 2, "scale": 0}]).tolist() == [11.0, 2.0]
+    assert reward(
+        torch.zeros(2, 3, 4, 4), ["", ""], [{"target": 1, "scale": 5}, {"target": 2, "scale": 0}]
+    ).tolist() == [11.0, 2.0]
 
 
-@pytest.mark.parametrize("name, message", [("a_column", r"shape \(2, 1\) for 2"), ("integers", "int64"), ("a_list", "list")])
+@pytest.mark.parametrize(
+    "name, message", [("a_column", r"shape \(2, 1\) for 2"), ("integers", "int64"), ("a_list", "list")]
+)
 def test_a_sum_does_not_hide_what_a_term_returns(name, message):
     with pytest.raises(ValueError, match=message) as error:
         rewards.find_reward(f"0.5*{HERE}:{name}+{HERE}:brightness")(images_of(2), ["", ""], [{}, {}])
     assert f"{HERE}:{name}" in str(error.value)
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("", "write it as"), ("a:", "write it as"), (":b", "write it as"), ("a:b:c", "write it as"), ("a:b+", "write it as"),
-    ("+a:b", "write it as"), ("2*", "write it as"), ("x*a:b", "write it as"), ("1.5.2*a:b", "write it as"), ("2**a:b", "write it as"),
-    ("a:b-a:c", "write it as"), ("a:b a:c", "write it as"), ("nothing_here", "module:function"),
-    ("no.such.module:f", "cannot be imported"), (".relative:f", "cannot be imported"), (f"{HERE}:nothing", "cannot be imported"),
-    (f"{HERE}:brightness+0.5*no.such:thing", "cannot be imported"),
-    ("math:pi", "must accept"), ("math:sqrt", "must accept"), ("find_reward", "must accept"), ("check_reward", "must accept"),
-    ("Scoring", "must accept"), ("inf*jpeg_compressibility", "not finite"), ("nan*jpeg_compressibility", "not finite"),
-    ("jpeg_compressibility+1e999*jpeg_compressibility", "not finite"), (f"{HERE}:one_string_of_keys", "tuple")])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("", "write it as"),
+        ("a:", "write it as"),
+        (":b", "write it as"),
+        ("a:b:c", "write it as"),
+        ("a:b+", "write it as"),
+        ("+a:b", "write it as"),
+        ("2*", "write it as"),
+        ("x*a:b", "write it as"),
+        ("1.5.2*a:b", "write it as"),
+        ("2**a:b", "write it as"),
+        ("a:b-a:c", "write it as"),
+        ("a:b a:c", "write it as"),
+        ("nothing_here", "module:function"),
+        ("no.such.module:f", "cannot be imported"),
+        (".relative:f", "cannot be imported"),
+        (f"{HERE}:nothing", "cannot be imported"),
+        (f"{HERE}:brightness+0.5*no.such:thing", "cannot be imported"),
+        ("math:pi", "must accept"),
+        ("math:sqrt", "must accept"),
+        ("find_reward", "module:function"),
+        ("opd.rewards:find_reward", "must accept"),
+        ("opd.rewards:jpeg_incompressibility", "cannot be imported"),
+        ("opd.rewards:SHORT", "must accept"),
+        ("opd.rewards:Reward", "without arguments.*'terms'"),
+        (f"{HERE}:Uncallable", "must accept"),
+        (f"{HERE}:Unmakable", "without arguments: no weights here"),
+        ("inf*jpeg_compressibility", "not finite"),
+        ("nan*jpeg_compressibility", "not finite"),
+        ("jpeg_compressibility+1e999*jpeg_compressibility", "not finite"),
+        (f"{HERE}:one_string_of_keys", "tuple"),
+    ],
+)
 def test_wrong_names_are_refused(spec, message):
     with pytest.raises(ValueError, match=message) as error:
         rewards.find_reward(spec)
@@ -155,23 +278,30 @@ def test_a_module_that_fails_on_import_is_named(tmp_path, monkeypatch):
         rewards.find_reward("failing_reward:f")
 
 
-# ---- before training -------------------------------------------------------------------------------------------------
+# ---- before training --------------------------------------------
+
 
 def pool(*metadata):
     return [Prompt(f"prompt {n}", "task", m) for n, m in enumerate(metadata)]
 
 
 @pytest.mark.parametrize("prompts", [pool({}), pool({}, {}), pool({}, {}, {})], ids=len)
-@pytest.mark.parametrize("spec", ["jpeg_compressibility", f"{HERE}:brightness", f"{HERE}:not_a_number", f"0.5*{HERE}:brightness"])
+@pytest.mark.parametrize(
+    "spec", ["jpeg_compressibility", f"{HERE}:brightness", f"{HERE}:not_a_number", f"0.5*{HERE}:brightness"]
+)
 def test_good_rewards_pass(spec, prompts):
-    rewards.check_reward("task", spec, prompts, 16)
+    rewards.find_reward(spec).check("task", prompts, 16)
 
 
-def test_the_probe_is_two_grey_images_of_the_size_asked_for(monkeypatch):
+def test_the_probe_is_two_grey_images_of_the_size_asked_for():
     seen = []
-    monkeypatch.setattr(rewards, "spy", lambda *batch: seen.append((*batch, torch.is_grad_enabled())) or torch.zeros(2), raising=False)
-    rewards.check_reward("task", "spy", pool({"n": 0}, {"n": 1}, {"n": 2}), 24)
-    (images, prompts, metadata, grad), = seen
+
+    def reward(*batch):
+        seen.append((*batch, torch.is_grad_enabled()))
+        return torch.zeros(2)
+
+    spy(reward).check("task", pool({"n": 0}, {"n": 1}, {"n": 2}), 24)
+    ((images, prompts, metadata, grad),) = seen
     assert images.shape == (2, 3, 24, 24) and images.dtype == torch.float32 and bool((images == 0.5).all())
     assert (prompts, metadata, grad) == (["prompt 0", "prompt 1"], [{"n": 0}, {"n": 1}], False)
 
@@ -179,30 +309,110 @@ def test_the_probe_is_two_grey_images_of_the_size_asked_for(monkeypatch):
 @pytest.mark.parametrize("spec", [f"{HERE}:needs_target", f"{HERE}:brightness + 2*{HERE}:needs_target"])
 def test_missing_metadata_is_found_in_any_prompt(spec):
     prompts = pool({"target": 1}, {"target": 2}, {"target": 3}, {"other": 1}, {})
-    with pytest.raises(ValueError, match=r"needs 'target'.*'prompt 3' has none; add the field 'target'.*jsonl") as error:
-        rewards.check_reward("mytask", spec, prompts, 8)
+    with pytest.raises(
+        ValueError, match=r"needs 'target'.*'prompt 3' has none; add the field 'target'.*jsonl"
+    ) as error:
+        rewards.find_reward(spec).check("mytask", prompts, 8)
     assert "'mytask'" in str(error.value) and repr(spec) in str(error.value)
-    rewards.check_reward("mytask", spec, prompts[:3], 8)
+    rewards.find_reward(spec).check("mytask", prompts[:3], 8)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("too_short", r"shape \(1,\) for 2 images.*shape \(2,\)"), ("a_column", r"shape \(2, 1\)"), ("integers", r"int64.*scores\.float\(\)"),
-    ("a_list", r"a list.*torch\.tensor"), ("an_array", r"a ndarray.*torch\.tensor"), ("broken", "prompt 0.*no such glyph")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("too_short", r"shape \(1,\) for 2 images.*shape \(2,\)"),
+        ("a_column", r"shape \(2, 1\)"),
+        ("integers", r"int64.*scores\.float\(\)"),
+        ("a_list", r"a list.*torch\.tensor"),
+        ("an_array", r"a ndarray.*torch\.tensor"),
+        ("broken", "prompt 0.*no such glyph"),
+    ],
+)
 def test_misbehaving_rewards_are_refused(name, message):
     with pytest.raises(ValueError, match=message) as error:
-        rewards.check_reward("mytask", f"{HERE}:{name}", pool({}, {}), 8)
+        rewards.find_reward(f"{HERE}:{name}").check("mytask", pool({}, {}), 8)
     assert "'mytask'" in str(error.value) and f"'{HERE}:{name}'" in str(error.value)
     assert name != "broken" or isinstance(error.value.__cause__, KeyError)
 
 
-# ---- beside the rollout ----------------------------------------------------------------------------------------------
+def test_a_reward_that_would_end_the_program_is_refused():
+    with pytest.raises(ValueError, match="task 'mytask': reward 'spy' raised SystemExit on grey images.*bye"):
+        spy(lambda *batch: sys.exit("bye")).check("mytask", pool({}), 8)
+
+
+# ---- classes --------------------------------------------
+
+
+def test_a_class_is_made_once_and_loaded_once_on_the_device_it_is_told():
+    spec, kind = fresh(Counted)
+    reward, again = rewards.find_reward(spec), rewards.find_reward(spec)
+    instance = reward.terms[0].function
+    assert kind.made == 1 and type(instance) is kind and again.terms[0].function is instance
+    assert instance.loads == []  # finding a reward loads nothing
+    device = torch.device("meta")
+    reward.load(device)
+    reward.load(device)
+    again.load(torch.device("cpu"))
+    assert instance.loads == [device]
+
+
+def test_one_object_serves_the_check_the_training_and_the_reports():
+    spec, kind = fresh(Counted)
+    reward = rewards.find_reward(spec)
+    reward.load(torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs 'target'.*'prompt 1' has none"):
+        reward.check("task", pool({"target": 1}, {}), 8)
+    reward.check("task", pool({"target": 1}, {"target": 2}, {"target": 3}), 8)
+    for target in (4, 5):
+        scores, reasons, _ = reward.start(images_of(3), TEXTS[:3], [{"target": target}] * 3, 30.0).result()
+        assert torch.equal(scores, 2 * brightness(images_of(3), None, None)) and reasons == {}
+    instance = reward.terms[0].function
+    assert (kind.made, len(instance.loads)) == (1, 1)
+    assert instance.calls == [(2, [1, 2]), (3, [4] * 3), (3, [5] * 3)]
+
+
+def test_sums_of_classes_share_their_instances():
+    spec, kind = fresh(Counted)
+    other, another_kind = fresh(Counted)
+    reward = rewards.find_reward(f"0.5*{spec} + 3*{other} + -1*{spec} + {HERE}:brightness")
+    reward.load(torch.device("cpu"))
+    assert kind.made == another_kind.made == 1
+    assert [len(term.function.loads) for term in reward.terms[:3]] == [1, 1, 1]
+    assert reward.metadata_keys == ("target",)
+    scores = reward(images_of(4), [""] * 4, [{"target": 0}] * 4)
+    assert torch.allclose(scores, (0.5 * 2 + 3 * 2 - 2 + 1) * brightness(images_of(4), None, None))
+
+
+def test_models_that_do_not_load_are_named_and_may_be_tried_again():
+    spec, _ = fresh(Unloadable)
+    reward = rewards.find_reward(f"2*{spec}")
+    with pytest.raises(
+        ValueError, match=r"load\(cpu\) of .*raised OSError: no file weights.safetensors"
+    ) as error:
+        reward.load(torch.device("cpu"))
+    assert repr(f"2*{spec}") in str(error.value) and isinstance(error.value.__cause__, OSError)
+    reward.load(torch.device("cpu"))
+    reward.load(torch.device("cpu"))
+    assert reward.terms[0].function.attempts == 2
+
+
+def test_a_module_of_torch_is_a_reward():
+    batch = images_of(3), [""] * 3, [{}] * 3
+    reward = rewards.find_reward(f"{HERE}:Module")
+    reward.load(torch.device("cpu"))  # it has no load, and needs none
+    assert torch.equal(reward(*batch), brightness(*batch))
+
+
+# ---- beside the rollout --------------------------------------------
 
 TEXTS = ["a", "bb", "a", "ccc", "bb"]
 
 
 def scored(function, texts=TEXTS, timeout=30.0, retries=1):
     images = images_of(len(texts))
-    return rewards.Scoring(function, images, texts, [{"n": n} for n in range(len(texts))], timeout, retries).result()
+    return (
+        spy(function).start(images, texts, [{"n": n} for n in range(len(texts))], timeout, retries).result()
+    )
 
 
 def test_a_good_reward_scores_as_if_called_directly():
@@ -211,8 +421,12 @@ def test_a_good_reward_scores_as_if_called_directly():
     def reward(images, prompts, metadata):
         calls.append((prompts, [m["n"] for m in metadata], torch.is_grad_enabled()))
         return brightness(images, prompts, metadata).double()
+
     scores, reasons, seconds = scored(reward)
-    assert torch.equal(scores, brightness(images_of(5), None, None).double().float()) and scores.dtype == torch.float32
+    assert (
+        torch.equal(scores, brightness(images_of(5), None, None).double().float())
+        and scores.dtype == torch.float32
+    )
     assert reasons == {} and seconds >= 0 and calls == [(TEXTS, [0, 1, 2, 3, 4], False)]
 
 
@@ -223,7 +437,8 @@ def test_it_runs_beside_the_caller():
         inside.set()
         assert go.wait(60)
         return lettered(images, prompts, metadata)
-    scoring = rewards.Scoring(reward, images_of(5), TEXTS, [{}] * 5, 120)
+
+    scoring = spy(reward).start(images_of(5), TEXTS, [{}] * 5, 120)
     assert inside.wait(60)  # the reward runs, and we are here
     go.set()
     assert scoring.result()[0].tolist() == [1, 2, 1, 3, 2]
@@ -238,17 +453,26 @@ def test_raising_for_one_prompt_costs_only_that_prompt():
         if "bb" in prompts:
             raise ValueError("cannot read bb")
         return lettered(images, prompts, metadata)
+
     scores, reasons, _ = scored(reward, retries=2)
     assert scores.nan_to_num(-1).tolist() == [1, -1, 1, 3, -1]
     assert reasons == dict.fromkeys((1, 4), "prompt 'bb': raised ValueError: cannot read bb")
-    assert calls == [(TEXTS, [0, 1, 2, 3, 4]), (["a", "a"], [0, 2]), (["bb", "bb"], [1, 4]), (["bb", "bb"], [1, 4]), (["ccc"], [3])]
+    assert calls == [
+        (TEXTS, [0, 1, 2, 3, 4]),
+        (["a", "a"], [0, 2]),
+        (["bb", "bb"], [1, 4]),
+        (["bb", "bb"], [1, 4]),
+        (["ccc"], [3]),
+    ]
 
 
 def test_without_retries_a_failed_batch_is_all_nan():
     calls = []
     scores, reasons, _ = scored(lambda *batch: calls.append(batch) or broken(*batch), retries=0)
     assert scores.isnan().all() and list(reasons) == [0, 1, 2, 3, 4] and len(calls) == 1
-    assert all(f"prompt {text!r}: raised KeyError: 'no such glyph'" == reasons[n] for n, text in enumerate(TEXTS))
+    assert all(
+        f"prompt {text!r}: raised KeyError: 'no such glyph'" == reasons[n] for n, text in enumerate(TEXTS)
+    )
 
 
 def test_sys_exit_in_a_reward_is_a_failure_like_any_other():
@@ -266,6 +490,7 @@ def test_one_bad_score_is_scored_again_and_recovers(bad):
         if len(calls) == 1:
             scores[1] = bad
         return scores
+
     scores, reasons, _ = scored(reward)
     assert torch.allclose(scores, brightness(images_of(5), None, None)) and reasons == {}
     assert calls == [[0, 1, 2, 3, 4], [1, 4]]  # its prompt and no other
@@ -277,16 +502,26 @@ def test_a_score_once_good_is_kept():
 
     def reward(images, prompts, metadata):
         calls.append(1)
-        return torch.tensor([math.nan if m["n"] == 1 or (m["n"] == 4 and len(calls) > 1) else 7.0 for m in metadata])
+        return torch.tensor(
+            [math.nan if m["n"] == 1 or (m["n"] == 4 and len(calls) > 1) else 7.0 for m in metadata]
+        )
+
     scores, reasons, _ = scored(reward, retries=3)
     assert scores.nan_to_num(-1).tolist() == [7, -1, 7, 7, 7] and len(calls) == 4
     assert reasons == {1: "prompt 'bb': returned nan"}
 
 
-@pytest.mark.parametrize("reward, reason", [
-    (lambda *_: torch.zeros(3), "returned shape (3,) for 2 images"), (integers, "returned dtype torch.int64"), (a_list, "returned a list"),
-    (lambda *_: torch.full((2,), -math.inf), "returned -inf"), (lambda *_: torch.tensor(0.0), "returned shape () for 2 images"),
-    (lambda images, *_: torch.full((2,), 1e300, dtype=torch.float64), "returned inf")])
+@pytest.mark.parametrize(
+    "reward, reason",
+    [
+        (lambda *_: torch.zeros(3), "returned shape (3,) for 2 images"),
+        (integers, "returned dtype torch.int64"),
+        (a_list, "returned a list"),
+        (lambda *_: torch.full((2,), -math.inf), "returned -inf"),
+        (lambda *_: torch.tensor(0.0), "returned shape () for 2 images"),
+        (lambda images, *_: torch.full((2,), 1e300, dtype=torch.float64), "returned inf"),
+    ],
+)
 def test_what_a_reward_returns_wrongly_is_said(reward, reason):
     scores, reasons, _ = scored(reward, texts=["a", "a"])
     assert scores.isnan().all() and sorted(reasons) == [0, 1]
@@ -300,6 +535,7 @@ def test_a_slow_batch_of_quick_prompts_is_recovered():
         if len(prompts) == 5:
             release.wait(60)
         return lettered(images, prompts, metadata)
+
     scores, reasons, seconds = scored(reward, timeout=2.0)
     release.set()
     assert scores.tolist() == [1, 2, 1, 3, 2] and reasons == {} and seconds >= 2.0
@@ -312,13 +548,16 @@ def test_after_two_late_retries_no_prompt_is_called_any_more():
         calls.append(prompts)
         release.wait(60)
         return torch.zeros(len(images))
+
     start = time.monotonic()
     scores, reasons, _ = scored(reward, timeout=0.2)
     assert time.monotonic() - start < 10
     release.set()
     assert scores.isnan().all() and calls == [TEXTS, ["a", "a"], ["bb", "bb"]]
-    assert reasons == {n: f"prompt {text!r}: " + ("reward kept timing out" if text == "ccc" else "took longer than 0.2 s")
-                       for n, text in enumerate(TEXTS)}
+    assert reasons == {
+        n: f"prompt {text!r}: " + ("reward kept timing out" if text == "ccc" else "took longer than 0.2 s")
+        for n, text in enumerate(TEXTS)
+    }
 
 
 def test_a_prompt_that_is_late_twice_uses_up_the_patience():
@@ -326,7 +565,10 @@ def test_a_prompt_that_is_late_twice_uses_up_the_patience():
     _, reasons, _ = scored(lambda *batch: calls.append(batch[1]) or release.wait(60), timeout=0.1, retries=5)
     release.set()
     assert calls == [TEXTS, ["a", "a"], ["a", "a"]]
-    assert reasons[0] == "prompt 'a': took longer than 0.1 s" and reasons[1] == "prompt 'bb': reward kept timing out"
+    assert (
+        reasons[0] == "prompt 'a': took longer than 0.1 s"
+        and reasons[1] == "prompt 'bb': reward kept timing out"
+    )
 
 
 def test_a_late_answer_changes_nothing():
@@ -337,20 +579,27 @@ def test_a_late_answer_changes_nothing():
             late.append(threading.current_thread())
             assert release.wait(60)
             return torch.full((5,), 9.0)
-        return torch.full((len(prompts),), math.nan) if "bb" in prompts else lettered(images, prompts, metadata)
+        return (
+            torch.full((len(prompts),), math.nan) if "bb" in prompts else lettered(images, prompts, metadata)
+        )
+
     scores, reasons, _ = scored(reward, timeout=2.0)
     before = scores.clone(), dict(reasons)
     release.set()
     late[0].join(60)
     assert not late[0].is_alive()
-    assert scores.nan_to_num(-1).tolist() == before[0].nan_to_num(-1).tolist() == [1, -1, 1, 3, -1] and reasons == before[1]
+    assert (
+        scores.nan_to_num(-1).tolist() == before[0].nan_to_num(-1).tolist() == [1, -1, 1, 3, -1]
+        and reasons == before[1]
+    )
 
 
 def test_a_reward_that_changes_its_arguments_spoils_no_retry():
     def reward(images, prompts, metadata):
-        scores = brightness(images, prompts, metadata)
+        scores = brightness(images, prompts, metadata) + 0 * torch.tensor([m.pop("n") for m in metadata])
         images.zero_()
         return scores if len(prompts) < 5 else scores * math.nan
+
     assert torch.allclose(scored(reward)[0], brightness(images_of(5), None, None))
 
 
@@ -358,13 +607,19 @@ def test_no_images_are_no_failure():
     scores, reasons, _ = scored(broken, texts=[])
     assert scores.shape == (0,) and reasons == {}
     with pytest.raises(ValueError, match="2 images, 1 prompts"):
-        rewards.Scoring(lettered, images_of(2), ["a"], [{}], 1.0)
+        spy(lettered).start(images_of(2), ["a"], [{}], 1.0)
 
 
 def test_a_failure_of_our_own_is_raised_not_swallowed(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(rewards.Scoring, "_score", fail)
+    start, started = threading.Thread.start, []
+
+    def start_only_one(thread):
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_only_one)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         scored(lettered)
 
@@ -372,10 +627,13 @@ def test_a_failure_of_our_own_is_raised_not_swallowed(monkeypatch):
 def test_a_stuck_reward_does_not_keep_the_process():
     code = """
         import time, torch
-        from opd.rewards import Scoring
-        scores, reasons, _ = Scoring(lambda *_: time.sleep(1000), torch.rand(2, 3, 4, 4), ["a", "b"], [{}, {}], 0.1).result()
+        from opd.rewards import Reward, Term
+        reward = Reward("stuck", [Term(1.0, "stuck", lambda *batch: time.sleep(1000))])
+        scores, reasons, _ = reward.start(torch.rand(2, 3, 4, 4), ["a", "b"], [{}, {}], 0.1).result()
         print(scores.tolist(), reasons[1])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[nan, nan] prompt 'b': took longer than 0.1 s"

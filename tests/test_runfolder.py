@@ -1,9 +1,9 @@
-"""The run folder: what is logged, what survives a resume or a crash, and the pictures."""
+"""The run folder: what is logged, what survives a resume or a crash, and its curves."""
 
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,19 +12,23 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import files
-from opd.config import Config
-from opd.runfolder import FREE, RunFolder, flatten, labelled_grid, to_pil, wrap
+from opd.config import STAGES, Distil, Finetune, Grow
+from opd.runfolder import FREE, RunFolder, flatten
+from opd.settings import field_names, read_config, to_json
 
 
 def config(folder, **changes):
-    return replace(Config(out=str(folder / "run")), **changes)
+    return Distil(out=str(folder / "run"), **changes)
 
 
 def rows(*steps):
-    return [{"step": s, "loss": 1.0 / s, "red": {"loss": 0.1, "kl": {"1.000": 0.5}}, "grad_norm": 2.0 * s} for s in steps]
+    return [
+        {"step": s, "loss": 1.0 / s, "red": {"loss": 0.1, "kl": {"1.000": 0.5}}, "grad_norm": 2.0 * s}
+        for s in steps
+    ]
 
 
-# ---- metrics and resuming ------------------------------------------------------------------------------------------
+# ---- metrics and resuming ----------------------------------------------------------------------------------
 
 
 def test_flatten():
@@ -48,12 +52,19 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 def test_a_folder_belongs_to_one_living_run(tmp_path):
     """A second process is refused while the first lives, and welcome once it was killed."""
-    hold = ("import sys, time; from opd.config import Config; from opd.runfolder import RunFolder; "
-            "run = RunFolder(Config(out=sys.argv[1]), True); print('held', flush=True); time.sleep(600)")
-    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    hold = (
+        "import sys, time; from opd.config import Distil; from opd.runfolder import RunFolder; "
+        "run = RunFolder(Distil(out=sys.argv[1]), True); print('held', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="run belongs to a run that is still going; stop that run or choose another --out"):
+        with pytest.raises(
+            ValueError,
+            match="run belongs to a run that is still going; stop that run or choose another --out",
+        ):
             RunFolder(config(tmp_path), active=True)
         RunFolder(config(tmp_path), active=False)  # the other ranks of a run hold nothing
     finally:
@@ -85,31 +96,91 @@ def different(value):
         return {"other": 1}
     if isinstance(value, tuple):
         return (9.0, 9.0)
-    return value + 1 if isinstance(value, (int, float)) else "other"
+    if isinstance(value, int | float):
+        return value + 1
+    return "other"
 
 
-def checkpointed(tmp_path):
-    cfg = config(tmp_path)
+def checkpointed(cfg):
     RunFolder(cfg, active=True).save_state(1, {"x": torch.ones(1)})
     return cfg
 
 
-@pytest.mark.parametrize("name", sorted(FREE - {"out", "tracker"}))
-def test_free_settings_may_change_on_resume(name, tmp_path):
-    cfg = checkpointed(tmp_path)
+def settings(free):
+    """(class, field) for each field of each stage that may change on resume, or may not."""
+    rows = [(kind, name) for kind in STAGES.values() for name in sorted(field_names(kind))]
+    return [(kind, name) for kind, name in rows if (name in FREE) == free]
+
+
+def test_what_may_change_is_how_a_run_is_computed_logged_and_scored():
+    shared = set.intersection(*map(field_names, STAGES.values()))
+    assert {
+        "iterations",
+        "out",
+        "micro_batch",
+        "shard_size",
+        "checkpointing",
+        "tracker",
+        "eval_steps",
+    } <= FREE & shared
+    assert {"evaluate", "rewards", "heldout", "watch_every", "reward_timeout"} <= FREE - shared
+    assert not FREE & {
+        "model",
+        "dtype",
+        "seed",
+        "lr",
+        "prompts",
+        "teachers",
+        "group",
+        "train_rewards",
+        "data",
+    }
+
+
+@pytest.mark.parametrize("kind, name", [row for row in settings(True) if row[1] not in ("out", "tracker")])
+def test_free_settings_may_change_on_resume(kind, name, tmp_path):
+    cfg = checkpointed(kind(out=str(tmp_path / "run")))
     run = RunFolder(replace(cfg, **{name: different(getattr(cfg, name))}), active=True)
     assert run.load_state()[0] == 1
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.name not in FREE])
-def test_other_settings_may_not(name, tmp_path):
-    cfg = checkpointed(tmp_path)
+@pytest.mark.parametrize("kind, name", settings(False))
+def test_other_settings_may_not(kind, name, tmp_path):
+    cfg = checkpointed(kind(out=str(tmp_path / "run")))
     RunFolder(cfg, active=True)
     other = replace(cfg, **{name: different(getattr(cfg, name))})
     with pytest.raises(ValueError, match=f"other settings: {name} .* -> .*; choose another --out") as caught:
         RunFolder(other, active=True)
     assert str(tmp_path) in str(caught.value)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())[name] == json.loads(json.dumps(getattr(cfg, name)))
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(json.dumps(to_json(cfg)))
+
+
+def test_a_run_of_another_stage_is_refused(tmp_path):
+    out = str(tmp_path / "run")
+    cfg = checkpointed(Finetune(out=out))
+    for kind, stage in ((Distil, "opd"), (Grow, "grpo")):
+        message = (
+            f"run holds a run of stage sft, and this is stage {stage}; choose another --out, or delete that"
+        )
+        with pytest.raises(ValueError, match=message):
+            RunFolder(kind(out=out), active=True)
+    assert read_config(tmp_path / "run" / "config.json") == cfg
+
+
+def test_the_settings_are_saved_with_their_stage(tmp_path):
+    cfg = Grow(out=str(tmp_path / "run"), window_range=(1, 4), prompts={"a": "a.txt"})
+    RunFolder(cfg, active=True)
+    file = tmp_path / "run" / "config.json"
+    assert json.loads(file.read_text())["stage"] == "grpo" and read_config(file) == cfg
+
+
+def test_saved_settings_that_cannot_be_read_are_refused_by_name(tmp_path):
+    cfg = checkpointed(config(tmp_path))
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"lr"', '"learning_rate"'))
+    message = "config.json.*no field 'learning_rate'; choose another --out, or delete that folder"
+    with pytest.raises(ValueError, match=message):
+        RunFolder(cfg, active=True)
 
 
 def test_tensorboard_gets_the_flat_numbers(tmp_path):
@@ -123,7 +194,7 @@ def test_tensorboard_gets_the_flat_numbers(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("grad_norm")] == [(1, 2.0), (2, 4.0)]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
@@ -133,45 +204,12 @@ def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
     def fails(temporary):
         temporary.write_text("half")
         raise OSError("disk full")
+
     with pytest.raises(OSError, match="disk full"):
         files.replace(file, fails)
     assert file.read_text() == "old" and [p.name for p in file.parent.iterdir()] == ["x.txt"]
     files.replace(file, lambda p: p.write_text("new"))
     assert file.read_text() == "new"
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pixels, side", [(1, 8), (8, 8), (9, 16), (120, 120)])
-def test_to_pil_enlarges_by_whole_factors(pixels, side):
-    x = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
-    image = to_pil(x, pixels)
-    assert image.size == (side, side)
-    exact = (x.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
-    assert np.array_equal(np.asarray(image), exact.repeat(side // 8, 0).repeat(side // 8, 1))
-
-
-def test_labelled_grid_puts_every_image_in_its_place():
-    g = torch.Generator().manual_seed(0)
-    images = {name: list(torch.rand(3, 3, 8, 8, generator=g)) for name in ("base", "student")}
-    grid = labelled_grid(images, ["a red circle", "two", "x" * 80], pixels=16)
-    pixels = np.asarray(grid)
-    tiles = [np.asarray(to_pil(image, 16)) for name in images for image in images[name]]
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (16, 16, 3))[:, :, 0]
-    found = [np.argwhere((windows == tile).all((2, 3, 4))).tolist() for tile in tiles]
-    assert all(len(places) == 1 for places in found)
-    (y0, x0), *_ = [places[0] for places in found]
-    pitch = 16 + 4
-    assert [places[0] for places in found] == [[y0 + r * pitch, x0 + c * pitch] for r in range(2) for c in range(3)]
-    assert grid.size == (x0 + 3 * pitch, y0 + 2 * pitch)
-    ink = (pixels < 128).all(2)
-    assert ink[:y0, x0:x0 + 16].any() and ink[y0:y0 + 16, :x0].any()  # a caption above, a name to the left
-
-
-def test_wrap_makes_three_lines_at_most():
-    assert wrap("a red circle left of a blue square", 10) == "a red\ncircle\nleft of a"
-    assert wrap("x" * 30, 10) == "x" * 10 and wrap("", 10) == ""
 
 
 def test_curves_are_drawn(tmp_path):
@@ -181,4 +219,6 @@ def test_curves_are_drawn(tmp_path):
     run.curves()
     image = Image.open(run.path / "curves.png")
     assert image.format == "PNG" and image.width > 600
-    assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50  # axes and coloured lines, not a blank sheet
+    assert (
+        len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    )  # axes and coloured lines, not a blank sheet

@@ -15,7 +15,12 @@ PROMPTS = ["a red circle", "two blue squares"]
 
 
 def run(world, out, *more, prompts=PROMPTS, **changes):
-    settings = dict(model=world / "pipeline", out=out, cache=world / "cache", dtype="float32", steps="3", device="cpu") | changes
+    settings = (
+        dict(
+            model=world / "pipeline", out=out, cache=world / "cache", dtype="float32", steps="3", device="cpu"
+        )
+        | changes
+    )
     flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     adapters = [f"{n}={world / n}" for n in ("red", "blue")]
     sample.main([*flags, "--adapters", *adapters, "--prompts", *prompts, *more])
@@ -28,7 +33,9 @@ def reference(world, tmp_path_factory):
 
 
 ROWS = ("base", "red", "blue")
-NAMES = {f"{slug}.{i}.{row}.png" for i, slug in enumerate(("a-red-circle", "two-blue-squares")) for row in ROWS}
+NAMES = {
+    f"{slug}.{i}.{row}.png" for i, slug in enumerate(("a-red-circle", "two-blue-squares")) for row in ROWS
+}
 
 
 def test_one_png_per_row_and_prompt_and_a_grid_of_them(reference):
@@ -40,8 +47,14 @@ def test_one_png_per_row_and_prompt_and_a_grid_of_them(reference):
         for i, slug in enumerate(("a-red-circle", "two-blue-squares")):
             tile = reference[f"{slug}.{i}.{row}.png"]
             assert tile.shape == (8, 8, 3) and tile.std() > 1
-            corner = (windows[:, :, 0, 0] == tile[0, 0]).all(2)  # nearest enlargement: a tile's corner is its first pixel
-            [place] = [p for p in np.argwhere(corner).tolist() if (windows[tuple(p)] == tile.repeat(15, 0).repeat(15, 1)).all()]
+            corner = (windows[:, :, 0, 0] == tile[0, 0]).all(
+                2
+            )  # nearest enlargement: a tile's corner is its first pixel
+            [place] = [
+                p
+                for p in np.argwhere(corner).tolist()
+                if (windows[tuple(p)] == tile.repeat(15, 0).repeat(15, 1)).all()
+            ]
             places.append(place)
     (top, left), *_ = places
     assert places == [[top + 124 * r, left + 124 * c] for r in range(3) for c in range(2)]
@@ -56,6 +69,7 @@ def test_rows_and_columns_differ(reference):
 def test_the_same_command_makes_the_same_bytes(reference, world, tmp_path):
     def content():
         return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
     assert all(np.array_equal(image, reference[name]) for name, image in run(world, tmp_path).items())
     first = content()
     run(world, tmp_path)
@@ -67,54 +81,104 @@ def test_the_batch_size_changes_nothing_but_rounding(reference, world, tmp_path)
     assert all(np.abs(images[name].astype(int) - reference[name]).max() <= 1 for name in NAMES)
 
 
-@pytest.mark.parametrize("changes", [dict(seed="1"), dict(steps="4"), dict(guidance="3.0"), dict(sampler="sde"), dict(sampler="cps"),
-                                     dict(resolution="16"), dict(dtype="bfloat16")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(seed="1"),
+        dict(steps="4"),
+        dict(guidance="3.0"),
+        dict(sampler="sde"),
+        dict(sampler="cps"),
+        dict(resolution="16"),
+        dict(dtype="bfloat16"),
+    ],
+)
 def test_every_setting_changes_every_image(changes, reference, world, tmp_path):
     images = run(world, tmp_path, **changes)
-    assert set(images) == set(reference) and not any(np.array_equal(images[name], reference[name]) for name in NAMES)
+    assert set(images) == set(reference) and not any(
+        np.array_equal(images[name], reference[name]) for name in NAMES
+    )
 
 
 @pytest.mark.parametrize("sampler", ["sde", "cps"])
 def test_the_noise_level_is_that_of_the_sampler(sampler, world, tmp_path):
-    more, less, none = (run(world, tmp_path / level, "--noise-level", level, sampler=sampler)["a-red-circle.0.base.png"].astype(int)
-                        for level in ("0.7", "0.2", "1e-6"))
+    more, less, none = (
+        run(world, tmp_path / level, "--noise-level", level, sampler=sampler)[
+            "a-red-circle.0.base.png"
+        ].astype(int)
+        for level in ("0.7", "0.2", "1e-6")
+    )
     assert np.abs(less - none).mean() < np.abs(more - none).mean() and (less != none).any()
 
 
 def test_several_images_per_prompt_have_their_own_noise(world, tmp_path):
     images = run(world, tmp_path, images="2")
-    files = [f"{slug}.{i}.base.png" for i, slug in enumerate(("a-red-circle",) * 2 + ("two-blue-squares",) * 2)]
+    files = [
+        f"{slug}.{i}.base.png" for i, slug in enumerate(("a-red-circle",) * 2 + ("two-blue-squares",) * 2)
+    ]
     assert len({images[file].tobytes() for file in files}) == 4
 
 
-@pytest.mark.parametrize("changes", [{}, dict(guidance="3.0", sampler="sde", seed="5"), dict(sampler="cps", dtype="bfloat16"),
-                                     dict(dtype="bfloat16", images="3", batch="4")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(guidance="3.0", sampler="sde", seed="5"),
+        dict(sampler="cps", dtype="bfloat16"),
+        dict(dtype="bfloat16", images="3", batch="4"),
+    ],
+)
 def test_again_repeats_a_png_from_its_metadata(changes, world, tmp_path, capsys):
     images = run(world, tmp_path / "a", **changes)
     for name in [n for n in images if re.match(r"two-blue-squares\.\d\.(base|blue)\.png", n)]:
-        sample.main(["--again", str(tmp_path / "a" / name), "--out", str(tmp_path / "b"), "--cache", str(world / "cache"), "--device", "cpu"])
+        sample.main(
+            [
+                "--again",
+                str(tmp_path / "a" / name),
+                "--out",
+                str(tmp_path / "b"),
+                "--cache",
+                str(world / "cache"),
+                "--device",
+                "cpu",
+            ]
+        )
         file = tmp_path / "b" / name
         assert capsys.readouterr().out.strip().endswith(str(file))
         assert np.array_equal(np.asarray(Image.open(file)), images[name])
-        assert sample.read_settings(str(file)) == sample.read_settings(str(tmp_path / "a" / name)) | {"out": str(tmp_path / "b")}
+        assert sample.read_settings(str(file)) == sample.read_settings(str(tmp_path / "a" / name)) | {
+            "out": str(tmp_path / "b")
+        }
 
 
 def test_a_png_names_only_its_own_adapter(world, tmp_path):
     run(world, tmp_path)
     settings = json.loads(Image.open(tmp_path / "a-red-circle.0.red.png").info["flow-opd"])
-    assert settings["adapters"] == {"red": str(world / "red")} and settings["prompts"] == ["a red circle"] and settings["steps"] == 3
+    assert (
+        settings["adapters"] == {"red": str(world / "red")}
+        and settings["prompts"] == ["a red circle"]
+        and settings["steps"] == 3
+    )
     assert json.loads(Image.open(tmp_path / "a-red-circle.0.base.png").info["flow-opd"])["adapters"] == {}
 
 
-@pytest.mark.parametrize("name, text", [("p.txt", "a red circle\n\ntwo blue squares\n"), ("p.csv", "prompt,task\na red circle,x\ntwo blue squares,y\n"),
-                                        ("p.jsonl", '{"prompt": "a red circle", "task": "x"}\n{"prompt": "two blue squares"}\n')])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("p.txt", "a red circle\n\ntwo blue squares\n"),
+        ("p.csv", "prompt,task\na red circle,x\ntwo blue squares,y\n"),
+        ("p.jsonl", '{"prompt": "a red circle", "task": "x"}\n{"prompt": "two blue squares"}\n'),
+    ],
+)
 def test_prompts_from_a_file(name, text, reference, world, tmp_path):
     (tmp_path / name).write_text(text)
     images = run(world, tmp_path / "out", prompts=[str(tmp_path / name)])
     assert all(np.array_equal(images[n], reference[n]) for n in reference)
 
 
-@pytest.mark.parametrize("prompt, slug", [("A red -- circle!", "a-red-circle"), ("x" * 300, "x" * 60), ("圆", "empty")])
+@pytest.mark.parametrize(
+    "prompt, slug", [("A red -- circle!", "a-red-circle"), ("x" * 300, "x" * 60), ("圆", "empty")]
+)
 def test_any_prompt_makes_a_file_name(prompt, slug, world, tmp_path):
     assert f"{slug}.0.base.png" in run(world, tmp_path, prompts=[prompt])
 
@@ -126,7 +190,14 @@ def write_plain(folder):
 
 def write_moved(folder):
     """A PNG whose adapter has moved since."""
-    settings = {"adapters": {"gone": str(folder / "gone")}, "adapter": "gone", "index": 0, "place": 0, "prompts": ["x"], "model": str(folder.parent)}
+    settings = {
+        "adapters": {"gone": str(folder / "gone")},
+        "adapter": "gone",
+        "index": 0,
+        "place": 0,
+        "prompts": ["x"],
+        "model": str(folder.parent),
+    }
     info = PngInfo()
     info.add_text("flow-opd", json.dumps(settings))
     Image.new("RGB", (8, 8)).save(folder / "moved.png", pnginfo=info)
@@ -158,7 +229,12 @@ REFUSED = [
 @pytest.mark.parametrize("flags, message", REFUSED, ids=[" ".join(map(str, f[:2]))[:30] for f, _ in REFUSED])
 def test_bad_input_ends_in_one_line(flags, message, world, tmp_path):
     flags = [f(tmp_path) if callable(f) else f.replace("RED", str(world / "red")) for f in flags]
-    defaults = {"--model": world / "pipeline", "--out": tmp_path / "out", "--cache": world / "cache", "--adapters": f"red={world / 'red'}"}
+    defaults = {
+        "--model": world / "pipeline",
+        "--out": tmp_path / "out",
+        "--cache": world / "cache",
+        "--adapters": f"red={world / 'red'}",
+    }
     rest = [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
     with pytest.raises(SystemExit) as caught:
         sample.main([*flags, *rest])
@@ -175,8 +251,24 @@ def test_choices_are_listed(flag, capsys):
 
 
 def test_the_command_itself(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(world / "pipeline"), "--adapters", "--prompts", "a red circle",
-                                      "--out", str(tmp_path), "--cache", str(world / "cache"), "--steps", "1"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sample.py",
+            "--model",
+            str(world / "pipeline"),
+            "--adapters",
+            "--prompts",
+            "a red circle",
+            "--out",
+            str(tmp_path),
+            "--cache",
+            str(world / "cache"),
+            "--steps",
+            "1",
+        ],
+    )
     sample.main()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a-red-circle.0.base.png", "grid.png"]
     assert "1 rows x 1 images" in capsys.readouterr().out

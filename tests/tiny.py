@@ -1,62 +1,188 @@
 """A tiny StableDiffusion3Pipeline and adapters for it, made and saved in a second: what the tests run on."""
 
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from opd import adapters, sd3
-from opd.config import Config
-from opd.mini import build
+import train
+from opd import adapters, ranks
+from opd.config import Distil, Finetune, Grow, Run
+from opd.families import sd3
+from opd.mini import build as mini
+from opd.optim import Trained
 
-PROMPTS = {"red": ["a red circle", "two red circles", "a red square", "a red triangle", "a red dot"],
-           "blue": ["a blue circle", "two blue squares", "a blue square", "a blue dot"]}
+PROMPTS = {
+    "red": ["a red circle", "two red circles", "a red square", "a red triangle", "a red dot"],
+    "blue": ["a blue circle", "two blue squares", "a blue square", "a blue dot"],
+}
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
 
 
-def make_pipeline(folder: Path) -> Path:
-    """8 px images, 4x4x4 latents, two transformer blocks 32 wide, random (not zero) weights, float32."""
-    torch.manual_seed(0)
-    tokenizer = build.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
-    transformer = SD3Transformer2DModel(
-        sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=2 * build.WIDTH, caption_projection_dim=32,
-        pooled_projection_dim=2 * build.WIDTH, pos_embed_max_size=4, qk_norm="rms_norm")
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
-                        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
-                        scaling_factor=0.8, shift_factor=0.1)
-    StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=build.make_text_encoder(tokenizer, 1), tokenizer=tokenizer,
-        text_encoder_2=build.make_text_encoder(tokenizer, 2), tokenizer_2=tokenizer,
-        text_encoder_3=None, tokenizer_3=None).save_pretrained(folder)
+def make_world(folder: Path, layers: int = 2) -> Path:
+    """`pipeline/`, adapters `red/` and `blue/`, prompt files `red.txt` and `blue.txt`, all in `folder`."""
+    make_pipeline(folder / "pipeline", layers)
+    for seed, (name, prompts) in enumerate(PROMPTS.items(), start=1):
+        save(random_lora(folder / "pipeline", seed), folder / name)
+        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
     return folder
 
 
-def random_lora(pipeline: Path, seed: int, rank: int = 4, alpha: float = 8.0, size: float = 0.3) -> adapters.Lora:
+def make_pipeline(folder: Path, layers: int = 2) -> Path:
+    """8 px images, 4x4x4 latents, `layers` transformer blocks 32 wide, random (not zero) weights, float32."""
+    torch.manual_seed(0)
+    tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * mini.WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * mini.WIDTH,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.8,
+        shift_factor=0.1,
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=mini.make_text_encoder(tokenizer, 1),
+        tokenizer=tokenizer,
+        text_encoder_2=mini.make_text_encoder(tokenizer, 2),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_pipeline_with_t5(folder: Path, layers: int = 2) -> Path:
+    """The tiny SD3 pipeline with a third encoder: a T5 of one layer."""
+    words = ["<pad>", "</s>", "<unk>", *"a two red blue circle squares dot".split()]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    torch.manual_seed(3)
+    size = dict(d_model=128, d_kv=32, d_ff=64, num_layers=1, num_heads=4)
+    encoder = T5EncoderModel(T5Config(**size, vocab_size=words.get_vocab_size()))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    without = make_pipeline(folder.with_name("without_t5"), layers)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        without, text_encoder_3=encoder.eval(), tokenizer_3=tokenizer
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def with_scheduler(pipeline: Path, folder: Path, settings: dict) -> Path:
+    """A copy of the pipeline in `folder` with another scheduler."""
+    shutil.copytree(pipeline, folder)
+    FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def random_lora(
+    pipeline: Path, seed: int, rank: int = 4, alpha: float = 8.0, size: float = 0.3, family=sd3
+) -> adapters.Lora:
     """An adapter that changes the velocity visibly."""
-    lora = adapters.fresh_lora(sd3.skeleton(pipeline), sd3.LORA_TARGETS, rank, alpha, seed)
+    lora = adapters.fresh_lora(family.skeleton(pipeline), family.LORA_TARGETS, rank, alpha, seed)
     generator = torch.Generator().manual_seed(seed + 1000)
-    for module, b in lora.B.items():
+    for b in lora.B.values():
         b.copy_(size * torch.randn(b.shape, generator=generator))
     return lora
 
 
 def save(lora: adapters.Lora, folder: Path) -> Path:
     """`lora` as a PEFT directory."""
-    weights = {f"{m}.lora_A.x.weight": a for m, a in lora.A.items()} | {f"{m}.lora_B.x.weight": b for m, b in lora.B.items()}
+    weights = {f"{module}.lora_A.x.weight": a for module, a in lora.A.items()}
+    weights |= {f"{module}.lora_B.x.weight": b for module, b in lora.B.items()}
     rank = next(iter(lora.A.values())).shape[0]
     adapters.save_lora(folder, weights, "x", rank, next(iter(lora.scale.values())) * rank)
     return folder
 
 
-def config(world: Path, **changes) -> Config:
-    """A run on the tiny world: two teachers, red and blue; blue is the anchor."""
-    base = Config(
-        model=str(world / "pipeline"), dtype="float32", rank=4, alpha=8.0, cold_start="base",
-        teachers={"red": str(world / "red"), "blue": str(world / "blue")}, anchor="blue", anchor_weight=0.1,
-        prompts={"red": str(world / "red.txt"), "blue": str(world / "blue.txt")}, prompts_per_step=4, group=2, micro_batch=4,
-        steps=4, iterations=3, lr=1e-2, warmup=0, decay="constant", out=str(world / "run"), cache=str(world / "cache"),
-        evaluate=False, rewards={}, heldout={}, sample_every=0, save_every=100)
+def config(world: Path, **changes) -> Distil:
+    """A distillation on the tiny world: two teachers, red and blue; blue is the anchor."""
+    base = Distil(
+        model=str(world / "pipeline"),
+        dtype="float32",
+        rank=4,
+        alpha=8.0,
+        cold_start="base",
+        teachers={"red": str(world / "red"), "blue": str(world / "blue")},
+        anchor="blue",
+        anchor_weight=0.1,
+        prompts={"red": str(world / "red.txt"), "blue": str(world / "blue.txt")},
+        prompts_per_step=4,
+        group=2,
+        micro_batch=4,
+        steps=4,
+        iterations=3,
+        lr=1e-2,
+        warmup=0,
+        decay="constant",
+        out=str(world / "run"),
+        cache=str(world / "cache"),
+        evaluate=False,
+        sample_every=0,
+        save_every=100,
+    )
     return replace(base, **changes)
+
+
+def grpo_config(world: Path, **changes) -> Grow:
+    """GRPO on the tiny world: red and blue prompts, both rewarded for bright images."""
+    base = Grow(
+        **shared_with(config(world), Grow),
+        train_rewards={"red": "tests.tiny_grpo:brightness", "blue": "tests.tiny_grpo:brightness"},
+        beta=0.0,
+    )
+    return replace(base, **{"group": 4, "micro_batch": 8, "iterations": 2} | changes)
+
+
+def sft_config(world: Path, **changes) -> Finetune:
+    """Flow matching on the tiny world; give `data`."""
+    return replace(Finetune(**shared_with(config(world), Finetune)), **changes)
+
+
+def shared_with(cfg: Run, stage: type) -> dict:
+    """The settings of `cfg` that another stage has too."""
+    names = {field.name for field in fields(stage)}
+    return {name: value for name, value in vars(cfg).items() if name in names}
+
+
+def build(cfg: Run):
+    """(cfg, model, data, trained, stage): a run set up as train.py does, on one rank."""
+    cfg.check(1)
+    model, data, rewards = train.set_up(cfg, ranks.start())
+    trained = Trained(cfg, model)
+    return cfg, model, data, trained, train.choose_stage(cfg, model, data, rewards, trained)

@@ -1,11 +1,10 @@
-"""Stage grpo on the tiny pipeline: a reward, a configuration, and the gradients of its updates."""
-
-from dataclasses import replace
+"""Stage grpo on the tiny pipeline: rewards, runs, and the gradients of its updates."""
 
 import torch
 
 import train
-from opd import config, grpo, ranks
+from opd import ranks
+from opd.report import Report
 from opd.runfolder import RunFolder
 from tests import tiny
 
@@ -21,23 +20,20 @@ def constant(images, prompts, metadata):
     return torch.full((len(images),), 0.25)
 
 
-def grpo_config(world, **changes):
-    return replace(tiny.config(world, stage="grpo", teachers={}, anchor_weight=0.0, group=4, micro_batch=8, iterations=2, steps=4,
-                               train_rewards={"red": BRIGHT, "blue": BRIGHT}, beta=0.0), **changes)
-
-
 def build(world, **changes):
-    cfg = grpo_config(world, **changes)
-    config.check(cfg, 1)
-    m, data = train.build(cfg, ranks.start())
-    return cfg, m, data, train.Trained(cfg, m)
+    """(cfg, model, data, trained, stage)."""
+    return tiny.build(tiny.grpo_config(world, **changes))
 
 
 def run(cfg):
-    config.check(cfg, 1)
-    m, data = train.build(cfg, ranks.start())
+    """(run folder, model, trained, report) of the whole loop."""
+    cfg.check(1)
+    model, data, rewards = train.set_up(cfg, ranks.start())
+    trained = train.Trained(cfg, model)
     folder = RunFolder(cfg, True)
-    return folder, m, train.train(cfg, m, data, folder)
+    report = Report(cfg, model, data, rewards, folder)
+    train.train(cfg, train.choose_stage(cfg, model, data, rewards, trained), trained, folder, report)
+    return folder, model, trained, report
 
 
 def flat(tensors):
@@ -46,14 +42,16 @@ def flat(tensors):
 
 def recorded(world, turn: int = 0, **changes):
     """(gradient of optimizer step number `turn` of one iteration, the iteration's metrics)."""
-    cfg, m, data, trained = build(world, **changes)
+    *_, trained, stage = build(world, **changes)
     gradients, original = [], trained.update
-    def update(*args):
+
+    def update(*arguments):
         gradients.append(flat(p.grad for p in trained.parameters.values()))
-        return original(*args)
+        return original(*arguments)
+
     trained.update = update
-    row, _ = grpo.iteration(cfg, m, data, trained, 0, True)
-    return gradients[turn], row
+    metrics, _ = stage.step(0)
+    return gradients[turn], metrics
 
 
 def distance(a, b) -> float:

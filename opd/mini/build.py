@@ -1,8 +1,8 @@
 """Make the miniature: a genuine StableDiffusion3Pipeline directory, its data, and its shipped weights.
 
     P=runs/mini-pipeline
-    python -m opd.mini.build pipeline $P                       # tokenizer, CLIP encoders, trained VAE, untrained transformer
-    python -m opd.mini.build data runs/mini-data $P            # latents and captions, for the base and each specialist
+    python -m opd.mini.build pipeline $P                       # encoders, trained VAE, untrained transformer
+    python -m opd.mini.build data runs/mini-data $P            # latents and captions for all four
     torchrun train.py mini-base                                # pretrain the base
     python -m opd.mini.build base $P runs/mini-base/student    # install it in weights/base
     for t in compose text quality; do
@@ -11,7 +11,8 @@
     done
     python -m opd.mini.build sha256                            # write weights/SHA256SUMS
 
-Specialists by supervised fine-tuning instead, on data that is clean in their own respect: torchrun train.py mini-sft-$t.
+Specialists by supervised fine-tuning instead, on data that is clean in their own respect:
+torchrun train.py mini-sft-$t.
 """
 
 import hashlib
@@ -19,34 +20,47 @@ import json
 import shutil
 import sys
 from collections import Counter
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from einops import rearrange
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from opd import sd3
+from opd.families import sd3
 from opd.files import replace, write_safetensors
 from opd.mini import world
 
 WEIGHTS = Path(__file__).parent / "weights"
 RESOLUTION, TOKENS, WIDTH = 24, 12, 64
 BASE_MIX = {"compose": 0.6, "text": 0.2, "quality": 0.2}
-# name: (images, tasks, what is better than in the base's data). The quality specialist sees every family without noise
-# and dull colours but with the usual wrong captions; the other two see their own family with right captions only.
+# name: (images, tasks, what is better than in the base's data). The quality specialist sees every kind of
+# prompt without noise and dull colours but with the usual wrong captions; the other two see their own kind
+# with right captions only.
 DATA = {
     "base": (240_000, BASE_MIX, {}),
     "compose": (30_000, {"compose": 1.0}, {"caption_error": 0.0}),
     "text": (30_000, {"text": 1.0}, {"caption_error": 0.0}),
-    "quality": (30_000, {"compose": 0.35, "text": 0.35, "quality": 0.3}, {"noise_prob": 0.0, "dull_prob": 0.0}),
+    "quality": (
+        30_000,
+        {"compose": 0.35, "text": 0.35, "quality": 0.3},
+        {"noise_prob": 0.0, "dull_prob": 0.0},
+    ),
 }
 
 
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
-    """A CLIP BPE tokenizer in which each of `words` is one token and everything else falls apart into characters."""
+    """A CLIP BPE tokenizer in which each of `words` is one token and all else falls apart into characters."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(words)
     tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *(c + "</w>" for c in characters)]
@@ -55,15 +69,18 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding until every word is one token; ties go by the alphabet (the library's trainer breaks them at random)."""
+    """Byte pair encoding until every word is one token.
+
+    Ties go by the alphabet; the library's trainer breaks them at random.
+    """
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in sorted(set(words))], []
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for word in pieces:
             for i in range(len(word) - 1, 0, -1):
                 if (word[i - 1], word[i]) == best:
-                    word[i - 1:i + 1] = ["".join(best)]
+                    word[i - 1 : i + 1] = ["".join(best)]
     return merges
 
 
@@ -71,9 +88,17 @@ def make_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithP
     """A frozen random CLIP text encoder. Wide embeddings, so that every word keeps its own direction."""
     torch.manual_seed(seed)
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = CLIPTextModelWithProjection(config)
     embeddings = next(m for n, m in model.named_modules() if n.endswith("embeddings"))
     torch.nn.init.normal_(embeddings.token_embedding.weight, std=0.7)
@@ -84,18 +109,35 @@ def make_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithP
 def make_vae(channels: tuple[int, int] = (16, 32)) -> AutoencoderKL:
     """Factor 2, 8 latent channels: light compression, so that pixel noise and small glyphs survive it."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=channels, layers_per_block=1, latent_channels=8, norm_num_groups=8,
-        sample_size=RESOLUTION, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def make_transformer(width: int = 192, layers: int = 4) -> SD3Transformer2DModel:
-    """An MMDiT whose adaLN modulations and output start at zero (diffusers leaves them random; it matters much)."""
+    """An MMDiT whose adaLN modulations and output start at zero; diffusers leaves them random."""
     model = SD3Transformer2DModel(
-        sample_size=RESOLUTION // 2, patch_size=2, in_channels=8, out_channels=8, num_layers=layers,
-        attention_head_dim=width // 4, num_attention_heads=4, joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=width, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=RESOLUTION // 2,
-        qk_norm="rms_norm")
+        sample_size=RESOLUTION // 2,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=layers,
+        attention_head_dim=width // 4,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=RESOLUTION // 2,
+        qk_norm="rms_norm",
+    )
     zero = [model.norm_out.linear, model.proj_out]
     for block in model.transformer_blocks:
         zero += [block.norm1.linear, block.norm1_context.linear]
@@ -106,7 +148,7 @@ def make_transformer(width: int = 192, layers: int = 4) -> SD3Transformer2DModel
 
 
 def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tuple[torch.Tensor, list[str]]:
-    """`count` training pairs, tasks drawn with probabilities `mix`: images uint8 (count, 3, 24, 24) and captions.
+    """`count` training pairs, tasks with probabilities `mix`: images uint8 (count, 3, 24, 24), captions.
 
     `degrade` overrides caption_error, noise_prob, dull_prob of `world.training_pair`.
     """
@@ -117,11 +159,13 @@ def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tupl
         image, caption = world.training_pair(pools[task][rng.integers(len(pools[task]))], rng, **degrade)
         images.append(image)
         captions.append(caption)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions
+    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions
 
 
-def train_vae(vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: int = 64, seed: int = 0) -> None:
-    """Reconstruction (L1 + L2) with a light KL; then the latents' mean and spread become shift and scaling factor."""
+def train_vae(
+    vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: int = 64, seed: int = 0
+) -> None:
+    """Reconstruction (L1 + L2) with a light KL; then the latents' mean and spread become shift and scale."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(seed)
@@ -136,25 +180,35 @@ def train_vae(vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: in
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"vae step {step} loss {loss.item():.4f} mse {(y - x).square().mean().item():.5f}", flush=True)
+            error = (y - x).square().mean()
+            print(f"vae step {step} loss {loss.item():.4f} mse {error.item():.5f}", flush=True)
     with torch.no_grad():
-        z = torch.cat([vae.encode(b.float() / 127.5 - 1).latent_dist.mode() for b in images_u8[:4096].split(256)])
+        batches = images_u8[:4096].split(256)
+        z = torch.cat([vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in batches])
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
 
 
 def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
     """Save the whole pipeline; its transformer is untrained (`train.py mini-base` trains it)."""
     torch.manual_seed(0)
-    words = {w for task in ("compose", "quality") for p in world.all_prompts(task) for w in p.split()} | {"sign", "that", "says"}
+    prompts = world.all_prompts("compose") + world.all_prompts("quality") + ["sign that says"]
+    words = {word for prompt in prompts for word in prompt.split()}
     tokenizer = make_tokenizer(sorted(words))
     vae = make_vae()
     images, _ = draw(12_000, seed=1, mix=BASE_MIX)
     train_vae(vae, images, vae_steps)
     torch.manual_seed(1)
     pipe = StableDiffusion3Pipeline(
-        transformer=make_transformer(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        text_encoder=make_text_encoder(tokenizer, 2), tokenizer=tokenizer,
-        text_encoder_2=make_text_encoder(tokenizer, 3), tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None)
+        transformer=make_transformer(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        text_encoder=make_text_encoder(tokenizer, 2),
+        tokenizer=tokenizer,
+        text_encoder_2=make_text_encoder(tokenizer, 3),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
     pipe.to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -166,7 +220,7 @@ def build_data(folder: Path, pipeline: Path) -> None:
         latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images.split(256)])
         write_safetensors(folder / name / "latents.safetensors", {"latents": latents})
         lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
-        replace(folder / name / "metadata.jsonl", lambda p: p.write_text(lines))
+        replace(folder / name / "metadata.jsonl", partial(Path.write_text, data=lines))
         print(f"{folder / name}: {count} latents, std {latents.float().std():.3f}", flush=True)
 
 

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from opd.mini import world
@@ -22,12 +23,12 @@ OTHER = len(SHAPES)  # an object in a palette colour that is none of the shapes
 
 # Detector. Palette colours are 0.45 or more apart and tints 0.45 or more away from them.
 COLOUR_DISTANCE = 0.28
-MIN_AREA = 16         # pixels; the smallest shape, the triangle, has 49
-MIN_IOU = 0.70        # of an object with its shape
-MIN_OFFSET = 6.0      # pixels between centres along the relation's axis
+MIN_AREA = 16  # pixels; the smallest shape, the triangle, has 49
+MIN_IOU = 0.70  # of an object with its shape
+MIN_OFFSET = 6.0  # pixels between centres along the relation's axis
 # Reader. Noise alone correlates at most about 0.5 with a glyph, a degraded glyph at least 0.9.
 MIN_CORRELATION = 0.70
-MIN_CONTRAST = 0.15   # std of the luminance in a glyph's window; black on white has 0.4
+MIN_CONTRAST = 0.15  # std of the luminance in a glyph's window; black on white has 0.4
 # Quality. Deviations are on a 0-1 scale; chroma is max - min over the channels of a block's mean.
 NOISE_NONE, NOISE_FULL = 0.03, 0.09
 CHROMA_DULL, CHROMA_LIVELY = 0.10, 0.26
@@ -37,9 +38,28 @@ def _median3(x_BCHW: Tensor) -> Tensor:
     """3x3 median per channel, edges replicated, by Paeth's 19 exchanges; same shape."""
     p = F.pad(x_BCHW, (1, 1, 1, 1), mode="replicate")
     h, w = x_BCHW.shape[-2:]
-    v = [p[..., i:i + h, j:j + w] for i in range(3) for j in range(3)]
-    swaps = ((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3), (5, 8),
-             (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2))
+    v = [p[..., i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    swaps = (
+        (1, 2),
+        (4, 5),
+        (7, 8),
+        (0, 1),
+        (3, 4),
+        (6, 7),
+        (1, 2),
+        (4, 5),
+        (7, 8),
+        (0, 3),
+        (5, 8),
+        (4, 7),
+        (3, 6),
+        (1, 4),
+        (2, 5),
+        (4, 7),
+        (4, 2),
+        (6, 4),
+        (4, 2),
+    )
     for i, j in swaps:
         v[i], v[j] = torch.minimum(v[i], v[j]), torch.maximum(v[i], v[j])
     return v[4]
@@ -56,6 +76,7 @@ def _colour_map(images_BCHW: Tensor) -> Tensor:
 
 # --- compose ---------------------------------------------------------------------------------
 
+
 def _label(colour_BHW: Tensor) -> Tensor:
     """Connected components (4 neighbours): the largest pixel index in the component + 1, 0 outside."""
     b, h, w = colour_BHW.shape
@@ -65,7 +86,10 @@ def _label(colour_BHW: Tensor) -> Tensor:
     same_x = (colour_BHW[:, :, 1:] == colour_BHW[:, :, :-1]) & (colour_BHW[:, :, 1:] >= 0)
     while True:  # the largest index spreads by one pixel a round
         before = label.clone()
-        for lo, hi, same in ((label[:, :-1], label[:, 1:], same_y), (label[:, :, :-1], label[:, :, 1:], same_x)):
+        for lo, hi, same in (
+            (label[:, :-1], label[:, 1:], same_y),
+            (label[:, :, :-1], label[:, :, 1:], same_x),
+        ):
             spread = torch.maximum(lo, hi)
             lo.copy_(torch.where(same, spread, lo))
             hi.copy_(torch.where(same, torch.maximum(spread, hi), hi))
@@ -82,7 +106,8 @@ def _shape_templates(device: torch.device) -> Tensor:
 
 
 def detect(images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All objects: image index (N,), colour (N,), shape (N,) with `OTHER`, centre of the box (N, 2) as y, x."""
+    """All objects: image index (N,), colour (N,), shape (N,) with `OTHER`, centre of the box (N, 2) as y,
+    x."""
     colour_BHW = _colour_map(images_BCHW)
     label_BHW = _label(colour_BHW)
     area = torch.stack([torch.bincount(lab.flatten(), minlength=lab.numel() + 1) for lab in label_BHW])
@@ -95,7 +120,9 @@ def detect(images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     corner = centre_N2.floor().long()
     span = torch.arange(13, device=images_BCHW.device)
     y, x = corner[:, :1, None] + span[:, None], corner[:, 1:, None] + span
-    window_N = F.pad(mask_NHW, (6, 6, 6, 6))[torch.arange(len(image_N))[:, None, None], y, x].flatten(1).float()
+    window_N = (
+        F.pad(mask_NHW, (6, 6, 6, 6))[torch.arange(len(image_N))[:, None, None], y, x].flatten(1).float()
+    )
     templates = _shape_templates(images_BCHW.device)
     inter = torch.einsum("np,sop->nso", window_N, templates)
     union = area[image_N, label_N][:, None, None] + templates.sum(-1) - inter
@@ -111,15 +138,26 @@ def _middle(present_NL: Tensor) -> Tensor:
     return (first + length - 1 - present_NL.flip(1).int().argmax(1)) / 2
 
 
-def _compose_targets(prompts: list[str], metadata: list[dict]) -> list[list[tuple[int, int, int, str | None]]]:
+def _compose_targets(
+    prompts: list[str], metadata: list[dict]
+) -> list[list[tuple[int, int, int, str | None]]]:
     """Per prompt its (colour, shape, count, relation to the first entry or None)."""
     targets = []
     for prompt, meta in zip(prompts, metadata, strict=True):
         record = meta or world.parse(prompt).metadata
         if "include" not in record:
             raise ValueError(f"the compose reward needs objects to look for, but {prompt!r} names none")
-        targets.append([(COLOURS.index(e["color"]), SHAPES.index(e["class"]), e["count"],
-                         e["position"][0] if "position" in e else None) for e in record["include"]])
+        targets.append(
+            [
+                (
+                    COLOURS.index(e["color"]),
+                    SHAPES.index(e["class"]),
+                    e["count"],
+                    e["position"][0] if "position" in e else None,
+                )
+                for e in record["include"]
+            ]
+        )
     return targets
 
 
@@ -145,24 +183,28 @@ def _score_objects(objects: list[tuple[int, int, list[float]]], target: list) ->
         right = [centre for c, s, centre in objects if (c, s) == (colour, shape)]
         wanted_colour = sum(n for c, _, n, _ in target if c == colour)
         wanted_shape = sum(n for _, s, n, _ in target if s == shape)
-        credit += (0.6 * _closeness(len(right), count)
-                   + 0.2 * _closeness(sum(c == colour and s != OTHER for c, s, _ in objects), wanted_colour)
-                   + 0.2 * _closeness(sum(s == shape for _, s, _ in objects), wanted_shape)) / len(target)
+        credit += (
+            0.6 * _closeness(len(right), count)
+            + 0.2 * _closeness(sum(c == colour and s != OTHER for c, s, _ in objects), wanted_colour)
+            + 0.2 * _closeness(sum(s == shape for _, s, _ in objects), wanted_shape)
+        ) / len(target)
         exact &= len(right) == count
         where.append(right)
     total = sum(count for _, _, count, _ in target)
     credit *= total / max(total, len(objects))
     exact &= len(objects) == total
-    for (*_, relation), right in zip(target, where):
+    for (*_, relation), right in zip(target, where, strict=True):
         if relation is not None and not (where[0] and right and _related(where[0][0], right[0], relation)):
             credit, exact = 0.6 * credit, False
     return credit, exact
 
 
-def _compose_scores(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> list[tuple[float, bool]]:
+def _compose_scores(
+    images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
+) -> list[tuple[float, bool]]:
     targets = _compose_targets(prompts, metadata)
     objects = [[] for _ in targets]
-    for image, colour, shape, centre in zip(*(t.tolist() for t in detect(images_BCHW))):
+    for image, colour, shape, centre in zip(*(t.tolist() for t in detect(images_BCHW)), strict=True):
         objects[image].append((colour, shape, centre))
     return [_score_objects(found, target) for found, target in zip(objects, targets, strict=True)]
 
@@ -178,6 +220,7 @@ def compose_strict(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
 
 
 # --- text ------------------------------------------------------------------------------------
+
 
 def read(images_BCHW: Tensor) -> list[str]:
     """The characters in the three glyph places of the sign; a place with no glyph gives none.
@@ -198,14 +241,16 @@ def read(images_BCHW: Tensor) -> list[str]:
     for slot in range(3):
         x = world.PANEL_COL + 6 * slot - 1
         rows = slice(world.PANEL_ROW - 3, world.PANEL_ROW + 4)
-        left = F.pad(match, (2, 2))[:, :, rows, x:x + 5]  # horizontal offsets -2..2
+        left = F.pad(match, (2, 2))[:, :, rows, x : x + 5]  # horizontal offsets -2..2
         slots.append(left.flatten(2))
     match_BSGO = torch.stack(slots, 1)
     place_B = match_BSGO.amax(2).sum(1).argmax(1)
     best_BS, glyph_BS = match_BSGO[torch.arange(len(place_B)), :, :, place_B].max(2)
     chars = list(world.FONT)
-    return ["".join(chars[g] for g, ok in zip(glyph_S, ok_S) if ok)
-            for glyph_S, ok_S in zip(glyph_BS.tolist(), (best_BS >= MIN_CORRELATION).tolist())]
+    return [
+        "".join(chars[g] for g, ok in zip(glyph_S, ok_S, strict=True) if ok)
+        for glyph_S, ok_S in zip(glyph_BS.tolist(), (best_BS >= MIN_CORRELATION).tolist(), strict=True)
+    ]
 
 
 def _edit_distance(a: str, b: str) -> int:
@@ -230,8 +275,10 @@ def text(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tenso
 
 # --- quality ---------------------------------------------------------------------------------
 
+
 def noise_level(images_BCHW: Tensor) -> Tensor:
-    """Std of the noise, (B,): from the response of Immerkaer's filter, which is 0 on straight edges and ramps.
+    """Std of the noise, (B,): from the response of Immerkaer's filter, which is 0 on straight edges and
+    ramps.
 
     The 40th percentile instead of the median, as the outlines of four circles fill nearly half the image.
     """
@@ -263,19 +310,22 @@ def _light_and_hue(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Of 2x2 block means, as unit vectors: luminance without its mean (B, 144) and chroma (B, 432)."""
     blocks = F.avg_pool2d(images_BCHW.float(), 2)
     light = blocks.mean(1, keepdim=True)
-    return F.normalize((light - light.mean((2, 3), keepdim=True)).flatten(1), dim=1), F.normalize((blocks - light).flatten(1), dim=1)
+    return F.normalize((light - light.mean((2, 3), keepdim=True)).flatten(1), dim=1), F.normalize(
+        (blocks - light).flatten(1), dim=1
+    )
 
 
 @cache
 def _scene_views(prompt: str) -> tuple[Tensor, Tensor]:
-    return _light_and_hue(torch.from_numpy(world.scenes(prompt)).permute(0, 3, 1, 2))
+    return _light_and_hue(rearrange(torch.from_numpy(world.scenes(prompt)), "b h w c -> b c h w"))
 
 
 def likeness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     """How much an image looks like the landscape asked for, in [0, 1], (B,); 1 for prompts of other kinds.
 
-    Correlation of the luminance times cosine of the chroma, with the best of all clean pictures of the prompt. Grain is grey
-    and dullness a factor on the chroma, so the cosine sees neither; grain costs the correlation a little.
+    Correlation of the luminance times cosine of the chroma, with the best of all clean pictures of the
+    prompt. Grain is grey and dullness a factor on the chroma, so the cosine sees neither; grain costs the
+    correlation a little.
     """
     light_B, hue_B = _light_and_hue(images_BCHW)
     scores = torch.ones(len(prompts), device=images_BCHW.device)
@@ -287,6 +337,7 @@ def likeness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
 
 
 def quality(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """Half for the absence of noise, half for a colourful backdrop; a landscape's whole score times its likeness."""
+    """Half for the absence of noise, half for a colourful backdrop; a landscape's whole score times its
+    likeness."""
     clean = ((NOISE_FULL - noise_level(images_BCHW)) / (NOISE_FULL - NOISE_NONE)).clamp(0, 1)
     return likeness(images_BCHW, prompts) * (0.5 * clean + 0.5 * backdrop_chroma(images_BCHW))

@@ -26,34 +26,53 @@ import numpy as np
 
 SIZE, CELL = 24, 12
 TASKS = ("compose", "text", "quality")
-# Share of wrong content words in the base's captions, so that it knows what to draw but not when: what RL can mend. A sign
-# scores by the character, a relation is right only if all five of its words are, so text takes a higher rate.
+# Share of wrong content words in the base's captions, so that it knows what to draw but not when: what RL can
+# mend. A sign scores by the character, a relation is right only if all five of its words are, so text takes a
+# higher rate.
 CAPTION_ERROR = {"compose": 0.2, "text": 0.35, "quality": 0.12}
 HELD_OUT = {"compose": 256, "text": 256, "quality": 24}
 PROMPT_DIR = Path(__file__).parent / "prompts"
 
 # Objects are saturated; backdrops are pastel or grey, 0.45 or more away from every one of these.
-PALETTE = {"red": (0.85, 0.10, 0.10), "green": (0.05, 0.50, 0.10), "blue": (0.10, 0.15, 0.80),
-           "yellow": (0.95, 0.80, 0.05), "purple": (0.50, 0.05, 0.60)}
+PALETTE = {
+    "red": (0.85, 0.10, 0.10),
+    "green": (0.05, 0.50, 0.10),
+    "blue": (0.10, 0.15, 0.80),
+    "yellow": (0.95, 0.80, 0.05),
+    "purple": (0.50, 0.05, 0.60),
+}
 _Y, _X = np.mgrid[-4:5, -4:5]
-SHAPES = {"circle": _X**2 + _Y**2 <= 19, "square": np.ones((9, 9), bool),
-          "triangle": np.abs(_X) <= (_Y + 5) // 2}
+SHAPES = {
+    "circle": _X**2 + _Y**2 <= 19,
+    "square": np.ones((9, 9), bool),
+    "triangle": np.abs(_X) <= (_Y + 5) // 2,
+}
 COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
 # Where the first object is, seen from the second: (rows, columns).
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 # 5x7 glyphs, one binary row per number; look-alikes (B/8, O/0, S/5, ...) are left out.
 FONT_ROWS = {
-    "A": "01110 10001 10001 11111 10001 10001 10001", "C": "01111 10000 10000 10000 10000 10000 01111",
-    "J": "00111 00010 00010 00010 00010 10010 01100", "K": "10001 10010 10100 11000 10100 10010 10001",
-    "L": "10000 10000 10000 10000 10000 10000 11111", "N": "10001 11001 11001 10101 10011 10011 10001",
-    "R": "11110 10001 10001 11110 10100 10010 10001", "T": "11111 00100 00100 00100 00100 00100 00100",
-    "V": "10001 10001 10001 10001 10001 01010 00100", "X": "10001 10001 01010 00100 01010 10001 10001",
-    "Y": "10001 10001 01010 00100 00100 00100 00100", "Z": "11111 00001 00010 00100 01000 10000 11111",
-    "1": "00100 01100 00100 00100 00100 00100 01110", "2": "01110 10001 00001 00110 01000 10000 11111",
-    "3": "11110 00001 00001 01110 00001 00001 11110", "4": "00010 00110 01010 10010 11111 00010 00010",
-    "5": "11111 10000 11110 00001 00001 10001 01110", "6": "00110 01000 10000 11110 10001 10001 01110",
-    "7": "11111 00001 00010 00100 01000 01000 01000", "9": "01110 10001 10001 01111 00001 00010 01100",
+    "A": "01110 10001 10001 11111 10001 10001 10001",
+    "C": "01111 10000 10000 10000 10000 10000 01111",
+    "J": "00111 00010 00010 00010 00010 10010 01100",
+    "K": "10001 10010 10100 11000 10100 10010 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111",
+    "N": "10001 11001 11001 10101 10011 10011 10001",
+    "R": "11110 10001 10001 11110 10100 10010 10001",
+    "T": "11111 00100 00100 00100 00100 00100 00100",
+    "V": "10001 10001 10001 10001 10001 01010 00100",
+    "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Y": "10001 10001 01010 00100 00100 00100 00100",
+    "Z": "11111 00001 00010 00100 01000 10000 11111",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11110 00001 00001 01110 00001 00001 11110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000",
+    "9": "01110 10001 10001 01111 00001 00010 01100",
 }
 FONT = {c: np.array([[int(b) for b in row] for row in rows.split()], bool) for c, rows in FONT_ROWS.items()}
 LETTERS = tuple(c for c in FONT if c.isalpha())
@@ -61,8 +80,14 @@ DIGITS = tuple(c for c in FONT if c.isdigit())
 PANEL_ROW, PANEL_COL, PANEL_HW = 6, 2, (9, 19)  # top row before jitter, left column, (height, width)
 
 ADJECTIVES = ("calm", "wide", "rolling", "bright", "lonely")
-PLACES = {"sea": (0.20, 0.52, 0.74), "lake": (0.28, 0.70, 0.68), "desert": (0.90, 0.68, 0.42),
-          "meadow": (0.50, 0.76, 0.34), "canyon": (0.80, 0.47, 0.32), "heath": (0.68, 0.46, 0.78)}
+PLACES = {
+    "sea": (0.20, 0.52, 0.74),
+    "lake": (0.28, 0.70, 0.68),
+    "desert": (0.90, 0.68, 0.42),
+    "meadow": (0.50, 0.76, 0.34),
+    "canyon": (0.80, 0.47, 0.32),
+    "heath": (0.68, 0.46, 0.78),
+}
 # phrase: (sky at the top, sky at the horizon, light on the ground, disc, its row above the horizon, column)
 TIMES = {
     "at dawn": ((0.58, 0.66, 0.96), (0.98, 0.66, 0.62), 0.95, (1.00, 0.93, 0.70), 3, 6),
@@ -71,9 +96,17 @@ TIMES = {
     "at night": ((0.08, 0.12, 0.42), (0.22, 0.31, 0.52), 0.68, (0.95, 0.95, 0.86), 9, 17),
 }
 
-SLOTS = {"count": tuple(COUNTS), "color": tuple(PALETTE), "shape": tuple(SHAPES),
-         "relation": tuple(RELATIONS), "letter": LETTERS, "digit": DIGITS,
-         "adjective": ADJECTIVES, "place": tuple(PLACES), "time": tuple(TIMES)}
+SLOTS = {
+    "count": tuple(COUNTS),
+    "color": tuple(PALETTE),
+    "shape": tuple(SHAPES),
+    "relation": tuple(RELATIONS),
+    "letter": LETTERS,
+    "digit": DIGITS,
+    "adjective": ADJECTIVES,
+    "place": tuple(PLACES),
+    "time": tuple(TIMES),
+}
 GRAMMAR = {
     ("compose", 3): ("count", "color", "shape"),
     ("compose", 4): ("color", "shape", "color", "shape"),
@@ -127,11 +160,14 @@ class Spec:
 
 # --- prompts ---------------------------------------------------------------------------------
 
+
 def parse(prompt: str) -> Spec:
     """The spec whose prompt this is; ValueError when the world has no such prompt."""
     spec = _parse(prompt)
     if spec is None:
-        raise ValueError(f"{prompt!r} is not a prompt of the miniature world; see opd/mini/prompts for its forms")
+        raise ValueError(
+            f"{prompt!r} is not a prompt of the miniature world; see opd/mini/prompts for its forms"
+        )
     return spec
 
 
@@ -141,10 +177,15 @@ def _parse(prompt: str) -> Spec | None:
         return f"({'|'.join(SLOTS[kind])})"
 
     noun = f"{one_of('color')} {one_of('shape')}"
-    forms = {"compose": (f"{one_of('count')} {noun}s?", f"a {noun} and a {noun}",
-                         f"a {noun} {one_of('relation')} a {noun}"),
-             "text": (f'a sign that says "{one_of("letter")}{one_of("digit")}{one_of("letter")}"',),
-             "quality": (f"a {one_of('adjective')} {one_of('place')} {one_of('time')}",)}
+    forms = {
+        "compose": (
+            f"{one_of('count')} {noun}s?",
+            f"a {noun} and a {noun}",
+            f"a {noun} {one_of('relation')} a {noun}",
+        ),
+        "text": (f'a sign that says "{one_of("letter")}{one_of("digit")}{one_of("letter")}"',),
+        "quality": (f"a {one_of('adjective')} {one_of('place')} {one_of('time')}",),
+    }
     for task in TASKS:
         for form in forms[task]:
             match = re.fullmatch(form, prompt)
@@ -208,7 +249,7 @@ def prompt_files() -> dict[str, str]:
     """File name -> content of the shipped prompt files."""
     files = {}
     for task in TASKS:
-        for name, prompts in zip(("train", "test"), split(task)):
+        for name, prompts in zip(("train", "test"), split(task), strict=True):
             if task == "compose":
                 lines, ext = [json.dumps(parse(p).metadata) for p in prompts], "jsonl"
             else:
@@ -254,28 +295,29 @@ def _place(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple[str, 
         return [(*words[:2], *first), (*words[-2:], *second)]
     nouns = [words[1:]] * COUNTS[words[0]] if len(words) == 3 else [words[:2], words[2:]]
     cells = rng.permutation(4)
-    return [(*noun, cell // 2, cell % 2) for noun, cell in zip(nouns, cells)]
+    return [(*noun, cell // 2, cell % 2) for noun, cell in zip(nouns, cells, strict=False)]  # cells to spare
 
 
 def _draw_objects(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
     for colour, shape, row, col in _place(words, rng):
         jitter_y, jitter_x = rng.integers(2, size=2)
         y, x = row * CELL + 1 + jitter_y, col * CELL + 1 + jitter_x
-        image_HWC[y:y + 9, x:x + 9][SHAPES[shape]] = PALETTE[colour]
+        image_HWC[y : y + 9, x : x + 9][SHAPES[shape]] = PALETTE[colour]
 
 
 def _draw_sign(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
     top = PANEL_ROW + rng.integers(3)
-    image_HWC[top:top + PANEL_HW[0], PANEL_COL:PANEL_COL + PANEL_HW[1]] = 0.97
+    image_HWC[top : top + PANEL_HW[0], PANEL_COL : PANEL_COL + PANEL_HW[1]] = 0.97
     for i, char in enumerate(words):
         x = PANEL_COL + 1 + 6 * i
-        image_HWC[top + 1:top + 8, x:x + 5][FONT[char]] = 0.08
+        image_HWC[top + 1 : top + 8, x : x + 5][FONT[char]] = 0.08
 
 
 def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.ndarray:
     """Sky, sun or moon, ground; the adjective moves the horizon or changes the disc.
 
-    lower: pixels that the horizon lies lower, 0 or 1. aside: pixels that the disc stands aside, -1 to 1. phase: of the hills' wave.
+    lower: pixels that the horizon lies lower, 0 or 1. aside: pixels that the disc stands aside, -1 to 1.
+    phase: of the hills' wave.
     """
     adjective, place, time = words
     sky_top, sky_low, light, disc, height, column = TIMES[time]
@@ -304,16 +346,20 @@ def _draw_scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def scenes(prompt: str) -> np.ndarray:
-    """Every clean picture of a landscape, the hills' wave in eighths: (6 or 48, 24, 24, 3) in [0, 1]; none for other prompts."""
+    """Every clean picture of a landscape, the hills' wave in eighths: (6 or 48, 24, 24, 3) in [0, 1]; none
+    for other prompts."""
     spec = _parse(prompt)
     if spec is None or spec.task != "quality":
         return np.zeros((0, SIZE, SIZE, 3), np.float32)
     phases = np.arange(8) / 8 if spec.words[0] == "rolling" else (0.0,)
-    return np.stack([_scene(spec.words, *where) for where in product((0, 1), (-1, 0, 1), phases)]).astype(np.float32)
+    return np.stack([_scene(spec.words, *where) for where in product((0, 1), (-1, 0, 1), phases)]).astype(
+        np.float32
+    )
 
 
 def render(spec: Spec | str, rng: np.random.Generator, lively: bool = True, noise: float = 0.0) -> np.ndarray:
-    """Draw a spec or prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1 scale."""
+    """Draw a spec or prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1
+    scale."""
     spec = parse(spec) if isinstance(spec, str) else spec
     image = _draw_scene(spec.words, rng) if spec.task == "quality" else _backdrop(rng)
     if not lively:
@@ -342,7 +388,9 @@ def misname(spec: Spec, rng: np.random.Generator, rate: float) -> str:
     if not wrong.any():
         return spec.prompt
     for _ in range(20):
-        words = [_other(k, w, rng) if bad else w for k, w, bad in zip(spec.kinds, spec.words, wrong)]
+        words = [
+            _other(k, w, rng) if bad else w for k, w, bad in zip(spec.kinds, spec.words, wrong, strict=True)
+        ]
         caption = Spec(spec.task, tuple(words)).prompt
         if caption not in _held_out():
             return caption
@@ -354,8 +402,13 @@ def _other(kind: str, word: str, rng: np.random.Generator) -> str:
     return options[rng.integers(len(options))]
 
 
-def training_pair(prompt: str, rng: np.random.Generator, caption_error: float | None = None,
-                  noise_prob: float = 0.5, dull_prob: float = 0.5) -> tuple[np.ndarray, str]:
+def training_pair(
+    prompt: str,
+    rng: np.random.Generator,
+    caption_error: float | None = None,
+    noise_prob: float = 0.5,
+    dull_prob: float = 0.5,
+) -> tuple[np.ndarray, str]:
     """(image (24, 24, 3) uint8, caption) as pretraining sees them; all three at 0 is clean data.
 
     caption_error: share of content words that are wrong; None = CAPTION_ERROR of the prompt's task.
@@ -371,6 +424,7 @@ def training_pair(prompt: str, rng: np.random.Generator, caption_error: float | 
 
 
 # --- command ---------------------------------------------------------------------------------
+
 
 def contact_sheet(rng: np.random.Generator, per_row: int = 12, scale: int = 8) -> np.ndarray:
     """Per task a row of clean lively pictures and one of noisy and dull ones, (H, W, 3) uint8."""
@@ -393,6 +447,7 @@ def main() -> None:
         print(f"{name}: {content.count(chr(10))} prompts")
     if cfg.sheet:
         from PIL import Image
+
         Image.fromarray(contact_sheet(np.random.default_rng(0))).save(cfg.sheet)
 
 

@@ -1,0 +1,54 @@
+"""Model families: all that the code knows about one diffusers pipeline is in one module of this folder.
+
+A family is a module with the names of `CONTRACT`. To support another pipeline, write opd/families/NAME.py,
+give its tiny pipeline a row in tests/test_families.py and the module its place in tests/test_layers.py, and
+pass `--family NAME`; nothing else changes.
+
+Shapes: B batch, C latent channels, H x W latent size. `folder` is the pipeline's directory.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from torch import Tensor
+
+Condition = dict[str, Tensor]
+"""The text of ONE sample: named tensors without a batch axis, as long as the text is."""
+
+CONTRACT = {
+    "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it",
+    "LORA_TARGETS": "last parts of the names of the linear layers that a fresh LoRA adapts",
+    "TEXT": "sub-folders whose files make an embedding: what the cache of embeddings depends on",
+    "NEGATIVE": "prompt of the unconditional branch of guidance",
+    "skeleton": "(folder) -> the transformer on the meta device: names and shapes before weights load",
+    "load_transformer": "(folder, dtype) -> the frozen base on the CPU, in eval mode",
+    "load_vae": "(folder) -> the frozen VAE in float32 on the CPU",
+    "load_text": "(folder, dtype, device, t5) -> what encode_prompts needs; t5 = False: without a T5 encoder",
+    "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
+    "collate": "(B Conditions) -> dict of batched tensors: stacked, or padded, with a mask",
+    "velocity": "(transformer, x_BCHW, sigma_B, collate's result) -> dx/dsigma (B, C, H, W), any dtype",
+    "guide": "(v, v_uncond, scale) -> the guided velocity (B, C, H, W), float32; scale 1 must mean v itself",
+    "sigmas": "(folder, shape_CHW, steps) -> the pipeline's steps + 1 noise levels, strictly from 1 to 0",
+    "log_shift": "(folder, shape_CHW) -> log of the factor on sigma / (1 - sigma) in training",
+    "latent_shape": "(folder, resolution in pixels) -> (C, H, W); ValueError where it does not fit the model",
+    "default_resolution": "(folder) -> pixels per side that the model was made for",
+    "pixels": "(folder) -> pixels of the image per pixel of the latents, along a side",
+    "decode": "(vae, latents_BCHW) -> images (B, 3, height, width) float32 in [0, 1]",
+    "encode_images": "(vae, images in [0, 1]) -> latents_BCHW float32, scaled for the transformer",
+    "blocks": "(transformer) -> the blocks to shard and to checkpoint, in order",
+}
+
+
+def load_family(name: str) -> ModuleType:
+    """The module opd/families/NAME.py. ValueError if there is none or it breaks the contract."""
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if name not in known:
+        raise ValueError(
+            f"--family {name!r}: no model family opd/families/{name}.py; choose from {', '.join(known)}"
+        )
+    family = importlib.import_module(f"opd.families.{name}")
+    for part, meaning in CONTRACT.items():
+        if not hasattr(family, part):
+            raise ValueError(f"--family {name!r}: opd/families/{name}.py lacks {part}: {meaning}")
+    return family

@@ -1,0 +1,220 @@
+"""The SD3 family: StableDiffusion3Pipeline, for SD3 and SD3.5. `CONTRACT` says what each name is for.
+
+Shapes: B batch, C latent channels, H x W latent size, L text tokens, D text width, P pooled width.
+A Condition holds `embeds` (L, D) and `pooled` (P,).
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+from opd import flow
+from opd.families import Condition
+
+PIPELINE = "StableDiffusion3Pipeline"
+# The joint attention's projections of image and text stream: what Flow-GRPO adapts.
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+NEGATIVE = ""
+T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
+
+
+# ---------------------------------------------------------------- weights
+
+
+def skeleton(folder: Path) -> SD3Transformer2DModel:
+    """The transformer without storage (meta device)."""
+    with torch.device("meta"):
+        return SD3Transformer2DModel.from_config(transformer_config(folder))
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+    return transformer.requires_grad_(False).eval()
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    return vae.requires_grad_(False).eval()
+
+
+def blocks(transformer: SD3Transformer2DModel) -> list[torch.nn.Module]:
+    return list(transformer.transformer_blocks)
+
+
+# ---------------------------------------------------------------- text
+
+
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> StableDiffusion3Pipeline:
+    """A pipeline that can only encode prompts. `t5=False` leaves out the third, largest encoder."""
+    absent = {}
+    if not (t5 and has_t5(folder)):
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        folder, transformer=skeleton(folder), vae=None, dtype=dtype, **absent
+    )
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if encoder is not None:
+            encoder.to(device)
+    return pipe
+
+
+def has_t5(folder: Path) -> bool:
+    """Whether the pipeline directory ships the T5 encoder."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return "text_encoder_3" in index and index["text_encoder_3"][0] is not None
+
+
+@torch.no_grad()
+def encode_prompts(
+    text: StableDiffusion3Pipeline, prompts: list[str], device: torch.device
+) -> list[Condition]:
+    """L = CLIP tokens + T5 tokens. Without T5 its part is zeros, as many as CLIP has: SD3 knows them."""
+    tokens = text.tokenizer_max_length
+    if text.text_encoder_3 is not None:
+        tokens = T5_TOKENS
+    embeds_BLD, _, pooled_BP, _ = text.encode_prompt(
+        prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=tokens
+    )
+    pairs = zip(embeds_BLD, pooled_BP, strict=True)
+    return [{"embeds": embeds_LD, "pooled": pooled_P} for embeds_LD, pooled_P in pairs]
+
+
+def collate(conditions: list[Condition]) -> dict[str, Tensor]:
+    """`embeds` (B, L, D), `pooled` (B, P). ValueError where L differs: the transformer has no mask."""
+    lengths = sorted({len(condition["embeds"]) for condition in conditions})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"conditions of {lengths} tokens in one batch: SD3 has no mask for text; "
+            "encode all prompts with the same encoders"
+        )
+    return {name: torch.stack([c[name] for c in conditions]) for name in ("embeds", "pooled")}
+
+
+# ---------------------------------------------------------------- velocity
+
+
+def velocity(
+    transformer: SD3Transformer2DModel, x_BCHW: Tensor, sigma_B: Tensor, text: dict[str, Tensor]
+) -> Tensor:
+    """The model's timestep is 1000 sigma; it stays float32, as 901 in bfloat16 is 900."""
+    (v_BCHW,) = transformer(
+        hidden_states=x_BCHW.to(text["embeds"].dtype),
+        timestep=1000.0 * sigma_B.float(),
+        encoder_hidden_states=text["embeds"],
+        pooled_projections=text["pooled"],
+        return_dict=False,
+    )
+    return v_BCHW
+
+
+def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+    """v_u + g (v - v_u)."""
+    return flow.guided(v, v_uncond, scale)
+
+
+# ---------------------------------------------------------------- noise levels
+
+
+def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
+    """The scheduler's own. ValueError for less than one step and for a schedule that does not fall to 0."""
+    if steps < 1:
+        raise ValueError(f"steps = {steps}: a walk from noise to data needs at least 1 step")
+    scheduler = load_scheduler(folder)
+    if scheduler.config.use_dynamic_shifting:
+        scheduler.set_timesteps(steps, mu=dynamic_shift(scheduler, folder, shape_CHW))
+    else:
+        scheduler.set_timesteps(steps)
+    levels = scheduler.sigmas
+    if levels[-1] != 0 or (levels.diff() >= 0).any():
+        raise ValueError(f"{folder}/scheduler: the sigmas must fall strictly to 0, got {levels.tolist()}")
+    return levels.tolist()
+
+
+def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
+    scheduler = load_scheduler(folder)
+    if not scheduler.config.use_dynamic_shifting:
+        return math.log(scheduler.config.shift)
+    half = scheduler.time_shift(dynamic_shift(scheduler, folder, shape_CHW), 1.0, 0.5)
+    return math.log(half / (1 - half))  # at sigma = 1/2 the odds are the shift
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+
+
+def dynamic_shift(
+    scheduler: FlowMatchEulerDiscreteScheduler, folder: Path, shape_CHW: tuple[int, int, int]
+) -> float:
+    """mu: linear in the number of image tokens, through the two points that the scheduler's config names."""
+    config = scheduler.config
+    rise = config.max_shift - config.base_shift
+    run = config.max_image_seq_len - config.base_image_seq_len
+    return config.base_shift + rise / run * (image_tokens(folder, shape_CHW) - config.base_image_seq_len)
+
+
+def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
+    """Number of patches."""
+    patch = transformer_config(folder)["patch_size"]
+    return (shape_CHW[1] // patch) * (shape_CHW[2] // patch)
+
+
+# ---------------------------------------------------------------- images and latents
+
+
+def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
+    """(C, H, W) of a square image. ValueError where its patches do not fit the model."""
+    config, factor = transformer_config(folder), pixels(folder)
+    unit = factor * config["patch_size"]
+    limit = unit * config["pos_embed_max_size"]
+    if resolution <= 0 or resolution % unit != 0 or resolution > limit:
+        raise ValueError(
+            f"resolution {resolution} does not fit this model: use a multiple of {unit} up to {limit}"
+        )
+    return config["in_channels"], resolution // factor, resolution // factor
+
+
+def default_resolution(folder: Path) -> int:
+    return transformer_config(folder)["sample_size"] * pixels(folder)
+
+
+def pixels(folder: Path) -> int:
+    """Each of the VAE's stages but the last halves the picture."""
+    config = AutoencoderKL.load_config(folder / "vae")
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+    z = latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor
+    (images,) = vae.decode(z, return_dict=False)  # in [-1, 1]
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
+    """The posterior's mean."""
+    z = vae.encode(images_B3HW.float() * 2 - 1).latent_dist.mode()
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def transformer_config(folder: Path) -> dict:
+    return SD3Transformer2DModel.load_config(folder / "transformer")

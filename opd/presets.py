@@ -1,0 +1,211 @@
+"""Named runs, a table: `train.py PRESET --field value` starts from one of them and overrides single settings.
+
+Sources that start with opd/ lie in this package (`opd.files.resolve`).
+"""
+
+from dataclasses import replace
+
+from opd.config import Distil, Finetune, Grow, Run
+
+MINI = "opd/mini/weights/base"
+MINI_TEACHERS = {
+    "compose": "opd/mini/weights/compose",
+    "text": "opd/mini/weights/text",
+    "quality": "opd/mini/weights/quality",
+}
+MINI_PROMPTS = {
+    "compose": "opd/mini/prompts/compose.train.jsonl",
+    "text": "opd/mini/prompts/text.train.txt",
+    "quality": "opd/mini/prompts/quality.train.txt",
+}
+MINI_HELDOUT = {
+    "compose": "opd/mini/prompts/compose.test.jsonl",
+    "text": "opd/mini/prompts/text.test.txt",
+    "quality": "opd/mini/prompts/quality.test.txt",
+}
+MINI_REWARDS = {
+    "compose": "opd.mini.rewards:compose",
+    "text": "opd.mini.rewards:text",
+    "quality": "opd.mini.rewards:quality",
+}
+# Growing is rewarded for parts of a composition; scores count whole ones.
+MINI_SCORERS = MINI_REWARDS | {"compose": "opd.mini.rewards:compose_strict"}
+
+# The late states' gradients are tens of times larger and almost pure noise (opd/mini/RESULTS.md), so one
+# early state is trained at a time; groups share their start, so that this state is computed once for all of a
+# group, and rewards differ by the noise of its one step. Six steps are enough to roll out.
+GROW = Grow(
+    model=MINI,
+    heldout=MINI_HELDOUT,
+    rewards=MINI_SCORERS,
+    prompts_per_step=12,
+    group=8,
+    micro_batch=48,
+    steps=6,
+    window=1,
+    window_range=(0, 3),
+    shared_start=True,
+    ema=0.9,
+    save_every=50,
+    sample_every=30,
+    watch_every=60,
+    watch_prompts=128,
+)
+
+
+def grow(task: str, beta: float, lr: float, iterations: int) -> Grow:
+    """The miniature's teacher of one task."""
+    return replace(
+        GROW,
+        out=f"runs/mini-{task}",
+        prompts={task: MINI_PROMPTS[task]},
+        train_rewards={task: MINI_REWARDS[task]},
+        beta=beta,
+        lr=lr,
+        iterations=iterations,
+    )
+
+
+FINETUNE = Finetune(
+    model=MINI,
+    prompts_per_step=64,
+    micro_batch=64,
+    warmup=20,
+    log_every=10,
+    save_every=200,
+    sample_every=200,
+)
+
+
+def finetune(task: str, iterations: int) -> Finetune:
+    """The miniature's base, fine-tuned on pictures of one task."""
+    data, out = f"runs/mini-data/{task}", f"runs/mini-sft-{task}"
+    return replace(FINETUNE, data=data, out=out, iterations=iterations, ema=0.99)
+
+
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+SD35_TEACHERS = {
+    "geneval": "jieliu/SD3.5M-FlowGRPO-GenEval",
+    "ocr": "jieliu/SD3.5M-FlowGRPO-Text",
+    "pickscore": "jieliu/SD3.5M-FlowGRPO-PickScore",
+}
+SD35_PROMPTS = {
+    "geneval": "dataset/geneval/train_metadata.jsonl",
+    "ocr": "dataset/ocr/train.txt",
+    "pickscore": "dataset/pickscore/train.txt",
+}
+
+PRESETS: dict[str, Run] = {
+    # kl weighs the high-noise states, which decide the composition, hundreds of times less than the last
+    # ones, and a hundred steps are too few to wait for them (opd/mini/RESULTS.md, "Which weight?"); 3:1:1 is
+    # the paper's mix.
+    "mini": Distil(
+        out="runs/mini",
+        model=MINI,
+        teachers=MINI_TEACHERS,
+        prompts=MINI_PROMPTS,
+        heldout=MINI_HELDOUT,
+        rewards=MINI_SCORERS,
+        anchor="quality",
+        weight="uniform",
+        queries=5,
+        query_beta=(1.0, 1.5),
+        skip_last=True,
+        rank=32,
+        alpha=64.0,
+        lr=3e-3,
+        mix={"compose": 3},
+        prompts_per_step=30,
+        micro_batch=30,
+        iterations=80,
+        save_every=40,
+        eval_prompts=128,
+    ),
+    "mini-base": replace(
+        FINETUNE,
+        out="runs/mini-base",
+        full=True,
+        model="runs/mini-pipeline",
+        data="runs/mini-data/base",
+        iterations=8700,
+        lr=1e-3,
+        warmup=200,
+        ema=0.999,
+        weight_decay=0.01,
+        save_every=500,
+        sample_every=500,
+    ),
+    "mini-compose": grow("compose", beta=0.002, lr=1.3e-3, iterations=240),
+    "mini-text": grow("text", beta=0.04, lr=2e-3, iterations=60),
+    "mini-quality": grow("quality", beta=0.04, lr=4e-3, iterations=30),
+    "mini-grpo-mix": replace(
+        GROW,
+        out="runs/mini-grpo-mix",
+        prompts=MINI_PROMPTS,
+        train_rewards=MINI_REWARDS,
+        mix={"compose": 3},
+        prompts_per_step=15,
+        beta=0.002,
+        lr=2e-3,
+        iterations=320,
+        cosine_every=40,
+    ),
+    "mini-sft-compose": finetune("compose", iterations=1200),
+    "mini-sft-text": finetune("text", iterations=500),
+    "mini-sft-quality": finetune("quality", iterations=500),
+    "sd35": Distil(
+        out="runs/sd35",
+        model=SD35,
+        resolution=512,
+        rank=32,
+        alpha=64.0,
+        teachers=SD35_TEACHERS,
+        prompts=SD35_PROMPTS,
+        mix={"geneval": 3, "ocr": 1, "pickscore": 1},
+        anchor="pickscore",
+        guidance=4.5,
+        teacher_guidance=4.5,
+        prompts_per_step=40,
+        group=4,
+        micro_batch=8,
+        iterations=1000,
+        lr=1e-4,
+        warmup=10,
+        decay="constant",
+        checkpointing=True,
+        evaluate=False,
+        save_every=25,
+        sample_every=25,
+    ),
+    # Flow-GRPO's numbers for one teacher; add --train-rewards geneval=module:function.
+    "sd35-grpo": Grow(
+        out="runs/sd35-grpo",
+        model=SD35,
+        resolution=512,
+        rank=32,
+        alpha=64.0,
+        prompts={"geneval": SD35_PROMPTS["geneval"]},
+        prompts_per_step=48,
+        group=24,
+        micro_batch=8,
+        steps=10,
+        eval_steps=40,
+        skip_last=True,
+        guidance=4.5,
+        updates=2,
+        beta=0.04,
+        clip_range=1e-4,
+        lr=3e-4,
+        warmup=0,
+        decay="constant",
+        ema=0.9,
+        ema_every=8,
+        iterations=2000,
+        checkpointing=True,
+        evaluate=False,
+        save_every=25,
+        sample_every=25,
+    ),
+}
+
+DEFAULT = PRESETS["mini"]

@@ -1,0 +1,218 @@
+"""Rewards: what one is, how it is named, and how it fails.
+
+What a reward is. A function
+
+    (images (B, 3, H, W) float32 in [0, 1] on the CPU, prompts list[str], metadata list[dict]) -> scores (B,)
+
+that returns a floating tensor, higher is better; or a class that is made without arguments and whose
+instance is called in the same way. Either may carry
+
+    metadata_keys = ("key", ...)    what the metadata of every prompt must hold
+    load(device)                    loads its models, on this rank's device
+
+A class has one instance per process, however many rewards name it, and `load` runs once before the first
+call. Scores may be on any device; moving the images to the models is the reward's job. A call that timed out
+may still run beside the next one.
+
+How it is named. `module:function` or `module:Class`; a short name from the table SHORT; or a weighted sum of
+these such as `0.7*module:a+0.3*module:b`.
+
+How it fails. What can be known before training is a ValueError that names the reward and the fix: a name
+that is malformed or cannot be imported (`find_reward`), models that do not load (`Reward.load`), missing
+metadata and a wrong return value (`Reward.check`). Later, under `Reward.start`, a call that raises, hangs or
+returns something else than B finite scores is repeated prompt by prompt; what still fails is NaN and has a
+reason, and the caller decides."""
+
+import functools
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd.data import Prompt
+from opd.flags import require
+from opd.rewards.scoring import Scoring, fault_of
+
+SHORT = {
+    "jpeg_compressibility": "opd.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "opd.rewards.jpeg:incompressibility",
+}
+
+_NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
+_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w.]+(?::\w+)?)\s*"
+_LOADED = []  # functions and instances whose load() has run in this process
+
+
+def find_reward(spec: str) -> "Reward":
+    """The reward called `spec`, its modules imported and its classes made. ValueError naming the spec and
+    the fix."""
+    well_formed = re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec, re.IGNORECASE)
+    require(
+        well_formed is not None,
+        f"scorer {spec!r}: write it as module:function_or_class, as one of the short names "
+        f"{', '.join(SHORT)}, or as a weighted sum of them such as 0.7*module:a+0.3*module:b",
+    )
+    terms = []
+    for weight, name in re.findall(_TERM, spec, re.IGNORECASE):
+        terms.append(Term(_weight(weight, name, spec), name, _find_function(name, spec)))
+    return Reward(spec, terms)
+
+
+@dataclass(frozen=True)
+class Term:
+    weight: float
+    name: str
+    function: Callable
+    """A function, or the instance of a class."""
+
+
+class Reward:
+    """A reward or a weighted sum of rewards, found once per run: checking, training, watching and reporting
+    share it."""
+
+    def __init__(self, spec: str, terms: list[Term]):
+        self.spec = spec
+        self.terms = terms
+        self.metadata_keys = _keys_of_all(terms)
+
+    def load(self, device: torch.device) -> None:
+        """Load the models of every term that has some, unless this process has loaded them before.
+        ValueError naming the spec if that fails."""
+        for term in self.terms:
+            if not hasattr(term.function, "load") or _is_loaded(term.function):
+                continue
+            try:
+                term.function.load(device)
+            except Exception as error:  # whatever the user's code raises
+                what = f"load({device}) of {term.name} raised {type(error).__name__}"
+                raise ValueError(f"scorer {self.spec!r}: {what}: {error}") from error
+            _LOADED.append(term.function)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """The raw scores (B,), unguarded. A reward that is no sum answers as it pleases (`fault_of` judges
+        it); the terms of a sum are each held to what a single reward must return, and ValueError names the
+        one that is wrong."""
+        if len(self.terms) == 1 and self.terms[0].weight == 1:
+            return self.terms[0].function(images_BCHW, prompts, metadata)
+        total_B = torch.zeros(len(prompts))
+        for term in self.terms:
+            scores_B = term.function(images_BCHW, prompts, metadata)
+            fault = fault_of(scores_B, len(prompts))
+            require(not fault, f"{term.name} {fault}")
+            total_B += term.weight * scores_B.detach().to("cpu", torch.float32)
+        return total_B
+
+    def check(self, task: str, prompts: list[Prompt], pixels: int) -> None:
+        """Look for the metadata it needs, then call it once, on grey images of `pixels` per side. ValueError
+        naming task, reward and fix. There is no time-out: a first call may have much to prepare."""
+        self.check_metadata(task, prompts)
+        reward = f"task {task!r}: reward {self.spec!r}"
+        probe = prompts[:2]
+        texts = [prompt.text for prompt in probe]
+        grey_BCHW = torch.full((len(probe), 3, pixels, pixels), 0.5)
+        try:
+            with torch.no_grad():
+                scores = self(grey_BCHW, texts, [prompt.metadata for prompt in probe])
+        except (Exception, SystemExit) as error:
+            raised = f"raised {type(error).__name__} on grey images of {texts}"
+            raise ValueError(f"{reward} {raised}: {error}") from error
+        fault = fault_of(scores, len(probe))
+        wanted = f"wanted: a floating tensor of shape ({len(probe)},), a score per image"
+        require(not fault, f"{reward} {fault} ({wanted})")
+
+    def check_metadata(self, task: str, prompts: list[Prompt]) -> None:
+        """ValueError naming the first prompt that lacks a key of `metadata_keys`."""
+        for prompt in prompts:
+            for key in self.metadata_keys:
+                require(
+                    key in prompt.metadata,
+                    f"task {task!r}: reward {self.spec!r} needs {key!r} with every prompt, but "
+                    f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl",
+                )
+
+    def start(
+        self,
+        images_BCHW: Tensor,
+        prompts: list[str],
+        metadata: list[dict],
+        timeout: float,
+        retries: int = 1,
+    ) -> Scoring:
+        """Score a batch in a guarded thread; `timeout` in seconds per call, `retries` per prompt that
+        failed."""
+        return Scoring(self, images_BCHW, prompts, metadata, timeout, retries)
+
+
+def _weight(text: str, name: str, spec: str) -> float:
+    if not text:
+        return 1.0
+    weight = float(text)
+    message = f"scorer {spec!r}: the weight {text} of {name} is not finite; write a number"
+    require(math.isfinite(weight), message)
+    return weight
+
+
+def _find_function(name: str, spec: str) -> Callable:
+    """The function called `name`, or the instance of the class; `spec` is what the user wrote."""
+    module, _, attribute = _path(name, spec).rpartition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
+    if inspect.isclass(function):
+        function = _made(function, name, spec)
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scorer {spec!r}: {name} must accept (images, prompts, metadata)") from error
+    is_string = isinstance(_metadata_keys(function), str)
+    require(not is_string, f"scorer {spec!r}: metadata_keys of {name} is a string; make it a tuple")
+    return function
+
+
+def _made(kind: type, name: str, spec: str) -> Callable:
+    try:
+        return _instance(kind)
+    except Exception as error:  # whatever the user's class raises
+        what = f"the class {name} cannot be made without arguments"
+        raise ValueError(f"scorer {spec!r}: {what}: {error}") from error
+
+
+@functools.cache
+def _instance(kind: type) -> Callable:
+    """The one instance of a class: two rewards that name it share its models."""
+    return kind()
+
+
+def _path(name: str, spec: str) -> str:
+    """module:attribute of a name, short or not."""
+    if ":" in name:
+        return name
+    known = ", ".join(SHORT)
+    require(
+        name in SHORT, f"scorer {spec!r}: {name!r} is no short name ({known}); write it as module:function"
+    )
+    return SHORT[name]
+
+
+def _is_loaded(function: Callable) -> bool:
+    return any(loaded is function for loaded in _LOADED)  # an instance may define == or be unhashable
+
+
+def _metadata_keys(function: Callable) -> tuple[str, ...]:
+    if hasattr(function, "metadata_keys"):
+        return function.metadata_keys
+    return ()
+
+
+def _keys_of_all(terms: list[Term]) -> tuple[str, ...]:
+    """The keys that some term needs, each once."""
+    keys = []
+    for term in terms:
+        keys.extend(_metadata_keys(term.function))
+    return tuple(dict.fromkeys(keys))

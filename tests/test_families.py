@@ -1,0 +1,275 @@
+"""Every family of opd/families against diffusers' own pipeline. A new family needs a row in FIXTURES."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import diffusers
+import pytest
+import torch
+
+from opd import adapters, families, kernels, trajectory
+from opd.data import seed_of
+from opd.families import load_family
+from opd.model import Model
+from tests import tiny
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "two blue squares", "a dot"]  # of different lengths
+
+
+class Fixture(NamedTuple):
+    """How the tests get at a family's tiny pipeline."""
+
+    family: str
+    build: Callable[[Path], Path]
+    absent: dict
+    """Components that from_pretrained must be told are missing."""
+    call: dict
+    """Arguments of the pipeline's call beside those that every family has."""
+
+
+FIXTURES = {
+    "sd3": Fixture("sd3", tiny.make_pipeline, tiny.NO_T5, {"max_sequence_length": 12}),
+    "sd3 with T5": Fixture("sd3", tiny.make_pipeline_with_t5, {}, {"max_sequence_length": 128}),
+}
+SCHEDULERS = {
+    "static": {"shift": 3.0},
+    "dynamic": {"use_dynamic_shifting": True},
+    "dynamic, linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+}
+
+
+@pytest.fixture(scope="module", params=FIXTURES)
+def case(request, tmp_path_factory):
+    """One row of FIXTURES: its family, its saved pipeline, and a cache with the prompts."""
+    fixture = FIXTURES[request.param]
+    folder = tmp_path_factory.mktemp("family")
+    family = load_family(fixture.family)
+    fixture.build(folder / "pipeline")
+    return SimpleNamespace(
+        fixture=fixture, family=family, pipeline=folder / "pipeline", cache=folder / "cache"
+    )
+
+
+def ours(case, pipeline: Path | None = None, resolution: int = 0) -> Model:
+    model = Model.plan(
+        case.family, str(pipeline or case.pipeline), "float32", resolution, str(case.cache), CPU, True
+    )
+    model.prepare(PROMPTS)
+    model.load()
+    return model
+
+
+class Theirs:
+    """The pipeline's own run: at every step x, sigma and the velocity that it handed to its scheduler."""
+
+    def __init__(self, case, pipeline: Path | None = None, lora: Path | None = None):
+        self.case = case
+        kind = getattr(diffusers, case.family.PIPELINE)
+        self.pipe = kind.from_pretrained(pipeline or case.pipeline, **case.fixture.absent)
+        self.pipe.set_progress_bar_config(disable=True)
+        if lora is not None:
+            self.pipe.load_lora_weights(lora)
+        self.steps = []
+        self.scheduler_step = self.pipe.scheduler.step
+        self.pipe.scheduler.step = self.record
+
+    def record(self, velocity, timestep, x, **options):
+        sigma = self.pipe.scheduler.sigmas[len(self.steps)]
+        self.steps.append((x, sigma, velocity))
+        return self.scheduler_step(velocity, timestep, x, **options)
+
+    def run(self, start, steps: int, guidance: float, resolution: int = 8):
+        """Its images (B, 3, H, W) in [0, 1]."""
+        result = self.pipe(
+            PROMPTS,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            negative_prompt=[self.case.family.NEGATIVE] * len(PROMPTS),
+            latents=start,
+            output_type="pt",
+            **self.case.fixture.call,
+        )
+        return result.images
+
+
+def noise(model: Model, seed: int = 4, index: tuple = (5, 0, 17)) -> torch.Tensor:
+    return kernels.normal((len(index), *model.shape), seed_of(seed, "start"), torch.tensor(index))
+
+
+# ---------------------------------------------------------------- every family is its pipeline
+
+
+def test_every_family_has_a_row_in_fixtures_and_the_whole_contract():
+    modules = {module.name for module in pkgutil.iter_modules(families.__path__)}
+    assert modules == {fixture.family for fixture in FIXTURES.values()}
+    for name in modules:
+        assert all(hasattr(load_family(name), part) for part in families.CONTRACT)
+
+
+@pytest.mark.parametrize("resolution", [8, 16])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_sigmas_are_the_pipelines(scheduler, resolution, case, tmp_path):
+    pipeline = tiny.with_scheduler(case.pipeline, tmp_path / "pipeline", SCHEDULERS[scheduler])
+    shape = case.family.latent_shape(pipeline, resolution)
+    theirs = Theirs(case, pipeline)
+    for steps in (1, 4, 10, 28):
+        theirs.steps.clear()
+        theirs.run(torch.randn(3, *shape), steps, 1.0, resolution)
+        levels = case.family.sigmas(pipeline, shape, steps)
+        assert levels == theirs.pipe.scheduler.sigmas.tolist()
+        assert len(levels) == steps + 1 and levels[0] == 1 and levels[-1] == 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_velocities_and_images_are_the_pipelines(guidance, case):
+    model, theirs = ours(case), Theirs(case)
+    images = theirs.run(noise(model), 7, guidance)
+    text = model.text(PROMPTS)
+    with torch.no_grad():
+        for x, sigma, velocity in theirs.steps:
+            v = model.velocity(x, sigma.expand(3), text, guidance)
+            assert v.dtype == torch.float32 and velocity.std() > 0.1
+            assert (v - velocity).abs().max() < 1e-5
+    path = model.path(7, "ode", 0.7, [0] * 7)
+    index = torch.tensor([5, 0, 17])
+    walk = trajectory.rollout(
+        noise(model), path, index, lambda s: model.velocity(s.x, s.sigma_B, text, guidance)
+    )
+    for state, (x, sigma, _) in zip(walk, theirs.steps, strict=True):
+        assert (state.x - x).abs().max() < 1e-4 and state.sigma_B[0] == sigma
+    mine = model.images(adapters.BASE, PROMPTS, [5, 0, 17], steps=7, seed=4, guidance=guidance)
+    assert mine.std() > 0.05 and (mine - images).abs().max() < 1e-4
+
+
+def test_guidance_changes_the_velocity_and_costs_one_forward(case):
+    model = ours(case)
+    x, sigma_B, text = noise(model), torch.tensor([1.0, 0.5, 0.01]), model.text(PROMPTS)
+    batches = []
+    model.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(len(kwargs["timestep"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        plain = model.velocity(x, sigma_B, text, 1.0)
+        guided = model.velocity(x, sigma_B, text, 3.0)
+    assert batches == [3, 6]
+    assert (guided - plain).abs().max() > 1e-2
+    torch.testing.assert_close(
+        case.family.guide(plain, torch.randn_like(plain), 1.0), plain, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_velocity_of_a_sample_does_not_depend_on_its_batch(guidance, case):
+    """PROMPTS and the negative prompt have different lengths: true of padding too."""
+    model = ours(case)
+    x, sigma_B, text = noise(model), torch.tensor([1.0, 0.5, 0.01]), model.text(PROMPTS)
+    with torch.no_grad():
+        together = model.velocity(x, sigma_B, text, guidance)
+        for b in range(3):
+            row = slice(b, b + 1)
+            alone = model.velocity(x[row], sigma_B[row], text[row], guidance)
+            assert (alone[0] - together[b]).abs().max() < 1e-5
+
+
+def test_our_adapter_loads_into_the_pipeline(case, tmp_path):
+    lora = tiny.random_lora(case.pipeline, seed=7, family=case.family)
+    tiny.save(lora, tmp_path / "lora")
+    model, theirs = ours(case), Theirs(case, lora=tmp_path / "lora")
+    theirs.run(noise(model), 3, 3.0)
+    text = model.text(PROMPTS)
+    adapters.attach(model.transformer, "mine", adapters.read_lora(str(tmp_path / "lora")), torch.float32)
+    for x, sigma, velocity in theirs.steps:
+        with torch.no_grad(), adapters.use(model.transformer, "mine"):
+            v = model.velocity(x, sigma.expand(3), text, 3.0)
+        with torch.no_grad(), adapters.use(model.transformer, adapters.BASE):
+            base = model.velocity(x, sigma.expand(3), text, 3.0)
+        assert (v - velocity).abs().max() < 1e-5 < 1e-2 < (base - velocity).abs().max()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_fresh_adapter_learns_a_teachers_velocity(guidance, case):
+    model, family = ours(case), case.family
+    teacher = tiny.random_lora(case.pipeline, seed=8, family=family)
+    student = adapters.fresh_lora(model.skeleton, family.LORA_TARGETS, rank=4, alpha=8.0, seed=0)
+    adapters.attach(model.transformer, "teacher", teacher, torch.float32)
+    adapters.attach(model.transformer, adapters.STUDENT, student, torch.float32)
+    weights = adapters.parameters_of(model.transformer, adapters.STUDENT).values()
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.Adam(weights, lr=1e-2)
+    x, sigma_B, text = noise(model), torch.tensor([0.9, 0.5, 0.2]), model.text(PROMPTS)
+    with torch.no_grad(), adapters.use(model.transformer, "teacher"):
+        target = model.velocity(x, sigma_B, text, guidance)
+    losses = []
+    for _ in range(15):
+        with adapters.use(model.transformer, adapters.STUDENT):
+            loss = (model.velocity(x, sigma_B, text, guidance) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_skeleton_has_the_weights_names_and_shapes_without_storage(case):
+    skeleton = case.family.skeleton(case.pipeline)
+    real = case.family.load_transformer(case.pipeline, torch.bfloat16)
+    shapes = {name: weight.shape for name, weight in real.named_parameters()}
+    assert {name: weight.shape for name, weight in skeleton.named_parameters()} == shapes
+    assert all(weight.is_meta for weight in skeleton.parameters())
+    assert {weight.dtype for weight in real.parameters()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in real.parameters()) and not real.training
+
+
+def test_lora_targets_and_blocks_are_parts_of_the_transformer(case):
+    skeleton = case.family.skeleton(case.pipeline)
+    linears = [name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
+    for target in case.family.LORA_TARGETS:
+        assert any(name.endswith("." + target) for name in linears), target
+    inside = sum(p.numel() for block in case.family.blocks(skeleton) for p in block.parameters())
+    assert inside > 0.5 * sum(p.numel() for p in skeleton.parameters())
+
+
+def test_shapes_and_scale_of_latents_and_images_fit_each_other(case):
+    family, vae = case.family, case.family.load_vae(case.pipeline)
+    shape = family.latent_shape(case.pipeline, 8)
+    assert shape[1] * family.pixels(case.pipeline) == 8
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = family.encode_images(vae, images)
+    assert latents.shape == (2, *shape) and latents.dtype == torch.float32
+    assert torch.equal(latents, family.encode_images(vae, images))
+    decoded = family.decode(vae, latents)
+    assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
+
+
+# ---------------------------------------------------------------- finding a family
+
+
+@pytest.fixture
+def own_families(monkeypatch, tmp_path):
+    """A second folder of families."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["flux", "", "../sd3", "sd3.py", "opd.sd3"])
+def test_an_unknown_family_is_refused_with_those_there_are(name):
+    with pytest.raises(ValueError) as caught:
+        load_family(name)
+    assert repr(name) in str(caught.value) and "choose from sd3" in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["NEGATIVE", "guide", "blocks"])
+def test_a_family_that_breaks_the_contract_is_refused_by_name(missing, own_families):
+    lines = [f"{part} = None" for part in families.CONTRACT if part != missing]
+    (own_families / f"without_{missing}.py").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"without_{missing}\.py lacks {missing}: "):
+        load_family(f"without_{missing}")

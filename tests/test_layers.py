@@ -1,0 +1,97 @@
+"""Who may import whom: the modules of the package stand in one order, and each imports only from above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = """
+opd
+opd.flow
+opd.kernels.common opd.kernels.noise
+opd.kernels.checks opd.kernels.fused
+opd.kernels.ops
+opd.kernels
+opd.kernels.aot opd.kernels.bench
+opd.trajectory opd.routing opd.ranks opd.files opd.flags
+opd.pictures opd.data opd.config
+opd.presets opd.settings
+opd.families opd.rewards.scoring opd.rewards.jpeg
+opd.rewards
+opd.adapters opd.conditioning opd.families.sd3
+opd.model
+opd.images opd.teachers opd.optim opd.evaluate opd.diagnostics
+opd.runfolder opd.grpo opd.sft
+opd.report
+opd.mini
+opd.mini.world
+opd.mini.rewards opd.mini.build
+train sample
+"""
+LEVEL = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
+
+
+def sources():
+    """Name -> file of every module of ours."""
+    found = {"train": ROOT / "train.py", "sample": ROOT / "sample.py"}
+    for folder, prefix in ((ROOT / "opd", "opd"), (ROOT / "kernels", "opd.kernels")):
+        for file in sorted(folder.rglob("*.py")):
+            parts = [prefix, *file.relative_to(folder).with_suffix("").parts]
+            if parts[-1] == "__init__":
+                parts.pop()
+            found[".".join(parts)] = file
+    return found
+
+
+def imports(file):
+    """The modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in sources() else node.module for name in whole]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in ("opd", "train", "sample", "kernels"))
+
+
+def test_every_module_has_its_place():
+    assert sources().keys() == LEVEL.keys()
+
+
+@pytest.mark.parametrize("module", LEVEL)
+def test_a_module_imports_from_above_only(module):
+    """So there is no circle, and nothing of ours is called `kernels` at the top level."""
+    for name in imports(sources()[module]):
+        assert LEVEL[name] < LEVEL[module], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("opd.flow, opd.kernels", ("diffusers", "transformers", "peft", "tyro")),
+        ("opd.trajectory, opd.routing, opd.data, opd.families", ("diffusers", "transformers", "peft")),
+        ("opd.presets, opd.settings, opd.config", ("diffusers", "transformers", "peft")),
+        ("opd.rewards", ("diffusers", "transformers", "peft")),
+    ],
+)
+def test_what_an_import_costs(module, absent):
+    """The equations and kernels need torch, and the settings no model library."""
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_only_the_presets_name_the_miniature():
+    for name, file in sources().items():
+        if not name.startswith(("opd.mini", "opd.presets")):
+            code = ast.parse(file.read_text())
+            texts = [
+                n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
+            paths = [text for text in texts if "opd/mini" in text or "opd.mini" in text]
+            assert not [text for text in paths if len(text) < 60], name

@@ -1,0 +1,132 @@
+"""One model at work: its dtype, its paths, and images that depend on nothing but seed, index and prompt."""
+
+import math
+
+import pytest
+import torch
+
+from opd import adapters, flow
+from opd.families import sd3
+from opd.model import Model, compute_dtype
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "two blue squares", "a dot"]
+
+
+@pytest.fixture(scope="module")
+def model(world, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    model = Model.plan(sd3, str(world / "pipeline"), "float32", 0, str(cache), CPU, True)
+    model.prepare(PROMPTS)
+    model.load()
+    return model
+
+
+@pytest.mark.parametrize(
+    "bf16, amx, device, wanted",
+    [
+        (False, False, "cpu", torch.float32),
+        (True, False, "cpu", torch.bfloat16),
+        (False, True, "cpu", torch.bfloat16),
+        (False, False, "cuda", torch.bfloat16),
+    ],
+)
+def test_auto_is_bfloat16_only_where_the_hardware_has_it(bf16, amx, device, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert compute_dtype("auto", torch.device(device)) == wanted
+    assert compute_dtype("float16", torch.device(device)) == torch.float16
+
+
+def test_what_is_trained_is_the_student_unless_told_otherwise(model):
+    assert model.trained == adapters.STUDENT
+
+
+def test_the_negative_prompt_is_prepared_with_the_others(model):
+    assert model.conditioning.path(sd3.NEGATIVE).is_file()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_velocity_is_float32_and_its_gradient_reaches_the_state(guidance, model):
+    """The gradient with respect to x of a sum of velocities, against central differences."""
+    sigma_B, text = torch.tensor([0.7, 0.3]), model.text(PROMPTS[:2])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *model.shape, generator=generator, requires_grad=True)
+    weights, direction = torch.randn(2, 2, *model.shape, generator=generator)
+
+    def total(x):
+        v = model.velocity(x, sigma_B, text, guidance)
+        assert v.dtype == torch.float32
+        return (v * weights).sum()
+
+    (gradient,) = torch.autograd.grad(total(x), x)
+    with torch.no_grad():
+        difference = (total(x + 1e-2 * direction) - total(x - 1e-2 * direction)) / 2e-2
+    assert difference.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("rollout", list(flow.TRANSITIONS))
+def test_a_path_joins_levels_coefficients_and_seeds(rollout, model):
+    seeds = [11, 12, 13, 14]
+    path = model.path(4, rollout, 0.7, seeds)
+    assert path.seeds == seeds and path.sigmas == sd3.sigmas(model.folder, model.shape, 4)
+    assert len(path.transitions) == 4
+    for i, transition in enumerate(path.transitions):
+        assert transition.keep.dtype == torch.float64 and transition.keep.ndim == 0
+        sigma, sigma_next = path.sigmas[i : i + 2]
+        expected = by_hand(rollout, sigma, sigma_next, path.sigmas[1], 0.7)
+        assert [c.item() for c in transition] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    other = model.path(4, rollout, 0.3, [0] * 4)
+    stds = [[t.std.item() for t in p.transitions] for p in (path, other)]
+    assert (stds[0] == stds[1]) == (rollout == "ode")  # each noise level has its own coefficients
+    assert [t.std.item() for t in model.path(4, rollout, 0.7, seeds).transitions] == stds[0]
+
+
+def by_hand(rollout: str, sigma: float, sigma_next: float, second: float, a: float) -> list[float]:
+    """keep, move, std in Python's floats."""
+    dt = sigma - sigma_next
+    if rollout == "ode":
+        return [1.0, dt, 0.0]
+    if rollout == "cps":
+        old = sigma_next * math.cos(a * math.pi / 2)
+        keep = 1 - sigma_next + old
+        return [keep, (1 - sigma_next) * sigma - old * (1 - sigma), sigma_next * math.sin(a * math.pi / 2)]
+    variance = a**2 * sigma / (1 - (second if sigma == 1 else sigma))
+    keep = 1 - variance * dt / (2 * sigma)
+    return [keep, dt * (1 + variance * (1 - sigma) / (2 * sigma)), math.sqrt(variance * dt)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"guidance": 3.0}, {"guidance": 1.0, "rollout": "sde"}, {"guidance": 1.0, "rollout": "cps"}]
+)
+def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(settings, model):
+    def draw(seed, *which):
+        prompts, index = [PROMPTS[i] for i in which], [10 + i for i in which]
+        return model.images(adapters.BASE, prompts, index, steps=3, seed=seed, **settings)
+
+    together = draw(0, 0, 1, 2)
+    assert together.shape == (3, 3, 8, 8) and together.dtype == torch.float32
+    assert (draw(0, 2, 0) - together[[2, 0]]).abs().max() < 1e-5
+    assert (draw(1, 0, 1, 2) - together).abs().max() > 0.01
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_the_noise_of_a_rollout_changes_the_images(model):
+    def draw(**settings):
+        return model.images(adapters.BASE, PROMPTS, [0, 1, 2], steps=3, seed=0, guidance=1.0, **settings)
+
+    assert (draw(rollout="sde", noise_level=0.7) - draw()).abs().max() > 0.01
+    assert (draw(rollout="sde", noise_level=1e-4) - draw()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("images_at_once, pieces", [(3, [3, 2]), (5, [5]), (0, [1, 1, 1, 1, 1])])
+def test_the_vae_decodes_in_pieces_of_bounded_size(images_at_once, pieces, model, monkeypatch):
+    latents = torch.randn(5, *model.shape, generator=torch.Generator().manual_seed(0))
+    whole = model.decode(latents)
+    seen = []
+    hook = model.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(model, "decode_pixels", images_at_once * 8 * 8)
+    parts = model.decode(latents)
+    hook.remove()
+    assert seen == pieces
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)

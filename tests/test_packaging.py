@@ -1,0 +1,127 @@
+"""The top-level folder `kernels/`: it hides no package of that name, and an installed wheel has it as
+`opd.kernels`."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REAL = "kernels" in {distribution.name for distribution in importlib.metadata.distributions()}
+
+
+def run(*command, cwd=ROOT, path=""):
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = (sys.executable, *command)
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+# ---------------------------------------------------------------- the Hub's package `kernels`
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A folder with an installed package `kernels`, as `pip install kernels` would leave it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text('__version__ = "0.10.0"\nWHOSE = "the stranger"\n')
+    metadata = tmp_path / "kernels-0.10.0.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n")
+    return tmp_path
+
+
+def test_the_stranger_keeps_its_name_and_ours_is_below_opd(stranger):
+    code = (
+        "import kernels; from opd import kernels as ours; print(kernels.WHOSE, '|', ours.sde_step.__module__)"
+    )
+    assert run("-c", code, path=stranger) == "the stranger | opd.kernels.ops\n"
+    code = (
+        "from opd import kernels as ours; import kernels; print(kernels.WHOSE, '|', ours.sde_step.__module__)"
+    )
+    assert run("-c", code, path=stranger) == "the stranger | opd.kernels.ops\n"
+
+
+LIBRARIES = """
+import diffusers.utils.import_utils as d
+import transformers.utils.import_utils as t
+from diffusers import StableDiffusion3Pipeline
+from transformers import CLIPTextModelWithProjection
+t.is_kernels_available()
+print(d.is_kernels_available())
+"""
+
+
+def test_the_libraries_find_the_stranger(stranger):
+    """diffusers takes any version for available."""
+    assert run("-c", LIBRARIES, path=stranger) == "True\n"
+
+
+@pytest.mark.skipif(REAL, reason="the real one is installed")
+def test_the_libraries_do_not_take_our_folder_for_it():
+    """In the repository, the folder alone imports as an empty namespace `kernels`."""
+    assert run("-c", LIBRARIES + "assert not t.is_kernels_available()") == "False\n"
+
+
+@pytest.mark.parametrize("command", [("train.py", "--dry-run"), ("sample.py", "--help")], ids=" ".join)
+def test_the_commands_run_beside_the_stranger(stranger, command):
+    assert run(*command, path=stranger)
+
+
+def test_equations_and_kernels_import_torch_only():
+    heavy = "{'diffusers', 'transformers', 'peft'}"
+    assert run("-c", f"import opd.flow, opd.kernels, sys; print({heavy} & sys.modules.keys())") == "set()\n"
+
+
+# ---------------------------------------------------------------- the wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, built from a copy of the repository and unpacked."""
+    source, out = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "tests")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    run("-c", f"import setuptools.build_meta as build; build.build_wheel({str(out)!r})", cwd=source)
+    (wheel,) = out.glob("*.whl")
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_the_wheel_has_every_module_and_no_top_level_kernels(installed):
+    code = {path.relative_to(ROOT) for path in (ROOT / "opd").rglob("*.py")}
+    code |= {"opd" / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
+    assert {path.relative_to(installed) for path in installed.rglob("*.py")} == code
+    assert not (installed / "kernels").exists()
+
+
+def test_the_wheel_has_the_miniature(installed):
+    for folder in ("opd/mini/weights", "opd/mini/prompts"):
+        shipped = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
+        assert shipped
+        for path in shipped:
+            assert (installed / path).read_bytes() == (ROOT / path).read_bytes()
+
+
+A_STEP = """
+import torch, opd.kernels.fused
+from opd import flow, kernels
+z = torch.zeros(1, 4)
+transition = flow.ode_transition(torch.tensor(0.5), torch.tensor(0.4), 0.0)
+x_next, _ = kernels.sde_step(z, z + 1, transition, seed=1)
+print(kernels.__file__, opd.kernels.fused.__file__, x_next[0, 0].item())
+"""
+
+
+def test_the_installed_kernels_step(installed, tmp_path):
+    module, submodule, value = run("-c", A_STEP, cwd=tmp_path, path=installed).split()
+    assert module == str(installed / "opd/kernels.py")
+    assert submodule == str(installed / "opd/kernels/fused.py")
+    assert float(value) == pytest.approx(-0.1)

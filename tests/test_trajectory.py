@@ -1,0 +1,84 @@
+"""The walk: every sampler's steps against their papers' formulas, noise by sample, stored or not."""
+
+import math
+
+import pytest
+import torch
+
+from opd import flow, kernels, trajectory
+from opd.trajectory import Path
+
+SIGMAS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
+
+
+def path_of(name, noise_level=0.7, sigmas=SIGMAS):
+    sigma = torch.tensor(sigmas, dtype=torch.float64)
+    grid = flow.TRANSITIONS[name](sigma[:-1], sigma[1:], noise_level)
+    steps = len(sigmas) - 1
+    return Path(sigmas, [grid.at(i) for i in range(steps)], list(range(100, 100 + steps)))
+
+
+def by_formula(name, x, v, i, z):
+    """One step as the papers write it, in float64."""
+    sigma, after = SIGMAS[i], SIGMAS[i + 1]
+    dt = sigma - after
+    if name == "ode":
+        return x - dt * v
+    if name == "cps":
+        std = after * math.sin(0.7 * math.pi / 2)
+        x0, x1 = x - sigma * v, x + (1 - sigma) * v
+        return (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1 + std * z
+    s = 0.7 * math.sqrt(sigma / (1 - (SIGMAS[1] if sigma == 1 else sigma)))
+    mean = x * (1 - s**2 * dt / (2 * sigma)) - v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
+    return mean + s * math.sqrt(dt) * z
+
+
+@pytest.mark.parametrize("name", flow.TRANSITIONS)
+def test_a_walk_takes_the_steps_of_its_sampler(name):
+    index = torch.tensor([7, 2, 5])
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    wanted, visited = x.double(), []
+    for state in trajectory.walk(x, path_of(name), index):
+        visited.append((state.i, float(state.sigma_B[0])))
+        v = torch.sin(state.x)
+        state.step(v)
+        z = kernels.normal(x.shape, 100 + state.i, index).double()
+        wanted = by_formula(name, wanted, torch.sin(wanted), state.i, z)
+    assert visited == [(i, pytest.approx(sigma)) for i, sigma in enumerate(SIGMAS[:-1])]
+    assert state.x_next.dtype == torch.float32
+    assert torch.allclose(state.x_next.double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", flow.TRANSITIONS)
+def test_a_stored_walk_is_the_walk(name):
+    index, x = torch.arange(2), torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    stored = trajectory.rollout(x, path_of(name), index, lambda state: state.x.cos())
+    for state, kept in zip(trajectory.walk(x, path_of(name), index), stored, strict=True):
+        state.step(state.x.cos())
+        assert torch.equal(state.x, kept.x) and torch.equal(state.x_next, kept.x_next)
+        assert torch.equal(state.log_prob_B, kept.log_prob_B)
+        assert torch.isinf(kept.log_prob_B).all() == bool(kept.transition.std == 0)
+
+
+def test_a_sample_walks_alone_as_in_company():
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    index = torch.tensor([3, 1, 4, 8])
+    together = trajectory.rollout(x, path_of("sde"), index, lambda state: state.x.cos())[-1].x_next
+    alone = trajectory.rollout(x[2:3], path_of("sde"), index[2:3], lambda state: state.x.cos())[-1].x_next
+    assert torch.equal(together[2:3], alone)
+
+
+def test_a_path_may_end_early_and_a_state_must_be_left():
+    states = trajectory.rollout(torch.zeros(1, 2), path_of("ode").until(2), torch.arange(1), lambda s: s.x)
+    assert [state.i for state in states] == [0, 1]
+    walk = trajectory.walk(torch.zeros(1, 2), path_of("ode"), torch.arange(1))
+    next(walk)
+    with pytest.raises(AssertionError, match="state 0 was left without a step"):
+        next(walk)
+
+
+def test_the_velocity_carries_no_gradient_into_the_next_state():
+    v = torch.ones(1, 2, requires_grad=True)
+    state = next(trajectory.walk(torch.zeros(1, 2), path_of("sde"), torch.arange(1)))
+    state.step(v)
+    assert not state.x_next.requires_grad
