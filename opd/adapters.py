@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -167,13 +169,18 @@ def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) 
                 f"adapter {lora.source!r}: {module} updates ({lora.B[module].shape[0]}, {a.shape[1]}), "
                 f"the base has ({out_features}, {in_features}); it was made for another base"
             )
-    used = [t for t in targets if any(m.endswith("." + t) for m in lora.A)]
-    missing = sorted(n for n in linears if any(n.endswith("." + t) for t in used) and n not in lora.A)
+    used = [t for t in targets if any(is_target(m, (t,)) for m in lora.A)]
+    missing = sorted(n for n in linears if is_target(n, used) and n not in lora.A)
     if missing:
         raise ValueError(
             f"adapter {lora.source!r} adapts {used} but lacks {len(missing)} of these layers: "
             f"{missing[:3]}; the file is incomplete"
         )
+
+
+def is_target(module: str, targets: Sequence[str]) -> bool:
+    """Whether the module's name ends in one of `targets`, in which * stands for anything."""
+    return any(fnmatchcase("." + module, "*." + target) for target in targets)
 
 
 # ---- on the model ------------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ def fresh_lora(
     generator = torch.Generator().manual_seed(seed)
     A, B = {}, {}
     for name, module in skeleton.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(tuple("." + t for t in targets)):
+        if isinstance(module, torch.nn.Linear) and is_target(name, targets):
             A[name] = torch.randn(rank, module.in_features, generator=generator) / rank
             B[name] = torch.zeros(module.out_features, rank)
     return Lora("fresh", "", A, B, {m: alpha / rank for m in A})

@@ -1,6 +1,7 @@
 """Every family of opd/families against diffusers' own pipeline. A new family needs a row in FIXTURES."""
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from opd import adapters, families, kernels, trajectory
 from opd.data import seed_of
 from opd.families import load_family
 from opd.model import Model
-from tests import tiny
+from tests import tiny, tiny_z_image
+from tests.tiny_grpo import run
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a dot"]  # of different lengths
@@ -30,11 +32,14 @@ class Fixture(NamedTuple):
     """Components that from_pretrained must be told are missing."""
     call: dict
     """Arguments of the pipeline's call beside those that every family has."""
+    unguided: float
+    """The pipeline's guidance_scale that means no guidance, as 1 does with us."""
 
 
 FIXTURES = {
-    "sd3": Fixture("sd3", tiny.make_pipeline, tiny.NO_T5, {"max_sequence_length": 12}),
-    "sd3 with T5": Fixture("sd3", tiny.make_pipeline_with_t5, {}, {"max_sequence_length": 128}),
+    "sd3": Fixture("sd3", tiny.make_pipeline, tiny.NO_T5, {"max_sequence_length": 12}, 1.0),
+    "sd3 with T5": Fixture("sd3", tiny.make_pipeline_with_t5, {}, {"max_sequence_length": 128}, 1.0),
+    "z_image": Fixture("z_image", tiny_z_image.make_pipeline, {}, {}, 0.0),
 }
 SCHEDULERS = {
     "static": {"shift": 3.0},
@@ -86,11 +91,11 @@ class Theirs:
     def run(self, start, steps: int, guidance: float, resolution: int = 8):
         """Its images (B, 3, H, W) in [0, 1]."""
         result = self.pipe(
-            PROMPTS,
+            list(PROMPTS),  # some pipelines write into it
             height=resolution,
             width=resolution,
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=guidance - 1 + self.case.fixture.unguided,
             negative_prompt=[self.case.family.NEGATIVE] * len(PROMPTS),
             latents=start,
             output_type="pt",
@@ -152,9 +157,7 @@ def test_guidance_changes_the_velocity_and_costs_one_forward(case):
     model = ours(case)
     x, sigma_B, text = noise(model), torch.tensor([1.0, 0.5, 0.01]), model.text(PROMPTS)
     batches = []
-    model.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: batches.append(len(kwargs["timestep"])), with_kwargs=True
-    )
+    model.transformer.register_forward_hook(lambda _, __, output: batches.append(len(output[0])))
     with torch.no_grad():
         plain = model.velocity(x, sigma_B, text, 1.0)
         guided = model.velocity(x, sigma_B, text, 3.0)
@@ -232,7 +235,7 @@ def test_lora_targets_and_blocks_are_parts_of_the_transformer(case):
     skeleton = case.family.skeleton(case.pipeline)
     linears = [name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
     for target in case.family.LORA_TARGETS:
-        assert any(name.endswith("." + target) for name in linears), target
+        assert any(adapters.is_target(name, [target]) for name in linears), target
     inside = sum(p.numel() for block in case.family.blocks(skeleton) for p in block.parameters())
     assert inside > 0.5 * sum(p.numel() for p in skeleton.parameters())
 
@@ -247,6 +250,52 @@ def test_shapes_and_scale_of_latents_and_images_fit_each_other(case):
     assert torch.equal(latents, family.encode_images(vae, images))
     decoded = family.decode(vae, latents)
     assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
+
+
+# ---------------------------------------------------------------- every family is trained by every stage
+
+
+@pytest.fixture(scope="module")
+def world(case):
+    """The case's folder with adapters and prompts beside its pipeline."""
+    return tiny.furnish(case.pipeline.parent, case.family)
+
+
+GUIDED = {"guidance": 2.0, "teacher_guidance": 3.0}
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True, "queries": 2} | GUIDED], ids=str)
+def test_a_distillation_pulls_the_student_to_its_teachers(changes, case, world, tmp_path):
+    """Three iterations; what they saved is an adapter of the pipeline, in which it does what it does here."""
+    cfg = tiny.config(world, family=case.fixture.family, out=str(tmp_path / "run"), sample_every=3, **changes)
+    folder, model, trained, _ = run(cfg)
+    rows = folder.metrics()
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert (tmp_path / "run" / "samples" / "000003.png").is_file()
+    theirs = Theirs(case, lora=tmp_path / "run" / "student")
+    images = theirs.run(noise(model), 3, cfg.guidance)
+    model.prepare(PROMPTS)
+    settings = {"steps": 3, "seed": 4, "guidance": cfg.guidance}
+    with trained.averaged():
+        mine = model.images(model.trained, PROMPTS, [5, 0, 17], **settings)
+    base = model.images(adapters.BASE, PROMPTS, [5, 0, 17], **settings)
+    assert (mine - images).abs().max() < 1e-4 < 1e-3 < (mine - base).abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "shared_start": True, "beta": 0.1}], ids=str)
+def test_grpo_moves_the_policy(changes, case, world, tmp_path):
+    cfg = tiny.grpo_config(world, family=case.fixture.family, out=str(tmp_path / "run"), **changes)
+    folder, model, trained, _ = run(cfg)
+    rows = folder.metrics()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    model.prepare(PROMPTS)
+    settings = {"steps": 3, "seed": 4, "guidance": cfg.guidance}
+    mine, base = (
+        model.images(name, PROMPTS, [5, 0, 17], **settings) for name in (model.trained, adapters.BASE)
+    )
+    assert (mine - base).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------- finding a family

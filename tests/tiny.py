@@ -31,10 +31,7 @@ NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be t
 def make_world(folder: Path, layers: int = 2) -> Path:
     """`pipeline/`, adapters `red/` and `blue/`, prompt files `red.txt` and `blue.txt`, all in `folder`."""
     make_pipeline(folder / "pipeline", layers)
-    for seed, (name, prompts) in enumerate(PROMPTS.items(), start=1):
-        save(random_lora(folder / "pipeline", seed), folder / name)
-        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    return folder
+    return furnish(folder)
 
 
 def make_pipeline(folder: Path, layers: int = 2) -> Path:
@@ -55,7 +52,23 @@ def make_pipeline(folder: Path, layers: int = 2) -> Path:
         pos_embed_max_size=4,
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=make_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=mini.make_text_encoder(tokenizer, 1),
+        tokenizer=tokenizer,
+        text_encoder_2=mini.make_text_encoder(tokenizer, 2),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_vae() -> AutoencoderKL:
+    """Factor 2, 4 latent channels."""
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -69,18 +82,6 @@ def make_pipeline(folder: Path, layers: int = 2) -> Path:
         scaling_factor=0.8,
         shift_factor=0.1,
     )
-    StableDiffusion3Pipeline(
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=mini.make_text_encoder(tokenizer, 1),
-        tokenizer=tokenizer,
-        text_encoder_2=mini.make_text_encoder(tokenizer, 2),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    ).save_pretrained(folder)
-    return folder
 
 
 def make_pipeline_with_t5(folder: Path, layers: int = 2) -> Path:
@@ -127,6 +128,15 @@ def save(lora: adapters.Lora, folder: Path) -> Path:
     weights |= {f"{module}.lora_B.x.weight": b for module, b in lora.B.items()}
     rank = next(iter(lora.A.values())).shape[0]
     adapters.save_lora(folder, weights, "x", rank, next(iter(lora.scale.values())) * rank)
+    return folder
+
+
+def furnish(folder: Path, family=sd3) -> Path:
+    """Add adapters `red/` and `blue/` and prompt files `red.txt` and `blue.txt` to `folder` with its
+    `pipeline/`."""
+    for seed, (name, prompts) in enumerate(PROMPTS.items(), start=1):
+        save(random_lora(folder / "pipeline", seed, family=family), folder / name)
+        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
     return folder
 
 

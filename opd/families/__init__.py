@@ -18,7 +18,7 @@ Condition = dict[str, Tensor]
 
 CONTRACT = {
     "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it",
-    "LORA_TARGETS": "last parts of the names of the linear layers that a fresh LoRA adapts",
+    "LORA_TARGETS": "ends of the names of the linear layers that a fresh LoRA adapts; * stands for anything",
     "TEXT": "sub-folders whose files make an embedding: what the cache of embeddings depends on",
     "NEGATIVE": "prompt of the unconditional branch of guidance",
     "skeleton": "(folder) -> the transformer on the meta device: names and shapes before weights load",
@@ -26,7 +26,7 @@ CONTRACT = {
     "load_vae": "(folder) -> the frozen VAE in float32 on the CPU",
     "load_text": "(folder, dtype, device, t5) -> what encode_prompts needs; t5 = False: without a T5 encoder",
     "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
-    "collate": "(B Conditions) -> dict of batched tensors: stacked, or padded, with a mask",
+    "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list",
     "velocity": "(transformer, x_BCHW, sigma_B, collate's result) -> dx/dsigma (B, C, H, W), any dtype",
     "guide": "(v, v_uncond, scale) -> the guided velocity (B, C, H, W), float32; scale 1 must mean v itself",
     "sigmas": "(folder, shape_CHW, steps) -> the pipeline's steps + 1 noise levels, strictly from 1 to 0",

@@ -5,20 +5,15 @@ A Condition holds `embeds` (L, D) and `pooled` (P,).
 """
 
 import json
-import math
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from opd import flow
+from opd import flow, schedule
 from opd.families import Condition
+from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "StableDiffusion3Pipeline"
 # The joint attention's projections of image and text stream: what Flow-GRPO adapts.
@@ -49,11 +44,6 @@ def skeleton(folder: Path) -> SD3Transformer2DModel:
 def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
     return transformer.requires_grad_(False).eval()
-
-
-def load_vae(folder: Path) -> AutoencoderKL:
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    return vae.requires_grad_(False).eval()
 
 
 def blocks(transformer: SD3Transformer2DModel) -> list[torch.nn.Module]:
@@ -135,40 +125,13 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
-    """The scheduler's own. ValueError for less than one step and for a schedule that does not fall to 0."""
-    if steps < 1:
-        raise ValueError(f"steps = {steps}: a walk from noise to data needs at least 1 step")
-    scheduler = load_scheduler(folder)
-    if scheduler.config.use_dynamic_shifting:
-        scheduler.set_timesteps(steps, mu=dynamic_shift(scheduler, folder, shape_CHW))
-    else:
-        scheduler.set_timesteps(steps)
-    levels = scheduler.sigmas
-    if levels[-1] != 0 or (levels.diff() >= 0).any():
-        raise ValueError(f"{folder}/scheduler: the sigmas must fall strictly to 0, got {levels.tolist()}")
-    return levels.tolist()
+    """The scheduler's own."""
+    schedule.require_a_step(steps)
+    return schedule.noise_levels(folder, image_tokens(folder, shape_CHW), steps)
 
 
 def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    scheduler = load_scheduler(folder)
-    if not scheduler.config.use_dynamic_shifting:
-        return math.log(scheduler.config.shift)
-    half = scheduler.time_shift(dynamic_shift(scheduler, folder, shape_CHW), 1.0, 0.5)
-    return math.log(half / (1 - half))  # at sigma = 1/2 the odds are the shift
-
-
-def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-
-
-def dynamic_shift(
-    scheduler: FlowMatchEulerDiscreteScheduler, folder: Path, shape_CHW: tuple[int, int, int]
-) -> float:
-    """mu: linear in the number of image tokens, through the two points that the scheduler's config names."""
-    config = scheduler.config
-    rise = config.max_shift - config.base_shift
-    run = config.max_image_seq_len - config.base_image_seq_len
-    return config.base_shift + rise / run * (image_tokens(folder, shape_CHW) - config.base_image_seq_len)
+    return schedule.log_of_shift(folder, image_tokens(folder, shape_CHW))
 
 
 def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
@@ -194,26 +157,6 @@ def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
 
 def default_resolution(folder: Path) -> int:
     return transformer_config(folder)["sample_size"] * pixels(folder)
-
-
-def pixels(folder: Path) -> int:
-    """Each of the VAE's stages but the last halves the picture."""
-    config = AutoencoderKL.load_config(folder / "vae")
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
-    z = latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor
-    (images,) = vae.decode(z, return_dict=False)  # in [-1, 1]
-    return (images / 2 + 0.5).clamp(0, 1)
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
-    """The posterior's mean."""
-    z = vae.encode(images_B3HW.float() * 2 - 1).latent_dist.mode()
-    return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def transformer_config(folder: Path) -> dict:

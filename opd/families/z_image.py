@@ -1,0 +1,137 @@
+"""The Z-Image family: ZImagePipeline. `CONTRACT` says what each name is for.
+
+Shapes: B batch, C latent channels, H x W latent size, L_b text tokens of sample b, D text width.
+A Condition holds `embeds` (L_b, D).
+
+Guidance: the pipeline's is v + g (v - v_u), off at g = 0. That is ours, v_u + s (v - v_u), at s = 1 + g: its
+guidance_scale 4 is --guidance 5 here, its 0, which distilled models want, is --guidance 1. Its options
+cfg_normalization and cfg_truncation stay off, as they are by default.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor
+
+from opd import flow, schedule
+from opd.families import Condition
+from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
+
+PIPELINE = "ZImagePipeline"
+# The attention of the joint layers; an adapter from elsewhere may adapt the refiners too.
+LORA_TARGETS = (
+    "layers.*.attention.to_q",
+    "layers.*.attention.to_k",
+    "layers.*.attention.to_v",
+    "layers.*.attention.to_out.0",
+)
+TEXT = ("text_encoder", "tokenizer")
+NEGATIVE = ""
+PATCH = 2  # the pipeline and its transformer take no other
+
+
+# ---------------------------------------------------------------- weights
+
+
+def skeleton(folder: Path) -> ZImageTransformer2DModel:
+    """The transformer without storage (meta device)."""
+    with torch.device("meta"):
+        return ZImageTransformer2DModel.from_config(transformer_config(folder))
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
+    transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+    return transformer.requires_grad_(False).eval()
+
+
+def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
+    """Image tokens and text tokens each have refiners of their own before the joint layers."""
+    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+
+
+# ---------------------------------------------------------------- text
+
+
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> ZImagePipeline:
+    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
+    pipe = ZImagePipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
+    pipe.text_encoder.to(device)
+    return pipe
+
+
+@torch.no_grad()
+def encode_prompts(text: ZImagePipeline, prompts: list[str], device: torch.device) -> list[Condition]:
+    """L_b = tokens of the chat template around the prompt, cut off at the pipeline's 512."""
+    asked = list(prompts)  # the pipeline writes its template into the list that it is given
+    embeds, _ = text.encode_prompt(asked, device=device, do_classifier_free_guidance=False)
+    return [{"embeds": embeds_LD} for embeds_LD in embeds]
+
+
+def collate(conditions: list[Condition]) -> list[Tensor]:
+    """B texts (L_b, D): the transformer pads and masks by itself."""
+    return [condition["embeds"] for condition in conditions]
+
+
+# ---------------------------------------------------------------- velocity
+
+
+def velocity(
+    transformer: ZImageTransformer2DModel, x_BCHW: Tensor, sigma_B: Tensor, text: list[Tensor]
+) -> Tensor:
+    """The model's time runs from noise, 0, to data, 1, and its output points that way: the sign turns.
+
+    Time stays float32: the model multiplies it by 1000 before it rounds.
+    """
+    frames = x_BCHW.to(text[0].dtype).unsqueeze(2)  # a picture is a film of one frame
+    (toward_data,) = transformer(list(frames.unbind(0)), 1 - sigma_B.float(), text, return_dict=False)
+    return -torch.stack(toward_data).squeeze(2)
+
+
+def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+    """v_u + s (v - v_u); the pipeline's guidance_scale is s - 1."""
+    return flow.guided(v, v_uncond, scale)
+
+
+# ---------------------------------------------------------------- noise levels
+
+
+def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
+    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
+    schedule.require_a_step(steps)
+    even = torch.linspace(1.0, 1 / steps, steps).tolist()
+    return schedule.noise_levels(folder, image_tokens(shape_CHW), steps, even)
+
+
+def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
+    return schedule.log_of_shift(folder, image_tokens(shape_CHW))
+
+
+def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
+    """Number of patches."""
+    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
+
+
+# ---------------------------------------------------------------- images and latents
+
+
+def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
+    """(C, H, W) of a square image. ValueError where its patches do not fit the model."""
+    config, factor = transformer_config(folder), pixels(folder)
+    unit = factor * PATCH
+    _, rows, columns = config["axes_lens"]  # positions that the model knows: text, down, across
+    limit = unit * min(rows, columns)
+    if resolution <= 0 or resolution % unit != 0 or resolution > limit:
+        raise ValueError(
+            f"resolution {resolution} does not fit this model: use a multiple of {unit} up to {limit}"
+        )
+    return config["in_channels"], resolution // factor, resolution // factor
+
+
+def default_resolution(folder: Path) -> int:
+    """The VAE's: the transformer's config names none."""
+    return AutoencoderKL.load_config(folder / "vae")["sample_size"]
+
+
+def transformer_config(folder: Path) -> dict:
+    return ZImageTransformer2DModel.load_config(folder / "transformer")

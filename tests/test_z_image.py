@@ -1,0 +1,98 @@
+"""What is Z-Image's alone: its noise levels by hand, its time and sign, its texts, its shapes."""
+
+import math
+from fnmatch import fnmatch
+
+import pytest
+import torch
+
+from opd import adapters
+from opd.families import z_image
+from tests import tiny, tiny_z_image
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "two blue squares", "a dot"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_z_image.make_pipeline(tmp_path_factory.mktemp("z_image") / "pipeline")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_sigmas_of_a_static_shift(shift, pipeline, tmp_path):
+    """1, 1 - 1/N, ... 1/N, then shifted: s u / (1 + (s - 1) u)."""
+    pipeline = tiny.with_scheduler(pipeline, tmp_path / "pipeline", {"shift": shift})
+    u = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64)
+    expected = shift * u / (1 + (shift - 1) * u)
+    assert z_image.sigmas(pipeline, (4, 4, 4), 5) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert z_image.log_shift(pipeline, (4, 4, 4)) == pytest.approx(math.log(shift))
+
+
+@pytest.mark.parametrize("side, mu", [(32, 0.5), (128, 1.15), (64, 0.5 + 0.65 * 768 / 3840)])
+def test_sigmas_of_a_dynamic_shift(side, mu, pipeline, tmp_path):
+    """mu is linear in the number of 2 x 2 patches, .5 at 256 and 1.15 at 4096; exp(mu) shifts the odds."""
+    settings = {"use_dynamic_shifting": True, "max_shift": 1.15}
+    pipeline = tiny.with_scheduler(pipeline, tmp_path / "pipeline", settings)
+    u = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
+    expected = math.exp(mu) / (math.exp(mu) + 1 / u - 1)
+    assert z_image.sigmas(pipeline, (4, side, side), 4)[:-1] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert z_image.log_shift(pipeline, (4, side, side)) == pytest.approx(mu)
+
+
+def test_grids_that_do_not_fall_to_zero_are_refused(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="steps = 0"):
+        z_image.sigmas(pipeline, (4, 4, 4), 0)
+    rising = tiny.with_scheduler(pipeline, tmp_path / "rising", {"invert_sigmas": True})
+    with pytest.raises(ValueError, match="fall strictly to 0"):
+        z_image.sigmas(rising, (4, 4, 4), 4)
+
+
+def test_time_runs_to_the_data_in_float32_under_a_bfloat16_model():
+    """In bfloat16, 1 - 0.901 would become 0.098. A model that says x is asked for -x."""
+    seen = {}
+
+    def transformer(x, t, texts, return_dict):
+        seen.update(x=x, t=t, texts=texts)
+        return (x,)
+
+    x, texts = torch.arange(128.0).view(2, 4, 4, 4), [torch.ones(5, 32).bfloat16()] * 2
+    v = z_image.velocity(transformer, x, torch.tensor([0.901, 1.0]), texts)
+    assert [part.shape for part in seen["x"]] == [(4, 1, 4, 4)] * 2 and seen["texts"] is texts
+    assert seen["t"].dtype == torch.float32 and seen["t"].tolist() == pytest.approx([0.099, 0.0], abs=1e-6)
+    assert v.dtype == torch.bfloat16 and torch.equal(v.float(), -x)
+
+
+def test_a_text_is_as_long_as_its_prompt_in_the_chat_template(pipeline):
+    encoders = z_image.load_text(pipeline, torch.float32, CPU, True)
+    prompts = [*PROMPTS, z_image.NEGATIVE]
+    conditions = z_image.encode_prompts(encoders, prompts, CPU)
+    template = len("user\n" + "\n" + "assistant\n") + 3  # three marks are one token each
+    assert prompts == [*PROMPTS, ""]  # which the pipeline's own call would have changed
+    assert [len(c["embeds"]) for c in conditions] == [template + len(prompt) for prompt in prompts]
+    (alone,) = z_image.encode_prompts(encoders, [PROMPTS[2]], CPU)
+    torch.testing.assert_close(alone["embeds"], conditions[2]["embeds"], rtol=0, atol=1e-5)
+    without = z_image.load_text(pipeline, torch.float32, CPU, False)
+    assert torch.equal(z_image.encode_prompts(without, [PROMPTS[2]], CPU)[0]["embeds"], alone["embeds"])
+
+
+@pytest.mark.parametrize("resolution, message", [(0, ""), (10, ""), (36, "multiple of 4 up to 32")])
+def test_resolutions_that_do_not_fit_are_refused(resolution, message, pipeline):
+    with pytest.raises(ValueError, match=f"resolution {resolution} does not fit.*{message}"):
+        z_image.latent_shape(pipeline, resolution)
+    assert z_image.latent_shape(pipeline, 32) == (4, 16, 16)
+    assert z_image.default_resolution(pipeline) == 8
+
+
+def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):
+    skeleton = z_image.skeleton(pipeline)
+    fresh = adapters.fresh_lora(skeleton, z_image.LORA_TARGETS, rank=2, alpha=4.0, seed=0)
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+    assert fresh.A.keys() == {f"layers.{i}.attention.{name}" for i in (0, 1) for name in projections}
+    wide = adapters.fresh_lora(skeleton, ("attention.to_q",), rank=2, alpha=4.0, seed=0)
+    assert any(fnmatch(name, "noise_refiner.*") for name in wide.A)
+    for lora in (fresh, wide):
+        adapters.check_fits(lora, skeleton, z_image.LORA_TARGETS)
+    del fresh.A["layers.1.attention.to_v"]
+    with pytest.raises(ValueError, match=r"lacks 1 of these layers: \['layers.1.attention.to_v'\]"):
+        adapters.check_fits(fresh, skeleton, z_image.LORA_TARGETS)
