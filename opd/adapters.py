@@ -8,7 +8,6 @@ too.
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from opd.files import locate, replace, write_json, write_safetensors
+from opd.lora import LoraLinear
 
 BASE = "base"  # the name that means: adapter off
 STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
@@ -191,22 +189,15 @@ def attach(transformer: torch.nn.Module, name: str, lora: Lora, dtype: torch.dty
     cannot store."""
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r}: choose one that is not empty and has no dot")
-    config = LoraConfig(
-        r=max(a.shape[0] for a in lora.A.values()),
-        target_modules=sorted(lora.A),
-        rank_pattern={m: a.shape[0] for m, a in lora.A.items()},
-        lora_alpha=1,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Already found a `peft_config`"
-        )  # several adapters are the point
-        inject_adapter_in_model(config, transformer, adapter_name=name)
-    for module, a in lora.A.items():
+    for module, a_RI in lora.A.items():
         layer = transformer.get_submodule(module)
-        layer.lora_A[name].weight = torch.nn.Parameter(a.to(dtype), requires_grad=False)
-        layer.lora_B[name].weight = torch.nn.Parameter(lora.B[module].to(dtype), requires_grad=False)
-        layer.scaling[name] = lora.scale[module]
+        if isinstance(layer, torch.nn.Linear):
+            layer = LoraLinear(layer)
+            transformer.set_submodule(module, layer)
+        # Copies: the student and the frozen memory of its start come from the same tensors.
+        b_OR = lora.B[module].to(dtype, copy=True)
+        layer.add(name, a_RI.to(dtype, copy=True), b_OR, lora.scale[module])
+    transformer.lora_layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLinear)]
     transformer.requires_grad_(False)
 
 
@@ -254,22 +245,27 @@ def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) 
 @contextmanager
 def use(transformer: torch.nn.Module, name: str):
     """Run the transformer with adapter `name` (or BASE: none). No weight moves and no requires_grad flag
-    changes.
-
-    PEFT's own `set_adapter` flips requires_grad, which FSDP and the optimizer must not see; so only the two
-    attributes that its forward reads are set. Where activations are recomputed, keep backward inside the
-    `with`.
-    """
-    layers = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
-    assert name == BASE or any(name in layer.lora_A for layer in layers), f"no adapter {name!r} is attached"
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    changes. Where activations are recomputed, keep backward inside the `with`."""
+    layers = lora_layers(transformer)
+    assert name == BASE or any(name in layer.scale for layer in layers), f"no adapter {name!r} is attached"
+    before = [layer.slot for layer in layers]
     for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [name], name == BASE
+        layer.slot = None
+        if name in layer.scale:
+            layer.slot = name
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        for layer, slot in zip(layers, before, strict=True):
+            layer.slot = slot
+
+
+def lora_layers(transformer: torch.nn.Module) -> list[LoraLinear]:
+    """The layers with adapters, kept beside the transformer: walking its thousands of modules at every switch
+    would take longer than the switch."""
+    if not hasattr(transformer, "lora_layers"):
+        return []
+    return transformer.lora_layers
 
 
 def parameters_of(transformer: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 import train
 from opd import adapters, kernels, ranks
@@ -49,12 +48,12 @@ def flat_gradient(trained):
 
 def record(model):
     """(list that grows by (adapter, with gradient?, samples) at every forward, handle that ends it)."""
-    layer = next(module for module in model.transformer.modules() if isinstance(module, BaseTunerLayer))
+    layer = adapters.lora_layers(model.transformer)[0]
     calls = []
     return calls, model.transformer.register_forward_hook(
         lambda _, __, output: calls.append(
             (
-                "base" if layer._disable_adapters else layer._active_adapter[0],
+                layer.slot or "base",
                 torch.is_grad_enabled(),
                 len(output[0]),
             )
@@ -381,6 +380,26 @@ def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes):
     assert (tmp_path / "a/student/adapter_model.safetensors").read_bytes() == (
         tmp_path / "b/student/adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_the_memory_of_the_start_does_not_follow_the_student(world, tmp_path):
+    """The table's row `start` is where training began, whatever dtype the two adapters share."""
+    _, model, _ = run(tiny.config(world, out=str(tmp_path), iterations=2, cold_start=str(world / "red")))
+    red = adapters.read_lora(str(world / "red"))
+    moved = 0.0
+    for module in red.A:
+        start = update_of(model, module, "start")
+        assert torch.allclose(start, red.update(module), atol=1e-5)
+        moved += float((update_of(model, module, "student") - start).norm())
+    assert moved > 0.01
+
+
+def update_of(model, module, adapter):
+    """The weight update of an attached adapter."""
+    layer = model.transformer.get_submodule(module)
+    return (
+        layer.scale[adapter] * layer.lora_B[adapter].weight.detach() @ layer.lora_A[adapter].weight.detach()
+    )
 
 
 def test_moving_average_is_what_is_saved(world, tmp_path):
