@@ -272,8 +272,10 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     if cfg.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     model.transformer.to(device)
-    blocks = model.family.blocks(model.transformer)
-    ranks.shard(model.transformer, blocks, cfg.shard_size, model.dtype, device)
+    # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
+    if cfg.full or cfg.shard_size > 1:
+        blocks = model.family.blocks(model.transformer)
+        ranks.shard(model.transformer, blocks, cfg.shard_size, model.dtype, device)
     return model, data, rewards
 
 

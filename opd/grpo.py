@@ -246,8 +246,7 @@ class Growing:
             largest = torch.maximum(largest, drift)
             task_ends = number + 1 == len(part) or part[number + 1].task != sampled.task
             if compare and task_ends:
-                gradients = [ranks.full(p.grad).flatten() for p in self.trained.parameters.values()]
-                now = torch.cat(gradients)
+                now = ranks.mean_gradient(list(self.trained.parameters.values()))
                 per_task[sampled.task] = now - before
                 before = now
         ranks.largest(largest)

@@ -58,6 +58,7 @@ class Trained:
         """
         self.updates += 1
         ranks.reshard(self.model.transformer)
+        ranks.average_gradients(list(self.parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)
         norm = float(ranks.full(norm))
         if math.isfinite(norm):

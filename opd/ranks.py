@@ -112,6 +112,26 @@ def shard(
         )
 
 
+def average_gradients(parameters: list[torch.Tensor]) -> None:
+    """Mean over ranks of the gradients of plain parameters, in one reduction. FSDP averages those of sharded
+    parameters in every backward."""
+    if world() == 1 or isinstance(parameters[0], DTensor):
+        return
+    used = [parameter for parameter in parameters if parameter.grad is not None]
+    flat = mean_gradient(used)
+    pieces = flat.split([parameter.numel() for parameter in used])
+    for parameter, piece in zip(used, pieces, strict=True):
+        parameter.grad.copy_(piece.view_as(parameter))
+
+
+def mean_gradient(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The gradients of these parameters so far, averaged over ranks, as a new flat tensor (a collective)."""
+    flat = torch.cat([full(parameter.grad).flatten() for parameter in parameters])
+    if isinstance(parameters[0], DTensor):
+        return flat
+    return total(flat) / world()
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Drop gathered copies. Needed before the optimizer changes the masters: a later forward must gather them
     anew."""

@@ -15,98 +15,29 @@ ROOT = Path(__file__).parent.parent
 
 
 def distil(world):
-    """The arguments that make a preset a distillation on the tiny world."""
-    return [
-        "mini",
-        "--teachers",
-        f"red={world / 'red'}",
-        f"blue={world / 'blue'}",
-        "--anchor",
-        "blue",
-        "--queries",
-        "0",
-        "--cold-start",
-        "base",
-        "--group",
-        "1",
-        "--micro-batch",
-        "2",
-    ]
+    """A distillation on the tiny world: preset and flags."""
+    teachers = ["--teachers", f"red={world / 'red'}", f"blue={world / 'blue'}"]
+    flags = "--anchor blue --queries 0 --cold-start base --group 1 --micro-batch 2"
+    return ["mini", *teachers, *flags.split()]
 
 
 def grow():
-    return [
-        "mini-grpo-mix",
-        "--group",
-        "4",
-        "--micro-batch",
-        "5",
-        "--beta",
-        "0.1",
-        "--epochs",
-        "2",
-        "--clip-range",
-        "1e-3",
-        "--cosine-every",
-        "1",
-        "--window",
-        "0",
-        "--no-shared-start",
-        "--ema",
-        "0",
-        "--decay",
-        "cosine",
-        "--watch-every",
-        "0",
-        "--train-rewards",
-        "red=tests.tiny_grpo:brightness",
-        "blue=tests.tiny_grpo:brightness",
-    ]
+    """GRPO on the tiny world, from two rewards."""
+    flags = """--group 4 --micro-batch 5 --beta 0.1 --epochs 2 --clip-range 1e-3 --cosine-every 1 --window 0
+        --no-shared-start --ema 0 --decay cosine --watch-every 0 --train-rewards
+        red=tests.tiny_grpo:brightness blue=tests.tiny_grpo:brightness"""
+    return ["mini-grpo-mix", *flags.split()]
 
 
-def torchrun(world, out, processes, *arguments):
+def torchrun(world, out, processes, *arguments, script="train.py"):
     preset, *own = arguments
-    shared = [
-        "--model",
-        str(world / "pipeline"),
-        "--dtype",
-        "float32",
-        "--rank",
-        "4",
-        "--alpha",
-        "8",
-        "--prompts",
-        f"red={world / 'red.txt'}",
-        f"blue={world / 'blue.txt'}",
-        "--prompts-per-step",
-        "5",
-        "--steps",
-        "3",
-        "--mix",
-        "--iterations",
-        "3",
-        "--lr",
-        "1e-2",
-        "--warmup",
-        "0",
-        "--no-evaluate",
-        "--sample-every",
-        "3",
-        "--cache",
-        str(world / "cache"),
-        "--out",
-        str(out),
-    ]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        str(free_port()),
-    ]
-    return [*launcher, "train.py", preset, *shared, *own]
+    prompts = ["--prompts", f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}"]
+    folders = ["--model", str(world / "pipeline"), "--cache", str(world / "cache"), "--out", str(out)]
+    flags = """--dtype float32 --rank 4 --alpha 8 --prompts-per-step 5 --steps 3 --mix --iterations 3
+        --lr 1e-2 --warmup 0 --no-evaluate --sample-every 3"""
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc_per_node {processes}"
+    port = ["--master_port", str(free_port())]
+    return [*launcher.split(), *port, script, preset, *prompts, *folders, *flags.split(), *own]
 
 
 def free_port() -> int:
@@ -179,6 +110,38 @@ def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra
             two["ratio"]["largest"] == pytest.approx(one["ratio"]["largest"], rel=1e-2)
             and one["ratio"]["clipped"] > 0
         )
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_path, shard_size):
+    """Counted in the real command on two ranks. Replicated: plain weights, one reduction of the LoRA's
+    gradients and one of the log's table per step. Sharded: a rank holds its half, and what was gathered is
+    gone again."""
+    arguments = torchrun(
+        world,
+        tmp_path,
+        2,
+        *distil(world),
+        "--shard-size",
+        str(shard_size),
+        "--sample-every",
+        "0",
+        script="tests/counted_run.py",
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
+    counted = json.loads(line.removeprefix("COUNTED "))
+    trained, table = counted["trained"], 3 * 3 * 2  # teachers and anchor, states, sum and count
+    if shard_size == 1:
+        assert counted["reduced"] == [trained, table] * 3
+        assert counted["parameters"] == counted["whole"]
+    else:
+        assert counted["reduced"].count(table) == 3
+        assert counted["parameters"] <= 0.51 * counted["whole"]
+    # Adam's moments and a gradient per trained number, the VAE, the text, the schedules.
+    assert counted["alive"] - counted["parameters"] < 0.6 * counted["whole"]
 
 
 def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, alone):
