@@ -6,6 +6,7 @@ LoRA weights alone, and the base itself (adapter off). Another kind is another f
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,6 +54,19 @@ def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
     return velocity
 
 
+@dataclass(frozen=True)
+class Question:
+    """Which samples of a micro-batch a teacher is asked about."""
+
+    teacher: Teacher
+    rows: list[int]
+    """Its own samples here."""
+    asked: list[int]
+    """Those that it is shown: its own, or the first for nothing."""
+    index: Tensor
+    """The same on the device, made once and not at every state."""
+
+
 class Panel:
     """The teachers of one micro-batch: whom to ask about which samples, and with which weight the answers
     count."""
@@ -63,11 +77,13 @@ class Panel:
         # Padding gets alpha 0: it counts for nothing, and no teacher spends time on it.
         alpha_BK = alpha_NK[batch.samples] * torch.tensor(batch.real)[:, None]
         self.alpha_BK = alpha_BK.to(device)
-        self.questions = []
-        """Per column (teacher, numbers of its samples here), None where no rank has samples of it."""
+        self.questions: list[Question | None] = []
+        """Per column; None where no rank has samples of the teacher."""
         for column, teacher in enumerate(teachers.values()):
             if (alpha_NK[batch.turn, column] != 0).any():
-                self.questions.append((teacher, alpha_BK[:, column].nonzero().flatten().tolist()))
+                rows = alpha_BK[:, column].nonzero().flatten().tolist()
+                asked = rows or [0]
+                self.questions.append(Question(teacher, rows, asked, torch.tensor(asked, device=device)))
             else:
                 self.questions.append(None)
 
@@ -83,13 +99,13 @@ class Panel:
             if question is None:
                 targets.append(None)
                 continue
-            teacher, rows = question
-            if len(rows) == len(text):
-                targets.append(teacher(state.x, state.sigma_B, text))
+            if len(question.rows) == len(text):
+                targets.append(question.teacher(state.x, state.sigma_B, text))
                 continue
-            answer = teacher(state.x[rows or [0]], state.sigma_B[rows or [0]], [text[b] for b in rows or [0]])
+            x, sigma_B = state.x[question.index], state.sigma_B[question.index]
+            answer = question.teacher(x, sigma_B, [text[b] for b in question.asked])
             target = torch.zeros_like(state.x)
-            if rows:
-                target[rows] = answer
+            if question.rows:
+                target[question.index] = answer
             targets.append(target)
         return targets
