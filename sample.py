@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from opd import adapters
 from opd.data import load_prompts
-from opd.flags import Texts, require
+from opd.flags import Texts, at_least_one, finite, require
 from opd.model import Model
 from opd.pictures import labelled_grid, save_image, to_pil
 from opd.presets import DEFAULT
@@ -94,10 +94,13 @@ def read_settings(file: str) -> dict:
 def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded; whatever can be refused is refused
     first."""
-    require(min(args.images, args.steps, args.batch) >= 1, "--images, --steps and --batch must be at least 1")
-    require(
-        args.sampler == "ode" or args.noise_level > 0, f"--sampler {args.sampler} needs --noise-level above 0"
-    )
+    at_least_one(args, "images", "steps", "batch")
+    finite(args, "guidance", "noise_level")
+    noise = args.noise_level
+    if args.sampler != "ode":
+        require(noise > 0, f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
+    if args.sampler == "cps":
+        require(noise <= 1, f"--sampler cps needs --noise-level in (0, 1], got {noise}")
     return Model.ready(args, find_device(args.device), prompts)
 
 

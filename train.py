@@ -41,7 +41,7 @@ from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
 from opd.ranks import say
-from opd.report import Report, say_phases, shown_texts
+from opd.report import Report, say_phases, shown_texts, splits
 from opd.rewards import Reward, find_reward
 from opd.runfolder import RunFolder
 from opd.settings import describe, parse, starting_point
@@ -64,7 +64,10 @@ def main() -> None:
         sys.exit(f"error: {error}")
     trained = Trained(cfg, model)
     report = Report(cfg, model, data, rewards, folder)
-    train(cfg, choose_stage(cfg, model, data, rewards, trained), trained, folder, report)
+    try:
+        train(cfg, choose_stage(cfg, model, data, rewards, trained), trained, folder, report)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
     report.table(trained)
     say(f"run folder: {folder.path}")
     ranks.stop()
@@ -137,7 +140,7 @@ class Distillation:
         """One optimizer step: (metrics, gradient norm)."""
         squares = self.accumulate(self.plan(step))
         norm = self.trained.update(step)
-        # Read only now: until here nothing of the step has made the host wait for the device.
+        # Read only now: the norm that the update needs was the step's first wait for the device.
         squares.collect()
         squares.name_non_finite(step)
         return squares.metrics(), norm
@@ -175,7 +178,8 @@ class Distillation:
         index = torch.tensor(batch.samples, device=model.device)
         text = model.text([plan.texts_N[n] for n in batch.samples])
         panel = Panel(self.teachers, plan.alpha_NK, batch, model.device)
-        # FSDP averages over ranks; with this factor the sum over samples and states is the global mean.
+        # Gradients are averaged over ranks; with this factor the sum over samples and states is the global
+        # mean.
         scale = ranks.world() / (len(plan.texts_N) * len(plan.queried))
 
         def student(state: State) -> Tensor:
@@ -329,7 +333,8 @@ def load_data(cfg: Run, model: Model) -> tuple[Data, list[str]]:
 
 
 def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
-    """Every reward that the run names, found and loaded once; those to train on are tried on grey images."""
+    """Every reward that the run will call, found and loaded once; those to train on are tried on grey
+    images."""
     if isinstance(cfg, Finetune):
         return {}
     specs = []
@@ -338,6 +343,11 @@ def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
     if isinstance(cfg, Grow):
         specs += cfg.train_rewards.values()
     rewards = {spec: find_reward(spec) for spec in specs}
+    if cfg.evaluate or cfg.watch_every:
+        for pools in splits(cfg, data).values():
+            for task, pool in pools.items():
+                if task in cfg.rewards:
+                    rewards[cfg.rewards[task]].check_metadata(task, pool)
     for reward in rewards.values():
         reward.load(model.device)
     if isinstance(cfg, Grow):

@@ -44,8 +44,7 @@ def check_noise(x: Tensor, noise: Tensor | None, seed: int | None, index: Tensor
 def check_targets(v: Tensor, targets, alpha: Tensor, w: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """The K >= 1 teachers, without gradients; alpha (B, K) and w (B,) in the precision of the sums. An absent
     teacher becomes the student itself, which is not read where alpha is 0. Elsewhere alpha becomes NaN, and
-    so
-    does the loss: only the CPU can afford to look."""
+    so does the loss: only the CPU can afford to look."""
     if isinstance(targets, Tensor):
         targets = targets.unbind(0)
     if len(targets) == 0:

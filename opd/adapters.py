@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from opd.files import locate, replace, write_json, write_safetensors
+from opd.files import locate, read_json, replace, write_json, write_safetensors
 from opd.lora import LoraLinear
 
 BASE = "base"  # the name that means: adapter off
@@ -110,6 +110,10 @@ def read_lora(source: str) -> Lora:
         raise ValueError(
             f"adapter {source!r}: {len(A)} lora_A and {len(B)} lora_B weights; without partner: {lonely[:3]}"
         )
+    for module, a_RI in A.items():
+        in_a, in_b = a_RI.shape[0], B[module].shape[1]
+        if in_a != in_b:
+            raise ValueError(f"adapter {source!r}: {module} has rank {in_a} in lora_A, {in_b} in lora_B")
     if all(b.abs().max() == 0 for b in B.values()) or all(a.abs().max() == 0 for a in A.values()):
         raise ValueError(
             f"adapter {source!r}: its update is zero everywhere, so it equals the base; "
@@ -134,7 +138,7 @@ def _alpha(module: str, rank: int, path: Path, metadata: dict, alpha: dict[str, 
         return alpha[module]
     config = {}
     if path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").is_file():
-        config = json.loads((path.parent / "adapter_config.json").read_text())
+        config = read_json(path.parent / "adapter_config.json")
     elif "lora_adapter_metadata" in metadata:
         config = {
             k.removeprefix("transformer."): v
@@ -226,6 +230,7 @@ def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) 
     if not loras:
         raise ValueError("--cold-start merge: no teacher has an adapter to merge; use --cold-start base")
     A, B = {}, {}
+    spare = torch.Generator().manual_seed(0)
     for module in sorted(set().union(*(lora.A for lora in loras))):
         having = [lora for lora in loras if module in lora.A]
         a = torch.cat([lora.A[module] for lora in having])
@@ -233,7 +238,8 @@ def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) 
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
         root, keep = s[:rank].sqrt(), min(rank, len(s))
-        A[module] = torch.zeros(rank, a.shape[1])
+        # Spare rank starts as in a fresh adapter: with A and B both 0 it would never get a gradient.
+        A[module] = torch.randn(rank, a.shape[1], generator=spare) / rank
         B[module] = torch.zeros(b.shape[0], rank)
         A[module][:keep] = (root[:, None] * vh[:rank]) @ q_a.T
         B[module][:, :keep] = q_b @ (u[:, :rank] * root) * (rank / alpha)

@@ -9,6 +9,7 @@ The values of named runs are in opd/presets.py. Nothing is read here: a file or 
 """
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -103,6 +104,9 @@ class Scores:
         at_least_one(self, "eval_prompts", "watch_prompts")
         not_negative(self, "watch_every")
         positive(self, "reward_timeout")
+        longest = threading.TIMEOUT_MAX
+        timeout = self.reward_timeout
+        require(timeout <= longest, f"--reward-timeout is {timeout}; it must be at most {longest:g} s")
         watched = self.watch_every > 0
         wanted = f"--watch-every {self.watch_every} scores held-out prompts; give --heldout TASK=FILE"
         require(not watched or len(self.heldout) > 0, wanted)
@@ -127,7 +131,7 @@ class Run(Logistics):
     """Pipeline directory or Hub id of the base."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. LoRA
-    masters, states, schedule and losses are float32 anyway."""
+    masters, states and losses are float32, schedules float64, anyway."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     resolution: int = 0
@@ -163,9 +167,14 @@ class Run(Logistics):
         super().check(world)
         require(self.model != "", "--model is empty: name a pipeline directory or a Hub id owner/name")
         require(self.cold_start != "", "--cold-start is empty: use base or an adapter")
+        # A mean over the dimensions of a real latent and a batch makes every gradient smaller than half's
+        # least.
+        underflow = "--dtype float16: gradients underflow to 0; use bfloat16 or float32"
+        require(self.dtype != "float16", underflow)
         at_least_one(self, "rank", "prompts_per_step", "ema_every")
         positive(self, "lr", "alpha", "clip")
         not_negative(self, "resolution", "warmup", "weight_decay")
+        require(-(2**63) <= self.seed < 2**63, f"--seed is {self.seed}; it must fit into 64 bits")
         finite(self, "guidance")
         below_one(self, "ema")
 

@@ -3,6 +3,7 @@ same batch."""
 
 import csv
 import hashlib
+import io
 import json
 import math
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
         if tasks is not None and own_task not in tasks:
             raise ValueError(
                 f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
-                "(add it to --prompts and --teachers, or correct the line)"
+                "(add TASK=FILE to --prompts, or correct the line)"
             )
         prompts.append(Prompt(text.strip(), own_task, row))
     if not prompts:
@@ -55,8 +56,16 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
 def numbered_lines(file: Path) -> list[tuple[int, str]]:
     """(line number, line) of a UTF-8 file, blank lines left out. Unlike `splitlines`, U+2028 and its like do
     not end a line."""
-    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    lines = read_utf8(file).split("\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_utf8(file: Path) -> str:
+    """The text of a file. ValueError naming it where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _read_txt(file: Path):
@@ -77,12 +86,11 @@ def _read_jsonl(file: Path):
 
 
 def _read_csv(file: Path):
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        if "prompt" not in (reader.fieldnames or []):
-            raise ValueError(f"{file}:1: no column 'prompt' in the header {reader.fieldnames}")
-        for row in reader:
-            yield reader.line_num, dict(row)
+    reader = csv.DictReader(io.StringIO(read_utf8(file), newline=""))
+    if "prompt" not in (reader.fieldnames or []):
+        raise ValueError(f"{file}:1: no column 'prompt' in the header {reader.fieldnames}")
+    for row in reader:
+        yield reader.line_num, dict(row)
 
 
 def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:
@@ -131,10 +139,14 @@ def prompts_of_step(
     cycle = interleave(mix)
     chosen = []
     for q in range(step * count, (step + 1) * count):
-        rounds, place = divmod(step if alternate else q, len(cycle))
+        turn = q
+        if alternate:
+            turn = step
+        rounds, place = divmod(turn, len(cycle))
         task = cycle[place]
         nth = rounds * mix[task] + cycle[:place].count(task)
-        nth = nth * count + q % count if alternate else nth
+        if alternate:
+            nth = nth * count + q % count
         epoch, position = divmod(nth, len(pools[task]))
         chosen.append(pools[task][permutation(len(pools[task]), seed, task, epoch)[position]])
     return chosen

@@ -28,7 +28,9 @@ class Squares:
         padding."""
         real_B = torch.tensor(real, dtype=torch.float32)
         own_BK = (routed_BK * real_B[:, None]).to(squares_BTK.device)
-        self.sums_RT[:-1] += torch.einsum("btk,bk->kt", squares_BTK, own_BK)
+        # Chosen, not multiplied: the NaN of another's sample times 0 would be NaN.
+        own_BTK = torch.where(own_BK[:, None] != 0, squares_BTK * own_BK[:, None], 0)
+        self.sums_RT[:-1] += own_BTK.sum(0).T
         self.counts_RT[:-1, queried] += own_BK.sum(0)[:, None]
         if self.cfg.anchor_weight > 0:
             self.sums_RT[-1] += squares_BTK[:, :, self.teachers.index(self.cfg.anchor)].sum(0)
@@ -42,9 +44,9 @@ class Squares:
     def name_non_finite(self, step: int) -> None:
         """Say where the first distance is that is not a number; the step itself is skipped by its
         gradient."""
-        bad = (~self.sums_RT.isfinite()).nonzero().tolist()
+        bad = (~self.sums_RT.isfinite()).T.nonzero().tolist()
         if bad:
-            row, state = bad[0]
+            state, row = bad[0]
             name = [*self.teachers, "anchor"][row]
             say(f"step {step}: non-finite velocity difference to {name} at state {state}")
 

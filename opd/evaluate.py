@@ -13,6 +13,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -57,7 +58,7 @@ class Arguments:
     """Seed of the noise."""
     resolution: int = 0
     """Pixels per side; 0 = what the model was made for."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware
     multiplies it)."""
     t5: bool = True

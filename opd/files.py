@@ -22,6 +22,17 @@ def replace(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. ValueError naming the file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, got {str(value)[:40]!r}")
+    return value
+
+
 def write_json(path: Path, value) -> None:
     replace(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
@@ -73,7 +84,10 @@ def find_pipeline(source: str, pipeline: str) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
-    name = json.loads(index.read_text())["_class_name"]
+    settings = read_json(index)
+    if "_class_name" not in settings:
+        raise ValueError(f"model {source!r}: {index} names no _class_name; it is not a pipeline's")
+    name = settings["_class_name"]
     if name != pipeline:
         raise ValueError(
             f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)"

@@ -51,7 +51,9 @@ class Together:
     sample's own."""
 
     first: list[int]
-    back: list[int]
+    first_index: Tensor
+    """The same on the device, made once and not at every state."""
+    back_index: Tensor
 
 
 class Growing:
@@ -165,7 +167,10 @@ class Growing:
     def standing_together(self, batch: MicroBatch) -> Together:
         groups = [n // self.cfg.group for n in batch.samples]
         order = list(dict.fromkeys(groups))
-        return Together([groups.index(group) for group in order], [order.index(group) for group in groups])
+        first = [groups.index(group) for group in order]
+        back = [order.index(group) for group in groups]
+        device = self.model.device
+        return Together(first, torch.tensor(first, device=device), torch.tensor(back, device=device))
 
     def velocity(self, state: State, text: list[Condition], states: list[int], together: Together) -> Tensor:
         """Guided velocity of the adapter in use at `state`.
@@ -176,9 +181,9 @@ class Growing:
         x, sigma_B, guidance = state.x, state.sigma_B, self.cfg.guidance
         if not self.cfg.shared_start or state.i > states[0]:
             return self.model.velocity(x, sigma_B, text, guidance)
-        first = together.first
-        v = self.model.velocity(x[first], sigma_B[first], [text[b] for b in first], guidance)
-        return v[together.back]
+        first = together.first_index
+        v = self.model.velocity(x[first], sigma_B[first], [text[b] for b in together.first], guidance)
+        return v[together.back_index]
 
     def gather_rewards(
         self, parts: list[list[Sampled]], prompts: list[Prompt]

@@ -28,6 +28,11 @@ class LoraLinear(nn.Module):
         self.lora_B[name] = factor(b_OR)
         self.scale[name] = scale
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's: models look at the dtype of a layer's weight."""
+        return self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if self.slot is None:

@@ -85,10 +85,12 @@ class Trained:
         with torch.no_grad():
             for name, average in self.average.items():
                 self.parameters[name].copy_(average)
-            yield
-            ranks.reshard(self.model.transformer)
-            for name, value in kept.items():
-                self.parameters[name].copy_(value)
+            try:
+                yield
+            finally:
+                ranks.reshard(self.model.transformer)
+                for name, value in kept.items():
+                    self.parameters[name].copy_(value)
 
     # ---- saving and resuming ----
 

@@ -2,6 +2,7 @@
 obvious."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
+
+# At the start the other ranks wait while the first encodes prompts, which may take longer than the usual 10
+# minutes.
+PATIENCE = timedelta(hours=2)
 
 
 def start() -> torch.device:
@@ -32,6 +37,7 @@ def start() -> torch.device:
             store=alone,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=PATIENCE,
         )
     return device
 

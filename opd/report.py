@@ -29,7 +29,7 @@ class Report:
         self.texts = fixed_texts(data)
         self.splits = {}
         self.scorers = {}
-        if not isinstance(cfg, Finetune):
+        if is_scored(cfg):
             self.splits = splits(cfg, data)
             self.scorers = {task: rewards[spec] for task, spec in cfg.rewards.items() if spec in rewards}
 
@@ -137,6 +137,11 @@ def fixed_texts(data: dict[str, list[Prompt]] | Images) -> list[str]:
     return [prompt.text for pool in data.values() for prompt in pool[:per_task]]
 
 
+def is_scored(cfg: Run) -> bool:
+    """Whether the run compares prompts with scorers, on the way or at the end."""
+    return not isinstance(cfg, Finetune) and (cfg.evaluate or cfg.watch_every > 0)
+
+
 def splits(cfg: Run, data: dict[str, list[Prompt]]) -> dict[str, dict[str, list[Prompt]]]:
     """The prompts of the table: those of training and, if there are any, those held out."""
     if not cfg.heldout:
@@ -147,7 +152,7 @@ def splits(cfg: Run, data: dict[str, list[Prompt]]) -> dict[str, dict[str, list[
 def shown_texts(cfg: Run, data: dict[str, list[Prompt]] | Images) -> list[str]:
     """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
     texts = fixed_texts(data)
-    if isinstance(cfg, Finetune) or not (cfg.evaluate or cfg.watch_every):
+    if not is_scored(cfg):
         return texts
     for pools in splits(cfg, data).values():
         for pool in pools.values():

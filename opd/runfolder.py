@@ -36,6 +36,8 @@ class RunFolder:
             ) from error
         if not active:
             return
+        folder_or_nothing = self.path.is_dir() or not self.path.exists()
+        require(folder_or_nothing, f"--out {cfg.out!r} is a file; name a folder")
         self.check_same_run(cfg)
         self.lock()
         write_json(self.path / "config.json", to_json(cfg))
@@ -159,7 +161,7 @@ class RunFolder:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("curves.png skipped: pip install matplotlib to get it")
+            print('curves.png skipped: pip install "flow-opd[plot]" to get it')
             return
         rows = self.metrics()
         flat = [flatten(row) for row in rows]

@@ -98,7 +98,7 @@ LOGISTICS = {
 EVERY_RUN = LOGISTICS | {
     "family": Case(["sd0"], refused="no model family opd/families/sd0.py; choose from"),
     "model": Case(["place/other_pipeline"]),
-    "dtype": Case(["bfloat16", "float16"], changes=("student", "rows")),
+    "dtype": Case(["bfloat16"], changes=("student", "rows")),
     "t5": Case([False], under={"model": "place/pipeline_with_t5"}),
     "resolution": Case([16]),
     "rank": Case([2]),

@@ -415,6 +415,16 @@ def test_merge_counts_a_teacher_without_a_module_as_zero_there(tmp_path):
         assert (merged.update(module) - mean).abs().max() < 1e-4
 
 
+def test_spare_rank_of_a_start_learns(world):
+    """A rank-4 adapter in a student of rank 8: the same update, and a gradient for every row of A and column
+    of B once the other has moved."""
+    lora = adapters.read_lora(str(world / "red"))
+    wide = adapters.merge([lora], 8, 16.0)
+    for module in lora.A:
+        assert torch.allclose(wide.update(module), lora.update(module), atol=1e-4)
+        assert (wide.A[module].abs().amax(1) > 0).all() and (wide.B[module][:, 4:] == 0).all()
+
+
 def test_merge_of_nothing_says_what_to_do():
     with pytest.raises(ValueError, match="--cold-start merge.*use --cold-start base"):
         adapters.merge([], 4, 4.0)

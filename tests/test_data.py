@@ -193,3 +193,10 @@ def test_micro_batches_are_even_and_few():
         [MicroBatch([0], [1], [0, 1]), MicroBatch([2], [1], [2, 2])],
         [MicroBatch([1], [1], [0, 1]), MicroBatch([2], [0], [2, 2])],
     ]  # the last is padding
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    for name in ("latin.txt", "latin.csv"):
+        (tmp_path / name).write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
+        with pytest.raises(ValueError, match=f"{name}: not UTF-8 .*save it as UTF-8"):
+            data.load_prompts(str(tmp_path / name), "t", None)

@@ -6,7 +6,7 @@ import pytest
 
 import opd
 from opd.data import load_prompts
-from opd.files import locate, resolve
+from opd.files import find_pipeline, locate, resolve
 
 PACKAGE = Path(opd.__file__).parent
 PACKAGED = "opd/mini/prompts/text.test.txt"
@@ -47,3 +47,13 @@ def test_what_is_nowhere_is_named(source, tmp_path, monkeypatch):
         locate("model", source)
     with pytest.raises(FileNotFoundError, match=f"no file '{source}'"):
         load_prompts(source, "task", ["task"])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "model_index.json: not JSON"), ("[1]", "expected an object"), ("{}", "no _class_name")],
+)
+def test_a_broken_index_of_a_pipeline_is_named(content, message, tmp_path):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        find_pipeline(str(tmp_path), "StableDiffusion3Pipeline")

@@ -63,7 +63,11 @@ def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, chang
     for once in (True, False):
         cfg, model, *_, trained, stage = build(world, **changes)
         if not once:
-            everyone = lambda batch: grpo.Together(*2 * [list(range(len(batch.samples)))])  # noqa: E731
+
+            def everyone(batch):
+                alone = list(range(len(batch.samples)))
+                return grpo.Together(alone, torch.tensor(alone), torch.tensor(alone))
+
             monkeypatch.setattr(stage, "standing_together", everyone)
         rows = []
         model.transformer.register_forward_hook(lambda *given, rows=rows: rows.append(len(given[-1][0])))
@@ -327,6 +331,20 @@ def test_bad_rewards_are_refused_before_weights_load(world, spec, message, monke
     cfg = grpo_config(world, train_rewards={"red": spec, "blue": BRIGHT})
     with pytest.raises(ValueError, match=message):
         train.set_up(cfg, ranks.start())
+
+
+def test_a_scorer_of_the_table_that_lacks_metadata_is_refused_before_weights_load(world, monkeypatch):
+    monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
+    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
+    scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:needy"}
+    cfg = grpo_config(world, heldout=files, rewards=scorers, watch_every=1)
+    with pytest.raises(ValueError, match="needs 'include' with every prompt"):
+        train.set_up(cfg, ranks.start())
+
+
+def test_held_out_prompts_are_not_read_where_nothing_is_scored(world, tmp_path):
+    cfg = grpo_config(world, out=str(tmp_path), heldout={"red": "no/such/file.txt"}, iterations=1)
+    assert len(run(cfg)[0].metrics()) == 1
 
 
 def whole_numbers(images, prompts, metadata):

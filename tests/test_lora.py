@@ -64,3 +64,9 @@ def test_an_adapter_of_some_layers_leaves_the_others_alone(world):
     with adapters.use(model.transformer, "red"):
         assert layers[0].slot is None and {layer.slot for layer in layers[1:]} == {"red"}
     assert {layer.slot for layer in layers} == {None}
+
+
+def test_a_model_may_ask_for_the_dtype_of_a_layer():
+    """Some transformers read `layer.weight.dtype`, Z-Image's time embedding for one."""
+    ours, _ = pair(torch.bfloat16)
+    assert ours.weight is ours.base_layer.weight and ours.weight.dtype == torch.bfloat16

@@ -206,7 +206,9 @@ def write_moved(folder):
 
 # (flags, what the one line must contain)
 REFUSED = [
-    (["--images", "0"], "--images, --steps and --batch must be at least 1"),
+    (["--images", "0"], "--images is 0; it must be at least 1"),
+    (["--guidance", "nan"], "--guidance is nan"),
+    (["--sampler", "cps", "--noise-level", "3"], "--sampler cps needs --noise-level in (0, 1], got 3.0"),
     (["--steps", "0"], "at least 1"),
     (["--batch", "-1"], "at least 1"),
     (["--sampler", "sde", "--noise-level", "0"], "--sampler sde needs --noise-level above 0"),

@@ -429,6 +429,21 @@ def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, cap
     assert not (tmp_path / "student").exists()
 
 
+def test_the_first_bad_state_is_named_with_its_own_teacher(world, capsys):
+    """A NaN of a sample of blue is no NaN of red, though red anchors it too."""
+    from opd.diagnostics import Squares
+
+    cfg, model, *_ = build(world, anchor="red")
+    squares = Squares(cfg, model, ["red", "blue"])
+    squares_BTK = torch.ones(2, 4, 2)
+    squares_BTK[1, 2:] = float("nan")
+    squares.add(squares_BTK, torch.eye(2), [1, 1], [0, 1, 2, 3])
+    squares.collect()
+    squares.name_non_finite(7)
+    assert "step 7: non-finite velocity difference to blue at state 2" in capsys.readouterr().out
+    assert squares.sums_RT[0].isfinite().all()
+
+
 # ---- flow-matching fine-tuning -----------------------------------------------------------------------------
 
 
