@@ -30,6 +30,9 @@ opd.mini
 opd.mini.world
 opd.mini.rewards opd.mini.build
 train sample
+opd.bench_clock opd.bench_compare opd.bench_model
+opd.bench_released
+opd.bench
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
