@@ -28,8 +28,8 @@ PREFIXES = ("base_model.model.", "transformer.")
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter as read from disk: per module name A (r, in), B (out, r) float32, and its scale alpha /
-    r."""
+    """One adapter, read from disk, fresh or merged (then sha256 is ""): per module name A (r, in), B (out, r)
+    float32, and its scale alpha / r."""
 
     source: str
     sha256: str

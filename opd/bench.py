@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     about.add_argument("--micro-batch", type=int, help="samples per forward pass")
     about.add_argument("--states", "--steps", type=int, help="of a trajectory")
     about.add_argument("--queries", type=int, default=0, help="states that are trained on; 0 = all")
-    about.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
+    about.add_argument("--dtype", default="auto", help="auto, bfloat16, float32")
     about.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     about.add_argument("--device", default="auto", help="auto, cpu, cuda")
     about.add_argument("--updates", type=int, default=3, help="the first one warms up")

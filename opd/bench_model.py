@@ -22,7 +22,7 @@ from opd.rewards import find_reward
 from train import Distillation
 
 ANCHORS = ("further", "teacher", "base", "none")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float32")
 STAGES = ("opd", "grpo")
 REWARD = "opd.bench_model:random_reward"
 FURTHER = "further"  # the teacher that is nothing but the anchor

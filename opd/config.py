@@ -9,14 +9,23 @@ The values of named runs are in opd/presets.py. Nothing is read here: a file or 
 """
 
 import math
-import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from opd import flow
-from opd.flags import Shares, Texts, at_least_one, below_one, finite, not_negative, positive, require
+from opd.flags import (
+    Shares,
+    Texts,
+    at_least_one,
+    below_one,
+    finite,
+    not_negative,
+    positive,
+    require,
+    time_limit,
+)
 
 # What train.py logs beside the teachers' names, and the adapters that it makes itself.
 METRICS = (
@@ -103,10 +112,7 @@ class Scores:
     def check(self, world: int) -> None:
         at_least_one(self, "eval_prompts", "watch_prompts")
         not_negative(self, "watch_every")
-        positive(self, "reward_timeout")
-        longest = threading.TIMEOUT_MAX
-        timeout = self.reward_timeout
-        require(timeout <= longest, f"--reward-timeout is {timeout}; it must be at most {longest:g} s")
+        time_limit(self, "reward_timeout")
         watched = self.watch_every > 0
         wanted = f"--watch-every {self.watch_every} scores held-out prompts; give --heldout TASK=FILE"
         require(not watched or len(self.heldout) > 0, wanted)
@@ -129,9 +135,10 @@ class Run(Logistics):
     """Model family: the module opd/families/FAMILY.py."""
     model: str = ""
     """Pipeline directory or Hub id of the base."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. LoRA
-    masters, states and losses are float32, schedules float64, anyway."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. In
+    float16 a mean over the dimensions of a real latent makes gradients underflow to 0, so it is no choice.
+    LoRA masters, states and losses are float32, schedules float64, anyway."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     resolution: int = 0
@@ -167,10 +174,6 @@ class Run(Logistics):
         super().check(world)
         require(self.model != "", "--model is empty: name a pipeline directory or a Hub id owner/name")
         require(self.cold_start != "", "--cold-start is empty: use base or an adapter")
-        # A mean over the dimensions of a real latent and a batch makes every gradient smaller than half's
-        # least.
-        underflow = "--dtype float16: gradients underflow to 0; use bfloat16 or float32"
-        require(self.dtype != "float16", underflow)
         at_least_one(self, "rank", "prompts_per_step", "ema_every")
         positive(self, "lr", "alpha", "clip")
         not_negative(self, "resolution", "warmup", "weight_decay")

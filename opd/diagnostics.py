@@ -55,24 +55,25 @@ class Squares:
 
         All in nats per dimension. The KL is that of the rollout's transitions (eq. 12), whatever --weight is.
         """
-        weight_T = torch.tensor(self._weights(self.cfg.weight), dtype=torch.float64)
-        mean_RT = self.sums_RT / self.counts_RT.clamp(min=1)
-        counts_RT = self.counts_RT
         row = {"loss": 0.0}
+        samples = self.counts_RT[-1].sum()
         for k, name in enumerate(self.teachers):
-            seen_T = counts_RT[k] > 0
-            if not seen_T.any():
-                continue
-            loss = float((mean_RT[k] * weight_T)[seen_T].mean())
-            share = float(counts_RT[k].sum() / counts_RT[-1].sum())
-            row["loss"] += share * loss
-            row[name] = {"loss": loss} | self._kl(mean_RT[k], seen_T)
+            own = self.counts_RT[k].sum()
+            if own > 0:
+                row[name] = self._distance(k)
+                row["loss"] += float(own / samples) * row[name]["loss"]
         if self.cfg.anchor_weight > 0:
-            seen_T = counts_RT[-1] > 0
-            loss = float((mean_RT[-1] * weight_T)[seen_T].mean())
-            row["loss"] += self.cfg.anchor_weight * loss
-            row["anchor"] = {"loss": loss} | self._kl(mean_RT[-1], seen_T)
+            row["anchor"] = self._distance(-1)
+            row["loss"] += self.cfg.anchor_weight * row["anchor"]["loss"]
         return row
+
+    def _distance(self, row: int) -> dict:
+        """{"loss", "kl"} of one row: the mean over its states of what they weigh, and the KL per sigma."""
+        seen_T = self.counts_RT[row] > 0
+        mean_T = self.sums_RT[row] / self.counts_RT[row].clamp(min=1)
+        weight_T = torch.tensor(self._weights(self.cfg.weight), dtype=torch.float64)
+        loss_T = mean_T * weight_T
+        return {"loss": float(loss_T[seen_T].mean())} | self._kl(mean_T, seen_T)
 
     def _kl(self, mean_T: Tensor, seen_T: Tensor) -> dict:
         """{"kl": {sigma: nats per dimension}} of the states that were seen and have one; {} without noise."""

@@ -10,7 +10,6 @@ Scorers are rewards: opd/rewards/__init__.py says what they are and how they are
 
 import math
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,7 @@ from torch import Tensor
 from opd import adapters, ranks
 from opd.data import Prompt, load_tasks, permutation
 from opd.files import write_json
-from opd.flags import Texts, require
+from opd.flags import Texts, at_least_one, finite, require, time_limit
 from opd.model import Model
 from opd.presets import DEFAULT
 from opd.rewards import Reward, find_reward
@@ -92,15 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
-    require(args.count >= 1, f"--count is {args.count}; it must be at least 1")
-    require(args.steps >= 1, f"--steps is {args.steps}; it must be at least 1")
-    require(math.isfinite(args.guidance), f"--guidance is {args.guidance}; it must be a finite number")
-    longest = threading.TIMEOUT_MAX
-    in_range = 0 < args.reward_timeout <= longest
-    require(
-        in_range,
-        f"--reward-timeout is {args.reward_timeout}; it must be seconds above 0, at most {longest:.0f}",
-    )
+    at_least_one(args, "count", "steps")
+    finite(args, "guidance")
+    time_limit(args, "reward_timeout")
     named = bool(args.prompts) or bool(args.heldout)
     require(named, "--prompts and --heldout are both empty: give at least one TASK=FILE pair")
     if args.out:
@@ -164,22 +157,21 @@ def evaluate_all(model: Model, args: Arguments, splits: Splits, rewards: dict[st
     """The scores of the base and of every adapter."""
     names = [adapters.BASE]
     names += [name for name in args.adapters if name != adapters.BASE]
-    return evaluate(
-        model,
-        names,
-        splits,
-        rewards,
-        images_per_task=args.count,
-        ode_steps=args.steps,
-        seed=args.seed,
-        guidance=dict.fromkeys(names, args.guidance),
-        timeout=args.reward_timeout,
-    )
-
-
-def say(text: str) -> None:
-    if ranks.rank() == 0:
-        print(text)
+    scores = {}
+    for name in names:
+        scores |= evaluate(
+            model,
+            [name],
+            splits,
+            rewards,
+            images_per_task=args.count,
+            ode_steps=args.steps,
+            seed=args.seed,
+            guidance={name: args.guidance},
+            timeout=args.reward_timeout,
+        )
+        ranks.say(f"  evaluated {name}")
+    return scores
 
 
 def evaluate(
@@ -194,11 +186,10 @@ def evaluate(
     guidance: dict[str, float],
     timeout: float,
     batch: int = 128,
-    say=say,
+    strict: bool = True,
 ) -> dict:
     """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter. Prompts must be
-    prepared and rewards loaded. `timeout`: seconds for one call of a reward. ValueError if an image gets no
-    score."""
+    prepared and rewards loaded. `timeout`, `strict`: as for `score`."""
     scores = {}
     for name in names:
         scores[name] = {}
@@ -216,10 +207,10 @@ def evaluate(
                     guidance=guidance[name],
                     timeout=timeout,
                     batch=batch,
+                    strict=strict,
                 )
             mean = sum(row.values()) / len(row)
             scores[name][split] = row | {"mean": mean}
-        say(f"  evaluated {name}")
     return scores
 
 

@@ -1,6 +1,7 @@
 """Flags: those of NAME=VALUE pairs, and checks of single numbers whose messages name the flag."""
 
 import math
+import threading
 from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -58,6 +59,14 @@ def not_negative(cfg, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
         require(value >= 0, f"--{dashed(name)} is {value}; it must not be negative")
+
+
+def time_limit(cfg, *names: str) -> None:
+    """Seconds that a thread can be waited for."""
+    positive(cfg, *names)
+    for name in names:
+        value, longest = getattr(cfg, name), threading.TIMEOUT_MAX
+        require(value <= longest, f"--{dashed(name)} is {value}; it must be at most {longest:.0f} s")
 
 
 def below_one(cfg, *names: str) -> None:

@@ -131,7 +131,7 @@ class RunFolder:
     # ---- logging ----
 
     def worth_logging(self, metrics: dict, done: int) -> bool:
-        """Every so many steps, the last, and whatever was watched or failed."""
+        """Every so many steps, the last, and whatever was watched or failed (of finite steps)."""
         if "watch" in metrics or "failed_rewards" in metrics:
             return True
         return due(done, self.log_every, self.last)
@@ -154,8 +154,8 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def curves(self) -> None:
-        """curves.png: loss per teacher (stage grpo: rewards and held-out scores) and gradient norm over the
-        steps. Needs matplotlib (pip install flow-opd[plot])."""
+        """curves.png: rewards and held-out scores where a run logs some, else losses, and gradient norm over
+        the steps. Needs matplotlib (pip install flow-opd[plot])."""
         if not self.active:
             return
         try:

@@ -157,10 +157,6 @@ REFUSED = [
     # stage grpo
     *[(cfg, {"seed": 2**63}, f"--seed is {2**63}; it must fit into 64 bits") for cfg in EVERY],
     (DISTIL, {"reward_timeout": 1e300}, "--reward-timeout is 1e+300; it must be at most"),
-    *[
-        (cfg, {"dtype": "float16"}, "--dtype float16: gradients underflow to 0; use bfloat16")
-        for cfg in EVERY
-    ],
     (GROW, {"group": 1}, "--group 1: an advantage compares the images of one prompt"),
     (GROW, {"noise_level": 0.0}, "needs the likelihood of a noisy step: --rollout sde --noise-level 0.0"),
     (

@@ -155,7 +155,6 @@ def test_the_table_of_a_sum_with_a_class(model):
     """Twice the brightness less the darkness, for every adapter, split and task."""
     rewards = {"red": find_reward(f"2*{HERE}:brightness + -1*{HERE}:Darkness")}
     rewards["red"].load(torch.device("cpu"))
-    said = []
     scores = evaluate.evaluate(
         model,
         ["base", "red"],
@@ -167,12 +166,11 @@ def test_the_table_of_a_sum_with_a_class(model):
         guidance={"base": 1.0, "red": 2.0},
         timeout=30.0,
         batch=3,
-        say=said.append,
     )
     bright = score(model, images_per_task=4, guidance=2.0)
     assert scores["red"]["train"]["red"] == pytest.approx(2 * bright - (1 - bright), abs=1e-5)
     assert scores["red"]["train"]["mean"] == scores["red"]["train"]["red"]
-    assert [list(scores), list(scores["base"])] == [["base", "red"], ["train", "held-out"]] and len(said) == 2
+    assert [list(scores), list(scores["base"])] == [["base", "red"], ["train", "held-out"]]
 
 
 # ---- scorers that fail -----------------------------------------------------------------------------

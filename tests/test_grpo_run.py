@@ -244,6 +244,18 @@ def test_a_watched_scorer_that_fails_does_not_end_the_run(world, tmp_path):
     assert len(rows) == 2 and 0 < rows[0]["watch"]["red"] < 1 and math.isnan(rows[0]["watch"]["blue"])
 
 
+def test_a_scorer_that_fails_costs_its_column_and_not_the_table(world, tmp_path):
+    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
+    scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"}
+    cfg = grpo_config(
+        world, out=str(tmp_path), heldout=files, rewards=scorers, evaluate=True, eval_prompts=4, eval_steps=2
+    )
+    *_, trained, report = run(cfg)
+    report.table(trained)
+    student = json.loads((tmp_path / "scores.json").read_text())["student"]["held-out"]
+    assert 0 < student["red"] < 1 and math.isnan(student["blue"])
+
+
 def nothing(images, prompts, metadata):
     return torch.full((len(images),), math.nan)
 

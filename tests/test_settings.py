@@ -61,6 +61,7 @@ def test_pairs_replace_the_default_as_a_whole():
         ("--mix a=x", "'x'"),
         ("--mix a=1.5", "'1.5'"),
         ("--weight l2", "l2"),
+        ("--dtype float16", "float16"),
         ("--steps ten", "ten"),
         ("--query-beta 1", "query-beta"),
         ("--learning-rate 1", "learning-rate"),

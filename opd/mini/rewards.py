@@ -6,7 +6,7 @@
 
 Metadata is GenEval's record per prompt; an empty dict means "read it off the prompt".
 
-Shapes: B images, C = 3 channels, H = W = 24, N objects found, K = colours, S = shapes + "other".
+Shapes: B images, C = 3 channels, H = W = 24, N objects found, S shapes, places of a sign or scenes.
 """
 
 from functools import cache

@@ -231,7 +231,7 @@ def _shuffled(keys) -> list[str]:
 def split(task: str) -> tuple[list[str], list[str]]:
     """(train, test) prompts; no composition, string or scene of test occurs in train.
 
-    compose holds out a third of each of its four kinds, as evenly as 256 prompts allow.
+    compose holds out 256 prompts, a fifth to two fifths of each of its four kinds.
     """
     prompts = all_prompts(task)
     if task == "compose":
