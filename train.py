@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, flow, kernels, ranks, routing, trajectory
+from opd import adapters, flow, kernels, lora_files, ranks, routing, trajectory
 from opd.adapters import BASE, START, STUDENT
 from opd.config import Distil, Finetune, Grow, Run
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
@@ -265,7 +265,7 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
         teachers = read_teachers(cfg)
     student = student_start(cfg, model, teachers)
     for lora in [*teachers.values(), student]:
-        adapters.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
+        lora_files.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
     data, texts = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)
     for name, lora in teachers.items():
@@ -308,7 +308,7 @@ def student_start(cfg: Run, model: Model, teachers: dict[str, adapters.Lora]) ->
     if cfg.cold_start == "base":
         targets = model.family.LORA_TARGETS
         return adapters.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
-    lora = adapters.read_lora(cfg.cold_start)
+    lora = lora_files.read_lora(cfg.cold_start)
     largest = max(a.shape[0] for a in lora.A.values())
     require(
         largest <= cfg.rank,

@@ -10,7 +10,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from opd import adapters, flow, kernels, trajectory
+from opd import adapters, flow, kernels, lora_files, trajectory
 from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.families import Condition, load_family
@@ -91,8 +91,8 @@ class Model:
         loras = {}
         for name, source in args.adapters.items():
             if name != adapters.BASE:
-                loras[name] = adapters.read_lora(source)
-                adapters.check_fits(loras[name], model.skeleton, family.LORA_TARGETS)
+                loras[name] = lora_files.read_lora(source)
+                lora_files.check_fits(loras[name], model.skeleton, family.LORA_TARGETS)
         model.prepare(prompts)
         model.load()
         for name, lora in loras.items():

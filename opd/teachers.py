@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import adapters
-from opd.adapters import BASE, Lora
+from opd import adapters, lora_files
+from opd.adapters import BASE
 from opd.config import Distil
 from opd.data import MicroBatch
 from opd.families import Condition
+from opd.lora_files import Lora
 from opd.model import Model
 from opd.trajectory import State
 
@@ -34,7 +35,7 @@ def teacher_names(cfg: Distil) -> list[str]:
 def read_teachers(cfg: Distil) -> dict[str, Lora]:
     """The adapters of all teachers but the base, read from disk. ValueError / FileNotFoundError for bad
     files."""
-    return {name: adapters.read_lora(source) for name, source in cfg.teachers.items() if source != BASE}
+    return {name: lora_files.read_lora(source) for name, source in cfg.teachers.items() if source != BASE}
 
 
 def load_teachers(cfg: Distil, model: Model) -> dict[str, Teacher]:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from opd import adapters, evaluate
+from opd import adapters, evaluate, lora_files
 from opd.data import Prompt
 from opd.families import load_family
 from opd.model import Model
@@ -26,7 +26,7 @@ def model(world):
     model.conditioning.prepare(["a red circle", "a blue circle", "two red circles", ""])
     model.load()
     for name in ("red", "blue"):
-        adapters.attach(model.transformer, name, adapters.read_lora(str(world / name)), torch.float32)
+        adapters.attach(model.transformer, name, lora_files.read_lora(str(world / name)), torch.float32)
     return model
 
 

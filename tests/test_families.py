@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 
-from opd import adapters, families, kernels, trajectory
+from opd import adapters, families, kernels, lora_files, trajectory
 from opd.data import seed_of
 from opd.families import load_family
 from opd.model import Model
@@ -187,7 +187,7 @@ def test_our_adapter_loads_into_the_pipeline(case, tmp_path):
     model, theirs = ours(case), Theirs(case, lora=tmp_path / "lora")
     theirs.run(noise(model), 3, 3.0)
     text = model.text(PROMPTS)
-    adapters.attach(model.transformer, "mine", adapters.read_lora(str(tmp_path / "lora")), torch.float32)
+    adapters.attach(model.transformer, "mine", lora_files.read_lora(str(tmp_path / "lora")), torch.float32)
     for x, sigma, velocity in theirs.steps:
         with torch.no_grad(), adapters.use(model.transformer, "mine"):
             v = model.velocity(x, sigma.expand(3), text, 3.0)
@@ -235,7 +235,7 @@ def test_lora_targets_and_blocks_are_parts_of_the_transformer(case):
     skeleton = case.family.skeleton(case.pipeline)
     linears = [name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
     for target in case.family.LORA_TARGETS:
-        assert any(adapters.is_target(name, [target]) for name in linears), target
+        assert any(lora_files.is_target(name, [target]) for name in linears), target
     inside = sum(p.numel() for block in case.family.blocks(skeleton) for p in block.parameters())
     assert inside > 0.5 * sum(p.numel() for p in skeleton.parameters())
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd import adapters, flow, grpo, kernels
+from opd import adapters, flow, grpo, kernels, lora_files
 from opd.data import prompts_of_step, seed_of
 from tests.tiny import grpo_config
 from tests.tiny_grpo import build, distance, flat, recorded, run
@@ -19,7 +19,7 @@ def test_at_ratio_one_the_gradient_is_minus_advantage_times_score_by_finite_diff
     """Central differences of -A log p in float64 along five random directions, on the tiny transformer."""
     _, model, *_ = build(world, cold_start=str(world / "red"))
     transformer = model.family.load_transformer(world / "pipeline", torch.float64)
-    lora = adapters.read_lora(str(world / "red"))
+    lora = lora_files.read_lora(str(world / "red"))
     adapters.attach(transformer, "student", lora, torch.float64)
     parameters = [p.requires_grad_() for p in adapters.parameters_of(transformer, "student").values()]
     text = model.family.collate(model.text(["a red circle"] * 3))

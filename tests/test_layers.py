@@ -19,7 +19,7 @@ opd.kernels.aot opd.kernels.bench
 opd.trajectory opd.routing opd.ranks opd.files opd.flags
 opd.pictures opd.data opd.config
 opd.presets opd.settings
-opd.families opd.vae opd.schedule opd.lora opd.rewards.scoring opd.rewards.jpeg
+opd.families opd.vae opd.schedule opd.lora opd.lora_files opd.rewards.scoring opd.rewards.jpeg
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from opd import adapters, evaluate
+from opd import adapters, evaluate, lora_files
 from opd.families import sd3
 from opd.mini import build, world
 from opd.presets import PRESETS
@@ -32,7 +32,7 @@ def test_plain_diffusers_loads_the_miniature_and_our_teachers():
         MINI / "weights/base", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )
     pipe.set_progress_bar_config(disable=True)
-    adapters.attach(pipe.transformer, "text", adapters.read_lora(str(MINI / "weights/text")), torch.float32)
+    adapters.attach(pipe.transformer, "text", lora_files.read_lora(str(MINI / "weights/text")), torch.float32)
     prompts = world.split("text")[1][::4]
     scores = {}
     for name in ("base", "text"):

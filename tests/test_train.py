@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from opd import adapters, kernels, ranks
+from opd import adapters, kernels, lora_files, ranks
 from opd.data import prompts_of_step, seed_of
 from opd.report import Report
 from opd.runfolder import RunFolder
@@ -287,7 +287,7 @@ def test_memory_for_teachers_grows_by_their_lora_weights_only(world):
         _, model, *_ = build(world, teachers=names, routes={"red": "t0", "blue": "t0"}, anchor="t0")
         return sum(p.numel() * p.element_size() for p in model.transformer.parameters())
 
-    lora = adapters.read_lora(str(world / "red"))
+    lora = lora_files.read_lora(str(world / "red"))
     lora_bytes = sum(t.numel() * 4 for t in [*lora.A.values(), *lora.B.values()])
     assert parameter_bytes(4) - parameter_bytes(1) == 3 * lora_bytes
 
@@ -346,12 +346,12 @@ def test_student_reaches_its_teachers(world, tmp_path):
 def test_saved_student_is_the_trained_student(world, tmp_path):
     cfg = tiny.config(world, out=str(tmp_path), iterations=2)
     _, m, trained = run(cfg)
-    lora = adapters.read_lora(str(tmp_path / "student"))
+    lora = lora_files.read_lora(str(tmp_path / "student"))
     for name, parameter in trained.parameters.items():
         module, _, kind = name.partition(".lora_")
         saved = lora.A[module] if kind.startswith("A") else lora.B[module]
         assert torch.equal(saved, ranks.full(parameter.detach()))
-    assert adapters.read_lora(str(tmp_path / "checkpoints" / "000002")).sha256 == lora.sha256
+    assert lora_files.read_lora(str(tmp_path / "checkpoints" / "000002")).sha256 == lora.sha256
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"decay": "cosine", "warmup": 2}], ids=str)
@@ -385,7 +385,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes):
 def test_the_memory_of_the_start_does_not_follow_the_student(world, tmp_path):
     """The table's row `start` is where training began, whatever dtype the two adapters share."""
     _, model, _ = run(tiny.config(world, out=str(tmp_path), iterations=2, cold_start=str(world / "red")))
-    red = adapters.read_lora(str(world / "red"))
+    red = lora_files.read_lora(str(world / "red"))
     moved = 0.0
     for module in red.A:
         start = update_of(model, module, "start")
@@ -405,7 +405,7 @@ def update_of(model, module, adapter):
 def test_moving_average_is_what_is_saved(world, tmp_path):
     plain, *_ = run(tiny.config(world, out=str(tmp_path / "a"), iterations=3))
     _, _, trained = run(tiny.config(world, out=str(tmp_path / "b"), iterations=3, ema=0.9))
-    saved = [adapters.read_lora(str(tmp_path / f / "student")) for f in "ab"]
+    saved = [lora_files.read_lora(str(tmp_path / f / "student")) for f in "ab"]
     assert saved[0].sha256 != saved[1].sha256
     module = next(iter(saved[1].B))
     assert torch.equal(saved[1].B[module], ranks.full(trained.average[f"{module}.lora_B.student.weight"]))

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from opd import adapters
+from opd import adapters, lora_files
 from opd.families import z_image
 from tests import tiny, tiny_z_image
 
@@ -92,7 +92,7 @@ def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):
     wide = adapters.fresh_lora(skeleton, ("attention.to_q",), rank=2, alpha=4.0, seed=0)
     assert any(fnmatch(name, "noise_refiner.*") for name in wide.A)
     for lora in (fresh, wide):
-        adapters.check_fits(lora, skeleton, z_image.LORA_TARGETS)
+        lora_files.check_fits(lora, skeleton, z_image.LORA_TARGETS)
     del fresh.A["layers.1.attention.to_v"]
     with pytest.raises(ValueError, match=r"lacks 1 of these layers: \['layers.1.attention.to_v'\]"):
-        adapters.check_fits(fresh, skeleton, z_image.LORA_TARGETS)
+        lora_files.check_fits(fresh, skeleton, z_image.LORA_TARGETS)

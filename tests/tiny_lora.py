@@ -1,0 +1,61 @@
+"""Adapter files for the tiny pipeline, written by hand, and the velocity of the model under an adapter."""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from opd import adapters
+from opd.families import sd3
+
+MODULES = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
+TARGETS = ("attn.to_q", "attn.to_out.0")
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 3,
+    "lora_alpha": 7.0,
+    "target_modules": list(TARGETS),
+    "a_future_key": {"x": [1]},
+}
+
+
+def pairs(ranks=(3,), seed=0):
+    """Random (A, B) per module; the model is 32 wide."""
+    g = torch.Generator().manual_seed(seed)
+    size = {m: ranks[i % len(ranks)] for i, m in enumerate(MODULES)}
+    return {m: (torch.randn(r, 32, generator=g), torch.randn(32, r, generator=g)) for m, r in size.items()}
+
+
+def keyed(weights, prefix="base_model.model.", suffix=".weight"):
+    return {
+        f"{prefix}{m}.lora_{kind}{suffix}": t
+        for m, ab in weights.items()
+        for kind, t in zip("AB", ab, strict=True)
+    }
+
+
+def peft_dir(folder, weights, **config):
+    folder.mkdir()
+    save_file(keyed(weights), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return folder
+
+
+def single_file(folder, tensors, metadata=None):
+    folder.mkdir()
+    save_file(tensors, folder / "any.safetensors", metadata)
+    return folder / "any.safetensors"
+
+
+def velocity(transformer):
+    g = torch.Generator().manual_seed(0)
+    x, embeds, pooled = (torch.randn(s, generator=g) for s in ((3, 4, 4, 4), (3, 24, 128), (3, 128)))
+    with torch.no_grad():
+        return sd3.velocity(
+            transformer, x, torch.tensor([1.0, 0.6, 0.1]), {"embeds": embeds, "pooled": pooled}
+        )
+
+
+def under(transformer, name):
+    with adapters.use(transformer, name):
+        return velocity(transformer)
