@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd import config
+from opd import config, config_base
 from opd.config import STAGES, Distil, Finetune, Grow, Logistics, Run, Scores
 from opd.files import resolve
 from opd.flags import dashed
@@ -331,9 +331,11 @@ def test_presets_name_the_package_relative_to_its_folder():
 
 def test_every_field_says_what_it_is():
     """A docstring under each field, in every class: it is the flag's help."""
-    tree = ast.parse(Path(config.__file__).read_text())
+    nodes = []
+    for module in (config, config_base):
+        nodes += ast.parse(Path(module.__file__).read_text()).body
     documented, silent = set(), []
-    for kind in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+    for kind in [node for node in nodes if isinstance(node, ast.ClassDef)]:
         for node, after in zip(kind.body, [*kind.body[1:], None], strict=True):
             if not isinstance(node, ast.AnnAssign):
                 continue

@@ -17,7 +17,8 @@ opd.kernels.ops
 opd.kernels
 opd.kernels.aot opd.kernels.bench
 opd.trajectory opd.routing opd.ranks opd.files opd.flags
-opd.pictures opd.data opd.config
+opd.pictures opd.data opd.config_base
+opd.config
 opd.presets opd.settings
 opd.families opd.vae opd.schedule opd.lora opd.lora_files opd.rewards.scoring opd.rewards.jpeg
 opd.rewards
