@@ -10,7 +10,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from opd import adapters
 from opd.data import load_prompts
+from opd.deployment import KEY, guidance_of
 from opd.flags import Texts, at_least_one, finite, require
 from opd.model import Model
 from opd.pictures import labelled_grid, save_image, to_pil
 from opd.presets import DEFAULT
-
-KEY = "flow-opd"  # the PNG text chunk that holds the settings
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ class Arguments:
     """Images per prompt."""
     steps: int = 20
     """Denoising steps."""
-    guidance: float = 1.0
-    """Classifier-free guidance; 1 = none."""
+    guidance: float | None = None
+    """Classifier-free guidance of every row; 1 = none. Not given: what is recorded with each adapter, 1 where
+    nothing is."""
     seed: int = 0
     """Seed of the noise; every row uses the same."""
     sampler: Literal["ode", "sde", "cps"] = "ode"
@@ -95,7 +95,9 @@ def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded; whatever can be refused is refused
     first."""
     at_least_one(args, "images", "steps", "batch")
-    finite(args, "guidance", "noise_level")
+    finite(args, "noise_level")
+    if args.guidance is not None:
+        finite(args, "guidance")
     noise = args.noise_level
     if args.sampler != "ode":
         require(noise > 0, f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
@@ -188,16 +190,18 @@ def main(arguments: list[str] | None = None) -> None:
             bool(prompts) and all(p.strip() for p in prompts),
             "--prompts: give at least one, none of them empty",
         )
+        scales = guidance_of(args.adapters, args.guidance)
         model = load(args, prompts)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     columns = [p for p in prompts for _ in range(args.images)]
     rows = {}
-    for adapter in [adapters.BASE, *(n for n in args.adapters if n != adapters.BASE)]:
-        rows[adapter] = make(args, model, adapter, columns, list(range(len(columns))))
+    for adapter, guidance in scales.items():
+        used = replace(args, guidance=guidance)
+        rows[adapter] = make(used, model, adapter, columns, list(range(len(columns))))
         for n, (prompt, image) in enumerate(zip(columns, rows[adapter], strict=True)):
             place = n % args.batch
-            write(args, image, adapter, prompt, n, place, min(args.batch, len(columns) - n + place))
+            write(used, image, adapter, prompt, n, place, min(args.batch, len(columns) - n + place))
     save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
     print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 

@@ -124,9 +124,10 @@ def save_lora(
     rank: int,
     alpha: float,
     dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write adapter `name` from full (unsharded) weights keyed as in `parameters_of`, each file whole or not
-    at all.
+    at all. `metadata` (one key) goes into the file that is used without its folder.
 
     `adapter_model.safetensors` + `adapter_config.json` is a PEFT directory;
     `pytorch_lora_weights.safetensors` is for `pipe.load_lora_weights`, with alpha / r folded into B, because
@@ -151,7 +152,7 @@ def save_lora(
         },
     )
     folded = {"transformer." + n: w * (alpha / rank) if ".lora_B." in n else w for n, w in bare.items()}
-    write_safetensors(folder / "pytorch_lora_weights.safetensors", folded)
+    write_safetensors(folder / "pytorch_lora_weights.safetensors", folded, metadata)
     write_safetensors(
         folder / "adapter_model.safetensors", {"base_model.model." + n: w for n, w in bare.items()}
     )

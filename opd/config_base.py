@@ -60,6 +60,9 @@ class Logistics:
     """Steps between sample grids; 0 = none."""
     eval_steps: int = 10
     """ODE steps of sample grids and evaluation."""
+    deploy_guidance: float = 0.0
+    """Guidance that the student is to be sampled with: of its sample grids and scores, and written into its
+    folder, where sample.py and opd.evaluate find it. 0 = --guidance."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = False
@@ -72,6 +75,7 @@ class Logistics:
             self, "iterations", "micro_batch", "shard_size", "max_bad_steps", "log_every", "save_every"
         )
         at_least_one(self, "eval_steps")
+        finite(self, "deploy_guidance")
         not_negative(self, "sample_every")
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         size = self.shard_size
@@ -141,7 +145,7 @@ class Run(Logistics):
     prompts_per_step: int = 48
     """Prompts per optimizer step, over all ranks (stage grpo: per rollout; stage sft: images)."""
     guidance: float = 1.0
-    """Guidance of the student, in rollout, loss and sample grids."""
+    """Guidance of the student in rollout and loss."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 5
@@ -173,6 +177,12 @@ class Run(Logistics):
     def samples_per_step(self) -> int:
         """Trajectories, or images, of one step over all ranks."""
         return self.prompts_per_step
+
+    def deployed_guidance(self) -> float:
+        """The guidance that the student is to be sampled with."""
+        if self.deploy_guidance == 0:
+            return self.guidance
+        return self.deploy_guidance
 
     def check_start(self) -> None:
         """The starts of a stage that has no teachers to merge and may train all weights."""

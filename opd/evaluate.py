@@ -20,14 +20,16 @@ from torch import Tensor
 
 from opd import adapters, ranks
 from opd.data import Prompt, load_tasks, permutation
+from opd.deployment import guidance_of
 from opd.files import write_json
-from opd.flags import Texts, at_least_one, finite, require, time_limit
+from opd.flags import Texts, at_least_one, require, time_limit
 from opd.model import Model
 from opd.presets import DEFAULT
 from opd.rewards import Reward, find_reward
 from opd.rewards.scoring import Scoring
 
 Case = tuple[int, Prompt]  # noise index and prompt: what an image is made from
+Rows = dict[str, tuple[str, float]]  # name in the table -> adapter and guidance
 Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
 
 
@@ -51,8 +53,9 @@ class Arguments:
     """Images per task and split."""
     steps: int = 10
     """ODE steps."""
-    guidance: float = 1.0
-    """Guidance of every model."""
+    guidance: tuple[float, ...] = ()
+    """Guidance of every model; several: a row for each. None: what is recorded with each adapter, 1 where
+    nothing is."""
     seed: int = 0
     """Seed of the noise."""
     resolution: int = 0
@@ -73,17 +76,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check(args)
         splits = read_splits(args)
+        rows = rows_of(args)
         rewards = find_rewards(args, splits)
         device = ranks.start()
         for reward in rewards.values():
             reward.load(device)
         model = Model.ready(args, device, texts_of(splits))
         try_rewards(model, args, splits, rewards)
-        scores = evaluate_all(model, args, splits, rewards)
+        scores = evaluate_all(model, args, rows, splits, rewards)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if ranks.rank() == 0:
-        publish(args, scores)
+        publish(args, rows, scores)
 
 
 # ---- what is asked for --------------------------------------------
@@ -92,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
 def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
     at_least_one(args, "count", "steps")
-    finite(args, "guidance")
+    for scale in args.guidance:
+        require(math.isfinite(scale), f"--guidance is {scale}; it must be finite")
     time_limit(args, "reward_timeout")
     named = bool(args.prompts) or bool(args.heldout)
     require(named, "--prompts and --heldout are both empty: give at least one TASK=FILE pair")
@@ -119,6 +124,18 @@ def read_splits(args: Arguments) -> Splits:
     if args.heldout:
         splits["held-out"] = load_tasks(args.heldout)
     return splits
+
+
+def rows_of(args: Arguments) -> Rows:
+    """Base and adapters, each with its guidance; where --guidance names several, each with all of them."""
+    if len(args.guidance) < 2:
+        scales = guidance_of(args.adapters, *args.guidance)
+        return {name: (name, scale) for name, scale in scales.items()}
+    rows = {}
+    for name in dict.fromkeys([adapters.BASE, *args.adapters]):
+        for scale in args.guidance:
+            rows[f"{name} g={scale:g}"] = (name, scale)
+    return rows
 
 
 def texts_of(splits: Splits) -> list[str]:
@@ -153,21 +170,20 @@ def try_rewards(model: Model, args: Arguments, splits: Splits, rewards: dict[str
 # ---- scores --------------------------------------------
 
 
-def evaluate_all(model: Model, args: Arguments, splits: Splits, rewards: dict[str, Reward]) -> dict:
-    """The scores of the base and of every adapter."""
-    names = [adapters.BASE]
-    names += [name for name in args.adapters if name != adapters.BASE]
+def evaluate_all(
+    model: Model, args: Arguments, rows: Rows, splits: Splits, rewards: dict[str, Reward]
+) -> dict:
+    """The scores of every row."""
     scores = {}
-    for name in names:
+    for name, row in rows.items():
         scores |= evaluate(
             model,
-            [name],
+            {name: row},
             splits,
             rewards,
             images_per_task=args.count,
             ode_steps=args.steps,
             seed=args.seed,
-            guidance={name: args.guidance},
             timeout=args.reward_timeout,
         )
         ranks.say(f"  evaluated {name}")
@@ -176,41 +192,40 @@ def evaluate_all(model: Model, args: Arguments, splits: Splits, rewards: dict[st
 
 def evaluate(
     model: Model,
-    names: list[str],
+    rows: Rows,
     splits: Splits,
     rewards: dict[str, Reward],
     *,
     images_per_task: int,
     ode_steps: int,
     seed: int,
-    guidance: dict[str, float],
     timeout: float,
     batch: int = 128,
     strict: bool = True,
 ) -> dict:
-    """{adapter: {split: {task: mean, ..., "mean": m}}}, same noise for every adapter. Prompts must be
+    """{row: {split: {task: mean, ..., "mean": m}}}, same noise for every row. Prompts must be
     prepared and rewards loaded. `timeout`, `strict`: as for `score`."""
     scores = {}
-    for name in names:
+    for name, (adapter, guidance) in rows.items():
         scores[name] = {}
         for split, pools in splits.items():
-            row = {}
+            means = {}
             for task, pool in pools.items():
-                row[task] = score(
+                means[task] = score(
                     model,
-                    name,
+                    adapter,
                     pool,
                     rewards[task],
                     images_per_task=images_per_task,
                     ode_steps=ode_steps,
                     seed=seed,
-                    guidance=guidance[name],
+                    guidance=guidance,
                     timeout=timeout,
                     batch=batch,
                     strict=strict,
                 )
-            mean = sum(row.values()) / len(row)
-            scores[name][split] = row | {"mean": mean}
+            mean = sum(means.values()) / len(means)
+            scores[name][split] = means | {"mean": mean}
     return scores
 
 
@@ -286,13 +301,23 @@ def collect(scoring: Scoring, adapter: str, task: str, reward: Reward, strict: b
 # ---- what comes out --------------------------------------------
 
 
-def publish(args: Arguments, scores: dict) -> None:
+def publish(args: Arguments, rows: Rows, scores: dict) -> None:
     """Print the table, and write the file if there is to be one."""
     resolution = args.resolution or "native"
-    sampling = f"n={args.count} steps={args.steps} guidance={args.guidance}"
+    scales = {name: scale for name, (_, scale) in rows.items()}
+    guidance = said(scales)
+    sampling = f"n={args.count} steps={args.steps} guidance={guidance}"
     print(table(scores, f"{sampling} seed={args.seed} resolution={resolution}"))
     if args.out:
-        write_json(Path(args.out), {"settings": vars(args), "scores": scores})
+        write_json(Path(args.out), {"settings": vars(args), "guidance": scales, "scores": scores})
+
+
+def said(scales: dict[str, float]) -> str:
+    """One number where all rows share it, else each row's."""
+    different = set(scales.values())
+    if len(different) == 1:
+        return f"{different.pop():g}"
+    return ", ".join(f"{name} {scale:g}" for name, scale in scales.items())
 
 
 def table(scores: dict, note: str) -> str:

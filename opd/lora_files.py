@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from opd.files import locate, read_json
 
+WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
 PREFIXES = ("base_model.model.", "transformer.")
 
 
@@ -55,7 +56,7 @@ def find_adapter(source: str) -> Path:
         path = locate("adapter", repo, [f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]) / subfolder
     if path.is_file():
         return path
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+    for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
     raise FileNotFoundError(

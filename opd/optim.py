@@ -11,6 +11,7 @@ from torch import Tensor
 from opd import adapters, ranks
 from opd.adapters import BASE
 from opd.config import Run
+from opd.deployment import KEY, deployment_of
 from opd.model import Model
 
 
@@ -100,11 +101,21 @@ class Trained:
             return {name: ranks.full(p.detach()) for name, p in self.parameters.items()}
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Write `weights()` as a PEFT directory, or as the `transformer/` directory of a pipeline."""
+        """Write `weights()` as a PEFT directory, or as the `transformer/` directory of a pipeline, and how it
+        is to be sampled."""
+        deployment = deployment_of(self.cfg, self.model)
+        deployment.write(folder)
         if self.model.trained == BASE:
             adapters.save_transformer(folder, self.model.transformer, weights, self.model.dtype)
         else:
-            adapters.save_lora(folder, weights, self.model.trained, self.cfg.rank, self.cfg.alpha)
+            adapters.save_lora(
+                folder,
+                weights,
+                self.model.trained,
+                self.cfg.rank,
+                self.cfg.alpha,
+                metadata={KEY: deployment.text()},
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Everything to resume from, as whole tensors (a collective)."""

@@ -1,7 +1,7 @@
 """What a run shows of its student: scores on the way, sample grids, and the table at the end."""
 
 from opd import evaluate
-from opd.adapters import BASE, START
+from opd.adapters import BASE, START, STUDENT
 from opd.config import Distil, Finetune, Run
 from opd.data import Prompt, load_tasks
 from opd.files import replace, write_json
@@ -50,7 +50,7 @@ class Report:
                     images_per_task=cfg.watch_prompts,
                     ode_steps=cfg.eval_steps,
                     seed=cfg.seed,
-                    guidance=cfg.guidance,
+                    guidance=cfg.deployed_guidance(),
                     batch=cfg.micro_batch,
                     timeout=cfg.reward_timeout,
                     strict=False,
@@ -66,7 +66,7 @@ class Report:
                 list(range(len(self.texts))),
                 steps=self.cfg.eval_steps,
                 seed=0,
-                guidance=self.cfg.guidance,
+                guidance=self.cfg.deployed_guidance(),
             )
         if self.folder.active:
             grid = labelled_grid({f"{done}": list(images)}, self.texts)
@@ -78,28 +78,33 @@ class Report:
         cfg = self.cfg
         if isinstance(cfg, Finetune) or cfg.full or not cfg.evaluate:
             return
-        guidance = {BASE: cfg.guidance}
+        # Base and start are sampled as the student is, teachers as they taught.
+        deployed = cfg.deployed_guidance()
+        rows = {BASE: (BASE, deployed)}
         if isinstance(cfg, Distil):
-            guidance |= dict.fromkeys(cfg.teachers, cfg.teacher_guidance)
+            for name in cfg.teachers:
+                label = name
+                if name == BASE and cfg.teacher_guidance != deployed:
+                    label = f"{BASE} g={cfg.teacher_guidance:g}"
+                rows[label] = (name, cfg.teacher_guidance)
         if cfg.cold_start != "base":
-            guidance[START] = cfg.guidance
-        guidance[self.model.trained] = cfg.guidance
-        say(f"scoring {', '.join(guidance)}")
+            rows[START] = (START, deployed)
+        rows[STUDENT] = (self.model.trained, deployed)
+        say(f"scoring {', '.join(rows)}")
         with trained.averaged():
             scores = evaluate.evaluate(
                 self.model,
-                list(guidance),
+                rows,
                 self.splits,
                 self.scorers,
                 images_per_task=cfg.eval_prompts,
                 ode_steps=cfg.eval_steps,
                 seed=cfg.seed,
-                guidance=guidance,
                 batch=cfg.micro_batch,
                 timeout=cfg.reward_timeout,
                 strict=False,
             )
-        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, guidance {cfg.guidance}"
+        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, guidance {deployed}"
         if isinstance(cfg, Distil):
             note += f" (teachers {cfg.teacher_guidance})"
         text = evaluate.table(scores, f"{note}, seed {cfg.seed}")

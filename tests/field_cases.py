@@ -92,6 +92,7 @@ LOGISTICS = {
     "save_every": Case([1, 2], changes=("files",), keeps=(*WEIGHTS, "rows"), under=THREE),
     "sample_every": Case([1, 2], changes=("pictures",), keeps=(*WEIGHTS, "rows"), under=THREE),
     "eval_steps": Case([2], changes=("pictures",), keeps=WEIGHTS, under=PICTURES),
+    "deploy_guidance": Case([2.0], changes=("pictures",), keeps=(*WEIGHTS, "rows"), under=PICTURES),
     "tracker": Case(["tensorboard"], changes=("files",), keeps=(*WEIGHTS, "rows")),
     "dry_run": Case([True], changes=("printed", "files", "student", "passes")),
 }

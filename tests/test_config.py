@@ -53,7 +53,10 @@ REFUSED = [
     *refused([GROW], ["clip_range", "advantage_clip"], [0.0, -1.5], "it must be positive"),
     *refused([GROW], ["advantage_clip"], [NAN], "it must be positive"),
     *refused(
-        EVERY, ["lr", "alpha", "clip", "weight_decay", "guidance"], [NAN, INF, -INF], "it must be finite"
+        EVERY,
+        ["lr", "alpha", "clip", "weight_decay", "guidance", "deploy_guidance"],
+        [NAN, INF, -INF],
+        "it must be finite",
     ),
     *refused(ON_POLICY, ["noise_level", "reward_timeout"], [NAN, INF], "it must be finite"),
     *refused([DISTIL], ["anchor_weight", "teacher_guidance"], [NAN, INF, -INF], "it must be finite"),

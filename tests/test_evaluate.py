@@ -157,13 +157,12 @@ def test_the_table_of_a_sum_with_a_class(model):
     rewards["red"].load(torch.device("cpu"))
     scores = evaluate.evaluate(
         model,
-        ["base", "red"],
+        {"base": ("base", 1.0), "red": ("red", 2.0)},
         {"train": {"red": POOL}, "held-out": {"red": POOL[:1]}},
         rewards,
         images_per_task=4,
         ode_steps=3,
         seed=0,
-        guidance={"base": 1.0, "red": 2.0},
         timeout=30.0,
         batch=3,
     )

@@ -24,6 +24,7 @@ opd.families opd.vae opd.schedule opd.lora opd.lora_files opd.rewards.scoring op
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.model
+opd.deployment
 opd.images opd.teachers opd.optim opd.evaluate opd.diagnostics
 opd.runfolder opd.grpo opd.sft
 opd.report

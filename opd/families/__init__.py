@@ -20,6 +20,7 @@ CONTRACT = {
     "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it",
     "LORA_TARGETS": "ends of the names of the linear layers that a fresh LoRA adapts; * stands for anything",
     "TEXT": "sub-folders whose files make an embedding: what the cache of embeddings depends on",
+    "T5_TOKENS": "sequence length of a prompt for T5; 0 where the pipeline knows no T5",
     "NEGATIVE": "prompt of the unconditional branch of guidance",
     "skeleton": "(folder) -> the transformer on the meta device: names and shapes before weights load",
     "load_transformer": "(folder, dtype) -> the frozen base on the CPU, in eval mode",

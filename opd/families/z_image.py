@@ -27,6 +27,7 @@ LORA_TARGETS = (
     "layers.*.attention.to_out.0",
 )
 TEXT = ("text_encoder", "tokenizer")
+T5_TOKENS = 0
 NEGATIVE = ""
 PATCH = 2  # the pipeline and its transformer take no other
 
