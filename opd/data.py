@@ -20,6 +20,8 @@ class Prompt:
     text: str
     task: str
     metadata: dict = field(default_factory=dict, compare=False)
+    source: str = field(default="", compare=False)
+    """file:line"""
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
                 f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
                 "(add TASK=FILE to --prompts, or correct the line)"
             )
-        prompts.append(Prompt(text.strip(), own_task, row))
+        prompts.append(Prompt(text.strip(), own_task, row, f"{path}:{number}"))
     if not prompts:
         raise ValueError(f"prompts {path!r}: the file holds no prompt")
     return prompts

@@ -20,7 +20,8 @@ opd.trajectory opd.routing opd.ranks opd.files opd.flags
 opd.pictures opd.data opd.config_base
 opd.config
 opd.presets opd.settings
-opd.families opd.vae opd.schedule opd.lora opd.lora_files opd.rewards.scoring opd.rewards.jpeg
+opd.families opd.vae opd.schedule opd.lora opd.lora_files
+opd.rewards.scoring opd.rewards.about opd.rewards.jpeg
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.model

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opd import rewards
-from opd.data import Prompt
+from opd.data import Prompt, load_prompts
 from opd.mini import rewards as mini
 from opd.rewards import jpeg
 
@@ -230,9 +230,54 @@ def test_a_sum_does_not_hide_what_a_term_returns(name, message):
     assert f"{HERE}:{name}" in str(error.value)
 
 
+class Variant:
+    """A class that is made with a string; it states what it is and refuses prompts without an a."""
+
+    def __init__(self, argument="plain"):
+        if argument == "broken":
+            raise OSError("no such variant")
+        self.argument = argument
+        self.about = rewards.About(f"letters {argument}", "none", "0", "length of the prompt", "tests")
+
+    def prompt_fault(self, text, metadata):
+        return "" if "a" in text else f"no a in it ({metadata['n']})"
+
+    def __call__(self, images, prompts, metadata):
+        return lettered(images, prompts, metadata)
+
+
+def test_an_argument_makes_an_instance_of_its_own():
+    spec = f"2*{HERE}:Variant@/a-b/c_1.pt + {HERE}:Variant+.5*{HERE}:Variant@http://host:80/v1"
+    first, second, third = rewards.find_reward(spec).terms
+    assert [term.weight for term in (first, second, third)] == [2, 1, 0.5]
+    arguments = [term.function.argument for term in (first, second, third)]
+    assert arguments == ["/a-b/c_1.pt", "plain", "http://host:80/v1"]
+    assert rewards.find_reward(f"{HERE}:Variant@/a-b/c_1.pt").terms[0].function is first.function
+
+
+def test_a_reward_tells_what_its_terms_state_about_themselves():
+    reward = rewards.find_reward(f"{HERE}:Variant@x+{HERE}:brightness")
+    (name,) = reward.about
+    assert name == f"{HERE}:Variant@x"
+    assert reward.about[name].model == "letters x" and reward.about[name].divisor == 1
+
+
+def test_a_prompt_that_cannot_be_scored_is_named_with_its_line(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "an a", "n": 1}\n\n{"prompt": "lost", "n": 2}\n')
+    reward = rewards.find_reward(f"{HERE}:brightness+{HERE}:Variant")
+    message = rf"'mine': .*prompts.jsonl:3 'lost' cannot be scored by {HERE}:Variant: no a in it \(2\)"
+    with pytest.raises(ValueError, match=message):
+        reward.check_metadata("mine", load_prompts(str(file), "mine", None))
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
+        (f"{HERE}:Variant@broken", "Variant@broken cannot be made: no such variant"),
+        (f"{HERE}:Variant@", "write it as"),
+        (f"{HERE}:Variant@a*b", "write it as"),
+        (f"{HERE}:brightness@x", "takes no argument; drop @x"),
         ("", "write it as"),
         ("a:", "write it as"),
         (":b", "write it as"),

@@ -4,24 +4,28 @@ What a reward is. A function
 
     (images (B, 3, H, W) float32 in [0, 1] on the CPU, prompts list[str], metadata list[dict]) -> scores (B,)
 
-that returns a floating tensor, higher is better; or a class that is made without arguments and whose
-instance is called in the same way. Either may carry
+that returns a floating tensor, higher is better; or a class whose instance is called in the same way. Either
+may carry
 
     metadata_keys = ("key", ...)    what the metadata of every prompt must hold
+    prompt_fault(text, metadata)    why a prompt cannot be scored, "" if it can
     load(device)                    loads its models, on this rank's device
+    about = About(...)              model, licence, size, definition, engine, divisor: said beside the scores
 
-A class has one instance per process, however many rewards name it, and `load` runs once before the first
-call. Scores may be on any device; moving the images to the models is the reward's job. A call that timed out
-may still run beside the next one.
+A class has one instance per process and argument, however many rewards name it, and `load` runs once before
+the first call. Scores may be on any device; moving the images to the models is the reward's job. A call that
+timed out may still run beside the next one. Raw scores are those of the papers' tables; `about.divisor` makes
+the paper's reward of them.
 
-How it is named. `module:function` or `module:Class`; a short name from the table SHORT; or a weighted sum of
-these such as `0.7*module:a+0.3*module:b`.
+How it is named. `module:function` or `module:Class`; a short name from the table SHORT; either followed by
+`@ARGUMENT`, the one string that a class is made with (weights, an endpoint, a variant), as in
+`pickscore@/weights/pickscore`; or a weighted sum of these such as `0.7*module:a+0.3*module:b@c`.
 
 How it fails. What can be known before training is a ValueError that names the reward and the fix: a name
-that is malformed or cannot be imported (`find_reward`), models that do not load (`Reward.load`), missing
-metadata and a wrong return value (`Reward.check`). Later, under `Reward.start`, a call that raises, hangs or
-returns something else than B finite scores is repeated prompt by prompt; what still fails is NaN and has a
-reason, and the caller decides."""
+that is malformed or cannot be imported (`find_reward`), models that do not load (`Reward.load`), prompts
+that cannot be scored and a wrong return value (`Reward.check`). Later, under `Reward.start`, a call that
+raises, hangs or returns something else than B finite scores is repeated prompt by prompt; what still fails
+is NaN and has a reason, and the caller decides."""
 
 import functools
 import importlib
@@ -36,6 +40,7 @@ from torch import Tensor
 
 from opd.data import Prompt
 from opd.flags import require
+from opd.rewards.about import About
 from opd.rewards.scoring import Scoring, fault_of
 
 SHORT = {
@@ -44,7 +49,7 @@ SHORT = {
 }
 
 _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
-_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w.]+(?::\w+)?)\s*"
+_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w.]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
 _LOADED = []  # functions and instances whose load() has run in this process
 
 
@@ -55,7 +60,8 @@ def find_reward(spec: str) -> "Reward":
     require(
         well_formed is not None,
         f"scorer {spec!r}: write it as module:function_or_class, as one of the short names "
-        f"{', '.join(SHORT)}, or as a weighted sum of them such as 0.7*module:a+0.3*module:b",
+        f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
+        "0.7*module:a+0.3*module:b (an argument holds no space, + or *)",
     )
     terms = []
     for weight, name in re.findall(_TERM, spec, re.IGNORECASE):
@@ -79,6 +85,12 @@ class Reward:
         self.spec = spec
         self.terms = terms
         self.metadata_keys = _keys_of_all(terms)
+
+    @property
+    def about(self) -> dict[str, About]:
+        """What the terms state about themselves, by name; a term that states nothing is left out. Final once
+        `load` has run."""
+        return {term.name: term.function.about for term in self.terms if hasattr(term.function, "about")}
 
     def load(self, device: torch.device) -> None:
         """Load the models of every term that has some, unless this process has loaded them before.
@@ -126,7 +138,8 @@ class Reward:
         require(not fault, f"{reward} {fault} ({wanted})")
 
     def check_metadata(self, task: str, prompts: list[Prompt]) -> None:
-        """ValueError naming the first prompt that lacks a key of `metadata_keys`."""
+        """ValueError naming the first prompt that lacks a key of `metadata_keys`, or that a term cannot
+        score, with its file and line."""
         for prompt in prompts:
             for key in self.metadata_keys:
                 require(
@@ -134,6 +147,10 @@ class Reward:
                     f"task {task!r}: reward {self.spec!r} needs {key!r} with every prompt, but "
                     f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl",
                 )
+            for term in self.terms:
+                fault = _prompt_fault(term.function, prompt)
+                where = f"task {task!r}: {prompt.source} {prompt.text!r}"
+                require(not fault, f"{where} cannot be scored by {term.name}: {fault}")
 
     def start(
         self,
@@ -159,13 +176,16 @@ def _weight(text: str, name: str, spec: str) -> float:
 
 def _find_function(name: str, spec: str) -> Callable:
     """The function called `name`, or the instance of the class; `spec` is what the user wrote."""
-    module, _, attribute = _path(name, spec).rpartition(":")
+    path, at, argument = name.partition("@")
+    module, _, attribute = _path(path, spec).rpartition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
     if inspect.isclass(function):
-        function = _made(function, name, spec)
+        function = _made(function, argument, name, spec)
+    else:
+        require(not at, f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument}")
     try:
         inspect.signature(function).bind(None, None, None)
     except (TypeError, ValueError) as error:
@@ -175,17 +195,21 @@ def _find_function(name: str, spec: str) -> Callable:
     return function
 
 
-def _made(kind: type, name: str, spec: str) -> Callable:
+def _made(kind: type, argument: str, name: str, spec: str) -> Callable:
     try:
-        return _instance(kind)
+        return _instance(kind, argument)
     except Exception as error:  # whatever the user's class raises
-        what = f"the class {name} cannot be made without arguments"
+        what = f"the class {name} cannot be made"
+        if not argument:
+            what = f"the class {name} cannot be made without arguments"
         raise ValueError(f"scorer {spec!r}: {what}: {error}") from error
 
 
 @functools.cache
-def _instance(kind: type) -> Callable:
-    """The one instance of a class: two rewards that name it share its models."""
+def _instance(kind: type, argument: str) -> Callable:
+    """The one instance of a class and argument: two rewards that name it share its models."""
+    if argument:
+        return kind(argument)
     return kind()
 
 
@@ -208,6 +232,12 @@ def _metadata_keys(function: Callable) -> tuple[str, ...]:
     if hasattr(function, "metadata_keys"):
         return function.metadata_keys
     return ()
+
+
+def _prompt_fault(function: Callable, prompt: Prompt) -> str:
+    if hasattr(function, "prompt_fault"):
+        return function.prompt_fault(prompt.text, prompt.metadata)
+    return ""
 
 
 def _keys_of_all(terms: list[Term]) -> tuple[str, ...]:
