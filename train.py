@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from opd import adapters, flow, kernels, lora_files, ranks, routing, trajectory
 from opd.adapters import BASE, START, STUDENT
+from opd.conditioning import TextBatch
 from opd.config import Distil, Finetune, Grow, Run
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import Squares
@@ -176,8 +177,9 @@ class Distillation:
         """
         cfg, model = self.cfg, self.model
         index = torch.tensor(batch.samples, device=model.device)
-        text = model.text([plan.texts_N[n] for n in batch.samples])
-        panel = Panel(self.teachers, plan.alpha_NK, batch, model.device)
+        texts = TextBatch([plan.texts_N[n] for n in batch.samples])
+        text = texts.by(model.conditioning)
+        panel = Panel(self.teachers, plan.alpha_NK, batch, texts, model.device)
         # Gradients are averaged over ranks; with this factor the sum over samples and states is the global
         # mean.
         scale = ranks.world() / (len(plan.texts_N) * len(plan.queried))
@@ -199,7 +201,7 @@ class Distillation:
                 states = trajectory.rollout(x, path, index, student)
             for state in states:
                 if state.i in plan.queried:
-                    targets = panel.targets(state, text)
+                    targets = panel.targets(state)
                     squares_BTK[:, state.i] = self.learn(
                         state, student(state), targets, panel.alpha_BK, scale
                     )

@@ -227,7 +227,7 @@ def make_world(work: Work, device: torch.device) -> World:
     return World(cfg, model, pools, teachers, random_lora(skeleton, cfg, 0))
 
 
-@dataclass
+@dataclass(eq=False)
 class RandomText:
     """In the place of text encoders and their cache: random conditions of the right shape, on the device."""
 

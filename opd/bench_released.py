@@ -16,9 +16,9 @@ from torch import Tensor
 from opd import adapters, kernels, trajectory
 from opd.adapters import BASE
 from opd.bench_model import World, attach_student, merged_copy
+from opd.conditioning import TextBatch
 from opd.data import MicroBatch, micro_batches, seed_of
 from opd.diagnostics import Squares
-from opd.families import Condition
 from opd.model import Model
 from opd.optim import Trained
 from opd.teachers import Teacher, adapter_teacher
@@ -68,7 +68,7 @@ class Released:
     def sample(self, plan: Plan, batch: MicroBatch) -> list[State]:
         """Every state of the trajectories, the student's forward passes without gradients."""
         cfg, model = self.cfg, self.model
-        text = self.text(plan, batch)
+        text = self.texts(plan, batch).by(model.conditioning)
         index = torch.tensor(batch.samples, device=model.device)
         seeds = [seed_of(cfg.seed, plan.step, "noise", i) for i in range(cfg.steps)]
         path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, seeds)
@@ -87,7 +87,8 @@ class Released:
         cfg, model = self.cfg, self.model
         names = list(self.ours.teachers)
         task = plan.teacher_N[batch.samples[0]]
-        text = self.text(plan, batch)
+        texts = self.texts(plan, batch)
+        text = texts.by(model.conditioning)
         scale = 1 / (len(plan.texts_N) * len(plan.queried))
         squares_BTK = torch.zeros(len(text), cfg.steps, len(names), device=model.device)
         for i in plan.queried:
@@ -95,11 +96,11 @@ class Released:
             with adapters.use(model.transformer, model.trained):
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
                 columns = [names.index(task)]
-                targets = [self.teacher(task)(state.x, state.sigma_B, text)]
+                targets = [self.teacher(task)(state.x, state.sigma_B, texts)]
                 weights = [1.0]
                 if cfg.anchor_weight > 0:
                     columns.append(names.index(cfg.anchor))
-                    targets.append(self.anchor()(state.x, state.sigma_B, text))
+                    targets.append(self.anchor()(state.x, state.sigma_B, texts))
                     weights.append(cfg.anchor_weight)
                 alpha_BK = torch.tensor([weights] * len(text), device=model.device)
                 w_B = torch.full_like(state.sigma_B, self.ours.weights[i])
@@ -109,8 +110,8 @@ class Released:
                 squares_BTK[:, i, column] = squares_BK[:, k]
         return squares_BTK
 
-    def text(self, plan: Plan, batch: MicroBatch) -> list[Condition]:
-        return self.model.text([plan.texts_N[n] for n in batch.samples])
+    def texts(self, plan: Plan, batch: MicroBatch) -> TextBatch:
+        return TextBatch([plan.texts_N[n] for n in batch.samples])
 
     def anchor(self) -> Teacher:
         if self.cfg.anchor == BASE:
@@ -125,7 +126,8 @@ class Released:
         dtype = self.model.dtype
 
         @torch.no_grad()
-        def velocity(x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition]) -> Tensor:
+        def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
+            text = texts.by(whole.conditioning)
             mixed = dtype != torch.float32
             with torch.autocast(self.model.device.type, dtype=dtype, enabled=mixed):
                 return whole.velocity(x_BCHW, sigma_B, text, self.cfg.teacher_guidance)

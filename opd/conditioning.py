@@ -80,6 +80,31 @@ class Conditioning:
         return self.cache / key[:2] / f"{key}.safetensors"
 
 
+class TextBatch:
+    """The prompts of a micro-batch, and their conditions by encoder: these are made, and moved to the
+    encoder's device, once and not at every state."""
+
+    def __init__(self, prompts: list[str]):
+        self.prompts = prompts
+        self.made: dict[Conditioning, list[Condition]] = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def by(self, conditioning: Conditioning) -> list[Condition]:
+        """The conditions of all prompts as `conditioning` makes them."""
+        if conditioning not in self.made:
+            self.made[conditioning] = conditioning(self.prompts)
+        return self.made[conditioning]
+
+    def rows(self, rows: list[int]) -> "TextBatch":
+        """Some of the prompts, with the conditions that are made so far."""
+        part = TextBatch([self.prompts[b] for b in rows])
+        for conditioning, conditions in self.made.items():
+            part.made[conditioning] = [conditions[b] for b in rows]
+        return part
+
+
 def fingerprint(family: ModuleType, folder: Path, dtype: torch.dtype, t5: bool) -> str:
     """Names the encoders that make an embedding: every file of `family.TEXT` by path, size and time."""
     parts = [str(folder.resolve()), str(dtype), t5]

@@ -1,7 +1,8 @@
-"""Teachers: callables that say which velocity they would take, `(x_BCHW, sigma_B, text) -> v_BCHW`.
+"""Teachers: callables that say which velocity they would take, `(x_BCHW, sigma_B, texts) -> v_BCHW`.
 
-Distillation knows nothing else of a teacher. Today's are adapters on the student's own base, which cost their
-LoRA weights alone, and the base itself (adapter off). Another kind is another function here, and a line where
+A teacher is given the prompts themselves: it may read them with encoders of its own. Distillation knows
+nothing else of a teacher. Today's are adapters on the student's own base, which cost their LoRA weights
+alone, and the base itself (adapter off). Another kind is another function here, and a line where
 `read_teachers` and `load_teachers` tell kinds apart by their source.
 """
 
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from opd import adapters, lora_files
 from opd.adapters import BASE
+from opd.conditioning import TextBatch
 from opd.config import Distil
 from opd.data import MicroBatch
-from opd.families import Condition
 from opd.lora_files import Lora
 from opd.model import Model
 from opd.trajectory import State
 
-Teacher = Callable[[Tensor, Tensor, list[Condition]], Tensor]
+Teacher = Callable[[Tensor, Tensor, TextBatch], Tensor]
 
 
 def teacher_names(cfg: Distil) -> list[str]:
@@ -48,7 +49,8 @@ def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
     gradient."""
 
     @torch.no_grad()
-    def velocity(x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition]) -> Tensor:
+    def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
+        text = texts.by(model.conditioning)
         with adapters.use(model.transformer, adapter):
             return model.velocity(x_BCHW, sigma_B, text, guidance)
 
@@ -62,10 +64,10 @@ class Question:
     teacher: Teacher
     rows: list[int]
     """Its own samples here."""
-    asked: list[int]
-    """Those that it is shown: its own, or the first for nothing."""
     index: Tensor
-    """The same on the device, made once and not at every state."""
+    """Those that it is shown, on the device: its own, or the first for nothing."""
+    texts: TextBatch
+    """Their prompts."""
 
 
 class Panel:
@@ -73,7 +75,12 @@ class Panel:
     count."""
 
     def __init__(
-        self, teachers: dict[str, Teacher], alpha_NK: Tensor, batch: MicroBatch, device: torch.device
+        self,
+        teachers: dict[str, Teacher],
+        alpha_NK: Tensor,
+        batch: MicroBatch,
+        texts: TextBatch,
+        device: torch.device,
     ):
         # Padding gets alpha 0: it counts for nothing, and no teacher spends time on it.
         alpha_BK = alpha_NK[batch.samples] * torch.tensor(batch.real)[:, None]
@@ -84,11 +91,12 @@ class Panel:
             if (alpha_NK[batch.turn, column] != 0).any():
                 rows = alpha_BK[:, column].nonzero().flatten().tolist()
                 asked = rows or [0]
-                self.questions.append(Question(teacher, rows, asked, torch.tensor(asked, device=device)))
+                index = torch.tensor(asked, device=device)
+                self.questions.append(Question(teacher, rows, index, texts.rows(asked)))
             else:
                 self.questions.append(None)
 
-    def targets(self, state: State, text: list[Condition]) -> list[Tensor | None]:
+    def targets(self, state: State) -> list[Tensor | None]:
         """What each teacher would do at `state`: K velocities (B, ...), 0 at samples that it is not asked
         about, None for a teacher that no rank has samples of.
 
@@ -100,11 +108,11 @@ class Panel:
             if question is None:
                 targets.append(None)
                 continue
-            if len(question.rows) == len(text):
-                targets.append(question.teacher(state.x, state.sigma_B, text))
+            if len(question.rows) == len(state.x):
+                targets.append(question.teacher(state.x, state.sigma_B, question.texts))
                 continue
             x, sigma_B = state.x[question.index], state.sigma_B[question.index]
-            answer = question.teacher(x, sigma_B, [text[b] for b in question.asked])
+            answer = question.teacher(x, sigma_B, question.texts)
             target = torch.zeros_like(state.x)
             if question.rows:
                 target[question.index] = answer

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd.conditioning import Conditioning
+from opd.conditioning import Conditioning, TextBatch
 from opd.families import sd3
 
 CPU = torch.device("cpu")
@@ -106,3 +106,23 @@ def test_memory_is_bounded_and_eviction_only_costs_a_read(world, tmp_path):
     assert same(small(PROMPTS), expected)  # the evicted one comes back from disk
     tiny = sd3_conditioning(world / "pipeline", tmp_path, limit=1)
     assert same(tiny(PROMPTS), expected) and len(tiny.memory) == 1
+
+
+def test_the_prompts_of_a_micro_batch_are_read_once_by_each_encoder():
+    calls = []
+
+    def reads(name):
+        def conditioning(prompts):
+            calls.append((name, prompts))
+            return [{"text": f"{prompt} by {name}"} for prompt in prompts]
+
+        return conditioning
+
+    one, other = reads("one"), reads("other")
+    texts = TextBatch(["r", "s", "t"])
+    conditions = texts.by(one)
+    assert texts.by(one) is conditions and len(texts) == 3
+    part = texts.rows([2, 0])
+    assert part.prompts == ["t", "r"] and part.by(one) == [conditions[2], conditions[0]]
+    assert part.by(other) == [{"text": "t by other"}, {"text": "r by other"}]
+    assert calls == [("one", ["r", "s", "t"]), ("other", ["t", "r"])]
