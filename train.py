@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, flow, kernels, lora_files, ranks, routing, trajectory
+from opd import adapters, flow, kernels, merging, ranks, routing, trajectory
 from opd.adapters import BASE, START, STUDENT
 from opd.conditioning import TextBatch
 from opd.config import Distil, Finetune, Grow, Run
@@ -38,6 +38,7 @@ from opd.families import load_family
 from opd.flags import require
 from opd.grpo import Growing
 from opd.images import Images, load_images
+from opd.lora_files import Lora
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
@@ -264,10 +265,8 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     )
     teachers = {}
     if isinstance(cfg, Distil):
-        teachers = read_teachers(cfg)
-    student = student_start(cfg, model, teachers)
-    for lora in [*teachers.values(), student]:
-        lora_files.check_fits(lora, model.skeleton, model.family.LORA_TARGETS)
+        teachers = read_teachers(cfg, model)
+    student = student_start(cfg, model)
     data, texts = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)
     for name, lora in teachers.items():
@@ -285,9 +284,7 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     return model, data, rewards
 
 
-def attach_weights(
-    cfg: Run, model: Model, teachers: dict[str, adapters.Lora], student: adapters.Lora
-) -> None:
+def attach_weights(cfg: Run, model: Model, teachers: dict[str, Lora], student: Lora) -> None:
     """Load the base, put all adapters on it, and let what is trained require a gradient."""
     if cfg.full:
         model.trained = BASE
@@ -303,20 +300,24 @@ def attach_weights(
         parameter.requires_grad_(True)
 
 
-def student_start(cfg: Run, model: Model, teachers: dict[str, adapters.Lora]) -> adapters.Lora:
-    """The student's first adapter: fresh (= base), the teachers merged, or one from disk."""
-    if cfg.cold_start == "merge":
-        return adapters.merge(list(teachers.values()), cfg.rank, cfg.alpha, count=len(cfg.teachers))
+def student_start(cfg: Run, model: Model) -> Lora:
+    """The student's first adapter: fresh (= base), several merged, or one from disk."""
     if cfg.cold_start == "base":
         targets = model.family.LORA_TARGETS
         return adapters.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
-    lora = lora_files.read_lora(cfg.cold_start)
+    if cfg.cold_start == "merge":
+        merged = {name: source for name, source in cfg.merged().items() if source != BASE}
+        loras = {name: model.read_lora(source) for name, source in merged.items()}
+        weights = {name: cfg.merge_weight(name) for name in merged}
+        recipe = merging.Recipe(cfg.merge, cfg.rank, cfg.merge_density, cfg.seed)
+        return merging.merge(loras, weights, recipe, cfg.alpha)
+    lora = model.read_lora(cfg.cold_start)
     largest = max(a.shape[0] for a in lora.A.values())
     require(
         largest <= cfg.rank,
         f"--cold-start {cfg.cold_start!r} has rank {largest}; use --rank {largest} or more",
     )
-    return adapters.merge([lora], cfg.rank, cfg.alpha)
+    return merging.fitted(lora, cfg.rank, cfg.alpha)
 
 
 def load_data(cfg: Run, model: Model) -> tuple[Data, list[str]]:

@@ -1,4 +1,4 @@
-"""LoRA adapters on one frozen base: attach, switch, merge, save. Reading them: opd/lora_files.py.
+"""LoRA adapters on one frozen base: attach, switch, save. Reading them: opd/lora_files.py.
 
 The student, every teacher and the anchor are adapters on the same transformer. Base weights are never copied:
 K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base itself and may teach or anchor
@@ -49,36 +49,6 @@ def fresh_lora(
             A[name] = torch.randn(rank, module.in_features, generator=generator) / rank
             B[name] = torch.zeros(module.out_features, rank)
     return Lora("fresh", "", A, B, {m: alpha / rank for m in A})
-
-
-def merge(loras: list[Lora], rank: int, alpha: float, count: int | None = None) -> Lora:
-    """The teachers' mean update, mean_k scale_k B_k A_k, truncated to `rank` by SVD: the cold start by
-    merging.
-
-    Averaging A and B apart (A-bar B-bar) would not be the mean update. The product is never formed: QR of
-    both factors, then the SVD of a (sum r, sum r) core. `count`: how many teachers there are, if some of them
-    are the base, whose update is zero. ValueError where there is nothing to merge.
-    """
-    count = count or len(loras)
-    if not loras:
-        raise ValueError("--cold-start merge: no teacher has an adapter to merge; use --cold-start base")
-    A, B = {}, {}
-    spare = torch.Generator().manual_seed(0)
-    for module in sorted(set().union(*(lora.A for lora in loras))):
-        having = [lora for lora in loras if module in lora.A]
-        a = torch.cat([lora.A[module] for lora in having])
-        b = torch.cat([lora.scale[module] / count * lora.B[module] for lora in having], dim=1)
-        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        root, keep = s[:rank].sqrt(), min(rank, len(s))
-        # Spare rank starts as in a fresh adapter: with A and B both 0 it would never get a gradient.
-        A[module] = torch.randn(rank, a.shape[1], generator=spare) / rank
-        B[module] = torch.zeros(b.shape[0], rank)
-        A[module][:keep] = (root[:, None] * vh[:rank]) @ q_a.T
-        B[module][:, :keep] = q_b @ (u[:, :rank] * root) * (rank / alpha)
-    return Lora(
-        "merge of " + ", ".join(lora.source for lora in loras), "", A, B, {m: alpha / rank for m in A}
-    )
 
 
 @contextmanager

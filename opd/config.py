@@ -27,7 +27,7 @@ class Distil(Rollout):
     """Stage opd: on-policy distillation from teachers."""
 
     cold_start: str = "merge"
-    """Where training starts: base (a fresh LoRA), merge (the teachers' mean update) or an adapter to load."""
+    """Where training starts: base (a fresh LoRA), merge (the teachers merged) or an adapter to load."""
     teachers: Texts = field(default_factory=dict)
     """Teacher -> its adapter (directory, file or Hub id[:subfolder]); base=base is the base itself."""
     routes: Texts = field(default_factory=dict)
@@ -53,6 +53,7 @@ class Distil(Rollout):
         not_negative(self, "anchor_weight", "queries")
         self.check_walk()
         self.check_names()
+        self.check_start()
         self.check_routes()
 
     def check_walk(self) -> None:
@@ -104,6 +105,11 @@ class Distil(Rollout):
             way_out = "name one of them or use --anchor-weight 0"
             lost = f"--anchor {self.anchor!r} is not among the teachers {known}"
             require(self.anchor in known, f"{lost}; {way_out}")
+
+    def merged(self) -> dict[str, str]:
+        if self.merge_from:
+            return self.merge_from
+        return self.teachers
 
     def route(self, task: str) -> str:
         """The teacher of `task` (eq. 7)."""

@@ -1,14 +1,17 @@
 """The settings that several stages share. The stages, and the family tree of all classes: opd/config.py."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opd import flow
+from opd import flow, merging
 from opd.flags import (
+    Numbers,
     Shares,
     Texts,
     at_least_one,
     below_one,
+    dashed,
     finite,
     not_negative,
     positive,
@@ -32,6 +35,7 @@ ADAPTERS = ("student", "start")
 # A new row of these tables is a new choice of the flag.
 Rollouts = Literal[tuple(flow.TRANSITIONS)]
 Weights = Literal[tuple(flow.WEIGHTS)]
+Merges = Literal[tuple(merging.MERGES)]
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,15 @@ class Run(Logistics):
     alpha: float = 32.0
     """Its alpha; the update is scaled by alpha / rank."""
     cold_start: str = "base"
-    """Where training starts: base (a fresh LoRA), or an adapter to load."""
+    """Where training starts: base (a fresh LoRA), merge (several adapters merged), or an adapter to load."""
+    merge: Merges = "svd"
+    """How --cold-start merge makes one adapter of several: opd/merging.py has the formulas."""
+    merge_from: Texts = field(default_factory=dict)
+    """Name -> adapter to merge; none, in stage opd, = the teachers."""
+    merge_weights: Numbers = field(default_factory=dict)
+    """Name -> weight of its update in the merge; none = equal weights that add up to 1."""
+    merge_density: float = 0.5
+    """Share of an update's entries that ties and dare keep."""
     prompts_per_step: int = 48
     """Prompts per optimizer step, over all ranks (stage grpo: per rollout; stage sft: images)."""
     guidance: float = 1.0
@@ -184,12 +196,46 @@ class Run(Logistics):
             return self.guidance
         return self.deploy_guidance
 
+    def merged(self) -> dict[str, str]:
+        """Name -> source of what --cold-start merge merges."""
+        return self.merge_from
+
+    def merge_weight(self, name: str) -> float:
+        if self.merge_weights:
+            return self.merge_weights[name]
+        return 1 / len(self.merged())
+
     def check_start(self) -> None:
-        """The starts of a stage that has no teachers to merge and may train all weights."""
-        start = self.cold_start
-        require(start != "merge", "--cold-start merge is for stage opd; use base or an adapter")
-        cannot = f"--full trains the base; --cold-start {start!r} cannot apply"
-        require(not self.full or start == "base", cannot)
+        cannot = f"--full trains the base; --cold-start {self.cold_start!r} cannot apply"
+        require(not self.full or self.cold_start == "base", cannot)
+        if self.cold_start == "merge":
+            self.check_merge()
+        else:
+            self.refuse_merge_settings()
+        if self.merge not in merging.SPARSE:
+            self.refuse_changed("merge_density", f"--merge {' and '.join(merging.SPARSE)}")
+
+    def check_merge(self) -> None:
+        names = list(self.merged())
+        require(len(names) > 0, "--cold-start merge has nothing to merge; add --merge-from NAME=ADAPTER ...")
+        for name, weight in self.merge_weights.items():
+            require(name in names, f"--merge-weights names {name!r}, which is not merged; known: {names}")
+            usable = math.isfinite(weight) and weight != 0
+            require(usable, f"--merge-weights {name}={weight}: a weight must be finite and not 0")
+        for name in names:
+            weighed = self.merge_weights == {} or name in self.merge_weights
+            require(weighed, f"--merge-weights lacks {name!r}; give every merged adapter its weight")
+        density = self.merge_density
+        require(0 < density <= 1, f"--merge-density is {density}; it must lie in (0, 1]")
+
+    def refuse_merge_settings(self) -> None:
+        for name in ("merge", "merge_from", "merge_weights", "merge_density"):
+            self.refuse_changed(name, "--cold-start merge")
+
+    def refuse_changed(self, name: str, meant_for: str) -> None:
+        """ValueError if a setting that would do nothing is not at its default."""
+        value, usual = getattr(self, name), getattr(type(self)(), name)
+        require(value == usual, f"--{dashed(name)} {value} is for {meant_for} alone; leave it out")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def pairs(kind: type) -> PrimitiveConstructorSpec:
 
 Texts = Annotated[dict[str, str], pairs(str)]
 Shares = Annotated[dict[str, int], pairs(int)]
+Numbers = Annotated[dict[str, float], pairs(float)]
 
 
 def at_least_one(cfg, *names: str) -> None:

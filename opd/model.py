@@ -15,6 +15,7 @@ from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.families import Condition, load_family
 from opd.files import find_pipeline
+from opd.lora_files import Lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -73,6 +74,13 @@ class Model:
         conditioning = Conditioning(family, folder, cache, compute, device, t5)
         return cls(family, folder, family.skeleton(folder), shape, conditioning, compute, device)
 
+    def read_lora(self, source: str) -> Lora:
+        """An adapter from disk or Hub. ValueError / FileNotFoundError for a bad file, and for one that was
+        made for another base."""
+        lora = lora_files.read_lora(source)
+        lora_files.check_fits(lora, self.skeleton, self.family.LORA_TARGETS)
+        return lora
+
     def prepare(self, prompts: list[str]) -> None:
         """Encode `prompts`, and what guidance needs beside them, into the cache."""
         self.conditioning.prepare([*prompts, self.family.NEGATIVE])
@@ -91,8 +99,7 @@ class Model:
         loras = {}
         for name, source in args.adapters.items():
             if name != adapters.BASE:
-                loras[name] = lora_files.read_lora(source)
-                lora_files.check_fits(loras[name], model.skeleton, family.LORA_TARGETS)
+                loras[name] = model.read_lora(source)
         model.prepare(prompts)
         model.load()
         for name, lora in loras.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import adapters, lora_files
+from opd import adapters
 from opd.adapters import BASE
 from opd.conditioning import TextBatch
 from opd.config import Distil
@@ -33,10 +33,10 @@ def teacher_names(cfg: Distil) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def read_teachers(cfg: Distil) -> dict[str, Lora]:
+def read_teachers(cfg: Distil, model: Model) -> dict[str, Lora]:
     """The adapters of all teachers but the base, read from disk. ValueError / FileNotFoundError for bad
     files."""
-    return {name: lora_files.read_lora(source) for name, source in cfg.teachers.items() if source != BASE}
+    return {name: model.read_lora(source) for name, source in cfg.teachers.items() if source != BASE}
 
 
 def load_teachers(cfg: Distil, model: Model) -> dict[str, Teacher]:

@@ -79,6 +79,7 @@ BASES = {
 WEIGHTS = ("student", "state")
 PICTURES = {"sample_every": 1}
 THREE = {"iterations": 3}
+MERGED = {"cold_start": "merge", "merge_from": {"red": "place/red", "blue": "place/blue"}, "rank": 8}
 
 LOGISTICS = {
     "out": Case(["elsewhere"], changes=("files",), keeps=WEIGHTS),
@@ -105,6 +106,10 @@ EVERY_RUN = LOGISTICS | {
     "rank": Case([2]),
     "alpha": Case([4.0]),
     "cold_start": Case(["place/red"]),
+    "merge": Case(["cat", "ties", "dare", "naive"], under=MERGED),
+    "merge_from": Case([{"red": "place/red"}, {"blue": "place/blue"}], under=MERGED),
+    "merge_weights": Case([{"red": 0.9, "blue": 0.1}, {"red": 1.0, "blue": 1.0}], under=MERGED),
+    "merge_density": Case([0.2, 1.0], under=MERGED | {"merge": "ties"}),
     "prompts_per_step": Case([4]),
     "guidance": Case([2.0], changes=("student", "samples")),
     "lr": Case([1e-3]),
@@ -151,8 +156,8 @@ EVERY_ROLLOUT = (
 
 # ---- fields of one stage -------------------------------------------------------------------------
 
-ONE_QUERY = {"queries": 1, "steps": 3}
 SWAPPED = {"red": "place/blue", "blue": "place/red"}
+ONE_QUERY = {"queries": 1, "steps": 3}
 EXAGGERATED = {"lr": 1e30, "train_rewards": dict.fromkeys(PROMPTS, "tests.field_cases:by_place")}
 WINDOW = {"window": 1, "window_range": [0, 1]}
 REWARD_IS_SLOW = {"train_rewards": dict.fromkeys(PROMPTS, "tests.field_cases:slow"), "iterations": 1}

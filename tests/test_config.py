@@ -23,6 +23,7 @@ DISTIL = Distil(out="run", model="model", teachers=COLOURS, anchor="blue", **SCO
 GROW = Grow(out="run", model="model", train_rewards=SCORERS, **SCORED)
 FINETUNE = Finetune(out="run", model="model", data="images")
 EVERY = (DISTIL, GROW, FINETUNE)
+MERGED = replace(GROW, cold_start="merge", merge_from=COLOURS)
 ON_POLICY = (DISTIL, GROW)
 
 
@@ -76,6 +77,49 @@ REFUSED = [
     *[(cfg, {"out": ""}, "--out is empty: name the run folder") for cfg in EVERY],
     *[(cfg, {"model": ""}, "--model is empty: name a pipeline directory or a Hub id") for cfg in EVERY],
     *[(cfg, {"cold_start": ""}, "--cold-start is empty") for cfg in EVERY],
+    # starts by merging
+    *[(cfg, {"cold_start": "merge"}, "add --merge-from NAME=ADAPTER ...") for cfg in (GROW, FINETUNE)],
+    *[
+        (
+            cfg,
+            {"cold_start": "base", name: value},
+            f"--{dashed(name)} {value} is for --cold-start merge alone",
+        )
+        for cfg in EVERY
+        for name, value in [
+            ("merge", "cat"),
+            ("merge_from", COLOURS),
+            ("merge_weights", {"red": 1.0}),
+            ("merge_density", 0.2),
+        ]
+    ],
+    *[
+        (
+            MERGED,
+            {"merge_density": 0.2, "merge": mode},
+            "--merge-density 0.2 is for --merge ties and dare alone",
+        )
+        for mode in ("svd", "cat", "naive")
+    ],
+    *[
+        (
+            MERGED,
+            {"merge_density": value, "merge": "ties"},
+            f"--merge-density is {value}; it must lie in (0, 1]",
+        )
+        for value in (0.0, -0.1, 1.5, NAN)
+    ],
+    *[
+        (
+            MERGED,
+            {"merge_weights": dict.fromkeys(COLOURS, value)},
+            f"--merge-weights red={value}: a weight must",
+        )
+        for value in (0.0, NAN, INF)
+    ],
+    (MERGED, {"merge_weights": {"red": 1.0, "dog": 1.0}}, "--merge-weights names 'dog', which is not merged"),
+    (MERGED, {"merge_weights": {"red": 1.0}}, "--merge-weights lacks 'green'; give every merged adapter its"),
+    (DISTIL, {"merge_weights": {"red": 1.0}}, "--merge-weights lacks 'green'"),
     # stages that sample from prompts
     *[(cfg, {"prompts": {}}, "--prompts is empty: give at least one TASK=FILE pair") for cfg in ON_POLICY],
     *[
@@ -188,7 +232,6 @@ REFUSED = [
         {"rollout": "cps"},
         "--rollout cps with --weight kl: the last cps step has no noise, so its weight",
     ),
-    (GROW, {"cold_start": "merge"}, "--cold-start merge is for stage opd"),
     (
         GROW,
         {"full": True, "beta": 0.0, "cold_start": "some/adapter"},
@@ -220,7 +263,6 @@ REFUSED = [
     ],
     # stage sft
     (FINETUNE, {"data": ""}, "--data is empty: name a directory with metadata.jsonl and images or latents"),
-    (FINETUNE, {"cold_start": "merge"}, "--cold-start merge is for stage opd"),
     (
         FINETUNE,
         {"full": True, "cold_start": "some/adapter"},
@@ -261,6 +303,8 @@ ACCEPTED = [
     (GROW, {"group": 2, "beta": 0.0, "updates": 12, "prompts_per_step": 12}),
     (GROW, {"full": True, "beta": 0.0, "evaluate": False}),
     (GROW, {"cold_start": "some/adapter"}),
+    (MERGED, {"merge": "ties", "merge_density": 1.0, "merge_weights": {"red": 1, "green": -0.5, "blue": 2}}),
+    (DISTIL, {"merge_from": {"other": "x"}, "merge_weights": {"other": 0.5}, "merge": "cat"}),
     (GROW, {"window": 3, "window_range": (7, 10)}),
     (GROW, {"rollout": "cps", "window": 3, "window_range": (6, 9)}),
     (GROW, {"rollout": "cps", "skip_last": True}),

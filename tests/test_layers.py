@@ -17,10 +17,12 @@ opd.kernels.ops
 opd.kernels
 opd.kernels.aot opd.kernels.bench
 opd.trajectory opd.routing opd.ranks opd.files opd.flags
-opd.pictures opd.data opd.config_base
+opd.pictures opd.data opd.lora_files
+opd.merging
+opd.config_base
 opd.config
 opd.presets opd.settings
-opd.families opd.vae opd.schedule opd.lora opd.lora_files
+opd.families opd.vae opd.schedule opd.lora
 opd.rewards.scoring opd.rewards.about opd.rewards.jpeg
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
