@@ -22,7 +22,8 @@ Shapes: N samples of a step over all ranks, B samples of a micro-batch, T states
 import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,23 +34,26 @@ from opd.adapters import BASE, START, STUDENT
 from opd.conditioning import TextBatch
 from opd.config import Distil, Finetune, Grow, Run
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
-from opd.diagnostics import Squares
-from opd.families import load_family
+from opd.diagnostics import Squares, TaskGradients
+from opd.estimators import ESTIMATORS, reinforce
+from opd.families import Condition, load_family
 from opd.flags import require
 from opd.grpo import Growing
 from opd.images import Images, load_images
+from opd.judging import Judges
 from opd.lora_files import Lora
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
+from opd.probe import Probe, probe_prompts
 from opd.ranks import say
 from opd.report import Report, say_phases, shown_texts, splits
 from opd.rewards import Reward, find_reward
 from opd.runfolder import RunFolder
 from opd.settings import describe, parse, starting_point
 from opd.sft import Finetuning
-from opd.teachers import Panel, load_teachers, read_teachers
-from opd.trajectory import State
+from opd.teachers import Panel, Teacher, load_teachers, read_teachers, route_of, teacher_names
+from opd.trajectory import Path, State
 
 
 def main() -> None:
@@ -117,26 +121,46 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an optimizer step trains on, the same on every rank: a pure function of (seed, step)."""
+    """What an optimizer step trains on, the same on every rank."""
 
     step: int
-    texts_N: list[str]
-    teacher_N: list[str]
-    """The teacher that each sample's task is routed to; samples of one teacher share micro-batches."""
+    prompts_N: list[Prompt]
+    route_N: list[str]
+    """Each sample's teacher, or weighted sum of teachers."""
     routed_NK: Tensor
-    alpha_NK: Tensor
-    """The routing with the anchor's weight in its column: what the loss sees."""
+    """The same as weights over the teachers."""
+    anchor_T: list[float]
+    """The anchor's weight at each state."""
     queried: list[int]
     """Indices of the states that are trained on."""
+    advantage_N: Tensor | None = None
+    """With --reward-weight: what each sample's reward is worth."""
 
 
 class Distillation:
     """Stage opd: each step walks the student's own trajectories and pulls its velocity to its teachers'."""
 
-    def __init__(self, cfg: Distil, model: Model, pools: dict[str, list[Prompt]], trained: Trained):
+    def __init__(
+        self,
+        cfg: Distil,
+        model: Model,
+        pools: dict[str, list[Prompt]],
+        rewards: dict[str, Reward],
+        trained: Trained,
+    ):
         self.cfg, self.model, self.pools, self.trained = cfg, model, pools, trained
-        self.teachers = load_teachers(cfg, model)
+        self.teachers = load_teachers(cfg, model, pools, cfg.teacher_guidance)
+        self.branch_teachers = {}
+        if cfg.branch_weight > 0:
+            self.branch_teachers = load_teachers(cfg, model, pools, guidance=1.0)
         self.weights = flow.state_weights(cfg.weight, model.sigmas(cfg.steps), cfg.rollout, cfg.noise_level)
+        self.estimate = ESTIMATORS[cfg.estimator]
+        self.judges = None
+        if cfg.judged():
+            self.judges = Judges(cfg, rewards, model.device)
+        self.probe = Probe(cfg, model, pools, self.teachers)
+        if cfg.anchor_target > 0:
+            trained.carried["anchor_weight"] = torch.tensor(cfg.anchor_weight, dtype=torch.float64)
 
     def step(self, step: int) -> tuple[dict, float]:
         """One optimizer step: (metrics, gradient norm)."""
@@ -145,98 +169,203 @@ class Distillation:
         # Read only now: the norm that the update needs was the step's first wait for the device.
         squares.collect()
         squares.name_non_finite(step)
-        return squares.metrics(), norm
+        metrics = squares.metrics()
+        self.adapt_anchor(metrics)
+        if due(step + 1, self.cfg.diagnose_every, self.cfg.iterations):
+            metrics |= self.probe.compare()
+        return metrics, norm
 
     def plan(self, step: int) -> Plan:
-        cfg, names = self.cfg, list(self.teachers)
+        """A pure function of (seed, step), but for an anchor weight that --anchor-target moves."""
+        cfg = self.cfg
         prompts = prompts_of_step(
             self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
-        texts_N = [prompt.text for prompt in prompts for _ in range(cfg.group)]
-        teacher_N = [cfg.route(prompt.task) for prompt in prompts for _ in range(cfg.group)]
-        routed_NK = routing.one_hot(teacher_N, names)
-        alpha_NK = routed_NK
-        if cfg.anchor_weight > 0:
-            alpha_NK = routing.anchored(routed_NK, names.index(cfg.anchor), cfg.anchor_weight)
-        return Plan(step, texts_N, teacher_N, routed_NK, alpha_NK, queried_states(cfg, step))
+        prompts_N = [prompt for prompt in prompts for _ in range(cfg.group)]
+        route_N = [route_of(cfg, prompt) for prompt in prompts_N]
+        routed_NK = routing.rows(route_N, list(self.teachers))
+        weight = cfg.anchor_weight
+        if "anchor_weight" in self.trained.carried:
+            weight = float(self.trained.carried["anchor_weight"])
+        anchor_T = routing.anchor_weights(self.model.sigmas(cfg.steps)[:-1], weight, cfg.anchor_levels)
+        return Plan(step, prompts_N, route_N, routed_NK, anchor_T, queried_states(cfg, step))
 
     def accumulate(self, plan: Plan) -> Squares:
         """The gradient of one optimizer step over this rank's micro-batches, left in the student's .grad."""
-        cfg = self.cfg
-        squares = Squares(cfg, self.model, list(self.teachers))
-        kinds = dict(enumerate(plan.teacher_N))
-        for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank()):
-            squares_BTK = self.walk(plan, batch)
-            squares.add(squares_BTK, plan.routed_NK[batch.samples], batch.real, plan.queried)
+        cfg, beside = self.cfg, {}
+        compare = cfg.cosine_every > 0 and plan.step % cfg.cosine_every == 0
+        batches = self.batches(plan, compare)
+        # The adapter stays switched on around backward: recomputed activations must see the one that their
+        # forward pass saw.
+        with adapters.use(self.model.transformer, self.model.trained):
+            if self.judges is not None:
+                walks = [self.rollout(plan, batch) for batch in batches]
+                plan, beside = self.judge(plan, batches, walks)
+            elif cfg.single_pass:
+                walks = [self.visit(plan, batch) for batch in batches]
+            else:
+                walks = [self.rollout(plan, batch) for batch in batches]
+            squares = Squares(cfg, self.model, list(self.teachers), plan.anchor_T)
+            squares.beside = beside
+            gradients = TaskGradients(list(self.trained.parameters.values()))
+            for number, (batch, states) in enumerate(zip(batches, walks, strict=True)):
+                squares_BTK = self.learn(plan, batch, states)
+                squares.add(squares_BTK, plan.routed_NK[batch.samples], batch.real, plan.queried)
+                if compare and self.task_ends(plan, batches[number:]):
+                    gradients.note(plan.prompts_N[batch.samples[0]].task)
+        if compare:
+            beside["cosine"] = gradients.cosines()
         return squares
 
-    def walk(self, plan: Plan, batch: MicroBatch) -> Tensor:
-        """Walk a micro-batch from noise along the student's own trajectory; at every queried state ask its
-        teachers and go backward. Returns |v_b - v_k,b|^2 (B, T, K), mean over dimensions, 0 where alpha is 0.
+    def batches(self, plan: Plan, compare: bool) -> list[MicroBatch]:
+        """This rank's micro-batches. Samples of one teacher stay together; where the tasks' gradients are
+        compared, a micro-batch has one task, and task comes after task."""
+        kinds_of = {"all": dict(enumerate(plan.route_N))}
+        if compare:
+            kinds_of = {}
+            for n, prompt in enumerate(plan.prompts_N):
+                kinds_of.setdefault(prompt.task, {})[n] = prompt.task
+        batches = []
+        for kinds in kinds_of.values():
+            batches += micro_batches(kinds, self.cfg.micro_batch, ranks.world(), ranks.rank())
+        return batches
+
+    def task_ends(self, plan: Plan, batches: list[MicroBatch]) -> bool:
+        """Whether the first of these micro-batches is the last of its task."""
+        tasks = [plan.prompts_N[batch.samples[0]].task for batch in batches[:2]]
+        return len(tasks) == 1 or tasks[0] != tasks[1]
+
+    # ---- from noise along the student's own trajectory ----
+
+    def visit(self, plan: Plan, batch: MicroBatch) -> Iterator[State]:
+        """Walk a micro-batch up to the last queried state. Whoever trains on a queried state takes the step
+        from there; at the others the student does, without a gradient."""
+        x, path, index, text = self.start(plan, batch)
+        for state in trajectory.walk(x, path.until(max(plan.queried) + 1), index):
+            if state.i in plan.queried:
+                yield state
+            else:
+                with torch.no_grad():
+                    state.step(self.student(state, text))
+
+    def rollout(self, plan: Plan, batch: MicroBatch) -> list[State]:
+        """Walk it first and train later, on stored states; to the end where images are judged."""
+        x, path, index, text = self.start(plan, batch)
+        if self.judges is None:
+            path = path.until(max(plan.queried) + 1)
+        return trajectory.rollout(x, path, index, lambda state: self.student(state, text))
+
+    def start(self, plan: Plan, batch: MicroBatch) -> tuple[Tensor, Path, Tensor, list[Condition]]:
+        """(noise (B, ...), the steps to take, the samples' numbers (B,), their text)."""
+        cfg, model = self.cfg, self.model
+        index = torch.tensor(batch.samples, device=model.device)
+        seeds = [seed_of(cfg.seed, plan.step, "noise", i) for i in range(cfg.steps)]
+        path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, seeds)
+        seed = seed_of(cfg.seed, plan.step, "start")
+        x = kernels.normal((len(index), *model.shape), seed, index, device=model.device)
+        return x, path, index, model.text([plan.prompts_N[n].text for n in batch.samples])
+
+    def student(self, state: State, text: list[Condition]) -> Tensor:
+        return self.model.velocity(state.x, state.sigma_B, text, self.cfg.guidance)
+
+    # ---- the loss ----
+
+    def learn(self, plan: Plan, batch: MicroBatch, states: Iterable[State]) -> Tensor:
+        """At every queried state ask the teachers and go backward. Returns |v_b - v_k,b|^2 (B, T, K), mean
+        over dimensions, 0 where alpha is 0.
 
         A queried state costs a sample one student forward and backward and a forward of each of its teachers.
         """
         cfg, model = self.cfg, self.model
-        index = torch.tensor(batch.samples, device=model.device)
-        texts = TextBatch([plan.texts_N[n] for n in batch.samples])
+        texts = TextBatch([plan.prompts_N[n].text for n in batch.samples])
         text = texts.by(model.conditioning)
-        panel = Panel(self.teachers, plan.alpha_NK, batch, texts, model.device)
+        panels = self.panels(self.teachers, plan, batch, texts)
+        branch_panels = self.panels(self.branch_teachers, plan, batch, texts)
         # Gradients are averaged over ranks; with this factor the sum over samples and states is the global
         # mean.
-        scale = ranks.world() / (len(plan.texts_N) * len(plan.queried))
-
-        def student(state: State) -> Tensor:
-            return model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-
-        seeds = [seed_of(cfg.seed, plan.step, "noise", i) for i in range(cfg.steps)]
-        path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, seeds).until(max(plan.queried) + 1)
-        start = seed_of(cfg.seed, plan.step, "start")
-        x = kernels.normal((len(index), *model.shape), start, index, device=model.device)
-        squares_BTK = torch.zeros(len(index), cfg.steps, len(self.teachers), device=model.device)
-        # The adapter stays switched on around backward: recomputed activations must see the one that their
-        # forward pass saw.
-        with adapters.use(model.transformer, model.trained):
-            if cfg.single_pass:
-                states = trajectory.walk(x, path, index)
-            else:
-                states = trajectory.rollout(x, path, index, student)
-            for state in states:
-                if state.i in plan.queried:
-                    targets = panel.targets(state)
-                    squares_BTK[:, state.i] = self.learn(
-                        state, student(state), targets, panel.alpha_BK, scale
-                    )
-                elif cfg.single_pass:
-                    with torch.no_grad():
-                        state.step(student(state))
+        scale = ranks.world() / (len(plan.prompts_N) * len(plan.queried))
+        squares_BTK = torch.zeros(len(text), cfg.steps, len(self.teachers), device=model.device)
+        for state in states:
+            if state.i not in plan.queried:
+                continue
+            anchor = plan.anchor_T[state.i]
+            v, v_branch = model.branches(state.x, state.sigma_B, text, cfg.guidance)
+            loss_B, squares_BTK[:, state.i] = self.distance(state, v, panels[anchor])
+            if cfg.branch_weight > 0:
+                loss_B = loss_B + cfg.branch_weight * self.between_branches(
+                    state, v_branch, branch_panels[anchor]
+                )
+            if cfg.normalise > 0:
+                loss_B = flow.self_normalised(loss_B, cfg.normalise)
+            if plan.advantage_N is not None:
+                advantage_B = plan.advantage_N[batch.samples] * torch.tensor(batch.real)
+                loss_B = loss_B + cfg.reward_weight * reinforce(state, v, advantage_B.to(model.device))
+            (loss_B.sum() * scale).backward()
         return squares_BTK
 
-    def learn(
-        self, state: State, v: Tensor, targets: list[Tensor | None], alpha_BK: Tensor, scale: float
-    ) -> Tensor:
-        """Eq. 16 at one state: loss, its gradient, and the next state, a constant, in one pass over memory.
-
-        `scale` turns the sum over samples and states into the step's mean. Returns |v_b - v_k,b|^2 (B, K).
-        """
+    def distance(self, state: State, v: Tensor, panel: Panel) -> tuple[Tensor, Tensor]:
+        """Eq. 16 at one state: (loss (B,), |v_b - v_k,b|^2 (B, K)). Sets the next state, a constant."""
         w_B = torch.full_like(state.sigma_B, self.weights[state.i])
-        loss_B, squares_BK, state.x_next, _ = kernels.opd_step(
-            state.x, v, targets, alpha_BK, w_B, state.transition, seed=state.seed, index=state.index
-        )
-        (loss_B.sum() * scale).backward()
-        return squares_BK
+        return self.estimate(state, v, panel.targets(state), panel.alpha_BK, w_B)
+
+    def between_branches(self, state: State, v_branch: Tensor, panel: Panel) -> Tensor:
+        """The same distance (B,) between the conditional branches, before guidance."""
+        w_B = torch.full_like(state.sigma_B, self.weights[state.i])
+        return kernels.velocity_mse(v_branch, panel.targets(state), panel.alpha_BK, w_B)[0]
+
+    def panels(
+        self, teachers: dict[str, Teacher], plan: Plan, batch: MicroBatch, texts: TextBatch
+    ) -> dict[float, Panel]:
+        """Weight of the anchor -> whom to ask, and how much the answers count, where it has that weight."""
+        panels = {}
+        for weight in {plan.anchor_T[i] for i in plan.queried}:
+            alpha_NK = plan.routed_NK
+            if weight > 0:
+                column = list(self.teachers).index(self.cfg.anchor)
+                alpha_NK = routing.anchored(alpha_NK, column, weight)
+            panels[weight] = Panel(teachers, alpha_NK, batch, texts, self.model.device)
+        return panels
+
+    # ---- what goes beyond a step ----
+
+    def judge(self, plan: Plan, batches: list[MicroBatch], walks: list[list[State]]) -> tuple[Plan, dict]:
+        """Score the finished images; route by the scores, or note what they are worth."""
+        hearings = []
+        for batch, states in zip(batches, walks, strict=True):
+            images = self.model.decode(states[-1].x_next)
+            hearings += self.judges.start(batch, plan.prompts_N, images)
+        scores_NJ = self.judges.verdict(hearings, len(plan.prompts_N), plan.step)
+        scores_PG = self.judges.own_scores(scores_NJ, plan.prompts_N)
+        if self.cfg.routing == "reward":
+            route_N = self.judges.routes(scores_NJ, plan.route_N)
+            routed_NK = routing.rows(route_N, list(self.teachers))
+            plan = replace(plan, route_N=route_N, routed_NK=routed_NK)
+        if self.cfg.reward_weight > 0:
+            plan = replace(plan, advantage_N=self.judges.advantages(scores_PG, plan.prompts_N))
+        return plan, self.judges.metrics(scores_PG, plan.prompts_N)
+
+    def adapt_anchor(self, metrics: dict) -> None:
+        """With --anchor-target: log the anchor's weight, then move it towards the target."""
+        if self.cfg.anchor_target == 0:
+            return
+        weight = float(self.trained.carried["anchor_weight"])
+        metrics["anchor_weight"] = weight
+        weight = routing.adapted(weight, metrics["anchor"]["loss"], self.cfg.anchor_target)
+        self.trained.carried["anchor_weight"].fill_(weight)
 
 
 def queried_states(cfg: Distil, step: int) -> list[int]:
-    """Indices of the states that are trained on in this step: all, or K drawn without replacement from
-    Beta."""
-    states = cfg.steps - cfg.skip_last
+    """Indices of the states that are trained on in this step: all of those that may be, or K drawn without
+    replacement from Beta."""
+    states = list(cfg.queryable())
     if cfg.queries == 0:
-        return list(range(states))
-    middle = (torch.arange(states, dtype=torch.float64) + 0.5) / states
+        return states
+    middle = (torch.arange(len(states), dtype=torch.float64) + 0.5) / len(states)
     a, b = torch.tensor(cfg.query_beta)
     density = torch.distributions.Beta(a, b).log_prob(middle.float()).exp()
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, "query"))
-    return sorted(torch.multinomial(density, cfg.queries, generator=generator).tolist())
+    drawn = torch.multinomial(density, cfg.queries, generator=generator).tolist()
+    return sorted(states[place] for place in drawn)
 
 
 # ---- set-up ------------------------------------------------------------------------------------------------
@@ -248,7 +377,7 @@ Data = dict[str, list[Prompt]] | Images
 def choose_stage(cfg: Run, model: Model, data: Data, rewards: dict[str, Reward], trained: Trained) -> Stage:
     """The work of a step: `stage.step(number)` -> (metrics, gradient norm)."""
     if isinstance(cfg, Distil):
-        return Distillation(cfg, model, data, trained)
+        return Distillation(cfg, model, data, rewards, trained)
     if isinstance(cfg, Grow):
         return Growing(cfg, model, data, rewards, trained)
     return Finetuning(cfg, model, data, trained)
@@ -332,6 +461,9 @@ def load_data(cfg: Run, model: Model) -> tuple[Data, list[str]]:
             pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
         texts += [prompt.text for prompt in prompts]
+    if isinstance(cfg, Distil):
+        teacher_names(cfg, pools)  # refuses a route that cannot be followed
+        texts += [prompt.text for prompt in probe_prompts(cfg, pools)]
     return pools, texts
 
 
@@ -343,8 +475,7 @@ def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
     specs = []
     if cfg.evaluate or cfg.watch_every:
         specs += cfg.rewards.values()
-    if isinstance(cfg, Grow):
-        specs += cfg.train_rewards.values()
+    specs += cfg.training_rewards().values()
     rewards = {spec: find_reward(spec) for spec in specs}
     if cfg.evaluate or cfg.watch_every:
         for pools in splits(cfg, data).values():
@@ -353,10 +484,9 @@ def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
                     rewards[cfg.rewards[task]].check_metadata(task, pool)
     for reward in rewards.values():
         reward.load(model.device)
-    if isinstance(cfg, Grow):
-        pixels = cfg.resolution or model.family.default_resolution(model.folder)
-        for task, pool in data.items():
-            rewards[cfg.train_rewards[task]].check(task, pool, pixels)
+    pixels = cfg.resolution or model.family.default_resolution(model.folder)
+    for task, spec in cfg.training_rewards().items():
+        rewards[spec].check(task, data[task], pixels)
     return rewards
 
 

@@ -280,7 +280,7 @@ def our_stage(world: World) -> Distillation | Growing:
     attach_student(world)
     trained = Trained(cfg, model)
     if isinstance(cfg, Distil):
-        return Distillation(cfg, model, world.pools, trained)
+        return Distillation(cfg, model, world.pools, {}, trained)
     model.decode = first_channels
     return Growing(cfg, model, world.pools, {REWARD: find_reward(REWARD)}, trained)
 

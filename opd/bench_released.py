@@ -42,11 +42,11 @@ class Released:
             self.copies["anchor"] = replace(world.model, transformer=whole)
         attach_student(world)
         self.trained = Trained(world.cfg, world.model)
-        self.ours = Distillation(world.cfg, world.model, world.pools, self.trained)
+        self.ours = Distillation(world.cfg, world.model, world.pools, {}, self.trained)
 
     def step(self, step: int) -> tuple[dict, float]:
         plan = self.ours.plan(step)
-        squares = Squares(self.cfg, self.model, list(self.ours.teachers))
+        squares = Squares(self.cfg, self.model, list(self.ours.teachers), plan.anchor_T)
         stored = []
         for batch in self.batches(plan):
             stored.append((batch, self.sample(plan, batch)))
@@ -60,8 +60,8 @@ class Released:
     def batches(self, plan: Plan) -> list[MicroBatch]:
         """One task after the other."""
         batches = []
-        for task in dict.fromkeys(plan.teacher_N):
-            mine = {n: name for n, name in enumerate(plan.teacher_N) if name == task}
+        for task in dict.fromkeys(plan.route_N):
+            mine = {n: name for n, name in enumerate(plan.route_N) if name == task}
             batches += micro_batches(mine, self.cfg.micro_batch, 1, 0)
         return batches
 
@@ -86,10 +86,10 @@ class Released:
         `Distillation.walk`."""
         cfg, model = self.cfg, self.model
         names = list(self.ours.teachers)
-        task = plan.teacher_N[batch.samples[0]]
+        task = plan.route_N[batch.samples[0]]
         texts = self.texts(plan, batch)
         text = texts.by(model.conditioning)
-        scale = 1 / (len(plan.texts_N) * len(plan.queried))
+        scale = 1 / (len(plan.prompts_N) * len(plan.queried))
         squares_BTK = torch.zeros(len(text), cfg.steps, len(names), device=model.device)
         for i in plan.queried:
             state = states[i]
@@ -111,7 +111,7 @@ class Released:
         return squares_BTK
 
     def texts(self, plan: Plan, batch: MicroBatch) -> TextBatch:
-        return TextBatch([plan.texts_N[n] for n in batch.samples])
+        return TextBatch([plan.prompts_N[n].text for n in batch.samples])
 
     def anchor(self) -> Teacher:
         if self.cfg.anchor == BASE:

@@ -15,9 +15,11 @@ from typing import Literal
 
 import torch
 
-from opd import flow
+from opd import flow, routing
 from opd.config_base import ADAPTERS, METRICS, Logistics, Rollout, Run, Scores, Weights
-from opd.flags import Texts, at_least_one, below_one, finite, not_negative, positive, require
+from opd.flags import Numbers, Texts, at_least_one, below_one, finite, not_negative, positive, require
+
+ESTIMATORS = ("pathwise", "pg", "pg_state", "pg_live")  # the functions of opd/estimators.py
 
 __all__ = ["STAGES", "Distil", "Finetune", "Grow", "Logistics", "Rollout", "Run", "Scores"]
 
@@ -31,37 +33,81 @@ class Distil(Rollout):
     teachers: Texts = field(default_factory=dict)
     """Teacher -> its adapter (directory, file or Hub id[:subfolder]); base=base is the base itself."""
     routes: Texts = field(default_factory=dict)
-    """Task -> teacher, for tasks that are not taught by the teacher of the same name."""
+    """Task -> teacher, for tasks that are not taught by the teacher of the same name, or a weighted sum of
+    teachers such as 0.7*text+0.3*quality. A prompt's own field "route" goes before it."""
+    routing: Literal["task", "reward"] = "task"
+    """Who teaches a sample: the teacher of its task, or that of the task whose reward finds most in the
+    finished image, each reward in units of its spread over the step."""
     anchor: str = ""
     """The teacher that anchors every sample (MAR): a name from --teachers, or base."""
     anchor_weight: float = 0.02
     """lambda of eq. 16; 0 = no anchor, and no forward pass for it."""
+    anchor_levels: Numbers = field(default_factory=dict)
+    """Noise level -> lambda from that level down, above the first of them --anchor-weight: 0.6=2 anchors late
+    states, which decide texture, more than early ones, which decide composition."""
+    anchor_target: float = 0.0
+    """Hold the anchor's loss (its KL with --weight kl, nats per dimension) at this value: every step moves
+    lambda, which starts at --anchor-weight. 0 = lambda stays."""
     weight: Weights = "kl"
     """Weight of the squared velocity difference at each state."""
+    normalise: float = 0.0
+    """Divide every sample's loss by a power of itself, (loss + 1e-3)^p with p in [0, 1]; 0 = off."""
     queries: int = 0
     """States that are trained on: 0 = all of them; K = that many, drawn per step from Beta(query_beta)."""
     query_beta: tuple[float, float] = (5.0, 2.0)
-    """Density of drawn queries over the trajectory; 0 is its start (noise), 1 its end (data)."""
+    """Density of drawn queries over these states; 0 is their start (noise), 1 their end (data)."""
+    query_range: tuple[int, int] = (0, 0)
+    """The states that may be trained on: first, and one past the last; 0 0 = all. A trajectory ends after the
+    last state that is trained on."""
     single_pass: bool = True
     """Train in the pass that drives the rollout. False: store the trajectory, then train; same gradient."""
+    estimator: Literal[ESTIMATORS] = "pathwise"
+    """How a gradient comes from the distance to the teachers: opd/estimators.py."""
     teacher_guidance: float = 1.0
     """Guidance of teachers and anchor. Higher than --guidance: the student absorbs the difference."""
+    branch_weight: float = 0.0
+    """Weight of a further loss between the conditional branches alone, where --guidance is not 1: matching
+    the guided velocity leaves both branches free to err against each other (arXiv 2607.24731)."""
+    extrapolate: Numbers = field(default_factory=dict)
+    """Teacher -> l >= 1: its target lies past it, v_T + (l - 1) (v_T - v_ref)."""
+    reference: str = "base"
+    """What --extrapolate leads away from: base or a name from --teachers."""
+    train_rewards: Texts = field(default_factory=dict)
+    """Task -> reward, as in stage grpo; for --routing reward and --reward-weight."""
+    reward_weight: float = 0.0
+    """Weight of a policy gradient from --train-rewards beside the distance to the teachers."""
+    diagnose_every: int = 0
+    """Steps between comparisons with teachers and base (opd/probe.py) in the log; 0 = never."""
+    diagnose_prompts: int = 8
+    """Prompts per task in them."""
 
     def check(self, world: int) -> None:
         super().check(world)
         finite(self, "teacher_guidance")
-        not_negative(self, "anchor_weight", "queries")
+        not_negative(self, "anchor_weight", "anchor_target", "queries", "normalise", "branch_weight")
+        not_negative(self, "reward_weight", "diagnose_every")
+        at_least_one(self, "diagnose_prompts")
+        require(self.normalise <= 1, f"--normalise is {self.normalise}; it must lie in [0, 1]")
         self.check_walk()
         self.check_names()
         self.check_start()
         self.check_routes()
+        self.check_anchor()
+        self.check_extrapolation()
+        self.check_likelihood()
+        self.check_rewards()
 
     def check_walk(self) -> None:
         for number in self.query_beta:
             inside = 0 < number < math.inf
             require(inside, f"--query-beta {self.query_beta}: both numbers must be positive and finite")
-        states = f"the {self.states()} states of a trajectory; lower it or raise --steps"
-        require(self.queries <= self.states(), f"--queries {self.queries} exceeds {states}")
+        low, high = self.query_range
+        inside = (low, high) == (0, 0) or 0 <= low < high <= self.states()
+        span = f"the {self.states()} states of a trajectory (--steps, --skip-last)"
+        require(inside, f"--query-range {low} {high} does not lie within {span}")
+        count = len(self.queryable())
+        wanted = f"--queries {self.queries} exceeds the {count} states that may be trained on"
+        require(self.queries <= count, f"{wanted}; lower it, raise --steps or widen --query-range")
         self.check_weight()
         if self.noise_level == 0 and self.rollout != "ode":
             silent = "with --noise-level 0 adds no noise"
@@ -70,8 +116,8 @@ class Distil(Rollout):
     def check_weight(self) -> None:
         """A weight that divides by the noise of a step needs some; which steps have it depends on no grid."""
         grid = [1 - i / self.steps for i in range(self.steps + 1)]
-        weights = flow.state_weights(self.weight, grid, self.rollout, self.noise_level)[: self.states()]
-        finite_everywhere = all(math.isfinite(weight) for weight in weights)
+        every = flow.state_weights(self.weight, grid, self.rollout, self.noise_level)
+        finite_everywhere = all(math.isfinite(every[state]) for state in self.queryable())
         if not finite_everywhere and self.noise_level == 0:
             way_out = "with --noise-level 0 use --weight ode_kl or uniform"
             raise ValueError(f"--weight {self.weight} divides by the SDE's noise; {way_out}")
@@ -83,7 +129,8 @@ class Distil(Rollout):
         layers = torch.nn.ModuleDict()  # stores adapters under their names, beside its own attributes
         for name, source in self.teachers.items():
             flag = f"--teachers: the name {name!r}"
-            require(name != "" and "." not in name, f"{flag} is empty or has a dot; choose another")
+            plain = name != "" and not set(name) & set(".*+")
+            require(plain, f"{flag} is empty or has a dot, * or +; choose another")
             taken = name in METRICS or name in ADAPTERS or hasattr(layers, name)
             require(not taken, f"{flag} is taken; choose another")
             if name == "base":
@@ -94,17 +141,78 @@ class Distil(Rollout):
     def check_routes(self) -> None:
         known = [*self.teachers, "base"]
         for task in self.prompts:
-            teacher = self.route(task)
-            way_out = f"add it to --teachers or map it with --routes {task}=NAME"
-            lost = f"task {task!r} is routed to {teacher!r}, which is not among the teachers {known}"
-            require(teacher in known, f"{lost}; {way_out}")
+            for teacher in routing.shares(self.route(task), f"--routes {task}"):
+                way_out = f"add it to --teachers or map it with --routes {task}=NAME"
+                lost = f"task {task!r} is routed to {teacher!r}, which is not among the teachers {known}"
+                require(teacher in known, f"{lost}; {way_out}")
         tasks = list(self.prompts)
         for task in self.routes:
             require(task in tasks, f"--routes names task {task!r}, which has no --prompts; known: {tasks}")
-        if self.anchor_weight > 0:
+
+    def check_anchor(self) -> None:
+        for level, weight in self.anchor_levels.items():
+            flag = f"--anchor-levels {level}={weight}"
+            try:
+                inside = 0 < float(level) <= 1
+            except ValueError:
+                inside = False
+            require(inside, f"{flag}: a noise level lies in (0, 1]")
+            require(0 <= weight < math.inf, f"{flag}: a weight must not be negative, and finite")
+        if self.anchored():
+            known = [*self.teachers, "base"]
             way_out = "name one of them or use --anchor-weight 0"
             lost = f"--anchor {self.anchor!r} is not among the teachers {known}"
             require(self.anchor in known, f"{lost}; {way_out}")
+        if self.anchor_target > 0:
+            flag = f"--anchor-target {self.anchor_target}"
+            require(self.anchor_weight > 0, f"{flag} moves --anchor-weight, which is 0; start it above 0")
+            require(not self.anchor_levels, f"{flag} and --anchor-levels: choose one of the two")
+
+    def check_extrapolation(self) -> None:
+        known = [*self.teachers, "base"]
+        for name, factor in self.extrapolate.items():
+            flag = f"--extrapolate {name}={factor}"
+            require(name in known, f"{flag}: no such teacher; known: {known}")
+            require(
+                1 <= factor < math.inf, f"{flag}: below 1 it would stay behind the teacher; use 1 or more"
+            )
+            require(name != self.reference, f"{flag}: the teacher is its own --reference; choose another")
+        lost = f"--reference {self.reference!r} is not among the teachers {known}"
+        require(not self.extrapolate or self.reference in known, f"{lost}; name one of them")
+        if self.branch_weight > 0:
+            alone = f"--branch-weight {self.branch_weight} with --guidance 1: there is one branch alone"
+            require(self.guidance != 1, f"{alone}; use --branch-weight 0 or another guidance")
+
+    def check_likelihood(self) -> None:
+        """What takes the likelihood of a step needs noise in every step that is trained on."""
+        noisy = self.rollout != "ode" and self.noise_level > 0
+        last = self.rollout == "cps" and self.steps - 1 in self.queryable()
+        way_out = "use --rollout sde, or cps with --skip-last"
+        got = f"got --rollout {self.rollout} --noise-level {self.noise_level}"
+        if self.estimator != "pathwise":
+            flag = f"--estimator {self.estimator}"
+            require(noisy and not last, f"{flag} takes the likelihood of noisy steps: {got}; {way_out}")
+        if self.reward_weight > 0:
+            flag = f"--reward-weight {self.reward_weight}"
+            require(noisy and not last, f"{flag} takes the likelihood of noisy steps: {got}; {way_out}")
+            alone = f"{flag} with --group {self.group}: an advantage compares the images of one prompt"
+            require(self.group >= 2, f"{alone}; use --group 2 or more")
+
+    def check_rewards(self) -> None:
+        for task in self.train_rewards:
+            lost = f"--train-rewards names task {task!r}, which has no --prompts"
+            require(task in self.prompts, f"{lost}; known: {list(self.prompts)}")
+        if self.judged():
+            for task in self.prompts:
+                flag = f"--train-rewards {task}=module:function"
+                need = f"--routing {self.routing} --reward-weight {self.reward_weight}"
+                require(task in self.train_rewards, f"{need}: task {task!r} has no reward; add {flag}")
+
+    def queryable(self) -> range:
+        """The states that may be trained on."""
+        if self.query_range == (0, 0):
+            return range(self.states())
+        return range(*self.query_range)
 
     def merged(self) -> dict[str, str]:
         if self.merge_from:
@@ -112,10 +220,24 @@ class Distil(Rollout):
         return self.teachers
 
     def route(self, task: str) -> str:
-        """The teacher of `task` (eq. 7)."""
+        """The teacher of `task` (eq. 7), or the weighted sum of teachers."""
         if task in self.routes:
             return self.routes[task]
         return task
+
+    def anchored(self) -> bool:
+        """Whether any state has an anchor."""
+        return self.anchor_weight > 0 or any(weight > 0 for weight in self.anchor_levels.values())
+
+    def training_rewards(self) -> dict[str, str]:
+        """Task -> reward that training asks."""
+        if self.judged():
+            return self.train_rewards
+        return {}
+
+    def judged(self) -> bool:
+        """Whether finished images are scored, so that trajectories must be stored and run to their end."""
+        return self.routing == "reward" or self.reward_weight > 0
 
 
 @dataclass(frozen=True)
@@ -153,15 +275,13 @@ class Grow(Rollout):
     """Optimizer steps per rollout: the prompts are cut into so many parts."""
     epochs: int = 1
     """Passes over the rollout."""
-    cosine_every: int = 0
-    """Steps between cosines of the tasks' gradients (eq. 4) in the log; 0 = never."""
 
     def check(self, world: int) -> None:
         super().check(world)
         self.check_start()
         at_least_one(self, "updates", "epochs")
         positive(self, "clip_range")
-        not_negative(self, "beta", "window", "cosine_every")
+        not_negative(self, "beta", "window")
         limit = self.advantage_clip
         require(limit > 0, f"--advantage-clip is {limit}; it must be positive")
         alone = f"--group {self.group}: an advantage compares the images of one prompt, alone it is always 0"
@@ -182,6 +302,10 @@ class Grow(Rollout):
         for task in self.prompts:
             flag = f"--train-rewards {task}=module:function"
             require(task in self.train_rewards, f"task {task!r} has no reward to train on; add {flag}")
+
+    def training_rewards(self) -> dict[str, str]:
+        """Task -> reward that training asks."""
+        return {task: self.train_rewards[task] for task in self.prompts}
 
     def check_window(self) -> None:
         low, high = self.window_range

@@ -30,6 +30,14 @@ METRICS = (
     "samples_per_second",
     "seconds",
     "watch",
+    "cosine",
+    "anchor_weight",
+    "fixed",
+    "visited",
+    "reward",
+    "reward_std",
+    "groups",
+    "failed_rewards",
 )
 ADAPTERS = ("student", "start")
 # A new row of these tables is a new choice of the flag.
@@ -258,12 +266,14 @@ class Rollout(Run, Scores):
     """a: how much noise an SDE or CPS step adds, and what the kl weights assume."""
     skip_last: bool = False
     """Do not train on the last state, whose SDE likelihood is sharpest."""
+    cosine_every: int = 0
+    """Steps between cosines of the tasks' gradients (eq. 4) in the log; 0 = never."""
 
     def check(self, world: int) -> None:
         Run.check(self, world)
         Scores.check(self, world)
         at_least_one(self, "group", "steps")
-        not_negative(self, "noise_level")
+        not_negative(self, "noise_level", "cosine_every")
         self.check_noise()
         none_left = f"--steps {self.steps} with --skip-last leaves no state to train on"
         require(self.states() > 0, f"{none_left}; use --steps 2 or more")

@@ -14,14 +14,19 @@ from opd.ranks import say
 class Squares:
     """Sums and counts of |v - v_k|^2, mean over dimensions, over the samples of a step.
 
-    One row per teacher, of the samples routed to it, and a last row of all samples for the anchor; one column
-    per state.
+    One row per teacher, of the samples routed to it (each counts with its weight), and a last row of all
+    samples for the anchor; one column per state.
     """
 
-    def __init__(self, cfg: Distil, model: Model, teachers: list[str]):
-        self.cfg, self.model, self.teachers = cfg, model, teachers
+    def __init__(self, cfg: Distil, model: Model, teachers: list[str], anchor_T: list[float]):
+        """`anchor_T`: the anchor's weight at each state."""
+        self.cfg, self.model, self.teachers, self.anchor_T = cfg, model, teachers, anchor_T
         self.sums_RT = torch.zeros(len(teachers) + 1, cfg.steps, device=model.device)
         self.counts_RT = torch.zeros_like(self.sums_RT)
+        self.seen_T = torch.zeros(cfg.steps, device=model.device)
+        """Samples trained on at each state, whoever taught them."""
+        self.beside: dict = {}
+        """What else the step measured."""
 
     def add(self, squares_BTK: Tensor, routed_BK: Tensor, real: list[int], queried: list[int]) -> None:
         """Squares of one micro-batch; `routed_BK` says whose samples they are, `real` which are not
@@ -32,14 +37,17 @@ class Squares:
         own_BTK = torch.where(own_BK[:, None] != 0, squares_BTK * own_BK[:, None], 0)
         self.sums_RT[:-1] += own_BTK.sum(0).T
         self.counts_RT[:-1, queried] += own_BK.sum(0)[:, None]
-        if self.cfg.anchor_weight > 0:
-            self.sums_RT[-1] += squares_BTK[:, :, self.teachers.index(self.cfg.anchor)].sum(0)
-        self.counts_RT[-1, queried] += sum(real)
+        self.seen_T[queried] += sum(real)
+        held = [state for state in queried if self.anchor_T[state] > 0]
+        if held:
+            self.sums_RT[-1, held] += squares_BTK[:, held, self.teachers.index(self.cfg.anchor)].sum(0)
+            self.counts_RT[-1, held] += sum(real)
 
     def collect(self) -> None:
         """Sum over ranks (a collective) and fetch the table to the host, once per step."""
-        table = ranks.total(torch.stack([self.sums_RT, self.counts_RT])).double().cpu()
-        self.sums_RT, self.counts_RT = table[0], table[1]
+        rows = len(self.sums_RT)
+        table = ranks.total(torch.cat([self.sums_RT, self.counts_RT, self.seen_T[None]])).double().cpu()
+        self.sums_RT, self.counts_RT, self.seen_T = table[:rows], table[rows:-1], table[-1]
 
     def name_non_finite(self, step: int) -> None:
         """Say where the first distance is that is not a number; the step itself is skipped by its
@@ -56,22 +64,26 @@ class Squares:
         All in nats per dimension. The KL is that of the rollout's transitions (eq. 12), whatever --weight is.
         """
         row = {"loss": 0.0}
-        samples = self.counts_RT[-1].sum()
+        weight_T = torch.tensor(self._weights(self.cfg.weight), dtype=torch.float64)
         for k, name in enumerate(self.teachers):
-            own = self.counts_RT[k].sum()
-            if own > 0:
-                row[name] = self._distance(k)
-                row["loss"] += float(own / samples) * row[name]["loss"]
-        if self.cfg.anchor_weight > 0:
-            row["anchor"] = self._distance(-1)
-            row["loss"] += self.cfg.anchor_weight * row["anchor"]["loss"]
-        return row
+            if self.counts_RT[k].sum() > 0:
+                row[name] = self._distance(k, weight_T)
+                row["loss"] += self._share(self.sums_RT[k], weight_T)
+        if self.counts_RT[-1].sum() > 0:
+            row["anchor"] = self._distance(-1, weight_T)
+            anchor_T = torch.tensor(self.anchor_T, dtype=torch.float64)
+            row["loss"] += self._share(self.sums_RT[-1], weight_T * anchor_T)
+        return row | self.beside
 
-    def _distance(self, row: int) -> dict:
+    def _share(self, sums_T: Tensor, weight_T: Tensor) -> float:
+        """What a row adds to the mean loss over samples and states."""
+        trained_T = self.seen_T > 0  # elsewhere the weight may be infinite
+        return float((sums_T * weight_T)[trained_T].sum() / self.seen_T.sum())
+
+    def _distance(self, row: int, weight_T: Tensor) -> dict:
         """{"loss", "kl"} of one row: the mean over its states of what they weigh, and the KL per sigma."""
         seen_T = self.counts_RT[row] > 0
-        mean_T = self.sums_RT[row] / self.counts_RT[row].clamp(min=1)
-        weight_T = torch.tensor(self._weights(self.cfg.weight), dtype=torch.float64)
+        mean_T = self.sums_RT[row] / self.counts_RT[row].clamp(min=1e-9)
         loss_T = mean_T * weight_T
         return {"loss": float(loss_T[seen_T].mean())} | self._kl(mean_T, seen_T)
 
@@ -89,6 +101,31 @@ class Squares:
     def _weights(self, name: str) -> list[float]:
         sigmas = self.model.sigmas(self.cfg.steps)
         return flow.state_weights(name, sigmas, self.cfg.rollout, self.cfg.noise_level)
+
+
+class TaskGradients:
+    """The gradients of tasks that are trained one after the other: differences of what has accumulated."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        self.before: Tensor | float = 0.0
+        self.found: dict[str, Tensor] = {}
+
+    def note(self, task: str) -> None:
+        """All that has been added since the last call is `task`'s (a collective)."""
+        now = ranks.mean_gradient(self.parameters)
+        self.found[task] = now - self.before
+        self.before = now
+
+    def cosines(self) -> dict[str, float]:
+        """Eq. 4: the cosine between every two tasks' gradients, {"a/b": cos}."""
+        names = list(self.found)
+        cosines = {}
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                cosine = torch.nn.functional.cosine_similarity(self.found[a], self.found[b], dim=0)
+                cosines[f"{a}/{b}"] = float(cosine)
+        return cosines
 
 
 STATISTICS = ("policy", "kl", "drift", "square", "clipped", "count")

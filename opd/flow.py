@@ -134,27 +134,47 @@ def guided(v: Tensor, v_uncond: Tensor, guidance: float) -> Tensor:
     return v_uncond + guidance * (v - v_uncond)
 
 
+# ---------------------------------------------------------------- targets
+
+
+def extrapolated(v: Tensor, v_reference: Tensor, factor: float) -> Tensor:
+    """v_T + (l - 1) (v_T - v_ref): past the teacher, along what it learned beyond its reference; l = 1 is the
+    teacher (STEP-OPD, arXiv 2608.04887; GFD-OPD, arXiv 2609.39692). At least float32."""
+    v, v_reference = at_least_float32(v), at_least_float32(v_reference)
+    return v + (factor - 1) * (v - v_reference)
+
+
 # ---------------------------------------------------------------- per-state weights of |v - v_teacher|^2
 
 
-def kl_weight(transition: Transition, dt: Tensor) -> Tensor:
+def kl_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
     """Eq. 12: the exact KL of the two transitions (Flow-OPD)."""
     return transition.kl_weight()
 
 
-def kl_released_weight(transition: Transition, dt: Tensor) -> Tensor:
+def kl_released_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
     """D times eq. 12: Flow-OPD's released code divides |mean - mean'|^2 by 2 s^2 instead of by 2 s^2 D."""
     return dt * transition.kl_weight()
 
 
-def ode_kl_weight(transition: Transition, dt: Tensor) -> Tensor:
+def ode_kl_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
     """D^2 / 2: half the squared distance of two ODE steps (DiffusionOPD)."""
     return dt**2 / 2
 
 
-def uniform_weight(transition: Transition, dt: Tensor) -> Tensor:
+def uniform_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
     """1: the plain squared difference of velocities (DanceOPD, Qwen-Image-2.0-RL)."""
     return torch.ones_like(dt)
+
+
+def x0_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
+    """sigma^2: the squared difference of the predicted data, x0 = x - sigma v."""
+    return sigma**2
+
+
+def x_next_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
+    """move^2: the squared difference of the mean next states, keep x - move v."""
+    return transition.move**2
 
 
 WEIGHTS = {
@@ -162,6 +182,8 @@ WEIGHTS = {
     "kl_released": kl_released_weight,
     "ode_kl": ode_kl_weight,
     "uniform": uniform_weight,
+    "x0": x0_weight,
+    "x_next": x_next_weight,
 }
 
 
@@ -174,7 +196,13 @@ def state_weights(name: str, sigmas: list[float], rollout: str, noise_level: flo
     transition = TRANSITIONS[rollout](sigma[:-1], sigma[1:], noise_level)
     if not transition.std.any():
         transition = sde_transition(sigma[:-1], sigma[1:], noise_level)
-    return WEIGHTS[name](transition, -sigma.diff()).tolist()
+    return WEIGHTS[name](transition, sigma[:-1], -sigma.diff()).tolist()
+
+
+def self_normalised(loss_B: Tensor, power: float) -> Tensor:
+    """loss / (loss + 1e-3)^p, the divisor a constant: each sample divided by its own size, so that no sample
+    or noise level drowns the others; p = 1 follows the gradient of log(loss + 1e-3)."""
+    return loss_B / (loss_B.detach() + 1e-3) ** power
 
 
 # ---------------------------------------------------------------- supervised flow matching

@@ -23,7 +23,7 @@ from opd import adapters, kernels, ranks, trajectory
 from opd.adapters import BASE
 from opd.config import Grow
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
-from opd.diagnostics import STATISTICS, Outcome, reward_metrics
+from opd.diagnostics import STATISTICS, Outcome, TaskGradients, reward_metrics
 from opd.families import Condition
 from opd.model import Model
 from opd.optim import Trained
@@ -243,7 +243,7 @@ class Growing:
         """
         sums = torch.zeros(len(STATISTICS), device=self.model.device)
         largest = torch.zeros((), device=self.model.device)
-        per_task, before = {}, 0.0
+        gradients = TaskGradients(list(self.trained.parameters.values()))
         for number, sampled in enumerate(part):
             scale = ranks.world() / (kept * len(sampled.states))
             more, drift = self.learn(sampled, prompts, advantage_N, scale)
@@ -251,11 +251,9 @@ class Growing:
             largest = torch.maximum(largest, drift)
             task_ends = number + 1 == len(part) or part[number + 1].task != sampled.task
             if compare and task_ends:
-                now = ranks.mean_gradient(list(self.trained.parameters.values()))
-                per_task[sampled.task] = now - before
-                before = now
+                gradients.note(sampled.task)
         ranks.largest(largest)
-        outcome.add(ranks.total(sums), largest, cosines(per_task))
+        outcome.add(ranks.total(sums), largest, gradients.cosines())
         return largest
 
     def learn(
@@ -354,17 +352,6 @@ def guarded(log_ratio_B: Tensor, kl_old_B: Tensor, step_std: Tensor) -> Tensor:
     states. Guard's published code also divides the loss of a state by its step size; we do not.
     """
     return step_std * (log_ratio_B + kl_old_B)
-
-
-def cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
-    """Eq. 4: the cosine between every two tasks' gradients, {"a/b": cos}."""
-    names = list(gradients)
-    found = {}
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            cosine = torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0)
-            found[f"{a}/{b}"] = float(cosine)
-    return found
 
 
 def trained_states(cfg: Grow, step: int) -> list[int]:

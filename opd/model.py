@@ -115,14 +115,22 @@ class Model:
 
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition], guidance: float) -> Tensor:
         """dx/dsigma (B, C, H, W) float32 of the adapter in use, guided: guidance is part of the policy, known
-        here and to the family alone. One forward; with guidance both branches ride in one batch."""
+        here and to the family alone."""
+        return self.branches(x_BCHW, sigma_B, text, guidance)[0]
+
+    def branches(
+        self, x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition], guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """(guided velocity, that of the conditional branch alone), one tensor where guidance is 1. One
+        forward; with guidance both branches ride in one batch."""
         family = self.family
         if guidance == 1.0:
-            return family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
+            v = family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
+            return v, v
         both = family.collate(text + [self.negative] * len(text))
         twice_x, twice_sigma = torch.cat([x_BCHW, x_BCHW]), torch.cat([sigma_B, sigma_B])
         v, v_uncond = family.velocity(self.transformer, twice_x, twice_sigma, both).chunk(2)
-        return family.guide(v, v_uncond, guidance).float()
+        return family.guide(v, v_uncond, guidance).float(), v.float()
 
     @cached_property
     def negative(self) -> Condition:

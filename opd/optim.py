@@ -47,6 +47,8 @@ class Trained:
         self.average = {}
         if cfg.ema > 0:
             self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.carried: dict[str, Tensor] = {}
+        """Numbers that a stage carries from step to step."""
         self.updates = 0
         """Calls of `update` in this process."""
 
@@ -125,6 +127,8 @@ class Trained:
                 tensors[f"optimizer/{key}/{name}"] = ranks.full(value)
         for name, average in self.average.items():
             tensors[f"average/{name}"] = ranks.full(average)
+        for name, number in self.carried.items():
+            tensors[f"carried/{name}"] = number.clone()
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -141,3 +145,5 @@ class Trained:
             self.optimizer.state[parameter] = {"step": step, **moments}
         for name, average in self.average.items():
             ranks.load_full(average, tensors[f"average/{name}"])
+        for name, number in self.carried.items():
+            number.copy_(tensors[f"carried/{name}"])

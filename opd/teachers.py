@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import adapters
+from opd import adapters, flow, routing
 from opd.adapters import BASE
 from opd.conditioning import TextBatch
 from opd.config import Distil
-from opd.data import MicroBatch
+from opd.data import MicroBatch, Prompt
+from opd.flags import require
 from opd.lora_files import Lora
 from opd.model import Model
 from opd.trajectory import State
@@ -24,13 +25,38 @@ from opd.trajectory import State
 Teacher = Callable[[Tensor, Tensor, TextBatch], Tensor]
 
 
-def teacher_names(cfg: Distil) -> list[str]:
-    """The columns of alpha: the teachers that some task is routed to, then the anchor if it is none of
-    them."""
-    names = [cfg.route(task) for task in cfg.prompts]
-    if cfg.anchor_weight > 0:
+def route_of(cfg: Distil, prompt: Prompt) -> str:
+    """Who teaches `prompt`: its own field "route" if it has one, else what its task is routed to."""
+    if "route" in prompt.metadata:
+        return prompt.metadata["route"]
+    return cfg.route(prompt.task)
+
+
+def teacher_names(cfg: Distil, pools: dict[str, list[Prompt]]) -> list[str]:
+    """The columns of alpha: the teachers that some task or prompt is routed to, then the anchor if it is none
+    of them. ValueError naming the prompt whose own route cannot be followed."""
+    names = []
+    for task in cfg.prompts:
+        names += routing.shares(cfg.route(task), f"--routes {task}")
+    for pool in pools.values():
+        for prompt in pool:
+            if "route" in prompt.metadata:
+                names += own_shares(cfg, prompt)
+    if cfg.anchored():
         names.append(cfg.anchor)
     return list(dict.fromkeys(names))
+
+
+def own_shares(cfg: Distil, prompt: Prompt) -> dict[str, float]:
+    """The shares of a prompt's own route. ValueError naming the prompt."""
+    where = f'the field "route" of prompt {prompt.text!r}'
+    route = prompt.metadata["route"]
+    require(isinstance(route, str), f"{where} is {route!r}; write a teacher or a sum of teachers")
+    shares = routing.shares(route, where)
+    known = [*cfg.teachers, BASE]
+    for name in shares:
+        require(name in known, f"{where} names {name!r}, which is not among the teachers {known}")
+    return shares
 
 
 def read_teachers(cfg: Distil, model: Model) -> dict[str, Lora]:
@@ -39,9 +65,27 @@ def read_teachers(cfg: Distil, model: Model) -> dict[str, Lora]:
     return {name: model.read_lora(source) for name, source in cfg.teachers.items() if source != BASE}
 
 
-def load_teachers(cfg: Distil, model: Model) -> dict[str, Teacher]:
+def load_teachers(
+    cfg: Distil, model: Model, pools: dict[str, list[Prompt]], guidance: float
+) -> dict[str, Teacher]:
     """Name -> teacher for every column of alpha. The adapters must be attached to the model by now."""
-    return {name: adapter_teacher(model, name, cfg.teacher_guidance) for name in teacher_names(cfg)}
+    teachers = {}
+    for name in teacher_names(cfg, pools):
+        teachers[name] = adapter_teacher(model, name, guidance)
+        if name in cfg.extrapolate:
+            reference = adapter_teacher(model, cfg.reference, guidance)
+            teachers[name] = extrapolated(teachers[name], reference, cfg.extrapolate[name])
+    return teachers
+
+
+def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher:
+    """A teacher that answers v + (l - 1) (v - v_ref); its samples cost one more forward, the reference's."""
+
+    def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
+        v = teacher(x_BCHW, sigma_B, texts)
+        return flow.extrapolated(v, reference(x_BCHW, sigma_B, texts), factor)
+
+    return velocity
 
 
 def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:

@@ -151,6 +151,7 @@ EVERY_ROLLOUT = (
         "rollout": Case(["cps"], under={"skip_last": True}),
         "noise_level": Case([0.3]),
         "skip_last": Case([True]),
+        "cosine_every": Case([1, 2], changes=("rows",), keeps=("losses",)),
     }
 )
 
@@ -159,6 +160,7 @@ EVERY_ROLLOUT = (
 SWAPPED = {"red": "place/blue", "blue": "place/red"}
 ONE_QUERY = {"queries": 1, "steps": 3}
 EXAGGERATED = {"lr": 1e30, "train_rewards": dict.fromkeys(PROMPTS, "tests.field_cases:by_place")}
+JUDGED = {"train_rewards": {"red": BRIGHT, "blue": DARK}}
 WINDOW = {"window": 1, "window_range": [0, 1]}
 REWARD_IS_SLOW = {"train_rewards": dict.fromkeys(PROMPTS, "tests.field_cases:slow"), "iterations": 1}
 
@@ -170,7 +172,20 @@ CASES = {
         "routes": Case([{"red": "blue"}]),
         "anchor": Case(["red", "base"]),
         "anchor_weight": Case([0.0], changes=("student", "samples")),
-        "weight": Case(["kl_released", "ode_kl", "uniform"], keeps=("samples",)),
+        "anchor_levels": Case([{"0.9": 2.0}, {"0.9": 0.0}]),
+        "anchor_target": Case([1e-3, 1.0], changes=("student", "state", "rows")),
+        "routing": Case(["reward"], under=JUDGED),
+        "reward_weight": Case([1.0], changes=("student", "rows"), under=JUDGED),
+        "train_rewards": Case([{"red": DARK, "blue": BRIGHT}], under=JUDGED | {"reward_weight": 1.0}),
+        "weight": Case(["kl_released", "ode_kl", "uniform", "x0", "x_next"], keeps=("samples",)),
+        "normalise": Case([0.5, 1.0], keeps=("samples",)),
+        "estimator": Case(["pg", "pg_state", "pg_live"], keeps=("samples",)),
+        "query_range": Case([[0, 1], [0, 2]], changes=("student", "samples"), under={"steps": 3}),
+        "branch_weight": Case([0.5], changes=("student", "samples"), under={"guidance": 2.0}),
+        "extrapolate": Case([{"red": 1.5}], changes=("student", "samples")),
+        "reference": Case(["blue"], under={"extrapolate": {"red": 1.5}}),
+        "diagnose_every": Case([1, 2], changes=("rows",), keeps=WEIGHTS, under=THREE),
+        "diagnose_prompts": Case([2], changes=("rows",), keeps=WEIGHTS, under={"diagnose_every": 1}),
         "queries": Case([1, 2], changes=("student", "samples"), under={"steps": 3}),
         "query_beta": Case([[1.0, 60.0]], under=ONE_QUERY),
         "single_pass": Case([False], changes=("passes",), keeps=("losses",)),
@@ -192,7 +207,6 @@ CASES = {
         "shared_start": Case([True], changes=("student", "samples")),
         "updates": Case([2]),
         "epochs": Case([2], changes=("student", "passes")),
-        "cosine_every": Case([1, 2], changes=("rows",), keeps=WEIGHTS),
     },
     "sft": EVERY_RUN
     | {

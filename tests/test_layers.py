@@ -16,7 +16,8 @@ opd.kernels.checks opd.kernels.fused
 opd.kernels.ops
 opd.kernels
 opd.kernels.aot opd.kernels.bench
-opd.trajectory opd.routing opd.ranks opd.files opd.flags
+opd.trajectory opd.ranks opd.files opd.flags
+opd.routing opd.estimators
 opd.pictures opd.data opd.lora_files
 opd.merging
 opd.config_base
@@ -29,7 +30,8 @@ opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.model
 opd.deployment
 opd.images opd.teachers opd.optim opd.evaluate opd.diagnostics
-opd.runfolder opd.grpo opd.sft
+opd.runfolder opd.grpo opd.sft opd.probe
+opd.judging
 opd.report
 opd.mini
 opd.mini.world

@@ -10,8 +10,8 @@ from opd.teachers import Panel
 from opd.trajectory import State
 
 
-def test_one_hot_and_anchored_by_hand():
-    routed = routing.one_hot(["b", "a", "b"], ["a", "b", "c"])
+def test_rows_and_anchored_by_hand():
+    routed = routing.rows(["b", "a", "b"], ["a", "b", "c"])
     assert routed.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
     assert routing.anchored(routed, 1, 0.5).tolist() == [[0, 1.5, 0], [1, 0.5, 0], [0, 1.5, 0]]
     assert routed.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]  # the routing itself is left alone

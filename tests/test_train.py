@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from opd import adapters, kernels, lora_files, ranks
@@ -139,6 +140,7 @@ def test_three_ranks_run_the_same_adapters_and_add_up_to_one(
         sequences.append([(name, grad) for name, grad, _ in calls])
     whole = table[0]
     for squares in table[1:]:
+        whole.seen_T += squares.seen_T
         whole.sums_RT += squares.sums_RT
         whole.counts_RT += squares.counts_RT
     whole.collect()
@@ -434,7 +436,7 @@ def test_the_first_bad_state_is_named_with_its_own_teacher(world, capsys):
     from opd.diagnostics import Squares
 
     cfg, model, *_ = build(world, anchor="red")
-    squares = Squares(cfg, model, ["red", "blue"])
+    squares = Squares(cfg, model, ["red", "blue"], [0.1] * 4)
     squares_BTK = torch.ones(2, 4, 2)
     squares_BTK[1, 2:] = float("nan")
     squares.add(squares_BTK, torch.eye(2), [1, 1], [0, 1, 2, 3])
@@ -484,7 +486,7 @@ def test_sft_learns_what_the_caption_says(world, tmp_path, latents, full, share,
     data = (x - 0.9 * v).mean((1, 2, 3))  # the predicted clean latents
     assert data[0] - data[1] > apart
     if full:
-        weights = adapters.load_file(tmp_path / "student" / "diffusion_pytorch_model.safetensors")
+        weights = load_file(tmp_path / "student" / "diffusion_pytorch_model.safetensors")
         reloaded = model.family.load_transformer(world / "pipeline", torch.float32)
         reloaded.load_state_dict(weights)
         with torch.no_grad():

@@ -171,11 +171,9 @@ def config(world: Path, **changes) -> Distil:
 
 def grpo_config(world: Path, **changes) -> Grow:
     """GRPO on the tiny world: red and blue prompts, both rewarded for bright images."""
-    base = Grow(
-        **shared_with(config(world), Grow),
-        train_rewards={"red": "tests.tiny_grpo:brightness", "blue": "tests.tiny_grpo:brightness"},
-        beta=0.0,
-    )
+    base = Grow(**shared_with(config(world), Grow))
+    rewards = {"red": "tests.tiny_grpo:brightness", "blue": "tests.tiny_grpo:brightness"}
+    base = replace(base, train_rewards=rewards, beta=0.0)
     return replace(base, **{"group": 4, "micro_batch": 8, "iterations": 2} | changes)
 
 
