@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 
@@ -66,6 +65,8 @@ def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
         return path
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{what} {source!r}: no such file or directory (and not a Hub id owner/name)")
+    from huggingface_hub import snapshot_download  # heavy, and the settings import this module
+
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:

@@ -4,6 +4,7 @@ and the rest is refused by name."""
 import copy
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -11,7 +12,6 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-import opd.files
 from opd import adapters, lora_files
 from opd.families import sd3
 from tests.tiny_lora import (
@@ -262,7 +262,7 @@ def test_hub_ids_with_and_without_subfolder(world, monkeypatch, tmp_path):
         calls.append((repo, allow_patterns))
         return str(world if "sub" in repo else world / "red")
 
-    monkeypatch.setattr(opd.files, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     red, blue = lora_files.read_lora("owner/plain"), lora_files.read_lora("owner/sub:blue")
     assert red.sha256 == lora_files.read_lora(str(world / "red")).sha256
     assert blue.sha256 == lora_files.read_lora(str(world / "blue")).sha256 != red.sha256
@@ -276,6 +276,6 @@ def test_an_unreachable_hub_id_is_named(monkeypatch):
     def download(repo, allow_patterns):
         raise OSError("gated")
 
-    monkeypatch.setattr(opd.files, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"adapter 'owner/name'.*\(OSError\); check the spelling"):
         lora_files.read_lora("owner/name")
