@@ -33,6 +33,7 @@ opd.images opd.teachers opd.optim opd.evaluate opd.diagnostics
 opd.runfolder opd.grpo opd.sft opd.probe
 opd.judging
 opd.report
+opd.study
 opd.mini
 opd.mini.world
 opd.mini.rewards opd.mini.build
@@ -96,9 +97,9 @@ def test_what_an_import_costs(module, absent):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_only_the_presets_name_the_miniature():
+def test_only_the_presets_and_the_study_name_the_miniature():
     for name, file in sources().items():
-        if not name.startswith(("opd.mini", "opd.presets")):
+        if not name.startswith(("opd.mini", "opd.presets", "opd.study")):
             code = ast.parse(file.read_text())
             texts = [
                 n.value for n in ast.walk(code) if isinstance(n, ast.Constant) and isinstance(n.value, str)
