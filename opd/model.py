@@ -77,7 +77,7 @@ class Model:
     def read_lora(self, source: str) -> Lora:
         """An adapter from disk or Hub. ValueError / FileNotFoundError for a bad file, and for one that was
         made for another base."""
-        lora = lora_files.read_lora(source)
+        lora = lora_files.read_lora(source, self.family.convert_lora)
         lora_files.check_fits(lora, self.skeleton, self.family.LORA_TARGETS)
         return lora
 

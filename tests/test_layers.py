@@ -23,7 +23,7 @@ opd.merging
 opd.config_base
 opd.config
 opd.presets opd.settings
-opd.families opd.vae opd.schedule opd.lora
+opd.families opd.vae opd.schedule opd.lora opd.sd3_names
 opd.rewards.scoring opd.rewards.about opd.rewards.jpeg
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image

@@ -37,6 +37,7 @@ CONTRACT = {
     "pixels": "(folder) -> pixels of the image per pixel of the latents, along a side",
     "decode": "(vae, latents_BCHW) -> images (B, 3, height, width) float32 in [0, 1]",
     "encode_images": "(vae, images in [0, 1]) -> latents_BCHW float32, scaled for the transformer",
+    "convert_lora": "({LAYER.lora_A.weight, ...} by another tool's names) -> by the transformer's own",
     "blocks": "(transformer) -> the blocks to shard and to checkpoint, in order",
 }
 

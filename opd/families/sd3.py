@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd import flow, schedule
 from opd.families import Condition
+from opd.sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "StableDiffusion3Pipeline"

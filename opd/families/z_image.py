@@ -51,6 +51,10 @@ def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return ZImagePipeline.lora_state_dict(tensors)
+
+
 # ---------------------------------------------------------------- text
 
 
