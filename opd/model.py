@@ -121,9 +121,12 @@ class Model:
     def branches(
         self, x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition], guidance: float
     ) -> tuple[Tensor, Tensor]:
-        """(guided velocity, that of the conditional branch alone), one tensor where guidance is 1. One
-        forward; with guidance both branches ride in one batch."""
+        """(guided velocity, that of the conditional branch alone), one tensor where guidance is 1 and where
+        the network is told the scale. One forward; with guidance both branches ride in one batch."""
         family = self.family
+        if family.guide is None:
+            told = family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text), guidance).float()
+            return told, told
         if guidance == 1.0:
             v = family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
             return v, v

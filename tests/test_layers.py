@@ -27,6 +27,7 @@ opd.families opd.vae opd.schedule opd.lora opd.sd3_names
 opd.rewards.scoring opd.rewards.about opd.rewards.jpeg
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
+opd.families.flux opd.families.flux2 opd.families.qwen_image
 opd.model
 opd.deployment
 opd.images opd.teachers opd.optim opd.evaluate opd.diagnostics

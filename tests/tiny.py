@@ -84,22 +84,26 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_pipeline_with_t5(folder: Path, layers: int = 2) -> Path:
-    """The tiny SD3 pipeline with a third encoder: a T5 of one layer."""
+def make_t5(width: int = 128) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A T5 of one layer with a token per word."""
     words = ["<pad>", "</s>", "<unk>", *"a two red blue circle squares dot".split()]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     torch.manual_seed(3)
-    size = dict(d_model=128, d_kv=32, d_ff=64, num_layers=1, num_heads=4)
+    size = dict(d_model=width, d_kv=32, d_ff=64, num_layers=1, num_heads=4)
     encoder = T5EncoderModel(T5Config(**size, vocab_size=words.get_vocab_size()))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
+    return encoder.eval(), tokenizer
+
+
+def make_pipeline_with_t5(folder: Path, layers: int = 2) -> Path:
+    """The tiny SD3 pipeline with a third encoder."""
+    encoder, tokenizer = make_t5()
     without = make_pipeline(folder.with_name("without_t5"), layers)
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        without, text_encoder_3=encoder.eval(), tokenizer_3=tokenizer
-    )
+    pipe = StableDiffusion3Pipeline.from_pretrained(without, text_encoder_3=encoder, tokenizer_3=tokenizer)
     pipe.save_pretrained(folder)
     return folder
 

@@ -28,8 +28,10 @@ CONTRACT = {
     "load_text": "(folder, dtype, device, t5) -> what encode_prompts needs; t5 = False: without a T5 encoder",
     "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
     "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list",
-    "velocity": "(transformer, x_BCHW, sigma_B, collate's result) -> dx/dsigma (B, C, H, W), any dtype",
-    "guide": "(v, v_uncond, scale) -> the guided velocity (B, C, H, W), float32; scale 1 must mean v itself",
+    "velocity": "(transformer, x_BCHW, sigma_B, collate's result) -> dx/dsigma (B, C, H, W), any dtype; "
+    "where guide is None, a fifth argument is the guidance that the network is told",
+    "guide": "(v, v_uncond, scale) -> the guided velocity (B, C, H, W), float32; scale 1 must mean v itself; "
+    "None where the network is told the scale, in one pass",
     "sigmas": "(folder, shape_CHW, steps) -> the pipeline's steps + 1 noise levels, strictly from 1 to 0",
     "log_shift": "(folder, shape_CHW) -> log of the factor on sigma / (1 - sigma) in training",
     "latent_shape": "(folder, resolution in pixels) -> (C, H, W); ValueError where it does not fit the model",

@@ -127,12 +127,12 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
     """The scheduler's own."""
-    schedule.require_a_step(steps)
-    return schedule.noise_levels(folder, image_tokens(folder, shape_CHW), steps)
+    mu = schedule.linear_mu(folder, image_tokens(folder, shape_CHW))
+    return schedule.noise_levels(folder, steps, mu)
 
 
 def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, image_tokens(folder, shape_CHW))
+    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(folder, shape_CHW)))
 
 
 def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:

@@ -102,14 +102,13 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
-    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
-    schedule.require_a_step(steps)
-    even = torch.linspace(1.0, 1 / steps, steps).tolist()
-    return schedule.noise_levels(folder, image_tokens(shape_CHW), steps, even)
+    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N, which it computes in float32."""
+    mu = schedule.linear_mu(folder, image_tokens(shape_CHW))
+    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps, torch.float32))
 
 
 def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, image_tokens(shape_CHW))
+    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
 
 
 def image_tokens(shape_CHW: tuple[int, int, int]) -> int:

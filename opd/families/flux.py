@@ -1,0 +1,182 @@
+"""The FLUX.1 family: FluxPipeline, for FLUX.1-dev and its kin. `CONTRACT` says what each name is for.
+
+Shapes: B batch, C latent channels, H x W latent size, L text tokens, D text width, P pooled width.
+A Condition holds `embeds` (L, D) of T5 and `pooled` (P,) of CLIP.
+
+Guidance is distilled into the network, which is told the scale: --guidance 3.5 costs one forward pass, and 1
+is a scale like any other. FLUX.1-schnell has no such input and is run at 1.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from einops import rearrange
+from torch import Tensor
+
+from opd import schedule
+from opd.families import Condition
+from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
+
+PIPELINE = "FluxPipeline"
+# The joint attention's projections of image and text stream, and those of the single blocks.
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+NEGATIVE = ""
+T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
+PATCH = 2  # the pipeline takes no other
+
+
+# ---------------------------------------------------------------- weights
+
+
+def skeleton(folder: Path) -> FluxTransformer2DModel:
+    """The transformer without storage (meta device)."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(transformer_config(folder))
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
+    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+    return transformer.requires_grad_(False).eval()
+
+
+def blocks(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' converter knows every tool's names in kohya's spelling, and wants an alpha, here r."""
+    kohya = {}
+    for name, factor in tensors.items():
+        kohya[name.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up.")] = factor
+    for name in list(kohya):
+        if name.endswith(".lora_down.weight"):
+            rank = torch.tensor(float(kohya[name].shape[0]))
+            kohya[name.removesuffix(".lora_down.weight") + ".alpha"] = rank
+    return FluxPipeline.lora_state_dict(kohya)
+
+
+# ---------------------------------------------------------------- text
+
+
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> FluxPipeline:
+    """A pipeline that can only encode prompts. ValueError for `t5=False`: all of its tokens are T5's."""
+    if not t5:
+        raise ValueError("--no-t5: FLUX.1 reads its prompts with T5 and cannot do without")
+    pipe = FluxPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.to(device)
+    return pipe
+
+
+@torch.no_grad()
+def encode_prompts(text: FluxPipeline, prompts: list[str], device: torch.device) -> list[Condition]:
+    embeds_BLD, pooled_BP, _ = text.encode_prompt(prompts, device=device, max_sequence_length=T5_TOKENS)
+    pairs = zip(embeds_BLD, pooled_BP, strict=True)
+    return [{"embeds": embeds_LD, "pooled": pooled_P} for embeds_LD, pooled_P in pairs]
+
+
+def collate(conditions: list[Condition]) -> dict[str, Tensor]:
+    """`embeds` (B, L, D), `pooled` (B, P)."""
+    return {name: torch.stack([c[name] for c in conditions]) for name in ("embeds", "pooled")}
+
+
+# ---------------------------------------------------------------- velocity
+
+
+def velocity(
+    transformer: FluxTransformer2DModel,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    text: dict[str, Tensor],
+    guidance: float,
+) -> Tensor:
+    """The model's time is sigma. ValueError where it takes no guidance and is given one other than 1."""
+    embeds = text["embeds"]
+    told = None
+    if transformer.config.guidance_embeds:
+        told = torch.full_like(sigma_B, guidance, dtype=torch.float32)
+    elif guidance != 1.0:
+        raise ValueError(f"guidance {guidance}: this FLUX.1 takes none; use 1 for student and teachers")
+    rows, columns = x_BCHW.shape[2] // PATCH, x_BCHW.shape[3] // PATCH
+    (v_BTC,) = transformer(
+        hidden_states=pack(x_BCHW).to(embeds.dtype),
+        timestep=sigma_B.float(),
+        guidance=told,
+        encoder_hidden_states=embeds,
+        pooled_projections=text["pooled"],
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=x_BCHW.device),
+        img_ids=positions(rows, columns, x_BCHW.device),
+        return_dict=False,
+    )
+    return unpack(v_BTC, rows)
+
+
+# The network is told the scale: there is no second pass to combine with.
+guide = None
+
+
+def pack(x_BCHW: Tensor) -> Tensor:
+    """A token per 2 x 2 patch (B, T, 4 C)."""
+    return rearrange(x_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(tokens_BTC: Tensor, rows: int) -> Tensor:
+    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
+
+
+def positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(T, 3): 0, row, column of every patch; text stands at 0, 0, 0."""
+    zero = torch.arange(1, device=device)
+    down, across = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    return torch.cartesian_prod(zero, down, across).float()
+
+
+# ---------------------------------------------------------------- noise levels
+
+
+def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
+    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
+    mu = schedule.linear_mu(folder, image_tokens(shape_CHW))
+    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps))
+
+
+def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
+    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
+
+
+def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
+    """Number of patches."""
+    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
+
+
+# ---------------------------------------------------------------- images and latents
+
+
+def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
+    """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
+    factor = pixels(folder)
+    unit = factor * PATCH
+    if resolution <= 0 or resolution % unit != 0:
+        raise ValueError(f"resolution {resolution} does not fit this model: use a multiple of {unit}")
+    channels = transformer_config(folder)["in_channels"] // PATCH**2
+    return channels, resolution // factor, resolution // factor
+
+
+def default_resolution(folder: Path) -> int:
+    """The VAE's: the transformer's config names none."""
+    return AutoencoderKL.load_config(folder / "vae")["sample_size"]
+
+
+def transformer_config(folder: Path) -> dict:
+    return FluxTransformer2DModel.load_config(folder / "transformer")

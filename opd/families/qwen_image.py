@@ -1,0 +1,208 @@
+"""The Qwen-Image family: QwenImagePipeline. `CONTRACT` says what each name is for.
+
+Shapes: B batch, C latent channels, H x W latent size, L_b text tokens of sample b, D text width.
+A Condition holds `embeds` (L_b, D).
+
+Guidance is the pipeline's true_cfg_scale: v_u + g (v - v_u), rescaled patch by patch to the norm of v.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from einops import rearrange
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from opd import flow, schedule
+from opd.families import Condition
+
+PIPELINE = "QwenImagePipeline"
+# The joint attention's projections of image and text stream.
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+TEXT = ("text_encoder", "tokenizer")
+T5_TOKENS = 0
+NEGATIVE = " "  # what the model's card asks for
+TOKENS = 512  # the pipeline cuts longer prompts off
+PATCH = 2  # the pipeline takes no other
+SIZE = 1024  # pixels per side; no config says so
+
+
+# ---------------------------------------------------------------- weights
+
+
+def skeleton(folder: Path) -> QwenImageTransformer2DModel:
+    """The transformer without storage (meta device)."""
+    with torch.device("meta"):
+        return QwenImageTransformer2DModel.from_config(transformer_config(folder))
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> QwenImageTransformer2DModel:
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+    return transformer.requires_grad_(False).eval()
+
+
+def blocks(transformer: QwenImageTransformer2DModel) -> list[torch.nn.Module]:
+    return list(transformer.transformer_blocks)
+
+
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return QwenImagePipeline.lora_state_dict(tensors)
+
+
+# ---------------------------------------------------------------- text
+
+
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> QwenImagePipeline:
+    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
+    pipe = QwenImagePipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
+    pipe.text_encoder.to(device)
+    return pipe
+
+
+@torch.no_grad()
+def encode_prompts(text: QwenImagePipeline, prompts: list[str], device: torch.device) -> list[Condition]:
+    """L_b = tokens of the prompt and of the template after it."""
+    embeds_BLD, mask_BL = text.encode_prompt(prompts, device=device, max_sequence_length=TOKENS)
+    if mask_BL is None:  # all are equally long
+        return [{"embeds": embeds_LD} for embeds_LD in embeds_BLD]
+    lengths = mask_BL.sum(1).tolist()
+    pairs = zip(embeds_BLD, lengths, strict=True)
+    return [{"embeds": embeds_LD[:length].clone()} for embeds_LD, length in pairs]
+
+
+def collate(conditions: list[Condition]) -> dict[str, Tensor | None]:
+    """`embeds` (B, L, D), padded, and `mask` (B, L), true where there is text; None where there is no
+    padding."""
+    embeds = [condition["embeds"] for condition in conditions]
+    lengths = torch.tensor([len(embeds_LD) for embeds_LD in embeds])
+    mask_BL = None
+    if lengths.min() < lengths.max():
+        mask_BL = (torch.arange(lengths.max()) < lengths[:, None]).to(embeds[0].device)
+    return {"embeds": pad_sequence(embeds, batch_first=True), "mask": mask_BL}
+
+
+# ---------------------------------------------------------------- velocity
+
+
+def velocity(
+    transformer: QwenImageTransformer2DModel,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    text: dict[str, Tensor | None],
+) -> Tensor:
+    """The model's time is sigma; the network sees patches, and their place by the picture's shape."""
+    rows, columns = x_BCHW.shape[2] // PATCH, x_BCHW.shape[3] // PATCH
+    (v_BTC,) = transformer(
+        hidden_states=pack(x_BCHW).to(text["embeds"].dtype),
+        timestep=sigma_B.float(),
+        encoder_hidden_states=text["embeds"],
+        encoder_hidden_states_mask=text["mask"],
+        img_shapes=[[(1, rows, columns)]] * len(x_BCHW),
+        return_dict=False,
+    )
+    return unpack(v_BTC, rows)
+
+
+def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+    """u |v| / |u| with u = v_u + g (v - v_u), norms over the numbers of a patch; float32."""
+    wanted_BTC = pack(v.float())
+    guided_BTC = pack(flow.guided(v, v_uncond, scale))
+    norm_BT1 = guided_BTC.norm(dim=-1, keepdim=True)
+    rescaled_BTC = guided_BTC * (wanted_BTC.norm(dim=-1, keepdim=True) / norm_BT1)
+    return unpack(rescaled_BTC, v.shape[2] // PATCH)
+
+
+def pack(x_BCHW: Tensor) -> Tensor:
+    """A token per 2 x 2 patch (B, T, 4 C)."""
+    return rearrange(x_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(tokens_BTC: Tensor, rows: int) -> Tensor:
+    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
+
+
+# ---------------------------------------------------------------- noise levels
+
+
+def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
+    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
+    mu = schedule.linear_mu(folder, image_tokens(shape_CHW))
+    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps))
+
+
+def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
+    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
+
+
+def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
+    """Number of patches."""
+    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
+
+
+# ---------------------------------------------------------------- images and latents
+
+
+def load_vae(folder: Path) -> AutoencoderKLQwenImage:
+    """The frozen VAE in float32. It is one for films: a picture is a film of one frame."""
+    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=torch.float32)
+    return vae.requires_grad_(False).eval()
+
+
+def pixels(folder: Path) -> int:
+    return 2 ** len(vae_config(folder)["temperal_downsample"])
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLQwenImage, latents_BCHW: Tensor) -> Tensor:
+    """Latents -> images (B, 3, height, width) float32 in [0, 1]."""
+    mean_C11, std_C11 = statistics(vae)
+    frames = (latents_BCHW.float() * std_C11 + mean_C11).unsqueeze(2)
+    (images,) = vae.decode(frames, return_dict=False)  # in [-1, 1]
+    return (images.squeeze(2) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKLQwenImage, images_B3HW: Tensor) -> Tensor:
+    """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
+    mean_C11, std_C11 = statistics(vae)
+    frames = (images_B3HW.float() * 2 - 1).unsqueeze(2)
+    return (vae.encode(frames).latent_dist.mode().squeeze(2) - mean_C11) / std_C11
+
+
+def statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of the VAE's own latents, (C, 1, 1) each."""
+    pair = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
+    mean_C11, std_C11 = pair[:, :, None, None]
+    return mean_C11, std_C11
+
+
+def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
+    """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
+    factor = pixels(folder)
+    unit = factor * PATCH
+    if resolution <= 0 or resolution % unit != 0:
+        raise ValueError(f"resolution {resolution} does not fit this model: use a multiple of {unit}")
+    channels = transformer_config(folder)["in_channels"] // PATCH**2
+    return channels, resolution // factor, resolution // factor
+
+
+def default_resolution(folder: Path) -> int:
+    return SIZE
+
+
+def vae_config(folder: Path) -> dict:
+    return AutoencoderKLQwenImage.load_config(folder / "vae")
+
+
+def transformer_config(folder: Path) -> dict:
+    return QwenImageTransformer2DModel.load_config(folder / "transformer")
