@@ -24,7 +24,8 @@ opd.config_base
 opd.config
 opd.presets opd.settings
 opd.families opd.vae opd.schedule opd.lora opd.sd3_names
-opd.rewards.scoring opd.rewards.about opd.rewards.jpeg
+opd.rewards.scoring opd.rewards.about opd.rewards.inputs opd.rewards.jpeg opd.rewards.geneval_rules
+opd.rewards.ocr opd.prompts
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.families.flux opd.families.flux2 opd.families.qwen_image
@@ -88,7 +89,8 @@ def test_a_module_imports_from_above_only(module):
         ("opd.flow, opd.kernels", ("diffusers", "transformers", "peft", "tyro")),
         ("opd.trajectory, opd.routing, opd.data, opd.families", ("diffusers", "transformers", "peft")),
         ("opd.presets, opd.settings, opd.config", ("diffusers", "transformers", "peft")),
-        ("opd.rewards", ("diffusers", "transformers", "peft")),
+        ("opd.rewards", ("diffusers", "transformers", "peft", "rapidocr", "onnxruntime", "opd.rewards.ocr")),
+        ("opd.rewards.ocr, opd.prompts", ("diffusers", "transformers", "peft", "rapidocr", "onnxruntime")),
     ],
 )
 def test_what_an_import_costs(module, absent):

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opd.mini import world
+from opd.rewards.ocr import edit_distance
 
 COLOURS, SHAPES = list(world.PALETTE), list(world.SHAPES)
 OTHER = len(SHAPES)  # an object in a palette colour that is none of the shapes
@@ -253,15 +254,6 @@ def read(images_BCHW: Tensor) -> list[str]:
     ]
 
 
-def _edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
 def text(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """1 - edit distance / length between the sign and the text in the first pair of double quotes."""
     scores = []
@@ -269,7 +261,7 @@ def text(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tenso
         if prompt.count('"') < 2:
             raise ValueError(f"the text reward needs a target in double quotes, but the prompt is {prompt!r}")
         target = prompt.split('"')[1].replace(" ", "").upper()
-        scores.append(1 - min(_edit_distance(found, target), len(target)) / len(target))
+        scores.append(1 - min(edit_distance(found, target), len(target)) / len(target))
     return torch.tensor(scores)
 
 

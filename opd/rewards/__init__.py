@@ -46,6 +46,7 @@ from opd.rewards.scoring import Scoring, fault_of
 SHORT = {
     "jpeg_compressibility": "opd.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "opd.rewards.jpeg:incompressibility",
+    "ocr": "opd.rewards.ocr:Ocr",
 }
 
 _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"

@@ -1,0 +1,135 @@
+"""Generated prompts: GenEval's schema and wording, quoted targets, splits that share nothing, the command."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from opd import prompts
+from opd.data import load_prompts
+from opd.rewards.geneval_rules import TAGS, metadata_fault
+from opd.rewards.ocr import target_fault, target_of
+
+EVEN = dict.fromkeys(TAGS, 1)
+
+
+def geneval(count=1200, seed=0, split="train", mix=EVEN, taken=None):
+    return prompts.geneval_prompts(count, seed, split, mix, taken)
+
+
+def test_all_six_tags_in_the_field_schema_and_in_the_ratio_asked_for():
+    rows = geneval()
+    assert Counter(row["tag"] for row in rows) == dict.fromkeys(TAGS, 200)
+    for row in rows:
+        assert metadata_fault(row) == ""
+        assert row["prompt"].startswith("a photo of ")
+    mixed = geneval(170, mix={"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1})
+    counts = {"position": 70, "counting": 50, "color_attr": 30, "colors": 10, "two_object": 10}
+    assert Counter(row["tag"] for row in mixed) == counts
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_prompt_says_what_its_clauses_ask_for(tag):
+    for row in geneval(60, mix={tag: 1}):
+        text = row["prompt"]
+        clauses = row["include"]
+        for clause in clauses:
+            assert clause["class"] in text
+            assert clause.get("color", "") in text
+        if tag == "counting":
+            (clause,) = clauses
+            number = ("two", "three", "four")[clause["count"] - 2]
+            assert f" {number} {clause['class']}" in text
+            assert row["exclude"] == [{"class": clause["class"], "count": clause["count"] + 1}]
+        if tag == "position":
+            relation, target = clauses[1]["position"]
+            before, after = text.split(f" {relation} ")
+            assert target == 0 and clauses[1]["class"] in before and clauses[0]["class"] in after
+        if tag in ("two_object", "position", "color_attr"):
+            assert clauses[0]["class"] != clauses[1]["class"]
+
+
+def test_splits_are_disjoint_even_when_objects_change_places():
+    train = {prompts.scene_key(row) for seed in (0, 1) for row in geneval(4000, seed)}
+    test = {prompts.scene_key(row) for row in geneval(800, 7, "test")}
+    assert len(train) > 3000 and len(test) > 300 and not train & test
+    swapped = {
+        "tag": "two_object",
+        "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}],
+    }
+    back = swapped | {"include": swapped["include"][::-1]}
+    assert prompts.scene_key(swapped) == prompts.scene_key(back)
+
+
+def test_seeds_repeat_themselves_and_differ_from_each_other():
+    assert geneval(50) == geneval(50) != geneval(50, seed=1)
+    assert prompts.ocr_prompts(50, 3, "train") == prompts.ocr_prompts(50, 3, "train")
+    assert prompts.ocr_prompts(50, 3, "train") != prompts.ocr_prompts(50, 4, "train")
+
+
+def test_prompts_repeat_only_where_there_are_no_new_ones():
+    pairs = [row["prompt"] for row in geneval(3000, mix={"position": 1})]
+    assert len(set(pairs)) == 3000
+    singles = Counter(row["prompt"] for row in geneval(160, mix={"single_object": 1}))
+    train = [name for name in prompts.CLASSES if _split_of_single(name) == "train"]
+    assert len(singles) == len(train) < 80
+
+
+def _split_of_single(name):
+    return prompts.split_of(("single_object", (name, 1, "")))
+
+
+def test_ocr_prompts_have_targets_of_the_usual_length_and_share_none():
+    train = prompts.ocr_prompts(3000, 0, "train")
+    test = prompts.ocr_prompts(300, 0, "test")
+    assert not any(target_fault(text) for text in train + test)
+    lengths = sorted(len(target_of(text)) for text in train)
+    assert 3 <= lengths[0] and 12 <= lengths[1500] <= 20 and lengths[-1] <= 40
+    assert len({prompts.text_key(text) for text in train}) == 3000
+    assert not {prompts.text_key(text) for text in train} & {prompts.text_key(text) for text in test}
+
+
+def test_the_command_writes_what_the_trainer_reads(tmp_path, capsys):
+    file = tmp_path / "train.jsonl"
+    prompts.main(["geneval", "--count", "30", "--seed", "5", "--out", str(file)])
+    assert "30 prompts, 30 of them different" in capsys.readouterr().out
+    read = load_prompts(str(file), "geneval", None)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [prompt.text for prompt in read] == [row["prompt"] for row in rows]
+    assert read[0].metadata.keys() >= {"tag", "include"} and rows == geneval(30, 5)
+    signs = tmp_path / "test.txt"
+    prompts.main(["ocr", "--count", "20", "--split", "test", "--out", str(signs)])
+    assert [prompt.text for prompt in load_prompts(str(signs), "ocr", None)] == prompts.ocr_prompts(
+        20, 0, "test"
+    )
+
+
+def test_without_leaves_out_what_is_evaluated_on(tmp_path):
+    rows = geneval(100, mix={"position": 1})
+    file = tmp_path / "official.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    out = tmp_path / "rest.jsonl"
+    prompts.main(
+        ["geneval", "--count", "100", "--mix", "position=1", "--out", str(out), "--without", str(file)]
+    )
+    rest = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rest) == 100
+    assert not {prompts.scene_key(row) for row in rest} & {prompts.scene_key(row) for row in rows}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["geneval", "--out", "x.txt"], "geneval prompts are a .jsonl file"),
+        (["ocr", "--out", "x.jsonl"], "ocr prompts are a .txt file"),
+        (["ocr", "--count", "0", "--out", "x.txt"], "--count is 0"),
+        (["geneval", "--mix", "colour=1", "--out", "x.jsonl"], "the tag 'colour'"),
+        (["geneval", "--mix", "colors=0", "--out", "x.jsonl"], "colors=0: shares are at least 1"),
+        (["ocr", "--without", "no.txt", "--out", "x.txt"], "no file 'no.txt'"),
+    ],
+)
+def test_wrong_requests_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        prompts.main(arguments)
+    assert not list(tmp_path.iterdir())
