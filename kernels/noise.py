@@ -28,23 +28,39 @@ def normal(shape, seed: int, index: Tensor | None = None, device="cpu") -> Tenso
         raise ValueError(f"index has {got}: expected ({batch},) int64, one global index per sample")
     index_B1 = index.to(device)[:, None]
     call_1N = torch.arange((dims + 3) // 4, device=device)[None]
-    counters = (call_1N & _MASK, call_1N >> 32, index_B1 & _MASK, index_B1 >> 32 & _MASK)
+    counters = (low_word(call_1N), high_word(call_1N), low_word(index_B1), high_word(index_B1))
     w0, w1, w2, w3 = philox(seed, torch.broadcast_tensors(*counters))
-    noise_BN4 = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    noise_BN4 = torch.stack((z0, z1, z2, z3), dim=-1)
     return noise_BN4.flatten(1)[:, :dims].reshape(shape)
 
 
 def philox(seed: int, counters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit counters -> four random 32-bit words, held in int64: a
-    product of two words wraps to the same 64 bits, and shift-then-mask reads its high half."""
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit counters -> four random 32-bit words, held in int64. A
+    product of two words wraps to the same 64 bits there, so its halves can be read off it."""
     c0, c1, c2, c3 = counters
-    k0, k1 = seed & _MASK, seed >> 32 & _MASK
+    key_0, key_1 = low_word(seed), high_word(seed)
     for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK
-        c2, c3 = (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = k0 + _KEY_STEPS[0] & _MASK, k1 + _KEY_STEPS[1] & _MASK
+        product_0 = c0 * _MULTIPLIERS[0]
+        product_1 = c2 * _MULTIPLIERS[1]
+        c0 = high_word(product_1) ^ c1 ^ key_0
+        c1 = low_word(product_1)
+        c2 = high_word(product_0) ^ c3 ^ key_1
+        c3 = low_word(product_0)
+        key_0 = low_word(key_0 + _KEY_STEPS[0])
+        key_1 = low_word(key_1 + _KEY_STEPS[1])
     return c0, c1, c2, c3
+
+
+def low_word(x):
+    """The lower 32 bits of an int or of int64 tensors."""
+    return x & _MASK
+
+
+def high_word(x):
+    """The upper 32 bits. The mask takes away the sign that the shift carries down."""
+    return (x >> 32) & _MASK
 
 
 def box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
