@@ -10,6 +10,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from opd.files import replace
 
+# Of a grid, in pixels.
+TOP = 48  # for three lines of caption
+GAP = 4  # between images
+LETTER = 7  # width of one in a row's name
+
 
 def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     replace(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
@@ -25,20 +30,26 @@ def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
 
 def labelled_grid(rows: dict[str, list[torch.Tensor]], columns: list[str], pixels: int = 120) -> Image.Image:
     """One picture: a row of images (3, H, W) per name, a caption above every column."""
-    tiles = {name: [to_pil(image, pixels) for image in images] for name, images in rows.items()}
-    width, height = next(iter(tiles.values()))[0].size
-    left, top, gap = 12 + 7 * max(map(len, rows)), 48, 4
-    size = (left + len(columns) * (width + gap), top + len(rows) * (height + gap))
-    canvas = Image.new("RGB", size, "white")
+    tiles = {}
+    for name, images in rows.items():
+        tiles[name] = [to_pil(image, pixels) for image in images]
+    first_row = next(iter(tiles.values()))
+    width, height = first_row[0].size
+    longest_name = max(len(name) for name in rows)
+    left = 12 + LETTER * longest_name
+    right = left + len(columns) * (width + GAP)
+    bottom = TOP + len(rows) * (height + GAP)
+    canvas = Image.new("RGB", (right, bottom), "white")
     draw = ImageDraw.Draw(canvas)
-    for c, caption in enumerate(columns):
-        lines = wrap(caption, max(6, width // 6))
-        draw.multiline_text((left + c * (width + gap), 4), lines, fill="black", spacing=1)
-    for r, (name, images) in enumerate(tiles.items()):
-        y = top + r * (height + gap)
+    for column, caption in enumerate(columns):
+        x = left + column * (width + GAP)
+        draw.multiline_text((x, 4), wrap(caption, max(6, width // 6)), fill="black", spacing=1)
+    for row, (name, images) in enumerate(tiles.items()):
+        y = TOP + row * (height + GAP)
         draw.text((6, y + height // 2 - 6), name, fill="black")
-        for c, image in enumerate(images):
-            canvas.paste(image, (left + c * (width + gap), y))
+        for column, image in enumerate(images):
+            x = left + column * (width + GAP)
+            canvas.paste(image, (x, y))
     return canvas
 
 
