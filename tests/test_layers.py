@@ -25,7 +25,8 @@ opd.config
 opd.presets opd.settings
 opd.families opd.vae opd.schedule opd.lora opd.sd3_names
 opd.rewards.scoring opd.rewards.about opd.rewards.inputs opd.rewards.jpeg opd.rewards.geneval_rules
-opd.rewards.ocr opd.prompts
+opd.rewards.endpoint opd.rewards.worker
+opd.rewards.ocr opd.rewards.judge opd.rewards.remote opd.prompts
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.families.flux opd.families.flux2 opd.families.qwen_image

@@ -47,6 +47,13 @@ SHORT = {
     "jpeg_compressibility": "opd.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "opd.rewards.jpeg:incompressibility",
     "ocr": "opd.rewards.ocr:Ocr",
+    "unified_reward": "opd.rewards.judge:UnifiedReward",
+    "qwenvl": "opd.rewards.judge:QwenVL",
+    "qwenvl_released": "opd.rewards.judge:QwenVLReleased",
+    "deqa": "opd.rewards.remote:Deqa",
+    "hpsv3": "opd.rewards.remote:HPSv3",
+    "imagereward": "opd.rewards.remote:ImageReward",
+    "remote": "opd.rewards.remote:Remote",
 }
 
 _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"

@@ -1,0 +1,343 @@
+"""Judges and workers against a local server that is slow, sends garbage, answers 500 or out of range."""
+
+import base64
+import io
+import json
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from PIL import Image
+
+from opd import rewards
+from opd.rewards import endpoint, judge
+
+CPU = torch.device("cpu")
+ABOUT = {
+    "name": "deqa",
+    "model": "zhiyuanyou/DeQA-Score-Mix3",
+    "licence": "MIT",
+    "size": "7 B",
+    "definition": "expected grade",
+    "engine": "transformers 4.36",
+}
+
+
+class Server:
+    """Answers each request by `reply(path, body)`, which gives an object (sent as JSON), bytes (sent as they
+    are), a number (a status) or None (silence). `asked` is what came in."""
+
+    def __init__(self, reply):
+        self.asked = []
+        self.headers = []
+        self.quiet = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.handle_with(None)
+
+            def do_POST(self):
+                self.handle_with(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def handle_with(self, body):
+                server.asked.append((self.path, body))
+                server.headers.append(dict(self.headers))
+                answer = reply(self.path, body)
+                if answer is None:
+                    server.quiet.wait(20)
+                    return
+                status = 200
+                if isinstance(answer, int):
+                    status, answer = answer, b"broken"
+                if not isinstance(answer, bytes):
+                    answer = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.quiet.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start servers; clients hardly pause between tries."""
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def said(text):
+    return {"choices": [{"message": {"content": text}}]}
+
+
+def chat(grades):
+    """A judge that answers each chat by `grades(body)`."""
+
+    def reply(path, body):
+        if path == "/v1/models":
+            return {"data": [{"id": "judge-7b"}]}
+        assert path == "/v1/chat/completions"
+        return grades(body)
+
+    return reply
+
+
+def loaded(spec):
+    reward = rewards.find_reward(spec)
+    reward.load(CPU)
+    return reward
+
+
+def pixels(*levels):
+    """A flat 8 px picture per level of grey."""
+    return torch.stack([torch.full((3, 8, 8), level / 255) for level in levels])
+
+
+def picture_of(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+
+
+def prompt_in(body):
+    return body["messages"][0]["content"][1]["text"]
+
+
+# ---- judges --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, answer",
+    [
+        ("unified_reward", judge.UNIFIED, "fine.\nFinal Score: 3.5"),
+        ("qwenvl", judge.QWENVL, "well <OverallScore>4</OverallScore>"),
+        (
+            "qwenvl_released",
+            judge.QWENVL_RELEASED,
+            "<AlignmentScore>1</AlignmentScore><OverallScore>2</OverallScore>",
+        ),
+    ],
+)
+def test_a_judge_gets_picture_and_text_and_its_grade_is_read(serve, name, text, answer):
+    server = serve(chat(lambda body: said(answer)))
+    reward = loaded(f"{name}@{server.url}/v1/")
+    scores_B = reward(pixels(0, 200), ["a {dog}", "a cat"], [{}, {}])
+    expected = {"unified_reward": 3.5, "qwenvl": 4.0, "qwenvl_released": 2.0}[name]
+    assert scores_B.tolist() == [expected, expected]
+    bodies = [body for path, body in server.asked if body]
+    assert {prompt_in(body) for body in bodies} == {text.replace("{prompt}", p) for p in ("a {dog}", "a cat")}
+    for body in bodies:
+        assert body["model"] == "judge-7b" and body["temperature"] == 0
+        picture = picture_of(body["messages"][0]["content"][0]["image_url"]["url"])
+        level = {"a {dog}": 0, "a cat": 200}["a {dog}" if "a {dog}" in prompt_in(body) else "a cat"]
+        assert picture.getpixel((0, 0)) == (level,) * 3
+        assert picture.size == ((512, 512) if name == "unified_reward" else (8, 8))
+    about = reward.about[f"{name}@{server.url}/v1/"]
+    assert (
+        about.divisor == 5 and "runs judge-7b" in about.engine and "not the paper's words" in about.definition
+    )
+
+
+def test_each_picture_gets_its_own_grade(serve):
+    """Whatever the order in which answers arrive."""
+
+    def grade(body):
+        level = picture_of(body["messages"][0]["content"][0]["image_url"]["url"]).getpixel((0, 0))[0]
+        time.sleep(0.02 * (5 - level))
+        return said(f"<OverallScore>{level}</OverallScore>")
+
+    reward = loaded(f"qwenvl@{serve(chat(grade)).url}/v1")
+    assert reward(pixels(1, 2, 3, 4, 5), ["a"] * 5, [{}] * 5).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_key_is_sent_as_a_bearer_token(serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    server = serve(chat(lambda body: said("Final Score: 1")))
+    judged = judge.UnifiedReward(f"{server.url}/v1")
+    judged.load(CPU)
+    judged(pixels(0), ["a"], [{}])
+    assert [headers["Authorization"] for headers in server.headers] == ["Bearer secret"] * 2
+
+
+BAD = [
+    (lambda body: None, "3 tries failed, the last: no answer within 0.5 s", 3),
+    (lambda body: 500, "3 tries failed, the last: status 500: b'broken'", 3),
+    (lambda body: 429, "3 tries failed, the last: status 429", 3),
+    (lambda body: 404, "status 404: b'broken'", 1),
+    (lambda body: b"<html>", "3 tries failed, the last: not JSON: b'<html>'", 3),
+    (lambda body: b"[1]", "the last: no JSON object", 3),
+    (lambda body: b"\x80\x04\x95pickle", "the last: not JSON", 3),
+    (lambda body: {"error": "x"}, "no message in its answer", 1),
+    (lambda body: said("I like it"), "no grade in 'I like it'", 1),
+    (lambda body: said("<OverallScore>9</OverallScore>"), "the grade 9 is not in 1-5", 1),
+    (lambda body: said("<OverallScore>0</OverallScore>"), "the grade 0 is not in 1-5", 1),
+    (lambda body: said("<OverallScore>-3</OverallScore>"), "the grade -3 is not in 1-5", 1),
+]
+
+
+@pytest.mark.parametrize("grade, reason, tries", BAD, ids=[reason for _, reason, _ in BAD])
+def test_a_judge_that_misbehaves_gives_a_reason_and_never_a_zero(serve, monkeypatch, grade, reason, tries):
+    """Asked once for the batch, and once more for the prompt alone."""
+    if "no answer" in reason:
+        monkeypatch.setattr(endpoint, "TIMEOUT", 0.5)
+
+    def only_the_dog(body):
+        if "a dog" in prompt_in(body):
+            return grade(body)
+        return said("<OverallScore>4</OverallScore>")
+
+    server = serve(chat(only_the_dog))
+    reward = loaded(f"qwenvl@{server.url}/v1")
+    scores_B, reasons, _ = reward.start(pixels(0, 1, 2), ["a dog", "a cat", "a cow"], [{}] * 3, 30.0).result()
+    assert scores_B[0].isnan() and scores_B[1:].tolist() == [4, 4]
+    assert list(reasons) == [0] and reason in reasons[0] and "1 of 1 images" in reasons[0]
+    dogs = [body for _, body in server.asked if body and "a dog" in prompt_in(body)]
+    assert len(dogs) == 2 * tries
+
+
+def test_one_bad_answer_is_asked_for_again(serve):
+    answers = [500, b"garbage", said("<OverallScore>3</OverallScore>")]
+    reward = loaded(f"qwenvl@{serve(chat(lambda body: answers.pop(0))).url}/v1")
+    assert reward(pixels(0), ["a"], [{}]).tolist() == [3]
+
+
+def test_missing_judges_are_named_before_training(serve):
+    with pytest.raises(ValueError, match="needs the address of a server.*qwenvl@http://localhost:8001/v1"):
+        rewards.find_reward("qwenvl")
+    with pytest.raises(ValueError, match="needs the address of a server, got 'localhost:8001'"):
+        rewards.find_reward("unified_reward@localhost:8001")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ValueError, match=f"127.0.0.1:{port}/v1/models: 3 tries failed.*refused"):
+        loaded(f"qwenvl@http://127.0.0.1:{port}/v1")
+    with pytest.raises(ValueError, match="names no model"):
+        loaded(f"qwenvl@{serve(lambda path, body: {'data': []}).url}/v1")
+
+
+# ---- workers --------------------------------------------
+
+
+def worker(scores, about=ABOUT):
+    """A worker that answers each request for scores by `scores(body)`."""
+
+    def reply(path, body):
+        if path == "/about":
+            return about
+        assert path == "/score"
+        return scores(body)
+
+    return reply
+
+
+def ones(body):
+    return {"scores": [1.0] * len(body["images"])}
+
+
+def test_a_worker_gets_png_prompts_and_metadata_in_batches(serve):
+    def level(body):
+        images = [picture_of(image) for image in body["images"]]
+        return {"scores": [1 + image.getpixel((0, 0))[0] / 10 for image in images]}
+
+    server = serve(worker(level))
+    reward = loaded(f"deqa@{server.url}")
+    scores_B = reward(pixels(*range(20)), [f"p{n}" for n in range(20)], [{"n": n} for n in range(20)])
+    assert torch.allclose(scores_B, 1 + torch.arange(20) / 10)
+    bodies = [body for path, body in server.asked if body]
+    assert [len(body["images"]) for body in bodies] == [16, 4]
+    assert bodies[1]["prompts"] == ["p16", "p17", "p18", "p19"] and bodies[1]["metadata"][0] == {"n": 16}
+    about = reward.about[f"deqa@{server.url}"]
+    assert about.model == ABOUT["model"] and about.divisor == 5
+    assert about.engine == f"transformers 4.36, at {server.url}"
+
+
+BAD_WORKERS = [
+    (lambda body: None, "no answer within 0.5 s"),
+    (lambda body: 500, "status 500"),
+    (lambda body: b"\x80\x04\x95pickle", "not JSON"),
+    (lambda body: {"outputs": [3.0]}, 'wanted {"scores": [...]} with 1 numbers'),
+    (lambda body: {"scores": [3.0, 3.0, 3.0]}, "with 1 numbers"),
+    (lambda body: {"scores": ["good"]}, "'good' is no score"),
+    (lambda body: {"scores": [None]}, "None is no score"),
+    (lambda body: {"scores": [True]}, "True is no score"),
+    (lambda body: b'{"scores": [NaN]}', "nan is no score"),
+    (lambda body: {"scores": [0.0]}, "the score 0 is not in 1 to 5"),
+    (lambda body: {"scores": [80]}, "the score 80 is not in 1 to 5"),
+]
+
+
+@pytest.mark.parametrize("scores, reason", BAD_WORKERS, ids=[reason for _, reason in BAD_WORKERS])
+def test_a_worker_that_misbehaves_gives_a_reason_and_never_a_zero(serve, monkeypatch, scores, reason):
+    if "no answer" in reason:
+        monkeypatch.setattr(endpoint, "TIMEOUT", 0.5)
+
+    def all_but_dogs(body):
+        if "a dog" in body["prompts"]:
+            if len(body["prompts"]) > 1:
+                return {"scores": [None, 2.0]}
+            return scores(body)
+        return {"scores": [2.0] * len(body["prompts"])}
+
+    reward = loaded(f"deqa@{serve(worker(all_but_dogs)).url}")
+    scores_B, reasons, _ = reward.start(pixels(0, 1), ["a dog", "a cat"], [{}] * 2, 30.0).result()
+    assert scores_B[0].isnan() and scores_B[1] == 2
+    assert list(reasons) == [0] and reason in reasons[0]
+
+
+def test_another_worker_or_half_a_worker_is_refused(serve):
+    with pytest.raises(ValueError, match="is a worker for 'deqa', wanted 'hpsv3'"):
+        loaded(f"hpsv3@{serve(worker(ones)).url}")
+    with pytest.raises(ValueError, match=r"/about lacks \['licence', 'size', 'definition', 'engine'\]"):
+        loaded(f"remote@{serve(worker(ones, {'name': 'x', 'model': 'y'})).url}")
+    assert loaded(f"remote@{serve(worker(ones)).url}")(pixels(0), ["a"], [{}]).tolist() == [1]
+    with pytest.raises(ValueError, match="deqa@http://localhost:8000"):
+        rewards.find_reward("deqa")
+
+
+def test_a_nan_picture_is_not_sent(serve):
+    server = serve(worker(ones))
+    images_BCHW = pixels(0)
+    images_BCHW[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="image 0 of the batch holds a NaN"):
+        loaded(f"deqa@{server.url}")(images_BCHW, ["a"], [{}])
+    assert len(server.asked) == 1
+
+
+def test_the_example_worker_scores():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "opd/rewards/worker.py", str(port)], stderr=subprocess.DEVNULL
+    )
+    try:
+        reward = loaded(f"remote@http://127.0.0.1:{port}")
+        scores_B = reward(pixels(0, 51, 255), ["a"] * 3, [{}] * 3)
+    finally:
+        process.terminate()
+        process.wait()
+    assert torch.allclose(scores_B, torch.tensor([0, 0.2, 1.0]))
+    assert next(iter(reward.about.values())).definition == "mean of all channels, in [0, 1]"
