@@ -1,0 +1,83 @@
+"""Scorers' models in small: the real classes with random weights, saved as their repositories are."""
+
+from pathlib import Path
+
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+from opd.mini.build import make_tokenizer
+from opd.rewards.geneval_rules import CLASSES
+
+WORDS = "a photo of red green blue dog cat object two the".split()
+SIZE = 28
+
+
+def clip_parts(width: int = 32, projection: int = 16):
+    """(CLIPModel, CLIPProcessor): two layers a tower, 28 px, weights large enough to tell pictures apart."""
+    try:
+        from transformers import CLIPImageProcessorPil as Processor
+    except ImportError:
+        from transformers import CLIPImageProcessor as Processor
+    tokenizer = make_tokenizer(WORDS)
+    layers = dict(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(layers, vocab_size=len(tokenizer), max_position_embeddings=32, projection_dim=projection)
+    text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=1, hidden_act="gelu")
+    vision = dict(layers, image_size=SIZE, patch_size=14, projection_dim=projection, hidden_act="gelu")
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
+    model = CLIPModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    images = Processor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return model, CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def save_clip(folder: Path) -> Path:
+    model, processor = clip_parts()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_detector(folder: Path, seen: str) -> Path:
+    """A Mask2Former on Swin that takes every query for a `seen`, or for nothing at all."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    try:
+        from transformers import Mask2FormerImageProcessorPil as Processor
+    except ImportError:
+        from transformers import Mask2FormerImageProcessor as Processor
+    backbone = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    torch.manual_seed(0)
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        hidden_dim=32,
+        feature_size=32,
+        mask_feature_size=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
+        num_labels=len(CLASSES),
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: index for index, name in enumerate(CLASSES)},
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    wanted = len(CLASSES)  # the label of nothing
+    if seen:
+        wanted = CLASSES.index(seen)
+    with torch.no_grad():
+        model.class_predictor.bias[wanted] += 20
+    model.save_pretrained(folder)
+    Processor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
