@@ -87,6 +87,7 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
     for step in bar:
+        trained.model.ahead(step)
         started = time.perf_counter()
         metrics, norm = stage.step(step)
         seconds = time.perf_counter() - started
@@ -390,18 +391,19 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     spec.
     """
     model = Model.plan(
-        load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5
+        load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
     )
     teachers = {}
     if isinstance(cfg, Distil):
         teachers = read_teachers(cfg, model)
     student = student_start(cfg, model)
-    data, texts = load_data(cfg, model)
+    data, shown, steps = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)
     for name, lora in teachers.items():
         say(f"teacher {name}: {lora.source}  sha256 {lora.sha256[:12]}  |update| {lora.norm():.3f}")
 
-    model.prepare(texts)
+    model.prepare(shown)
+    model.follow(steps)
     attach_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
         model.transformer.enable_gradient_checkpointing()
@@ -449,22 +451,25 @@ def student_start(cfg: Run, model: Model) -> Lora:
     return merging.fitted(lora, cfg.rank, cfg.alpha)
 
 
-def load_data(cfg: Run, model: Model) -> tuple[Data, list[str]]:
-    """(prompts per task, or images with captions; every text that the run will show to the model)."""
+def load_data(cfg: Run, model: Model) -> tuple[Data, list[str], list[list[str]]]:
+    """(prompts per task, or images with captions; the texts of every report; the texts of every step)."""
     if isinstance(cfg, Finetune):
         images = load_images(cfg.data, model)
-        return images, images.captions + shown_texts(cfg, images)
+        chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
+        steps = [[images.captions[n] for n in numbers] for numbers in chosen]
+        return images, shown_texts(cfg, images), steps
     pools = load_tasks(cfg.prompts)
-    texts = shown_texts(cfg, pools)
+    steps = []
     for step in range(cfg.iterations):
         prompts = prompts_of_step(
             pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
-        texts += [prompt.text for prompt in prompts]
+        steps.append([prompt.text for prompt in prompts])
+    shown = shown_texts(cfg, pools)
     if isinstance(cfg, Distil):
         teacher_names(cfg, pools)  # refuses a route that cannot be followed
-        texts += [prompt.text for prompt in probe_prompts(cfg, pools)]
-    return pools, texts
+        shown += [prompt.text for prompt in probe_prompts(cfg, pools)]
+    return pools, shown, steps
 
 
 def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:

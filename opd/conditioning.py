@@ -1,21 +1,24 @@
-"""Prompts become text conditions once: encoded in batches, kept on disk by prompt, encoders freed."""
+"""Prompts become text conditions before they are needed: encoded in windows, kept on disk, encoders freed."""
 
 import hashlib
 import json
-from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors.torch import load_file
+from tqdm import tqdm
 
 from opd import ranks
 from opd.families import Condition
-from opd.files import write_safetensors
+from opd.text_cache import GB, PACK, TextCache
+
+CACHE_GB = 10.0
+WINDOW = 2048  # prompts that are encoded ahead at once, where the cache has room for three times as many
 
 
 class Conditioning:
-    """`conditioning(prompts)` -> a Condition per prompt on `device`; `prepare` encodes them before."""
+    """`conditioning(prompts)` -> a Condition per prompt on `device`. `prepare` encodes prompts before;
+    `follow` and `ahead` do so window by window along a run."""
 
     def __init__(
         self,
@@ -25,34 +28,88 @@ class Conditioning:
         dtype: torch.dtype,
         device: torch.device,
         t5: bool = True,
-        limit: int = 4 * 2**30,
+        cache_gb: float = CACHE_GB,
     ):
-        """`cache`: directory of encoded prompts. `limit`: bytes kept in memory; the rest is read again."""
+        """`cache`: directory of encoded prompts, at most `cache_gb` of them."""
         self.family, self.folder, self.dtype, self.device, self.t5 = family, folder, dtype, device, t5
-        self.cache = Path(cache).expanduser() / fingerprint(family, folder, dtype, t5)
-        self.limit = limit
-        self.memory: OrderedDict[str, Condition] = OrderedDict()
-        self.used = 0
+        root = Path(cache).expanduser()
+        self.cache = TextCache(root, root / fingerprint(family, folder, dtype, t5), cache_gb * GB)
+        self.shown: list[str] = []
+        """What `prepare` was asked for: never deleted."""
+        self.needed: set[str] = set()
+        """That and the window."""
+        self.steps: list[list[str]] = []
+        self.end = 0
+        """The first step whose prompts are not encoded yet."""
 
-    def prepare(self, prompts: list[str], batch: int = 32) -> int:
-        """Encode what the cache lacks (on rank 0), free the encoders. Returns how many it lacked."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).is_file()]
-        if missing and ranks.rank() == 0:
-            self.encode(missing, batch)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+    # ---- encoding ahead ----
+
+    def prepare(self, prompts: list[str]) -> int:
+        """Encode what the cache lacks of `prompts` and keep it. Returns how many that were. All ranks."""
+        self.shown = list(dict.fromkeys([*self.shown, *prompts]))
+        return self.encode_lacking(self.shown)
+
+    def follow(self, steps: list[list[str]]) -> None:
+        """The prompts of every step of the run, in order: what `ahead` encodes."""
+        self.steps, self.end = steps, 0
+
+    def ahead(self, step: int) -> None:
+        """Before a step: where its window begins, encode the prompts of its steps. All ranks, every step."""
+        if step < self.end:
+            return
+        room = self.window()
+        window: dict[str, None] = {}
+        self.end = step
+        while self.end < len(self.steps):
+            more = window | dict.fromkeys(self.steps[self.end])
+            if len(more) > room and self.end > step:
+                break
+            window, self.end = more, self.end + 1
+        self.encode_lacking([*self.shown, *window])
+
+    def window(self) -> int:
+        """How many prompts to encode at once: by what the largest prepared one takes, a third of the cache.
+        The same on every rank."""
+        largest = max((size(self.read(prompt)) for prompt in self.shown), default=1)
+        return min(WINDOW, max(1, int(self.cache.limit / 3 / largest)))
+
+    def encode_lacking(self, prompts: list[str]) -> int:
+        """Each rank encodes its share of what the cache lacks; returns how many prompts that were in all."""
+        self.needed = set(prompts)
+        self.cache.refresh()
+        self.cache.touch(prompts)
+        self.cache.make_room(0, self.needed)
+        lacking = [prompt for prompt in prompts if prompt not in self.cache]
+        ranks.barrier()  # all have looked before the first one writes
+        self.encode(lacking[ranks.rank() :: ranks.world()])
         ranks.barrier()
-        return len(missing)
+        self.cache.refresh()
+        return len(lacking)
 
-    def encode(self, prompts: list[str], batch: int) -> None:
-        """Write one file per prompt, with whatever tensors its condition has."""
+    def encode(self, prompts: list[str], batch: int = 32) -> None:
+        """Write packs with the conditions of `prompts`; the encoders are here for that alone."""
+        if not prompts:
+            return
         text = self.family.load_text(self.folder, self.dtype, self.device, self.t5)
-        for i in range(0, len(prompts), batch):
-            piece = prompts[i : i + batch]
-            conditions = self.family.encode_prompts(text, piece, self.device)
-            for prompt, condition in zip(piece, conditions, strict=True):
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in condition.items()}
-                write_safetensors(self.path(prompt), tensors)
+        packed, used, written = {}, 0, 0
+        with tqdm(total=len(prompts), desc="encode prompts", disable=ranks.rank() != 0) as bar:
+            for i in range(0, len(prompts), batch):
+                piece = prompts[i : i + batch]
+                conditions = self.family.encode_prompts(text, piece, self.device)
+                for prompt, condition in zip(piece, conditions, strict=True):
+                    packed[prompt] = {name: tensor.cpu() for name, tensor in condition.items()}
+                    used += size(condition)
+                if used >= PACK or i + batch >= len(prompts):
+                    self.cache.write(packed, self.needed)
+                    written += used
+                    packed, used = {}, 0
+                bar.set_postfix_str(f"{(written + used) / GB:.3g} GB in {self.cache.folder}")
+                bar.update(len(piece))
+        del text
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- reading ----
 
     def __call__(self, prompts: list[str]) -> list[Condition]:
         """A prompt that occurs several times is moved to the device once and shared."""
@@ -64,20 +121,15 @@ class Conditioning:
         return [on_device[prompt] for prompt in prompts]
 
     def read(self, prompt: str) -> Condition:
-        """From memory or disk, on the CPU; what was read first is forgotten first."""
-        if prompt in self.memory:
-            return self.memory[prompt]
-        condition = load_file(self.path(prompt))
-        self.memory[prompt] = condition
-        self.used += size(condition)
-        while self.used > self.limit and len(self.memory) > 1:
-            _, forgotten = self.memory.popitem(last=False)
-            self.used -= size(forgotten)
+        """On the CPU. One that is damaged, or that another run has deleted, is encoded again here."""
+        condition = self.cache.read(prompt)
+        if condition is None:
+            self.cache.refresh()
+            condition = self.cache.read(prompt)
+        if condition is None:
+            self.encode([prompt])
+            condition = self.cache.read(prompt)
         return condition
-
-    def path(self, prompt: str) -> Path:
-        key = hashlib.sha256(prompt.encode()).hexdigest()
-        return self.cache / key[:2] / f"{key}.safetensors"
 
 
 class TextBatch:

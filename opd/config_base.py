@@ -54,6 +54,8 @@ class Logistics:
     """Run folder. The same command again resumes it."""
     cache: str = "~/.cache/flow-opd"
     """Encoded prompts."""
+    cache_gb: float = 10.0
+    """Its largest size in gigabytes (10^9 bytes); what was used longest ago is deleted, and encoded again."""
     iterations: int = 60
     """Optimizer steps; stage grpo: rollouts."""
     micro_batch: int = 48
@@ -88,6 +90,7 @@ class Logistics:
         )
         at_least_one(self, "eval_steps")
         finite(self, "deploy_guidance")
+        positive(self, "cache_gb")
         not_negative(self, "sample_every")
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         size = self.shard_size

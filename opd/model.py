@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from opd import adapters, flow, kernels, lora_files, trajectory
-from opd.conditioning import Conditioning
+from opd.conditioning import CACHE_GB, Conditioning
 from opd.data import seed_of
 from opd.families import Condition, load_family
 from opd.files import find_pipeline
@@ -63,6 +63,7 @@ class Model:
         cache: str,
         device: torch.device,
         t5: bool,
+        cache_gb: float = CACHE_GB,
     ) -> "Model":
         """Everything that can be known, and refused, before weights load. `resolution` 0 is the model's own.
 
@@ -71,7 +72,7 @@ class Model:
         folder = find_pipeline(source, family.PIPELINE)
         shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
         compute = compute_dtype(dtype, device)
-        conditioning = Conditioning(family, folder, cache, compute, device, t5)
+        conditioning = Conditioning(family, folder, cache, compute, device, t5, cache_gb)
         return cls(family, folder, family.skeleton(folder), shape, conditioning, compute, device)
 
     def read_lora(self, source: str) -> Lora:
@@ -84,6 +85,15 @@ class Model:
     def prepare(self, prompts: list[str]) -> None:
         """Encode `prompts`, and what guidance needs beside them, into the cache."""
         self.conditioning.prepare([*prompts, self.family.NEGATIVE])
+
+    def follow(self, steps: list[list[str]]) -> None:
+        """Tell which prompts every step of the run will read, and encode those of the first ones."""
+        self.conditioning.follow(steps)
+        self.ahead(0)
+
+    def ahead(self, step: int) -> None:
+        """Before a step, on every rank: encode the prompts of the window that it begins, if it does."""
+        self.conditioning.ahead(step)
 
     def load(self, dtype: torch.dtype | None = None) -> None:
         """Load the transformer, on the CPU in `dtype` (default: the compute dtype), and the VAE."""

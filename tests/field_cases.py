@@ -84,6 +84,7 @@ MERGED = {"cold_start": "merge", "merge_from": {"red": "place/red", "blue": "pla
 LOGISTICS = {
     "out": Case(["elsewhere"], changes=("files",), keeps=WEIGHTS),
     "cache": Case(["cache"], changes=("files",), keeps=WEIGHTS),
+    "cache_gb": Case([1e-6, 0.0], refused="--cache-gb"),
     "iterations": Case([3], changes=("rows", *WEIGHTS)),
     "micro_batch": Case([1], changes=("passes",), keeps=("losses", "samples")),
     "checkpointing": Case([True], changes=("passes",), keeps=("losses",)),
