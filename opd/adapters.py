@@ -99,33 +99,33 @@ def save_lora(
     """Write adapter `name` from full (unsharded) weights keyed as in `parameters_of`, each file whole or not
     at all. `metadata` (one key) goes into the file that is used without its folder.
 
-    `adapter_model.safetensors` + `adapter_config.json` is a PEFT directory;
-    `pytorch_lora_weights.safetensors` is for `pipe.load_lora_weights`, with alpha / r folded into B, because
-    readers of that format assume alpha = r.
+    `adapter_model.safetensors` + `adapter_config.json` is a PEFT directory,
+    `pytorch_lora_weights.safetensors` is for `pipe.load_lora_weights`. In both alpha / r is folded into B and
+    the config says alpha = r: readers that look at no config (ComfyUI) mean the same update.
     """
-    bare = {
-        n.replace(f".{name}.weight", ".weight"): w.detach().cpu().to(dtype).contiguous()
-        for n, w in weights.items()
-    }
-    modules = sorted({n.partition(".lora_")[0] for n in bare})
+    folded = {}
+    for key, weight in weights.items():
+        weight = weight.detach().cpu()
+        if ".lora_B." in key:
+            weight = weight * (alpha / rank)
+        folded[key.replace(f".{name}.weight", ".weight")] = weight.to(dtype).contiguous()
     write_json(
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
             "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": modules,
+            "lora_alpha": rank,
+            "target_modules": sorted({key.partition(".lora_")[0] for key in folded}),
             "lora_dropout": 0.0,
             "bias": "none",
             "init_lora_weights": "gaussian",
             "inference_mode": True,
         },
     )
-    folded = {"transformer." + n: w * (alpha / rank) if ".lora_B." in n else w for n, w in bare.items()}
-    write_safetensors(folder / "pytorch_lora_weights.safetensors", folded, metadata)
-    write_safetensors(
-        folder / "adapter_model.safetensors", {"base_model.model." + n: w for n, w in bare.items()}
-    )
+    for_diffusers = {"transformer." + key: weight for key, weight in folded.items()}
+    write_safetensors(folder / "pytorch_lora_weights.safetensors", for_diffusers, metadata)
+    for_peft = {"base_model.model." + key: weight for key, weight in folded.items()}
+    write_safetensors(folder / "adapter_model.safetensors", for_peft)
 
 
 def save_transformer(

@@ -351,7 +351,9 @@ def test_saved_student_is_the_trained_student(world, tmp_path):
     lora = lora_files.read_lora(str(tmp_path / "student"))
     for name, parameter in trained.parameters.items():
         module, _, kind = name.partition(".lora_")
-        saved = lora.A[module] if kind.startswith("A") else lora.B[module]
+        saved = lora.A[module]
+        if kind.startswith("B"):
+            saved = lora.B[module] / 2  # alpha / r = 8 / 4 is folded in
         assert torch.equal(saved, ranks.full(parameter.detach()))
     assert lora_files.read_lora(str(tmp_path / "checkpoints" / "000002")).sha256 == lora.sha256
 
@@ -410,7 +412,8 @@ def test_moving_average_is_what_is_saved(world, tmp_path):
     saved = [lora_files.read_lora(str(tmp_path / f / "student")) for f in "ab"]
     assert saved[0].sha256 != saved[1].sha256
     module = next(iter(saved[1].B))
-    assert torch.equal(saved[1].B[module], ranks.full(trained.average[f"{module}.lora_B.student.weight"]))
+    average = ranks.full(trained.average[f"{module}.lora_B.student.weight"])
+    assert torch.equal(saved[1].B[module], 2 * average)  # alpha / r = 8 / 4 is folded in
 
 
 def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, capsys):
