@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models import embeddings
 
 from opd.families import sd3
 from opd.files import find_pipeline
@@ -18,6 +19,26 @@ PROMPTS = ["a red circle", "two blue squares", "a dot"]
 @pytest.fixture(scope="module")
 def with_t5(tmp_path_factory):
     return tiny.make_pipeline_with_t5(tmp_path_factory.mktemp("t5") / "pipeline")
+
+
+def test_the_table_of_positions_is_read_and_not_computed(world, monkeypatch):
+    """SD3.5's takes some ten seconds; with the file's the transformer is diffusers' own to the last bit."""
+    plain = SD3Transformer2DModel.from_pretrained(world / "pipeline" / "transformer", dtype=torch.bfloat16)
+    devices = []
+    table = embeddings.get_2d_sincos_pos_embed
+
+    def watched(*arguments, **named):
+        result = table(*arguments, **named)
+        devices.append(result.device.type)
+        return result
+
+    monkeypatch.setattr(embeddings, "get_2d_sincos_pos_embed", watched)
+    ours = sd3.load_transformer(world / "pipeline", torch.bfloat16)
+    assert devices == ["meta"]
+    theirs = plain.state_dict()
+    assert ours.state_dict().keys() == theirs.keys() and "pos_embed.pos_embed" in theirs
+    for name, tensor in ours.state_dict().items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

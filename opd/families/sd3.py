@@ -43,7 +43,10 @@ def skeleton(folder: Path) -> SD3Transformer2DModel:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
-    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+    # Under the meta device its table of positions is not computed, some ten seconds for SD3.5: it is in the
+    # file.
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
     return transformer.requires_grad_(False).eval()
 
 
