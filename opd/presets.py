@@ -88,7 +88,9 @@ SD35_TEACHERS = {
     "geneval": "jieliu/SD3.5M-FlowGRPO-GenEval",
     "ocr": "jieliu/SD3.5M-FlowGRPO-Text",
     "pickscore": "jieliu/SD3.5M-FlowGRPO-PickScore",
+    "deqa": "CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix",
 }
+# As Flow-GRPO ships them: the folder `dataset` of its repository.
 SD35_PROMPTS = {
     "geneval": "dataset/geneval/train_metadata.jsonl",
     "ocr": "dataset/ocr/train.txt",
@@ -116,6 +118,10 @@ MINI_OPD = Distil(
     save_every=40,
     eval_prompts=128,
 )
+# The paper's: SDE with a = 0.7 and T = 10, every state, KL weights, 3:1:1, merged start, lambda 0.02 of the
+# quality teacher that saw the prompts of all tasks, 512 px, guidance 4.5, LoRA 32/64, 40 evaluation steps.
+# Not the paper's: all tasks in every step, loss by the mean over dimensions, one forward pass (README, "Where
+# we differ"); 160 samples a step, for few GPUs.
 SD35_OPD = Distil(
     out="runs/sd35-flow-opd",
     model=SD35,
@@ -125,7 +131,7 @@ SD35_OPD = Distil(
     teachers=SD35_TEACHERS,
     prompts=SD35_PROMPTS,
     mix={"geneval": 3, "ocr": 1, "pickscore": 1},
-    anchor="pickscore",
+    anchor="deqa",
     guidance=4.5,
     teacher_guidance=4.5,
     prompts_per_step=40,
@@ -137,9 +143,39 @@ SD35_OPD = Distil(
     decay="constant",
     checkpointing=True,
     evaluate=False,
+    eval_steps=40,
     save_every=25,
     sample_every=25,
 )
+
+
+def base_without_teachers(family: str, model: str, guidance: float, eval_steps: int) -> Distil:
+    """Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these:
+    give --teachers and --prompts, and an --anchor with its --anchor-weight if there is one."""
+    return Distil(
+        out=f"runs/{family}",
+        family=family,
+        model=model,
+        resolution=1024,
+        rank=32,
+        alpha=64.0,
+        cold_start="base",
+        anchor_weight=0.0,
+        guidance=guidance,
+        teacher_guidance=guidance,
+        prompts_per_step=40,
+        group=4,
+        micro_batch=1,
+        iterations=1000,
+        lr=1e-4,
+        warmup=10,
+        decay="constant",
+        checkpointing=True,
+        evaluate=False,
+        eval_steps=eval_steps,
+        save_every=25,
+        sample_every=25,
+    )
 
 
 def diffusion_opd(base: Distil, out: str) -> Distil:
@@ -214,6 +250,8 @@ PRESETS: dict[str, Run] = {
     "mini-sft-text": finetune("text", iterations=500),
     "mini-sft-quality": finetune("quality", iterations=500),
     "sd35": replace(SD35_OPD, out="runs/sd35"),
+    # One GPU of 24 GB: the four adapters share the base, and samples go through in pairs.
+    "sd35-24gb": replace(SD35_OPD, out="runs/sd35-24gb", micro_batch=2),
     "sd35-flow-opd": SD35_OPD,
     "sd35-diffusion-opd": diffusion_opd(SD35_OPD, "runs/sd35-diffusion-opd"),
     "sd35-dance-opd": dance_opd(SD35_OPD, "runs/sd35-dance-opd"),
@@ -221,6 +259,11 @@ PRESETS: dict[str, Run] = {
     "sd35-gfd-opd": replace(
         gfd_opd(SD35_OPD, "runs/sd35-gfd-opd", teacher_guidance=4.5), deploy_guidance=2.0
     ),
+    "flux": base_without_teachers("flux", "black-forest-labs/FLUX.1-dev", 3.5, 28),
+    "flux2": base_without_teachers("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 4.0, 50),
+    "qwen_image": base_without_teachers("qwen_image", "Qwen/Qwen-Image", 4.0, 50),
+    # 5 of the pipeline's guidance_scale is 6 here (opd/families/z_image.py).
+    "z_image": base_without_teachers("z_image", "Tongyi-MAI/Z-Image", 6.0, 50),
     # Flow-GRPO's numbers for one teacher; add --train-rewards geneval=module:function.
     "sd35-grpo": Grow(
         out="runs/sd35-grpo",

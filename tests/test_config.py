@@ -1,15 +1,18 @@
 """The settings of every stage: bad ones are refused by flag and value; the presets pass."""
 
 import ast
+import inspect
 import json
 import re
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
+import diffusers
 import pytest
 
 from opd import config, config_base
 from opd.config import STAGES, Distil, Finetune, Grow, Logistics, Run, Scores
+from opd.families import load_family
 from opd.files import resolve
 from opd.flags import dashed
 from opd.presets import PRESETS
@@ -345,12 +348,33 @@ def test_routes_and_shares():
 # ---- presets -------------------------------------------------------------------------------------
 
 
+OWN = {"teachers": {"mine": "my/lora"}, "prompts": {"mine": "mine.txt"}}
+# What a preset leaves to the user.
+ASKED_FOR = {
+    "sd35-grpo": {"train_rewards": {"geneval": "my.rewards:geneval"}},
+    "flux": OWN,
+    "flux2": OWN,
+    "qwen_image": OWN,
+    "z_image": OWN,
+}
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "z_image"])
+def test_a_familys_preset_samples_as_its_pipeline_does(name):
+    """By default, and in the pipeline's own scale of guidance."""
+    family = load_family(name)
+    defaults = inspect.signature(getattr(diffusers, family.PIPELINE).__call__).parameters
+    scale = defaults["true_cfg_scale" if name == "qwen_image" else "guidance_scale"].default
+    if name == "z_image":
+        scale += 1
+    preset = PRESETS[name]
+    assert (preset.family, preset.guidance, preset.teacher_guidance) == (name, scale, scale)
+    assert preset.eval_steps == defaults["num_inference_steps"].default
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_passes_and_can_be_parsed(name):
-    given = {}
-    if name == "sd35-grpo":
-        given = {"train_rewards": {"geneval": "my.rewards:geneval"}}  # the user's, until there is one here
-    replace(PRESETS[name], **given).check(world=1)
+    replace(PRESETS[name], **ASKED_FOR.get(name, {})).check(world=1)
     assert parse([name], PRESETS) == PRESETS[name]
     assert parse([name, "--seed", "7"], PRESETS) == replace(PRESETS[name], seed=7)
 
