@@ -57,9 +57,19 @@ def resolve(source: str) -> Path:
     return path
 
 
-def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
-    """A local path, or the local copy of Hub repository `owner/name`. FileNotFoundError naming `source`
-    otherwise."""
+# What a pipeline needs of its Hub repository, which may hold all weights again: as one file for other tools,
+# in half precision, in other formats.
+PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer")
+FURTHER = ("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3")
+PIPELINE_FILES = ["model_index.json", *(f"{part}/*" for part in PARTS + FURTHER)]
+IGNORED = ["*.fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
+
+
+def locate(
+    what: str, source: str, patterns: list[str] | None = None, ignored: list[str] | None = None
+) -> Path:
+    """A local path, or the local copy of the files of Hub repository `owner/name` that match `patterns` and
+    none of `ignored`. FileNotFoundError naming `source` otherwise."""
     path = resolve(source)
     if path.exists():
         return path
@@ -68,7 +78,7 @@ def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
     from huggingface_hub import snapshot_download  # heavy, and the settings import this module
 
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:
         raise FileNotFoundError(
             f"{what} {source!r}: neither a local path nor a Hub repository that can be reached "
@@ -81,7 +91,7 @@ def find_pipeline(source: str, pipeline: str) -> Path:
 
     FileNotFoundError for a missing path, ValueError for a directory that holds something else.
     """
-    folder = locate("model", source)
+    folder = locate("model", source, PIPELINE_FILES, IGNORED)
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
@@ -93,4 +103,7 @@ def find_pipeline(source: str, pipeline: str) -> Path:
         raise ValueError(
             f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)"
         )
+    lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
+    if lacking:
+        raise ValueError(f"model {source!r} lacks its folders {lacking}, which {index.name} names")
     return folder

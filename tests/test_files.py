@@ -1,8 +1,11 @@
 """Where a source lies: beside the user, else in the package."""
 
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 import opd
 from opd.data import load_prompts
@@ -57,3 +60,48 @@ def test_a_broken_index_of_a_pipeline_is_named(content, message, tmp_path):
     (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         find_pipeline(str(tmp_path), "StableDiffusion3Pipeline")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler"])
+def test_a_pipeline_without_one_of_its_folders_is_named(part, world, tmp_path):
+    shutil.copytree(world / "pipeline", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / part)
+    with pytest.raises(
+        ValueError, match=rf"copy' lacks its folders \['{part}'\], which model_index.json names"
+    ):
+        find_pipeline(str(tmp_path / "copy"), "StableDiffusion3Pipeline")
+
+
+# As SD3.5-Medium's repository lists them: all weights are there three times.
+WANTED = """
+model_index.json scheduler/scheduler_config.json
+text_encoder/config.json text_encoder/model.safetensors
+text_encoder_2/config.json text_encoder_2/model.safetensors
+text_encoder_3/config.json text_encoder_3/model.safetensors.index.json
+text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+tokenizer/merges.txt tokenizer/vocab.json tokenizer/tokenizer_config.json
+tokenizer_2/merges.txt tokenizer_3/spiece.model tokenizer_3/tokenizer.json
+transformer/config.json transformer/diffusion_pytorch_model.safetensors
+vae/config.json vae/diffusion_pytorch_model.safetensors
+""".split()
+UNWANTED = """
+README.md LICENSE.md mmdit-x.png sd3.5_medium.safetensors SD3.5M_example_workflow.json
+text_encoders/clip_g.safetensors text_encoders/t5xxl_fp16.safetensors
+text_encoder/model.fp16.safetensors text_encoder_3/model.fp16-00001-of-00002.safetensors
+text_encoder_3/model.safetensors.index.fp16.json
+transformer/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.fp16.safetensors
+""".split()
+
+
+def test_of_a_repository_only_the_pipelines_files_are_fetched(world, monkeypatch):
+    """By the Hub's own filter."""
+    fetched = []
+
+    def download(repo, allow_patterns, ignore_patterns):
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        fetched.extend(filter_repo_objects(WANTED + UNWANTED, **patterns))
+        return str(world / "pipeline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_pipeline("owner/name", "StableDiffusion3Pipeline") == world / "pipeline"
+    assert sorted(fetched) == sorted(WANTED)

@@ -488,7 +488,7 @@ def test_adapters_of_another_base_are_refused(change, message, world, tmp_path):
 def test_hub_ids_with_and_without_subfolder(world, monkeypatch, tmp_path):
     calls = []
 
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, ignore_patterns):
         calls.append((repo, allow_patterns))
         return str(world if "sub" in repo else world / "red")
 
@@ -503,7 +503,7 @@ def test_hub_ids_with_and_without_subfolder(world, monkeypatch, tmp_path):
 
 
 def test_an_unreachable_hub_id_is_named(monkeypatch):
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, ignore_patterns):
         raise OSError("gated")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
