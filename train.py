@@ -38,6 +38,7 @@ from opd.diagnostics import Squares, TaskGradients
 from opd.estimators import ESTIMATORS, reinforce
 from opd.families import Condition, load_family
 from opd.flags import require
+from opd.gallery import specs_of
 from opd.grpo import Growing
 from opd.images import Images, load_images
 from opd.judging import Judges
@@ -479,14 +480,16 @@ def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
         return {}
     specs = []
     if cfg.evaluate or cfg.watch_every:
-        specs += cfg.rewards.values()
+        for text in cfg.rewards.values():
+            specs += specs_of(text)
     specs += cfg.training_rewards().values()
     rewards = {spec: find_reward(spec) for spec in specs}
     if cfg.evaluate or cfg.watch_every:
         for pools in splits(cfg, data).values():
             for task, pool in pools.items():
                 if task in cfg.rewards:
-                    rewards[cfg.rewards[task]].check_metadata(task, pool)
+                    for spec in specs_of(cfg.rewards[task]):
+                        rewards[spec].check_metadata(task, pool)
     for reward in rewards.values():
         reward.load(model.device)
     pixels = cfg.resolution or model.family.default_resolution(model.folder)

@@ -105,7 +105,7 @@ class Scores:
     evaluate: bool = True
     """Score base, teachers, start and student on every task when training ends."""
     rewards: Texts = field(default_factory=dict)
-    """Task -> scorer `module:function` for evaluation."""
+    """Task -> its scorers for evaluation, `module:function`, commas between; the first makes the mean."""
     heldout: Texts = field(default_factory=dict)
     """Task -> prompts never trained on."""
     eval_prompts: int = 256

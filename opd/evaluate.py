@@ -3,14 +3,19 @@ r"""Score a model and its adapters on every task, on trained and held-out prompt
     python -m opd.evaluate                                        # the miniature's base and teachers
     python -m opd.evaluate --adapters student=runs/mini/student --out scores.json
     python -m opd.evaluate --model PATH --adapters a=PATH b=PATH \
-        --prompts task=FILE --rewards task=module:function
+        --prompts task=FILE --rewards task=module:function,module:another --records FOLDER
+    python -m opd.evaluate --pictures FOLDER --scorers jpeg_compressibility     # makes no picture
 
-Scorers are rewards: opd/rewards/__init__.py says what they are and how they are named.
+With --records pictures and a JSON line of each are kept: the same command again goes on after a kill, and
+asks only scorers that are new. Scorers are rewards: opd/rewards/__init__.py says what they are and how they
+are named. What the numbers of a table are: opd/statistics.py.
 """
 
+import hashlib
 import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,19 +23,18 @@ import torch
 import tyro
 from torch import Tensor
 
-from opd import adapters, ranks
-from opd.data import Prompt, load_tasks, permutation
+from opd import adapters, gallery, layouts, ranks, tables
+from opd.data import Prompt, load_tasks
 from opd.deployment import guidance_of
 from opd.files import write_json
-from opd.flags import Texts, at_least_one, require, time_limit
+from opd.flags import Texts, at_least_one, not_negative, require, time_limit
+from opd.gallery import Batch, Judge, Row, Sampling, Splits
+from opd.lora_files import find_adapter
 from opd.model import Model
 from opd.presets import DEFAULT
-from opd.rewards import Reward, find_reward
-from opd.rewards.scoring import Scoring
-
-Case = tuple[int, Prompt]  # noise index and prompt: what an image is made from
-Rows = dict[str, tuple[str, float]]  # name in the table -> adapter and guidance
-Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
+from opd.records import Record, RecordFolder
+from opd.rewards import Reward
+from opd.statistics import summarise
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,16 @@ class Arguments:
     heldout: Texts = field(default_factory=lambda: dict(DEFAULT.heldout))
     """Task -> file of prompts never trained on."""
     rewards: Texts = field(default_factory=lambda: dict(DEFAULT.rewards))
-    """Task -> scorer: module:function_or_class, a short name, or a sum like 0.7*a:b+0.3*c:d."""
+    """Task -> its scorers, with commas between them: module:function_or_class, a short name, or a sum like
+    0.7*a:b+0.3*c:d. The first is the task's own and makes the mean."""
+    scorers: tuple[str, ...] = ()
+    """Further scorers, asked about the pictures of every task."""
     reward_timeout: float = 60.0
     """Seconds after which a call of a scorer is given up."""
     count: int = 256
-    """Images per task and split."""
+    """Images per task and split; 0 = every prompt, --per-prompt times."""
+    per_prompt: int = 1
+    """Images of one prompt, each from its own noise."""
     steps: int = 10
     """ODE steps."""
     guidance: tuple[float, ...] = ()
@@ -65,8 +74,15 @@ class Arguments:
     multiplies it)."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
+    batch: int = 128
+    """Images per forward pass and call of a scorer."""
     cache: str = "~/.cache/flow-opd"
     """Encoded prompts."""
+    records: str = ""
+    """Folder for the pictures and their records; what it holds already is not made again."""
+    pictures: str = ""
+    """Folder of pictures to score instead of making some: one of --records, one with a metadata.jsonl, or
+    laid out for GenEval or T2I-CompBench. Scores are added to its records.jsonl."""
     out: str = ""
     """JSON file for the scores."""
 
@@ -75,19 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     try:
         check(args)
-        splits = read_splits(args)
-        rows = rows_of(args)
-        rewards = find_rewards(args, splits)
-        device = ranks.start()
-        for reward in rewards.values():
-            reward.load(device)
-        model = Model.ready(args, device, texts_of(splits))
-        try_rewards(model, args, splits, rewards)
-        scores = evaluate_all(model, args, rows, splits, rewards)
+        if args.pictures:
+            records, scorers = score_folder(args)
+        else:
+            records, scorers = score_models(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if ranks.rank() == 0:
-        publish(args, rows, scores)
+        publish(args, records, scorers)
 
 
 # ---- what is asked for --------------------------------------------
@@ -95,12 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
-    at_least_one(args, "count", "steps")
+    at_least_one(args, "per_prompt", "steps", "batch")
+    not_negative(args, "count")
     for scale in args.guidance:
         require(math.isfinite(scale), f"--guidance is {scale}; it must be finite")
     time_limit(args, "reward_timeout")
-    named = bool(args.prompts) or bool(args.heldout)
+    named = bool(args.prompts) or bool(args.heldout) or bool(args.pictures)
     require(named, "--prompts and --heldout are both empty: give at least one TASK=FILE pair")
+    both = bool(args.records) and bool(args.pictures)
+    require(not both, "--records makes pictures, --pictures scores some that exist; give one of them")
     if args.out:
         check_writable(args.out)
 
@@ -126,190 +140,163 @@ def read_splits(args: Arguments) -> Splits:
     return splits
 
 
-def rows_of(args: Arguments) -> Rows:
+def rows_of(args: Arguments) -> dict[str, Row]:
     """Base and adapters, each with its guidance; where --guidance names several, each with all of them."""
     if len(args.guidance) < 2:
         scales = guidance_of(args.adapters, *args.guidance)
-        return {name: (name, scale) for name, scale in scales.items()}
+        return {name: Row(name, scale) for name, scale in scales.items()}
     rows = {}
     for name in dict.fromkeys([adapters.BASE, *args.adapters]):
         for scale in args.guidance:
-            rows[f"{name} g={scale:g}"] = (name, scale)
+            rows[f"{name} g={scale:g}"] = Row(name, scale)
     return rows
 
 
-def texts_of(splits: Splits) -> list[str]:
-    texts = []
-    for pools in splits.values():
-        for pool in pools.values():
-            texts.extend(prompt.text for prompt in pool)
-    return texts
+def scorers_of(args: Arguments, tasks: Iterable[str]) -> dict[str, list[Reward]]:
+    """Task -> its scorers: its own, then those of --scorers."""
+    wanted = {}
+    for task in tasks:
+        own = []
+        if task in args.rewards:
+            own = gallery.specs_of(args.rewards[task])
+        specs = dict.fromkeys([*own, *args.scorers])
+        fix = f"add --rewards {task}=module:function or --scorers"
+        require(bool(specs), f"task {task!r} has no scorer; {fix}")
+        wanted[task] = ",".join(specs)
+    return gallery.find_scorers(wanted)
 
 
-def find_rewards(args: Arguments, splits: Splits) -> dict[str, Reward]:
-    """Task -> its reward, each found once, with every prompt holding the metadata that it needs."""
-    rewards = {}
-    for pools in splits.values():
-        for task, pool in pools.items():
-            fix = f"add --rewards {task}=module:function"
-            require(task in args.rewards, f"task {task!r} has no scorer; {fix}")
-            if task not in rewards:
-                rewards[task] = find_reward(args.rewards[task])
-            rewards[task].check_metadata(task, pool)
-    return rewards
+def check_prompts(scorers: dict[str, list[Reward]], prompts: list[Prompt]) -> None:
+    """ValueError unless every prompt can be scored by every scorer of its task."""
+    pools = {}
+    for prompt in prompts:
+        pools.setdefault(prompt.task, []).append(prompt)
+    for task, pool in pools.items():
+        for scorer in scorers[task]:
+            scorer.check_metadata(task, pool)
 
 
-def try_rewards(model: Model, args: Arguments, splits: Splits, rewards: dict[str, Reward]) -> None:
-    """Call every reward once on grey images, before hours are spent on better ones."""
-    pixels = args.resolution or model.family.default_resolution(model.folder)
-    for pools in splits.values():
-        for task, pool in pools.items():
-            rewards[task].check(task, pool, pixels)
+def try_scorers(scorers: dict[str, list[Reward]], prompts: list[Prompt], pixels: int) -> None:
+    """Call every scorer once per task on grey images, before hours are spent on better ones."""
+    for task, own in scorers.items():
+        pool = [prompt for prompt in prompts if prompt.task == task]
+        for scorer in own:
+            scorer.check(task, pool, pixels)
 
 
-# ---- scores --------------------------------------------
+# ---- making and scoring --------------------------------------------
 
 
-def evaluate_all(
-    model: Model, args: Arguments, rows: Rows, splits: Splits, rewards: dict[str, Reward]
-) -> dict:
-    """The scores of every row."""
-    scores = {}
+def score_models(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]]:
+    """The records of all rows, and each task's scorers. Pictures that --records holds are not made again."""
+    splits = read_splits(args)
+    prompts = [prompt for pools in splits.values() for pool in pools.values() for prompt in pool]
+    rows = rows_of(args)
+    scorers = scorers_of(args, dict.fromkeys(prompt.task for prompt in prompts))
+    check_prompts(scorers, prompts)
+    sampling = Sampling(args.count, args.steps, args.seed, args.per_prompt, args.batch)
+    batches = gallery.planned(rows, splits, sampling, settings_of(args, rows))
+    device = ranks.start()
+    folder = None
+    if args.records:
+        folder = RecordFolder(args.records)
+        batches = gallery.with_known(batches, folder)
+    load(scorers, device)
+    model = None
+    if any(not record.thumbnail for batch in batches for record in batch):
+        model = Model.ready(args, device, list(dict.fromkeys(prompt.text for prompt in prompts)))
+        try_scorers(scorers, prompts, args.resolution or model.family.default_resolution(model.folder))
+
+    def pictures(batch: Batch) -> Tensor:
+        if batch[0].thumbnail:
+            return folder.pictures(batch)
+        images_BCHW = gallery.made(model, rows, batch)
+        if folder is not None:
+            folder.keep(batch, images_BCHW)
+        return images_BCHW
+
+    judge = Judge(scorers, args.reward_timeout, strict=True)
+    return judge.records(batches, pictures, folder), scorers
+
+
+def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
+    """Row -> what its records say about the model."""
+    shared = {name: getattr(args, name) for name in ("model", "family", "resolution", "dtype", "t5")}
+    settings = {}
     for name, row in rows.items():
-        scores |= evaluate(
-            model,
-            {name: row},
-            splits,
-            rewards,
-            images_per_task=args.count,
-            ode_steps=args.steps,
-            seed=args.seed,
-            timeout=args.reward_timeout,
-        )
-        ranks.say(f"  evaluated {name}")
-    return scores
+        settings[name] = shared
+        if row.adapter != adapters.BASE:
+            source = args.adapters[row.adapter]
+            digest = hashlib.sha256(find_adapter(source).read_bytes()).hexdigest()
+            settings[name] = shared | {"source": source, "sha256": digest}
+    return settings
 
 
-def evaluate(
-    model: Model,
-    rows: Rows,
-    splits: Splits,
-    rewards: dict[str, Reward],
-    *,
-    images_per_task: int,
-    ode_steps: int,
-    seed: int,
-    timeout: float,
-    batch: int = 128,
-    strict: bool = True,
-) -> dict:
-    """{row: {split: {task: mean, ..., "mean": m}}}, same noise for every row. Prompts must be
-    prepared and rewards loaded. `timeout`, `strict`: as for `score`."""
-    scores = {}
-    for name, (adapter, guidance) in rows.items():
-        scores[name] = {}
-        for split, pools in splits.items():
-            means = {}
-            for task, pool in pools.items():
-                means[task] = score(
-                    model,
-                    adapter,
-                    pool,
-                    rewards[task],
-                    images_per_task=images_per_task,
-                    ode_steps=ode_steps,
-                    seed=seed,
-                    guidance=guidance,
-                    timeout=timeout,
-                    batch=batch,
-                    strict=strict,
-                )
-            mean = sum(means.values()) / len(means)
-            scores[name][split] = means | {"mean": mean}
-    return scores
+def load(scorers: dict[str, list[Reward]], device: torch.device) -> None:
+    for own in scorers.values():
+        for scorer in own:
+            scorer.load(device)
 
 
-def score(
-    model: Model,
-    adapter: str,
-    pool: list[Prompt],
-    reward: Reward,
-    *,
-    images_per_task: int,
-    ode_steps: int,
-    seed: int,
-    guidance: float,
-    timeout: float,
-    batch: int = 128,
-    strict: bool = True,
-) -> float:
-    """Mean score of `adapter` over images of one task's prompts, the work dealt over the ranks. A batch is
-    scored while the next is generated.
-
-    An image that gets no score (the reward raises, takes longer than `timeout` seconds, is not finite) is a
-    ValueError with the reasons, or with `strict` off left out of the mean, which is NaN if none remains."""
-    sum_and_count = torch.zeros(2, dtype=torch.float64)
-    running = []  # the scoring of the last batch
-    for cases, counts in batches_of_rank(cases_of(pool, images_per_task), batch):
-        prompts = [prompt for _, prompt in cases]
-        texts = [prompt.text for prompt in prompts]
-        noise = [index for index, _ in cases]
-        images_BCHW = model.images(adapter, texts, noise, steps=ode_steps, seed=seed, guidance=guidance)
-        if running:
-            sum_and_count += collect(running.pop(), adapter, pool[0].task, reward, strict)
-        if counts:
-            metadata = [prompt.metadata for prompt in prompts]
-            running.append(reward.start(images_BCHW, texts, metadata, timeout))
-    if running:
-        sum_and_count += collect(running.pop(), adapter, pool[0].task, reward, strict)
-    total, known = ranks.total(sum_and_count.to(model.device)).tolist()
-    if known == 0:
-        return math.nan
-    return total / known
-
-
-def cases_of(pool: list[Prompt], count: int) -> list[Case]:
-    """`count` (noise index, prompt) pairs: every prompt once before any twice, each time with other noise.
-    In a fixed shuffled order, because files are sorted by kind and their first lines are no fair sample."""
-    order = permutation(len(pool), 0, "evaluate", 0)
-    return [(index, pool[order[index % len(pool)]]) for index in range(count)]
-
-
-def batches_of_rank(cases: list[Case], size: int) -> list[tuple[list[Case], bool]]:
-    """This rank's batches, and whether each counts: ranks get the same number of them (collectives must
-    match), and those that a rank has too few of are repetitions, which enter no mean."""
-    batches = [cases[start : start + size] for start in range(0, len(cases), size)]
-    mine = []
-    for turn in range(math.ceil(len(batches) / ranks.world())):
-        place = turn * ranks.world() + ranks.rank()
-        counts = place < len(batches)
-        mine.append((batches[min(place, len(batches) - 1)], counts))
-    return mine
-
-
-def collect(scoring: Scoring, adapter: str, task: str, reward: Reward, strict: bool) -> Tensor:
-    """(sum, count) of the scores of one batch, float64. ValueError with `strict` if some are missing."""
-    scores_B, reasons, _ = scoring.result()
-    if strict and reasons:
-        first = "; ".join(list(reasons.values())[:3])
-        missing = f"no score for {len(reasons)} of {len(scores_B)} images of adapter {adapter!r}"
-        raise ValueError(f"task {task!r}: reward {reward.spec!r} gave {missing}: {first}")
-    known = scores_B[scores_B.isfinite()].double()
-    return torch.tensor([known.sum(), len(known)], dtype=torch.float64)
+def score_folder(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]]:
+    """The records of --pictures, and each task's scorers. No model is loaded."""
+    path = Path(args.pictures).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"--pictures {args.pictures!r}: no such folder")
+    device = ranks.start()
+    folder = RecordFolder(path)
+    records, strangers = layouts.read_folder(path, folder.merge())
+    if strangers:
+        few = ", ".join(strangers[:3])
+        ranks.say(f"{len(strangers)} pictures of {path} are left out, as nothing says what they show: {few}")
+    prompts = [Prompt(record.prompt, record.task, record.metadata) for record in records]
+    scorers = scorers_of(args, dict.fromkeys(record.task for record in records))
+    check_prompts(scorers, prompts)
+    load(scorers, device)
+    batches = layouts.batches_of(path, records, args.batch)
+    try_scorers(scorers, prompts, folder.pictures(batches[0][:1]).shape[-1])
+    judge = Judge(scorers, args.reward_timeout, strict=True)
+    return judge.records(batches, folder.pictures, folder), scorers
 
 
 # ---- what comes out --------------------------------------------
 
 
-def publish(args: Arguments, rows: Rows, scores: dict) -> None:
-    """Print the table, and write the file if there is to be one."""
-    resolution = args.resolution or "native"
-    scales = {name: scale for name, (_, scale) in rows.items()}
-    guidance = said(scales)
-    sampling = f"n={args.count} steps={args.steps} guidance={guidance}"
-    print(table(scores, f"{sampling} seed={args.seed} resolution={resolution}"))
+def publish(args: Arguments, records: list[Record], scorers: dict[str, list[Reward]]) -> None:
+    """Print the table and what must be known of it, and write the file if there is to be one."""
+    cells = summarise(records, gallery.divisors_of(scorers))
+    first = {task: own[0].spec for task, own in scorers.items()}
+    print(tables.table(cells, first, note_of(args, records)))
+    for line in [*tables.remarks(cells, records), *gallery.abouts_of(scorers)]:
+        print(line)
     if args.out:
-        write_json(Path(args.out), {"settings": vars(args), "guidance": scales, "scores": scores})
+        write_json(
+            Path(args.out),
+            {
+                "settings": vars(args),
+                "guidance": guidance_used(records),
+                "scores": tables.scores_of(cells, first),
+                "cells": [asdict(cell) for cell in cells],
+                "scorers": gallery.abouts_of(scorers),
+            },
+        )
+
+
+def note_of(args: Arguments, records: list[Record]) -> str:
+    """How many pictures, and how they were made."""
+    if args.pictures:
+        return f"{len(records)} pictures of {args.pictures}"
+    resolution = args.resolution or "native"
+    count = args.count or "all"
+    sampling = (
+        f"n={count} per-prompt={args.per_prompt} steps={args.steps} guidance={said(guidance_used(records))}"
+    )
+    return f"{sampling} seed={args.seed} resolution={resolution}"
+
+
+def guidance_used(records: list[Record]) -> dict[str, float]:
+    """Row -> guidance, of those rows of which it is known."""
+    return {record.row: record.settings["guidance"] for record in records if "guidance" in record.settings}
 
 
 def said(scales: dict[str, float]) -> str:
@@ -318,20 +305,6 @@ def said(scales: dict[str, float]) -> str:
     if len(different) == 1:
         return f"{different.pop():g}"
     return ", ".join(f"{name} {scale:g}" for name, scale in scales.items())
-
-
-def table(scores: dict, note: str) -> str:
-    """The scores as text: a row per adapter, the tasks and their mean per split."""
-    splits = next(iter(scores.values()))
-    columns = [(split, task) for split, row in splits.items() for task in row]
-    width = max(len(name) for name in scores) + 2
-    above = "".join(f"{split:>10}" for split, _ in columns)
-    heads = "".join(f"{task:>10}" for _, task in columns)
-    lines = [note, " " * width + above, " " * width + heads]
-    for name, row in scores.items():
-        numbers = "".join(f"{row[split][task]:>10.3f}" for split, task in columns)
-        lines.append(f"{name:<{width}}" + numbers)
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

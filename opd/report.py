@@ -1,17 +1,22 @@
 """What a run shows of its student: scores on the way, sample grids, and the table at the end."""
 
-from opd import evaluate
+from dataclasses import asdict
+
+from opd import gallery, tables
 from opd.adapters import BASE, START, STUDENT
 from opd.config import Distil, Finetune, Run
 from opd.data import Prompt, load_tasks
 from opd.files import replace, write_json
+from opd.gallery import Judge, Row, Sampling
 from opd.images import Images
 from opd.model import Model
 from opd.optim import Trained, due
 from opd.pictures import labelled_grid, save_image
 from opd.ranks import say
+from opd.records import LINES, Record, write_lines
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
+from opd.statistics import summarise
 
 
 class Report:
@@ -31,7 +36,8 @@ class Report:
         self.scorers = {}
         if is_scored(cfg):
             self.splits = splits(cfg, data)
-            self.scorers = {task: rewards[spec] for task, spec in cfg.rewards.items() if spec in rewards}
+            for task, text in cfg.rewards.items():
+                self.scorers[task] = [rewards[spec] for spec in gallery.specs_of(text)]
 
     def watch(self, trained: Trained, done: int) -> dict:
         """{"watch": the student's score on held-out prompts of every task, trained on or not}, {} where it is
@@ -39,23 +45,24 @@ class Report:
         cfg = self.cfg
         if isinstance(cfg, Finetune) or not due(done, cfg.watch_every, cfg.iterations):
             return {}
-        scores = {}
+        rows = {STUDENT: Row(self.model.trained, cfg.deployed_guidance())}
+        held_out = {"held-out": self.splits["held-out"]}
         with trained.averaged():
-            for task, pool in self.splits["held-out"].items():
-                scores[task] = evaluate.score(
-                    self.model,
-                    self.model.trained,
-                    pool,
-                    self.scorers[task],
-                    images_per_task=cfg.watch_prompts,
-                    ode_steps=cfg.eval_steps,
-                    seed=cfg.seed,
-                    guidance=cfg.deployed_guidance(),
-                    batch=cfg.micro_batch,
-                    timeout=cfg.reward_timeout,
-                    strict=False,
-                )
+            records = self.records(rows, held_out, cfg.watch_prompts)
+        scores = {}
+        for task in held_out["held-out"]:
+            own = [record for record in records if record.task == task]
+            scores[task] = gallery.mean_score(own, self.scorers[task][0].spec)
         return {"watch": scores}
+
+    def records(self, rows: dict[str, Row], splits: gallery.Splits, count: int) -> list[Record]:
+        """`count` pictures per row, split and task, made and scored; no picture is kept (collectives)."""
+        cfg = self.cfg
+        sampling = Sampling(count, cfg.eval_steps, cfg.seed, batch=cfg.micro_batch)
+        shared = {"model": cfg.model, "resolution": cfg.resolution, "dtype": cfg.dtype, "t5": cfg.t5}
+        batches = gallery.planned(rows, splits, sampling, dict.fromkeys(rows, shared))
+        judge = Judge(self.scorers, cfg.reward_timeout, strict=False)
+        return judge.records(batches, lambda batch: gallery.made(self.model, rows, batch), None)
 
     def sample_grid(self, trained: Trained, done: int) -> None:
         """The student's images of fixed prompts from fixed noise: samples/STEP.png."""
@@ -74,44 +81,46 @@ class Report:
 
     def table(self, trained: Trained) -> None:
         """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
-        scores.json. An image without a score is left out of its mean; without any the mean is NaN."""
+        scores.json; behind them cells.json and records.jsonl. An image without a score is left out of its
+        mean; without any the mean is NaN."""
         cfg = self.cfg
         if isinstance(cfg, Finetune) or cfg.full or not cfg.evaluate:
             return
-        # Base and start are sampled as the student is, teachers as they taught.
-        deployed = cfg.deployed_guidance()
-        rows = {BASE: (BASE, deployed)}
-        if isinstance(cfg, Distil):
-            for name in cfg.teachers:
-                label = name
-                if name == BASE and cfg.teacher_guidance != deployed:
-                    label = f"{BASE} g={cfg.teacher_guidance:g}"
-                rows[label] = (name, cfg.teacher_guidance)
-        if cfg.cold_start != "base":
-            rows[START] = (START, deployed)
-        rows[STUDENT] = (self.model.trained, deployed)
+        rows = rows_of_table(cfg)
         say(f"scoring {', '.join(rows)}")
         with trained.averaged():
-            scores = evaluate.evaluate(
-                self.model,
-                rows,
-                self.splits,
-                self.scorers,
-                images_per_task=cfg.eval_prompts,
-                ode_steps=cfg.eval_steps,
-                seed=cfg.seed,
-                batch=cfg.micro_batch,
-                timeout=cfg.reward_timeout,
-                strict=False,
-            )
-        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, guidance {deployed}"
+            records = self.records(rows, self.splits, cfg.eval_prompts)
+        cells = summarise(records, gallery.divisors_of(self.scorers))
+        first = {task: own[0].spec for task, own in self.scorers.items()}
+        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps"
+        note += f", guidance {cfg.deployed_guidance()}"
         if isinstance(cfg, Distil):
             note += f" (teachers {cfg.teacher_guidance})"
-        text = evaluate.table(scores, f"{note}, seed {cfg.seed}")
+        text = tables.table(cells, first, f"{note}, seed {cfg.seed}")
+        said = [*tables.remarks(cells, records), *gallery.abouts_of(self.scorers)]
+        text = "\n".join([text, *said])
         say(text)
         if self.folder.active:
-            write_json(self.folder.path / "scores.json", scores)
+            write_lines(self.folder.path / LINES, records)
+            write_json(self.folder.path / "cells.json", [asdict(cell) for cell in cells])
+            write_json(self.folder.path / "scores.json", tables.scores_of(cells, first))
             replace(self.folder.path / "table.txt", lambda path: path.write_text(text + "\n"))
+
+
+def rows_of_table(cfg: Run) -> dict[str, Row]:
+    """Base and start are sampled as the student is, teachers as they taught."""
+    deployed = cfg.deployed_guidance()
+    rows = {BASE: Row(BASE, deployed)}
+    if isinstance(cfg, Distil):
+        for name in cfg.teachers:
+            label = name
+            if name == BASE and cfg.teacher_guidance != deployed:
+                label = f"{BASE} g={cfg.teacher_guidance:g}"
+            rows[label] = Row(name, cfg.teacher_guidance)
+    if cfg.cold_start != "base":
+        rows[START] = Row(START, deployed)
+    rows[STUDENT] = Row(STUDENT, deployed)
+    return rows
 
 
 def say_phases(rows: list[dict]) -> None:

@@ -10,11 +10,14 @@ import time
 import pytest
 import torch
 
-from opd import adapters, evaluate, lora_files
+from opd import adapters, evaluate, gallery, lora_files, tables
 from opd.data import Prompt
 from opd.families import load_family
+from opd.gallery import Judge, Row, Sampling
 from opd.model import Model
-from opd.rewards import Reward, Term, find_reward
+from opd.records import in_8_bits
+from opd.rewards import Reward, Term
+from opd.statistics import summarise
 
 HERE = "tests.test_evaluate"
 
@@ -80,22 +83,33 @@ class Unloadable:
         return torch.zeros(len(images))
 
 
-def spy(function):
-    return Reward("spy", [Term(1.0, "spy", function)])
+def spy(function, name="spy"):
+    return Reward(name, [Term(1.0, name, function)])
 
 
-def score(model, adapter="red", reward=brightness, images_per_task=7, **changes):
+def records_of(model, adapter="red", rewards=(brightness,), images_per_task=7, strict=True, **changes):
     settings = dict(ode_steps=3, seed=0, guidance=1.0, batch=3, timeout=30.0) | changes
-    return evaluate.score(model, adapter, POOL, spy(reward), images_per_task=images_per_task, **settings)
+    rows = {adapter: Row(adapter, settings["guidance"])}
+    count = {"count": images_per_task, "steps": settings["ode_steps"], "seed": settings["seed"]}
+    sampling = Sampling(**count, batch=settings["batch"])
+    batches = gallery.planned(rows, {"train": {"red": POOL}}, sampling, {adapter: {}})
+    spies = [spy(reward, f"spy{place or ''}") for place, reward in enumerate(rewards)]
+    judge = Judge({"red": spies}, settings["timeout"], strict)
+    return judge.records(batches, lambda batch: gallery.made(model, rows, batch), None)
+
+
+def score(model, adapter="red", reward=brightness, **changes):
+    return gallery.mean_score(records_of(model, adapter, (reward,), **changes), "spy")
 
 
 def brightness_one_by_one(model, count):
     """Of images that are generated one at a time."""
-    order = [prompt.metadata["n"] for _, prompt in evaluate.cases_of(POOL, 3)]
+    order = [prompt.metadata["n"] for _, prompt in gallery.cases_of(POOL, 3)]
     single = []
     for index in range(count):
         text = POOL[order[index % 3]].text
-        single.append(model.images("red", [text], [index], steps=3, seed=0, guidance=1.0).mean().item())
+        image = in_8_bits(model.images("red", [text], [index], steps=3, seed=0, guidance=1.0))
+        single.append(image.mean().item())
     return order, single
 
 
@@ -105,8 +119,8 @@ def brightness_one_by_one(model, count):
 def test_mean_is_over_exactly_the_images_asked_for(model):
     """7 images in batches of 3: the mean of one-by-one generation."""
     order, single = brightness_one_by_one(model, 7)
-    assert sorted(order) == [0, 1, 2] and [index for index, _ in evaluate.cases_of(POOL, 3)] == [0, 1, 2]
-    assert score(model) == pytest.approx(sum(single) / 7, abs=1e-5)
+    assert sorted(order) == [0, 1, 2] and [index for index, _ in gallery.cases_of(POOL, 3)] == [0, 1, 2]
+    assert score(model) == pytest.approx(sum(single) / 7, abs=1e-4)  # a rounding may fall the other way
     seen = []
 
     def reward(images, prompts, metadata):
@@ -119,7 +133,7 @@ def test_mean_is_over_exactly_the_images_asked_for(model):
 
 def test_few_images_are_a_fair_sample_of_a_sorted_file():
     pool = [Prompt(str(n), "t") for n in range(500)]
-    mean = sum(int(prompt.text) for _, prompt in evaluate.cases_of(pool, 100)) / 100
+    mean = sum(int(prompt.text) for _, prompt in gallery.cases_of(pool, 100)) / 100
     assert abs(mean - 249.5) < 4 * 144 / 10  # four standard errors of a uniform sample
 
 
@@ -151,24 +165,27 @@ def test_a_batch_is_scored_while_the_next_is_generated(model):
     assert score(Watched(), reward=reward, timeout=120.0) == score(model)
 
 
-def test_the_table_of_a_sum_with_a_class(model):
-    """Twice the brightness less the darkness, for every adapter, split and task."""
-    rewards = {"red": find_reward(f"2*{HERE}:brightness + -1*{HERE}:Darkness")}
-    rewards["red"].load(torch.device("cpu"))
-    scores = evaluate.evaluate(
-        model,
-        {"base": ("base", 1.0), "red": ("red", 2.0)},
-        {"train": {"red": POOL}, "held-out": {"red": POOL[:1]}},
-        rewards,
-        images_per_task=4,
-        ode_steps=3,
-        seed=0,
-        timeout=30.0,
-        batch=3,
-    )
-    bright = score(model, images_per_task=4, guidance=2.0)
-    assert scores["red"]["train"]["red"] == pytest.approx(2 * bright - (1 - bright), abs=1e-5)
-    assert scores["red"]["train"]["mean"] == scores["red"]["train"]["red"]
+def test_scores_of_a_sum_with_a_class_and_of_several_scorers(model):
+    """Twice the brightness less the darkness; and the parts beside it, of the same pictures."""
+    text = f"2*{HERE}:brightness + -1*{HERE}:Darkness, {HERE}:brightness"
+    scorers = gallery.find_scorers({"red": text})
+    for scorer in scorers["red"]:
+        scorer.load(torch.device("cpu"))
+    rows = {"base": Row("base", 1.0), "red": Row("red", 2.0)}
+    splits = {"train": {"red": POOL}, "held-out": {"red": POOL[:1]}}
+    batches = gallery.planned(rows, splits, Sampling(4, 3, 0, batch=3), dict.fromkeys(rows, {}))
+    judge = Judge(scorers, 30.0, strict=True)
+    records = judge.records(batches, lambda batch: gallery.made(model, rows, batch), None)
+    blend, bright = [scorer.spec for scorer in scorers["red"]]
+    for record in records:
+        b = record.scores[bright]
+        assert record.scores[blend] == pytest.approx(2 * b - (1 - b), abs=1e-5)
+    assert [len(batch) for batch in batches] == [3, 1] * 4 and len(records) == 16
+    own = [record for record in records if (record.row, record.split) == ("red", "train")]
+    assert gallery.mean_score(own, bright) == score(model, images_per_task=4, guidance=2.0)
+    cells = summarise(records, gallery.divisors_of(scorers))
+    scores = tables.scores_of(cells, {"red": blend})
+    assert scores["red"]["train"]["red"] == scores["red"]["train"]["mean"]
     assert [list(scores), list(scores["base"])] == [["base", "red"], ["train", "held-out"]]
 
 
@@ -189,7 +206,7 @@ def test_the_table_of_a_sum_with_a_class(model):
 def test_misbehaving_scorers_are_refused(model, reward, message):
     with pytest.raises(ValueError, match="task 'red': reward 'spy' gave no score for 3 of 3 images") as error:
         score(model, reward=reward)
-    assert error.match(message) and "adapter 'red'" in str(error.value)
+    assert error.match(message) and "images of 'red'" in str(error.value)
     assert math.isnan(score(model, reward=reward, strict=False))
 
 
@@ -215,8 +232,9 @@ def test_images_without_a_score_are_left_out_of_the_mean(model):
     known = [value for index, value in enumerate(single) if POOL[order[index % 3]].text != "two red circles"]
     assert 4 <= len(known) <= 5
     assert score(model, reward=only_circles, strict=False) == pytest.approx(sum(known) / len(known), abs=1e-5)
-    with pytest.raises(ValueError, match="prompt 'two red circles': returned nan"):
-        score(model, reward=only_circles)
+    missing = [record for record in records_of(model, rewards=(only_circles,)) if record.lacks("spy")]
+    assert len(missing) == 7 - len(known) and all(record.scores["spy"] is None for record in missing)
+    assert {record.reasons["spy"] for record in missing} == {"prompt 'two red circles': returned nan"}
 
 
 def test_a_scorer_that_fails_once_is_asked_again(model):
@@ -307,7 +325,9 @@ def test_a_scorer_that_fails_ends_the_command_with_its_reason(world):
     [
         ("--guidance", "nan", "--guidance is nan"),
         ("--guidance", "-inf", "--guidance is -inf"),
-        ("--count", "0", "--count is 0"),
+        ("--count", "-1", "--count is -1"),
+        ("--per-prompt", "0", "--per-prompt is 0"),
+        ("--batch", "0", "--batch is 0"),
         ("--steps", "-1", "--steps is -1"),
         ("--reward-timeout", "0", "--reward-timeout is 0"),
         ("--reward-timeout", "nan", "--reward-timeout is nan"),
@@ -332,13 +352,3 @@ def test_an_output_that_cannot_be_a_file_is_refused(world, tmp_path):
     assert f"{str(tmp_path / 'file')!r} is not a directory" in refused(
         world, "--out", str(tmp_path / "file" / "new" / "scores.json")
     )
-
-
-def test_table_shows_every_number():
-    scores = {
-        "base": {"train": {"a": 0.1, "mean": 0.2}, "held-out": {"a": 0.3, "mean": 0.4}},
-        "student": {"train": {"a": 0.5, "mean": 0.6}, "held-out": {"a": 0.7, "mean": 0.8}},
-    }
-    lines = evaluate.table(scores, "settings").splitlines()
-    assert lines[0] == "settings" and lines[2].split() == ["a", "mean", "a", "mean"]
-    assert lines[4].split() == ["student", "0.500", "0.600", "0.700", "0.800"]

@@ -33,7 +33,10 @@ opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.families.flux opd.families.flux2 opd.families.qwen_image
 opd.model
 opd.deployment
-opd.images opd.teachers opd.optim opd.evaluate opd.diagnostics
+opd.records
+opd.gallery opd.statistics
+opd.images opd.teachers opd.optim opd.layouts opd.tables opd.diagnostics
+opd.evaluate
 opd.runfolder opd.grpo opd.sft opd.probe
 opd.judging
 opd.report

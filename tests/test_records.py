@@ -1,0 +1,347 @@
+"""python -m opd.evaluate --records and --pictures: make once, score often, resume, any number of ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opd import evaluate, gallery
+from opd.records import Record, RecordFolder, in_8_bits, read_picture
+
+HERE = "tests.test_records"
+ROOT = Path(__file__).parents[1]
+ASKED = "FLOW_OPD_TEST_ASKED"  # names a file in which the scorers note what they were asked
+
+
+def note(name, prompts):
+    if ASKED in os.environ:
+        with open(os.environ[ASKED], "a") as file:
+            file.write(f"{name} {len(prompts)}\n")
+
+
+def bright(images, prompts, metadata):
+    note("bright", prompts)
+    return images.mean((1, 2, 3))
+
+
+def reddish(images, prompts, metadata):
+    note("reddish", prompts)
+    return images[:, 0].mean((1, 2))
+
+
+def kills(images, prompts, metadata):
+    """The process dies, as by SIGKILL, when the fifth batch comes."""
+    note("kills", prompts)
+    asked = Path(os.environ[ASKED]).read_text().count("kills")
+    if asked == 5:
+        os._exit(9)
+    return images.mean((1, 2, 3))
+
+
+def flags(world, folder, *more):
+    red = [f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}"]
+    model = ["--model", str(world / "pipeline"), "--adapters", f"red={world / 'red'}", "--dtype", "float32"]
+    sampling = ["--count", "6", "--per-prompt", "2", "--steps", "2", "--batch", "2"]
+    tasks = ["--prompts", *red, "--heldout", "--cache", str(world / "cache")]
+    rewards = ["--rewards", f"red={HERE}:bright", f"blue={HERE}:bright", "--records", str(folder)]
+    return [*model, *sampling, *tasks, *rewards, *more]
+
+
+def asked(file):
+    """Scorer -> pictures that it was asked about, without the trial on grey ones."""
+    counts = {}
+    for line in file.read_text().splitlines():
+        name, number = line.split()
+        counts[name] = counts.get(name, 0) + int(number)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records") / "made"
+    evaluate.main(flags(world, folder))
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+# ---- what is kept -----------------------------------------------------------------------------------
+
+
+def test_every_picture_has_a_line_that_says_how_to_make_it(world, folder):
+    rows = lines(folder)
+    assert len(rows) == 2 * 2 * 6  # rows, tasks, pictures
+    assert [row["file"] for row in rows] == sorted(row["file"] for row in rows)
+    for row in rows:
+        pixels = read_picture(folder / row["file"])
+        assert row["scores"] == {f"{HERE}:bright": pytest.approx(pixels.mean().item(), abs=1e-6)}
+        assert row["split"] == "train" and row["seed"] == 0 and row["reasons"] == {}
+        assert row["settings"]["steps"] == 2 and row["settings"]["guidance"] == 1.0
+    [red] = [row for row in rows if row["file"] == "red/train/red/000003.png"]
+    assert red["settings"]["source"] == str(world / "red") and len(red["settings"]["sha256"]) == 64
+    prompts = [row["prompt"] for row in rows if row["file"].startswith("red/train/red")]
+    assert len(set(prompts)) == 3 and all(prompts.count(prompt) == 2 for prompt in prompts)
+    assert sorted(file.suffix for file in folder.rglob("*.*")) == [".jsonl"] + [".png"] * 24
+
+
+def test_a_picture_is_that_of_the_model(world, folder):
+    """Not of another row, prompt or noise."""
+    from opd.model import Model
+
+    args = evaluate.Arguments(
+        model=str(world / "pipeline"),
+        adapters={"red": str(world / "red")},
+        dtype="float32",
+        cache=str(world / "cache"),
+    )
+    texts = [row["prompt"] for row in lines(folder)]
+    model = Model.ready(args, torch.device("cpu"), texts)
+    for row in lines(folder)[::5]:
+        image = model.images(row["row"], [row["prompt"]], [row["index"]], steps=2, seed=0, guidance=1.0)
+        difference = (in_8_bits(image)[0] - read_picture(folder / row["file"])).abs().max()
+        assert difference <= 1.01 / 255, row["file"]
+
+
+# ---- scoring again, resuming ------------------------------------------------------------------------
+
+
+def copy(folder, to):
+    subprocess.run(["cp", "-r", str(folder), str(to)], check=True)
+    return to
+
+
+def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_path, monkeypatch):
+    """With --records (the same command with one more scorer) and with --pictures: three scorers in all, and
+    not one is asked twice."""
+    again = copy(folder, tmp_path / "again")
+    times = {file: file.stat().st_mtime_ns for file in again.rglob("*.png")}
+    monkeypatch.setattr(gallery, "made", lambda *_: pytest.fail("a picture was made again"))
+    monkeypatch.setattr(evaluate.Model, "ready", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
+    evaluate.main(flags(world, again, "--scorers", f"{HERE}:reddish"))
+    out = tmp_path / "scores.json"
+    rewards = ["--rewards", f"red={HERE}:bright,{HERE}:reddish", f"blue={HERE}:bright"]
+    more = ["--scorers", "jpeg_compressibility", "--out", str(out)]
+    evaluate.main(["--pictures", str(again), *rewards, *more])
+    assert {file: file.stat().st_mtime_ns for file in again.rglob("*.png")} == times
+    tried = 2 * 1  # --pictures tries each scorer on two grey pictures per task that it has
+    assert asked(tmp_path / "asked") == {"reddish": 24 + tried, "bright": 2 * tried}
+    for row in lines(again):
+        pixels = read_picture(again / row["file"])
+        assert row["scores"][f"{HERE}:reddish"] == pytest.approx(pixels[0].mean().item(), abs=1e-6)
+        assert row["scores"]["jpeg_compressibility"] < 0
+    written = json.loads(out.read_text())
+    scorers = {cell["scorer"] for cell in written["cells"] if cell["task"] == "red"}
+    assert scorers == {f"{HERE}:bright", f"{HERE}:reddish", "jpeg_compressibility", "diversity"}
+    assert written["guidance"] == {"base": 1.0, "red": 1.0}
+
+
+def command(world, folder, *more, ranks=1, **environment):
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    settings = os.environ | {"PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [*python, "-m", "opd.evaluate", *flags(world, folder, *more)],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, tmp_path):
+    """The process dies in the fifth batch, the fourth's line is cut, as if in the middle of a write. What was
+    finished is not made again."""
+    resumed = tmp_path / "resumed"
+    more = ["--rewards", f"red={HERE}:kills", f"blue={HERE}:bright"]
+    killed = command(world, resumed, *more, **{ASKED: str(tmp_path / "asked")})
+    assert killed.returncode == 9
+    [part] = resumed.glob("records.part-*")
+    part.write_text(part.read_text()[:-20])
+    finished = len(part.read_text().splitlines()) - 1
+    assert finished > 0 and not (resumed / "records.jsonl").exists()
+    kept = {resumed / json.loads(line)["file"] for line in part.read_text().splitlines()[:finished]}
+    batch_of_cut = finished % 2  # its batch is made again as a whole
+    times = {file: file.stat().st_mtime_ns for file in kept}
+    evaluate.main(flags(world, resumed, *more[:1], f"red={HERE}:bright", f"blue={HERE}:bright"))
+    same = [file for file in kept if file.stat().st_mtime_ns == times[file]]
+    assert len(same) == finished - batch_of_cut
+    assert list(resumed.glob("records.part-*")) == []
+    for row, other in zip(lines(resumed), lines(folder), strict=True):
+        row["scores"].pop(f"{HERE}:kills", None)
+        assert row == other
+        assert (resumed / row["file"]).read_bytes() == (folder / row["file"]).read_bytes()
+
+
+def test_two_ranks_write_the_same_records_and_the_same_table(world, folder, tmp_path):
+    done = command(world, tmp_path / "two", "--out", str(tmp_path / "two.json"), ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "two/records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
+    for file in folder.rglob("*.png"):
+        other = tmp_path / "two" / file.relative_to(folder)
+        assert other.read_bytes() == file.read_bytes()
+    evaluate.main(flags(world, folder, "--out", str(tmp_path / "one.json")))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["cells"] == two["cells"] and one["scores"] == two["scores"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("--steps", "3"), "steps 2 -> 3"),
+        (("--guidance", "2"), "guidance 1.0 -> 2.0"),
+        (("--seed", "1"), "seed 0 -> 1"),
+        (("--adapters", "red=BLUE"), "sha256"),
+    ],
+)
+def test_pictures_made_otherwise_are_not_mixed(world, folder, change, message):
+    change = [word.replace("BLUE", str(world / "blue")) for word in change]
+    before = (folder / "records.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(flags(world, folder, *change))
+    assert "made otherwise" in stop.value.code and message in stop.value.code
+    assert "--records" in stop.value.code and (folder / "records.jsonl").read_bytes() == before
+
+
+# ---- folders of others ------------------------------------------------------------------------------
+
+GENEVAL = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats"}
+
+
+def paint(file: Path, value: int, side: int = 8):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((side, side, 3), value, dtype=np.uint8)).save(file)
+
+
+def score_pictures(folder, *more):
+    evaluate.main(["--pictures", str(folder), "--scorers", f"{HERE}:bright", *more])
+    return lines(folder)
+
+
+def test_a_folder_in_genevals_layout(tmp_path, capsys):
+    for number, tag in enumerate(("counting", "colors")):
+        place = tmp_path / f"{number:05d}"
+        for index in range(2):
+            paint(place / "samples" / f"{index:04d}.png", 51 * (number + index))
+        (place / "metadata.jsonl").write_text(json.dumps(GENEVAL | {"tag": tag, "prompt": tag}))
+    paint(tmp_path / "grid.png", 0)
+    rows = score_pictures(tmp_path)
+    assert [row["scores"][f"{HERE}:bright"] for row in rows] == pytest.approx([0, 0.2, 0.2, 0.4])
+    assert [(row["task"], row["tag"], row["index"]) for row in rows][2:] == [
+        ("geneval", "colors", i) for i in (0, 1)
+    ]
+    assert rows[0]["metadata"]["include"] == GENEVAL["include"]
+    printed = capsys.readouterr().out
+    assert "1 pictures" in printed and "grid.png" in printed
+    assert "mean of tags" in printed and "0.200" in printed and "best of prompt" in printed
+
+
+def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path):
+    names = ["a.png", "b.png", "deeper/c.png"]
+    for number, name in enumerate(names):
+        paint(tmp_path / name, 51 * number, side=8 * (number + 1))
+    rows = [{"file_name": name, "prompt": f"p{name}", "task": "own", "note": 1} for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = score_pictures(tmp_path)
+    assert [row["scores"][f"{HERE}:bright"] for row in found] == pytest.approx([0, 0.2, 0.4])
+    assert found[0]["task"] == "own" and found[0]["metadata"] == {"note": 1}
+
+
+def test_a_folder_in_compbenchs_layout(tmp_path):
+    for index in range(2):
+        paint(tmp_path / "samples" / f"a green bench and a blue bowl_{index:06d}.png", 51)
+    rows = score_pictures(tmp_path)
+    assert {row["prompt"] for row in rows} == {"a green bench and a blue bowl"}
+    assert [row["index"] for row in rows] == [0, 1]
+
+
+def write(folder, text, pictures=("a.png",)):
+    for name in pictures:
+        paint(folder / name, 0)
+    (folder / "metadata.jsonl").write_text(text)
+
+
+ONE = json.dumps({"file_name": "a.png", "prompt": "p"})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (f"{ONE}\n" + ONE.replace("a.png", "b.png"), "1 of 2 pictures are missing: b.png"),
+        (f"{ONE}\n{{", "metadata.jsonl:2: not JSON"),
+        ("[1]", "metadata.jsonl:1: expected an object"),
+        ('{"prompt": "p"}', 'metadata.jsonl:1: no "file_name"'),
+        ('{"file_name": "a.png", "prompt": " "}', 'metadata.jsonl:1: no "prompt"'),
+    ],
+)
+def test_a_folder_that_is_wrong_is_named(tmp_path, text, message):
+    write(tmp_path, text)
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        score_pictures(tmp_path)
+
+
+def test_other_wrong_folders(tmp_path):
+    with pytest.raises(SystemExit, match="no such folder"):
+        score_pictures(tmp_path / "nowhere")
+    paint(tmp_path / "a.png", 0)
+    with pytest.raises(SystemExit, match="nothing says what its pictures show"):
+        score_pictures(tmp_path)
+    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "metadata.jsonl").write_text(ONE)
+    with pytest.raises(SystemExit, match="a.png: not a readable picture"):
+        score_pictures(tmp_path)
+    paint(tmp_path / "a.png", 0)
+    with pytest.raises(SystemExit, match="task 'pictures' has no scorer"):
+        evaluate.main(["--pictures", str(tmp_path)])
+    (tmp_path / "records.jsonl").write_text('{"file": "a.png"}\n')
+    with pytest.raises(SystemExit, match="records.jsonl:1: no record"):
+        score_pictures(tmp_path)
+    with pytest.raises(SystemExit, match="give one of them"):
+        score_pictures(tmp_path, "--records", str(tmp_path / "other"))
+
+
+def test_the_newest_line_of_a_picture_counts(tmp_path):
+    place = dict(file="a", row="r", split="s", task="t", tag="", prompt="p")
+    old = Record(**place, metadata={}, index=0, seed=0, settings={})
+    folder = RecordFolder(tmp_path)
+    folder.append([old])
+    folder.append([old.scored("x", None, "why")])
+    folder.append([old.scored("x", None, "why").scored("x", 1.0, "")])
+    assert folder.merge() == {"a": old.scored("x", 1.0, "")} == RecordFolder(tmp_path).merge()
+    with pytest.raises(ValueError, match="is not finite; try --dtype float32"):
+        folder.keep([old], torch.full((1, 3, 8, 8), torch.nan))
+
+
+# ---- prompt files as users have them ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, count",
+    [
+        ("drawbench/test.txt", "A red colored car.\nA black colored car.\nA red colored car.\n", 3),
+        ("ocr/test.txt", 'A shop sign that says "Fresh Bread"\nA badge reading "½ off"\n', 2),
+        ("color_val.txt", "a green bench and a blue bowl\nA bathroom with green tile\n", 2),
+        ("test_metadata.jsonl", f"{json.dumps(GENEVAL)}\n" * 4, 4),
+    ],
+)
+def test_prompt_files_as_users_have_them(world, tmp_path, name, text, count):
+    """Every line counts, also where files repeat them; --count 0 takes all."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    files = ["--prompts", f"t={file}", "--heldout", "--rewards", f"t={HERE}:bright", "--adapters"]
+    folder = tmp_path / "records"
+    evaluate.main(flags(world, folder, *files, "--count", "0", "--per-prompt", "1"))
+    assert len(lines(folder)) == count
+    assert {row["prompt"] for row in lines(folder)} <= {*text.splitlines(), GENEVAL["prompt"]}
+    assert {row["tag"] for row in lines(folder)} == ({"counting"} if name.endswith("l") else {""})

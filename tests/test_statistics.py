@@ -1,0 +1,176 @@
+"""Means, errors, sub-scores, diversity, the table: closed forms, a bootstrap, records made by hand."""
+
+import base64
+import math
+
+import numpy as np
+import pytest
+
+from opd.records import Record
+from opd.statistics import (
+    ALL,
+    DIVERSITY,
+    TAGS,
+    average_of_paper,
+    best_of_prompt,
+    clustered,
+    diversity_of,
+    summarise,
+)
+from opd.tables import label, number, remarks, scores_of, table
+
+
+def record(row="student", task="t", prompt="p", index=0, tag="", thumbnail="", reasons=None, **scores):
+    return scored(scores, row, task, prompt, index, tag, thumbnail, reasons)
+
+
+def scored(scores, row="student", task="t", prompt="p", index=0, tag="", thumbnail="", reasons=None):
+    file = f"{row}/{task}/{prompt}/{index}.png"
+    place = dict(file=file, row=row, split="held-out", task=task, tag=tag, prompt=prompt, index=index)
+    made = dict(metadata={}, seed=0, settings={}, thumbnail=thumbnail)
+    return Record(**place, **made, scores=scores, reasons=reasons or {})
+
+
+# ---- errors -----------------------------------------------------------------------------------------
+
+
+def test_the_error_of_independent_values_is_the_textbooks():
+    values = np.random.default_rng(0).normal(2.0, 3.0, 50)
+    mean, error = clustered(values.tolist(), [str(i) for i in range(50)])
+    assert mean == pytest.approx(values.mean()) and error == pytest.approx(values.std(ddof=1) / math.sqrt(50))
+
+
+def draws(seed: int, sizes: list[int], spread: float, noise: float):
+    """Values of prompts that differ, several of each."""
+    random = np.random.default_rng(seed)
+    values, prompts = [], []
+    for prompt, size in enumerate(sizes):
+        values += list(random.normal(random.normal(0, spread), noise, size))
+        prompts += [f"prompt {prompt}"] * size
+    return values, prompts
+
+
+@pytest.mark.parametrize("spread, noise", [(1.0, 0.3), (0.1, 1.0)])
+def test_the_error_agrees_with_a_bootstrap_over_prompts(spread, noise):
+    """Prompts of unequal size drawn with replacement; the plain error of the mean is far off where prompts
+    differ much."""
+    values, prompts = draws(1, [2, 4, 6, 8] * 20, spread, noise)
+    mean, error = clustered(values, prompts)
+    groups = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        groups.setdefault(prompt, []).append(value)
+    sums = np.array([sum(group) for group in groups.values()])
+    sizes = np.array([len(group) for group in groups.values()])
+    drawn = np.random.default_rng(2).integers(len(sums), size=(20000, len(sums)))
+    bootstrap = (sums[drawn].sum(1) / sizes[drawn].sum(1)).std()
+    assert error == pytest.approx(bootstrap, rel=0.05)
+    plain = np.std(values, ddof=1) / math.sqrt(len(values))
+    assert (error > 1.7 * plain) == (spread > noise)
+
+
+def test_few_values_have_no_error():
+    assert clustered([], []) == pytest.approx((math.nan, math.nan), nan_ok=True)
+    mean, error = clustered([1.0, 2.0], ["a", "a"])
+    assert mean == 1.5 and math.isnan(error)
+
+
+# ---- cells ------------------------------------------------------------------------------------------
+
+
+def test_sub_scores_per_picture_and_per_prompt():
+    """Worked out by hand: counting has pictures 1 0 | 0 0, colors 1 1 | None 1 | 0."""
+    scores = {("counting", "two cats"): [1, 0], ("counting", "three cats"): [0, 0]}
+    scores |= {("colors", "a red cat"): [1, 1], ("colors", "a blue cat"): [None, 1], ("colors", "a cat"): [0]}
+    records = []
+    for (tag, prompt), values in scores.items():
+        for index, value in enumerate(values):
+            records.append(record(prompt=prompt, tag=tag, index=index, geneval=value))
+    cells = {cell.tag: cell for cell in summarise(records, {"geneval": 2.0})}
+    assert list(cells) == [ALL, "colors", "counting", TAGS]
+    whole = cells[ALL]
+    assert (whole.n, whole.missing, whole.prompts) == (8, 1, 5)
+    assert (whole.mean, whole.best, whole.scaled) == (0.5, 3 / 5, 0.25)
+    assert (cells["colors"].mean, cells["colors"].best) == (3 / 4, 2 / 3)
+    assert (cells["counting"].mean, cells["counting"].best) == (1 / 4, 1 / 2)
+    overall = cells[TAGS]
+    assert (overall.mean, overall.n, overall.prompts) == (1 / 2, 8, 5)
+    parts = (cells["colors"].error, cells["counting"].error)
+    assert overall.error == pytest.approx(math.hypot(*parts) / 2)
+    assert best_of_prompt([0.1, 0.3, 0.2], ["a", "b", "a"]) == ([0.2, 0.3], ["a", "b"])
+
+
+def test_the_papers_average():
+    """Its own row of the base: .63, .59, 4.07, 21.64."""
+    records = [record(task="geneval", geneval=0.6, tag="a"), record(task="geneval", geneval=0.66, tag="b")]
+    records += [record(task="geneval", geneval=0.6, tag="a", prompt="q", index=2)]  # tags weigh the same
+    records += [record(task="ocr", ocr=0.59, prompt=str(i), index=i) for i in range(3)]
+    records += [record(task="drawbench", deqa=4.07, pickscore=21.64)]
+    divisors = {"geneval": 1.0, "ocr": 1.0, "deqa": 5.0, "pickscore": 26.0}
+    cells = summarise(records, divisors)
+    expected = (0.63 + 0.59 + 4.07 / 5 + 21.64 / 26) / 4
+    assert average_of_paper(cells, "student", "held-out") == pytest.approx(expected)
+    assert average_of_paper([c for c in cells if c.scorer != "deqa"], "student", "held-out") is None
+    text = table(cells, {"geneval": "geneval", "ocr": "ocr", "drawbench": "deqa"}, "note")
+    heading, row = text.splitlines()[2:4]
+    assert heading.split()[-1] == "Avg" and row.split()[-1] == f"{expected:.3f}"
+    assert "drawbench:pickscore" in heading and "21.64" in row
+    assert "scaled" in text and f"{21.64 / 26:.3f}" in text
+
+
+# ---- diversity --------------------------------------------------------------------------------------
+
+
+def thumbnail(pixels) -> str:
+    return base64.b64encode(np.asarray(pixels, dtype=np.uint8).tobytes()).decode()
+
+
+def test_diversity_is_the_distance_of_pictures_of_one_prompt():
+    black, white = thumbnail(np.zeros(192)), thumbnail(np.full(192, 255))
+    place = ("student", "held-out", "t")
+    records = [record(prompt="a", thumbnail=black), record(prompt="b", thumbnail=white)]
+    assert diversity_of(place, records) == []  # each prompt has one
+    records += [record(prompt="a", thumbnail=black), record(prompt="b", thumbnail=black)]
+    [cell] = diversity_of(place, records)
+    assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (DIVERSITY, 0.5, 2, 2)
+    [cell] = diversity_of(place, [*records, record(prompt="b", thumbnail=black)])  # pairs 1, 1, 0
+    assert cell.mean == pytest.approx((0 + 2 / 3) / 2)
+    noise = np.random.default_rng(0).integers(256, size=(40, 192))
+    [cell] = diversity_of(place, [record(thumbnail=thumbnail(pixels)) for pixels in noise])
+    assert cell.mean == pytest.approx(math.sqrt(1 / 6), abs=0.01)
+
+
+# ---- the table --------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_means_errors_and_what_is_behind_them():
+    records = []
+    for row, shift in (("base", 0.0), ("student", 0.25)):
+        for index in range(8):
+            value = 0.5 * (index % 2) + shift
+            scores = {"m:own": value, "0.5*m:a+m:b": 20 * value}
+            tag = "odd" if index % 2 else "even"
+            records.append(scored(scores, row=row, prompt=str(index // 2), index=index, tag=tag))
+    cells = summarise(records, {"m:own": 1.0, "0.5*m:a+m:b": 1.0})
+    first = {"t": "m:own"}
+    lines = table(cells, first, "n=8").splitlines()
+    assert lines[:2] == ["n=8", ""]
+    assert lines[2].split() == ["held-out", "t", "t:0.5*a+b", "mean"]
+    assert lines[3].split() == ["base", "0.250", "±.000", "5.000", "±.000", "0.250", "±.000"]
+    assert lines[4].split()[:3] == ["student", "0.500", "±.000"]
+    assert lines[6].split() == "held-out t: own best of prompt even odd mean of tags".split()
+    assert lines[8].split()[:3] == ["student", "0.750", "0.250"]
+    assert scores_of(cells, first)["student"] == {"held-out": {"t": 0.5, "mean": 0.5}}
+    assert label("0.5*m.n:a + m:b@/weights/x") == "0.5*a + b@/weights/x"
+    assert label("deqa@http://host.name:8000/v1") == "deqa@http://host.name:8000/v1"
+    assert [number(21.644, 0.25), number(-0.5, math.nan)] == ["21.64 ±.25", "-0.500"]
+
+
+def test_missing_scores_and_constant_scorers_are_said():
+    records = [record(prompt=str(i), index=i, ocr=0.0) for i in range(8)]
+    records += [record(prompt="x", index=8, ocr=None, reasons={"ocr": "took longer than 60 s"})]
+    [missing, constant] = remarks(summarise(records, {"ocr": 1.0}), records)
+    assert missing == "student, held-out t, ocr: 1 of 9 pictures have no score: took longer than 60 s"
+    assert constant == "student, held-out t, ocr: all 8 pictures have the same score, 0"
+    nothing = [record(prompt=str(i), index=i, ocr=None, reasons={"ocr": "why"}) for i in range(2)]
+    cells = summarise(nothing, {"ocr": 1.0})
+    assert math.isnan(cells[0].mean) and "nan" in table(cells, {"t": "ocr"}, "")
