@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from opd import adapters, flow, kernels, merging, ranks, routing, trajectory
 from opd.adapters import BASE, START, STUDENT
+from opd.card import check_login
 from opd.conditioning import TextBatch
 from opd.config import Distil, Finetune, Grow, Run
 from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
@@ -64,6 +65,7 @@ def main() -> None:
         if cfg.dry_run:
             print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]))
             return
+        check_login(cfg.push)
         device = ranks.start()
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
@@ -76,6 +78,7 @@ def main() -> None:
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     report.table(trained)
+    report.close()
     say(f"run folder: {folder.path}")
     ranks.stop()
 
@@ -114,6 +117,7 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
             folder.save(trained, done)
         if due(done, cfg.sample_every, cfg.iterations):
             report.sample_grid(trained, done)
+        report.show(done)
     say_phases(folder.metrics())
     folder.curves()
 

@@ -1,6 +1,7 @@
 """The settings that several stages share. The stages, and the family tree of all classes: opd/config.py."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +80,8 @@ class Logistics:
     folder, where sample.py and opd.evaluate find it. 0 = --guidance."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
+    push: str = ""
+    """Hub repository OWNER/NAME that gets the student's folder when the run ends; private if it is new."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
@@ -91,6 +94,8 @@ class Logistics:
         at_least_one(self, "eval_steps")
         finite(self, "deploy_guidance")
         positive(self, "cache_gb")
+        named = self.push == "" or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push) is not None
+        require(named, f"--push {self.push!r}: write a Hub repository as OWNER/NAME")
         not_negative(self, "sample_every")
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         size = self.shard_size

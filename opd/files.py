@@ -58,10 +58,10 @@ def resolve(source: str) -> Path:
 
 
 # What a pipeline needs of its Hub repository, which may hold all weights again: as one file for other tools,
-# in half precision, in other formats.
+# in half precision, in other formats. Its README.md states the licence, which a student's card repeats.
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer")
 FURTHER = ("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3")
-PIPELINE_FILES = ["model_index.json", *(f"{part}/*" for part in PARTS + FURTHER)]
+PIPELINE_FILES = ["model_index.json", "README.md", *(f"{part}/*" for part in PARTS + FURTHER)]
 IGNORED = ["*.fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from opd import gallery, tables
 from opd.adapters import BASE, START, STUDENT
+from opd.card import push_student, write_card
 from opd.config import Distil, Finetune, Run
 from opd.data import Prompt, load_tasks
 from opd.files import replace, write_json
@@ -11,12 +12,13 @@ from opd.gallery import Judge, Row, Sampling
 from opd.images import Images
 from opd.model import Model
 from opd.optim import Trained, due
+from opd.page import write_page
 from opd.pictures import labelled_grid, save_image
 from opd.ranks import say
 from opd.records import LINES, Record, write_lines
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
-from opd.statistics import summarise
+from opd.statistics import Cell, summarise
 
 
 class Report:
@@ -32,6 +34,9 @@ class Report:
     ):
         self.cfg, self.model, self.folder = cfg, model, folder
         self.texts = fixed_texts(data)
+        self.cells: list[Cell] = []
+        self.text = ""
+        """The table, once there is one."""
         self.splits = {}
         self.scorers = {}
         if is_scored(cfg):
@@ -78,6 +83,7 @@ class Report:
         if self.folder.active:
             grid = labelled_grid({f"{done}": list(images)}, self.texts)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
+            self.folder.picture("samples", grid, done)
 
     def table(self, trained: Trained) -> None:
         """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
@@ -105,6 +111,27 @@ class Report:
             write_json(self.folder.path / "cells.json", [asdict(cell) for cell in cells])
             write_json(self.folder.path / "scores.json", tables.scores_of(cells, first))
             replace(self.folder.path / "table.txt", lambda path: path.write_text(text + "\n"))
+        self.cells, self.text = cells, text
+
+    def show(self, done: int) -> None:
+        """As often as the run saves: a card beside each exported student, and report.html."""
+        if due(done, self.cfg.save_every, self.cfg.iterations):
+            self.write(done)
+
+    def close(self) -> None:
+        """Card and page with all that is known in the end; then the upload, if there is to be one."""
+        self.write(self.cfg.iterations)
+        if self.folder.active and self.cfg.push:
+            say(push_student(self.folder.path / "student", self.cfg.push))
+
+    def write(self, done: int) -> None:
+        if not self.folder.active:
+            return
+        path = self.folder.path
+        for student in (path / "student", path / "checkpoints" / f"{done:06d}"):
+            if student.is_dir():
+                write_card(student, self.cfg, self.model, done, self.cells, self.text)
+        write_page(path)
 
 
 def rows_of_table(cfg: Run) -> dict[str, Row]:

@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from opd.config import Logistics, Run, Scores
@@ -148,6 +150,15 @@ class RunFolder:
         elif self.tracker_name == "tensorboard":
             for key, value in flat.items():
                 self.tracker.add_scalar(key, value, row["step"])
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """A picture for the tracker."""
+        if self.tracker_name == "wandb":
+            from wandb import Image as Logged
+
+            self.tracker.log({name: Logged(image)}, step=step)
+        elif self.tracker_name == "tensorboard":
+            self.tracker.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def metrics(self) -> list[dict]:
         file = self.path / "metrics.jsonl"

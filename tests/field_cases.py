@@ -96,6 +96,7 @@ LOGISTICS = {
     "eval_steps": Case([2], changes=("pictures",), keeps=WEIGHTS, under=PICTURES),
     "deploy_guidance": Case([2.0], changes=("pictures",), keeps=(*WEIGHTS, "rows"), under=PICTURES),
     "tracker": Case(["tensorboard"], changes=("files",), keeps=(*WEIGHTS, "rows")),
+    "push": Case(["nonsense"], refused="--push 'nonsense': write a Hub repository as OWNER/NAME"),
     "dry_run": Case([True], changes=("printed", "files", "student", "passes")),
 }
 EVERY_RUN = LOGISTICS | {

@@ -74,7 +74,7 @@ def test_a_pipeline_without_one_of_its_folders_is_named(part, world, tmp_path):
 
 # As SD3.5-Medium's repository lists them: all weights are there three times.
 WANTED = """
-model_index.json scheduler/scheduler_config.json
+README.md model_index.json scheduler/scheduler_config.json
 text_encoder/config.json text_encoder/model.safetensors
 text_encoder_2/config.json text_encoder_2/model.safetensors
 text_encoder_3/config.json text_encoder_3/model.safetensors.index.json
@@ -85,7 +85,7 @@ transformer/config.json transformer/diffusion_pytorch_model.safetensors
 vae/config.json vae/diffusion_pytorch_model.safetensors
 """.split()
 UNWANTED = """
-README.md LICENSE.md mmdit-x.png sd3.5_medium.safetensors SD3.5M_example_workflow.json
+LICENSE.md mmdit-x.png sd3.5_medium.safetensors SD3.5M_example_workflow.json
 text_encoders/clip_g.safetensors text_encoders/t5xxl_fp16.safetensors
 text_encoder/model.fp16.safetensors text_encoder_3/model.fp16-00001-of-00002.safetensors
 text_encoder_3/model.safetensors.index.fp16.json

@@ -18,7 +18,7 @@ opd.kernels
 opd.kernels.aot opd.kernels.bench
 opd.trajectory opd.ranks opd.files opd.flags
 opd.routing opd.estimators
-opd.pictures opd.data opd.lora_files
+opd.pictures opd.data opd.lora_files opd.svg
 opd.merging
 opd.config_base
 opd.config
@@ -36,9 +36,9 @@ opd.deployment
 opd.records
 opd.gallery opd.statistics
 opd.images opd.teachers opd.optim opd.layouts opd.tables opd.diagnostics
-opd.evaluate
+opd.evaluate opd.card
 opd.runfolder opd.grpo opd.sft opd.probe
-opd.judging
+opd.judging opd.page
 opd.report
 opd.study
 opd.mini

@@ -134,7 +134,7 @@ def test_first_command_ends_with_the_table(run):
             assert list(row[split]) == ["compose", "text", "quality", "mean"]
             assert row[split]["mean"] == pytest.approx(sum(row[split][t] for t in world.TASKS) / 3)
     assert (out / "table.txt").read_text().strip() in printed
-    assert scores["text"]["train"]["text"] > scores["compose"]["train"]["text"]
+    assert scores["text"]["train"]["text"] > scores["base"]["train"]["text"]
 
 
 def test_run_folder_holds_everything(run):
@@ -147,6 +147,8 @@ def test_run_folder_holds_everything(run):
         "student/adapter_model.safetensors",
         "student/adapter_config.json",
         "student/pytorch_lora_weights.safetensors",
+        "student/README.md",
+        "report.html",
         "checkpoints/000002",
         "state.safetensors",
     ):
@@ -160,7 +162,6 @@ def test_run_folder_holds_everything(run):
         "compose",
         "text",
         "quality",
-        "anchor",
     } <= set(row)
     assert row["effective_batch"] == 6 and len(row["compose"]["kl"]) == PRESETS["mini"].queries
 

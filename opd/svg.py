@@ -1,0 +1,123 @@
+"""Charts as SVG in text: curves over steps, and a heat map of noise level by step."""
+
+import html
+import math
+from dataclasses import dataclass
+
+COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#66aadd", "#dd99aa")
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 260, 56, 30, 30, 110
+MOST = 400  # points of a curve, and
+COLUMNS = 80  # columns of a heat map: more cannot be told apart
+
+
+@dataclass(frozen=True)
+class Curve:
+    name: str
+    points: list[tuple[float, float]]
+    """(step, value), finite."""
+
+
+def chart(title: str, curves: list[Curve], logarithmic: bool) -> str:
+    """Curves over steps, in one frame; the scale of values may be logarithmic."""
+    values = [scaled(value, logarithmic) for curve in curves for _, value in curve.points]
+    steps = [step for curve in curves for step, _ in curve.points]
+    x_of = axis(min(steps), max(steps), LEFT, WIDTH - RIGHT)
+    y_of = axis(min(values), max(values), HEIGHT - BOTTOM, TOP)
+    body = [text(LEFT, 16, title)]
+    for value in ticks(min(values), max(values)):
+        shown = 10**value if logarithmic else value
+        y = y_of(value)
+        body.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        body.append(text(LEFT - 6, y + 4, f"{shown:.3g}", "end"))
+    for step in dict.fromkeys([min(steps), max(steps)]):
+        body.append(text(x_of(step), HEIGHT - 10, f"step {step:g}", "middle"))
+    for number, curve in enumerate(curves):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(
+            f"{x_of(step):.1f},{y_of(scaled(value, logarithmic)):.1f}"
+            for step, value in thinned(curve.points)
+        )
+        label = html.escape(curve.name)
+        body.append(
+            f'<polyline fill="none" stroke="{colour}" points="{points}"><title>{label}</title></polyline>'
+        )
+        y = TOP + 10 + 16 * number
+        body.append(f'<rect x="{WIDTH - RIGHT + 10}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+        body.append(text(WIDTH - RIGHT + 25, y, curve.name))
+    return frame(WIDTH, max(HEIGHT, TOP + 20 + 16 * len(curves)), body)
+
+
+def heat_map(title: str, columns: list[tuple[int, dict[str, float]]]) -> str:
+    """`columns`: (step, {sigma: value}). Steps that share a column are averaged; colours are logarithmic,
+    from light (small) to dark."""
+    sigmas = sorted({sigma for _, values in columns for sigma in values}, key=float, reverse=True)
+    bins = min(COLUMNS, len(columns))
+    cells = {}
+    for place, (_, values) in enumerate(columns):
+        for sigma, value in values.items():
+            cells.setdefault((place * bins // len(columns), sigma), []).append(value)
+    means = {key: sum(values) / len(values) for key, values in cells.items()}
+    logs = [math.log10(mean) for mean in means.values() if 0 < mean < math.inf]
+    low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
+    side, height = (WIDTH - LEFT - 20) / bins, 16
+    bottom = TOP + height * len(sigmas)
+    body = [text(LEFT, 16, title)]
+    for line, sigma in enumerate(sigmas):
+        y = TOP + height * line
+        body.append(text(LEFT - 6, y + 12, sigma, "end"))
+        for column in range(bins):
+            fill, said = "#eee", "not measured"
+            if (column, sigma) in means:
+                mean = means[column, sigma]
+                fill, said = shade(mean, low, high), f"{mean:.3g}"
+            x = LEFT + side * column
+            where = f'x="{x:.1f}" y="{y}" width="{side + 0.3:.1f}" height="{height}"'
+            body.append(f'<rect {where} fill="{fill}"><title>sigma {sigma}: {said}</title></rect>')
+    first, last = columns[0][0], columns[-1][0]
+    body.append(text(LEFT, bottom + 16, f"step {first}"))
+    body.append(text(WIDTH - 20, bottom + 16, f"step {last}", "end"))
+    if logs:
+        body.append(text(WIDTH / 2, bottom + 16, f"{10**low:.2g} to {10**high:.2g}", "middle"))
+    return frame(WIDTH, bottom + 26, body)
+
+
+def shade(mean: float, low: float, high: float) -> str:
+    """Light blue to dark blue by logarithm; black where it is no number, white for zero."""
+    if not math.isfinite(mean):
+        return "#000"
+    if mean <= 0:
+        return "#fff"
+    place = 0.5
+    if high > low:
+        place = (math.log10(mean) - low) / (high - low)
+    return f"hsl(215 {40 + 30 * place:.0f}% {93 - 68 * place:.0f}%)"
+
+
+def scaled(value: float, logarithmic: bool) -> float:
+    return math.log10(value) if logarithmic and value > 0 else value
+
+
+def axis(low: float, high: float, start: float, end: float):
+    """The map of [low, high] onto [start, end]; the middle where both are the same."""
+    if high == low:
+        return lambda value: (start + end) / 2
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    return [low + (high - low) * i / 4 for i in range(5)] if high > low else [low]
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Every so many of them, and the last."""
+    stride = math.ceil(len(points) / MOST)
+    return [*points[:-1:stride], *points[-1:]]
+
+
+def text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
+
+
+def frame(width: float, height: float, body: list[str]) -> str:
+    inside = "\n".join(body)
+    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">{inside}</svg>'

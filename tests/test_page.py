@@ -1,0 +1,292 @@
+"""report.html and the card of a real run, a page made by hand, the upload up to the Hub's boundary."""
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from opd import card, page, ranks
+from opd.runfolder import RunFolder
+from opd.settings import to_json
+from opd.svg import Curve, chart, heat_map
+from tests import tiny
+
+
+class Hub:
+    """What of huggingface_hub.HfApi is used."""
+
+    calls = []
+    known = True
+    broken = False
+
+    def whoami(self):
+        if not self.known:
+            raise OSError("no token\nand more")
+        self.calls.append(("whoami",))
+
+    def create_repo(self, name, **settings):
+        if self.broken:
+            raise ConnectionError("the network is down")
+        self.calls.append(("create_repo", name, settings))
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        names = sorted(file.name for file in folder_path.iterdir())
+        self.calls.append(("upload_folder", repo_id, names, (folder_path / "README.md").read_text()))
+
+
+def run(cfg, folder):
+    file = folder / "settings.json"
+    file.write_text(json.dumps(to_json(cfg)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", str(file)])
+        patch.setattr(card, "HfApi", Hub)
+        try:
+            train.main()
+        finally:
+            if torch.distributed.is_initialized():
+                ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def settings(world, tmp_path_factory):
+    """Saves and grids after steps 2 and 3, a table at the end, pictures to tensorboard, a push."""
+    return tiny.config(
+        world,
+        out=str(tmp_path_factory.mktemp("page") / "my <run>"),
+        iterations=3,
+        save_every=2,
+        sample_every=2,
+        evaluate=True,
+        heldout={"red": str(world / "red.txt")},
+        rewards=dict.fromkeys(tiny.PROMPTS, "tests.field_cases:brightness"),
+        eval_prompts=5,
+        eval_steps=2,
+        deploy_guidance=1.5,
+        tracker="tensorboard",
+        push="me/my-student",
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(settings, tmp_path_factory):
+    Hub.calls.clear()
+    run(settings, tmp_path_factory.mktemp("settings"))
+    return Path(settings.out)
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def named(self, name):
+        return [attributes for tag, attributes in self.found if tag == name]
+
+
+def check_self_contained(text):
+    """No element that loads anything, no address but pictures that are in the page."""
+    tags = Tags(text)
+    assert not [tag for tag, _ in tags.found if tag in ("script", "link", "iframe", "object", "a", "form")]
+    addresses = [
+        value
+        for _, attributes in tags.found
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "poster", "xlink:href")
+    ]
+    assert all(address.startswith("data:image/") for address in addresses)
+    assert "url(" not in text and "@import" not in text
+    [policy] = [meta["content"] for meta in tags.named("meta") if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none'")
+    return tags
+
+
+# ---- the page ---------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_run(folder):
+    text = (folder / "report.html").read_text()
+    tags = check_self_contained(text)
+    assert "<h1>my &lt;run&gt;</h1>" in text and "step 3 of 3" in text
+    assert len(tags.named("img")) == len(list((folder / "samples").iterdir())) == 2
+    for title in ("loss, nats per dimension", "gradient norm", "red: KL by sigma and step"):
+        assert title in text
+    table = (folder / "table.txt").read_text()
+    assert table.splitlines()[-1] in text.replace("&lt;", "<")
+    assert "--config" in text and "opd.evaluate" in text and "deploy_guidance" in text
+
+
+def test_the_page_is_written_at_every_save(settings, world, tmp_path):
+    """Before the run ends: after two steps of three, with the card of that checkpoint."""
+    cfg = replace(settings, out=str(tmp_path / "stopped"), push="", tracker="none", evaluate=False)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def note(self, row):
+            seen.append((Path(cfg.out) / "report.html").is_file())
+
+        patch.setattr(RunFolder, "log", note)
+        run(cfg, tmp_path)
+    assert seen == [False, False, True]
+    assert "2 steps" in (Path(cfg.out) / "checkpoints/000002/README.md").read_text()
+    assert "3 steps" in (Path(cfg.out) / "student/README.md").read_text()
+
+
+def by_hand(folder, rows, pictures=0, width=20):
+    (folder / "samples").mkdir(parents=True)
+    settings = {"stage": "opd", "model": "m<o>del", "family": "sd3", "iterations": 30, "full": False}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in range(1, pictures + 1):
+        Image.fromarray(np.full((4, width, 3), step, np.uint8)).save(folder / "samples" / f"{step:06d}.png")
+    page.main([str(folder)])
+    return (folder / "report.html").read_text()
+
+
+def test_a_strip_of_pictures_from_the_first_to_the_last(tmp_path):
+    text = by_hand(tmp_path / "many", [], pictures=30)
+    steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)<", text)]
+    assert steps[0] == 1 and steps[-1] == 30 and len(steps) == 12 and steps == sorted(set(steps))
+    assert "Curves" not in text and "m&lt;o&gt;del" in text
+    wide = by_hand(tmp_path / "wide", [], pictures=1, width=3000)
+    [picture] = check_self_contained(wide).named("img")
+    assert picture["src"].startswith("data:image/jpeg;base64,")
+
+
+def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path):
+    watched = {"text": 0.5, "failed": float("nan")}
+    rows = [{"step": step, "reward": {"text": step / 10}, "watch": watched} for step in range(1, 5)]
+    text = by_hand(tmp_path / "run", [*rows, {"step": 5, "reward": {"text": float("nan")}}])
+    assert "<text" in text and "reward" in text and "held-out score" in text
+    assert "gradient norm" not in text and "KL" not in text
+    cut = tmp_path / "run" / "metrics.jsonl"
+    cut.write_text(cut.read_text() + '{"step": 6, "rew')
+    page.main([str(tmp_path / "run")])
+    assert "step 5 of 30" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_curve_goes_through_its_points():
+    """Equal steps are equally far apart; a logarithmic scale makes equal factors equal heights."""
+    svg = chart("t", [Curve("a", [(0, 1.0), (5, 10.0), (10, 100.0)])], True)
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="(.*?)"', svg)[1].split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y1 - y0 == pytest.approx(y2 - y1, abs=0.11)
+    assert x0 < x1 and y0 > y1  # SVG's y runs downwards
+    flat = chart("t", [Curve("a<", [(1, 2.0)])], False)
+    assert "a&lt;" in flat and "nan" not in flat
+    long = chart("t", [Curve("a", [(i, 1.0) for i in range(5000)])], False)
+    assert len(re.search(r'points="(.*?)"', long)[1].split()) < 500 and "step 4999" in long
+
+
+def test_a_heat_map_is_darker_where_the_kl_is_larger():
+    columns = [(step, {"1.000": 10.0**-step, "0.500": 10.0}) for step in range(3)]
+    svg = heat_map("t", [*columns, (3, {"0.500": float("inf")})])
+    cells = re.findall(r'fill="(.*?)"><title>sigma (.*?): (.*?)</title>', svg)
+    assert len(cells) == 2 * 4
+    shades = {
+        (sigma, said): int(re.search(r"(\d+)%\)", fill)[1]) for fill, sigma, said in cells if "hsl" in fill
+    }
+    assert shades["1.000", "1"] < shades["1.000", "0.1"] < shades["1.000", "0.01"]
+    assert shades["0.500", "10"] < shades["1.000", "1"]
+    assert ("#eee", "1.000", "not measured") in cells and ("#000", "0.500", "inf") in cells
+    many = heat_map("t", [(step, {"1.000": 1.0}) for step in range(1000)])
+    assert many.count("<title>") == 80
+
+
+def test_no_run_folder_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="error: .*is no run folder: it has no config.json"):
+        page.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="usage"):
+        page.main([])
+
+
+# ---- the card ---------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_the_student_is(world, folder):
+    file = folder / "student" / "README.md"
+    loaded = ModelCard(file.read_text())
+    data, text = loaded.data, loaded.text
+    assert data.pipeline_tag == "text-to-image" and data.library_name == "diffusers"
+    assert data.base_model is None  # a local path means nothing on the Hub
+    for name in ("red", "blue"):
+        digest = hashlib.sha256((world / name / "adapter_model.safetensors").read_bytes()).hexdigest()
+        assert f"teacher {name}: `{world / name}`, sha256 `{digest}`" in text
+    assert "guidance: 1.5" in text and "resolution: 8 px" in text and "3 steps" in text
+    assert "licence of the base: not known" in text
+    cells = json.loads((folder / "cells.json").read_text())
+    [cell] = [c for c in cells if (c["row"], c["split"], c["tag"]) == ("student", "held-out", "")]
+    assert cell["n"] == 5
+    [result] = [r for r in data.eval_results if r.dataset_name == "red (held-out)"]
+    assert result.metric_value == pytest.approx(cell["mean"], abs=1e-4) and "n=5" in result.metric_name
+    assert re.search(r"\| red \(held-out\) \| `brightness` \| \d\.\d+ ±\.\d+ \| 5 \|", text)
+    assert (folder / "table.txt").read_text().strip() in text
+
+
+def test_the_base_and_its_licence_are_named_where_they_are_known(settings, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: community\n---\n# Base\n")
+    model = SimpleNamespace(folder=tmp_path)
+    cfg = replace(settings, model="owner/base")
+    data = card.front_matter(cfg, model, [])
+    assert (data.base_model, data.license, data.license_name) == ("owner/base", "other", "community")
+    assert card.licence_text(model) == " (licence of the base: community)"
+
+
+# ---- the Hub and the trackers -----------------------------------------------------------------------
+
+
+def test_the_student_is_pushed_when_the_run_ends(folder):
+    [login, create, upload] = Hub.calls
+    assert login == ("whoami",) and create == (
+        "create_repo",
+        "me/my-student",
+        {"private": True, "exist_ok": True},
+    )
+    assert upload[1] == "me/my-student" and upload[3] == (folder / "student" / "README.md").read_text()
+    assert {"adapter_model.safetensors", "deployment.json", "README.md"} <= set(upload[2])
+    assert "## Scores" in upload[3] and "# my-student" in upload[3]
+
+
+def test_who_cannot_push_learns_it_first_and_a_failed_push_loses_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(card, "HfApi", Hub)
+    card.check_login("")
+    monkeypatch.setattr(Hub, "known", False)
+    with pytest.raises(ValueError, match=r"--push 'a/b': log in first .* \(OSError: no token\)"):
+        card.check_login("a/b")
+    monkeypatch.setattr(Hub, "broken", True)
+    said = card.push_student(tmp_path, "a/b")
+    assert "the network is down" in said and f"hf upload a/b {tmp_path}" in said
+
+
+def test_tensorboard_gets_the_grids(folder):
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("samples")] == [2, 3]
+    saved = Image.open(folder / "samples" / "000003.png")
+    assert (events.Images("samples")[1].width, events.Images("samples")[1].height) == saved.size
+
+
+def test_wandb_gets_the_grids(monkeypatch, tmp_path):
+    """Up to wandb's boundary, which is not installed here."""
+    logged = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
+    stub = SimpleNamespace(init=lambda **_: run, Image=lambda image: ("image", image.size))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    cfg = tiny.config(tmp_path, out=str(tmp_path / "run"), tracker="wandb")
+    folder = RunFolder(cfg, active=True)
+    folder.picture("samples", Image.new("RGB", (3, 2)), 7)
+    assert logged == [({"samples": ("image", (3, 2))}, 7)]
