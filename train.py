@@ -171,9 +171,9 @@ class Distillation:
     def step(self, step: int) -> tuple[dict, float]:
         """One optimizer step: (metrics, gradient norm)."""
         squares = self.accumulate(self.plan(step))
-        norm = self.trained.update(step)
-        # Read only now: the norm that the update needs was the step's first wait for the device.
         squares.collect()
+        # The step's only wait for the device; the table, sent before, has then arrived too.
+        norm = self.trained.update(step)
         squares.name_non_finite(step)
         metrics = squares.metrics()
         self.adapt_anchor(metrics)

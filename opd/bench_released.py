@@ -53,8 +53,8 @@ class Released:
         for batch, states in stored:
             squares_BTK = self.learn(plan, batch, states)
             squares.add(squares_BTK, plan.routed_NK[batch.samples], batch.real, plan.queried)
-        norm = self.trained.update(step)
         squares.collect()
+        norm = self.trained.update(step)
         return squares.metrics(), norm
 
     def batches(self, plan: Plan) -> list[MicroBatch]:

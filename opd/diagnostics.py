@@ -44,9 +44,11 @@ class Squares:
             self.counts_RT[-1, held] += sum(real)
 
     def collect(self) -> None:
-        """Sum over ranks (a collective) and fetch the table to the host, once per step."""
+        """Sum over ranks (a collective) and send the table to the host, without waiting for it: it must not
+        be read before something else has been waited for."""
         rows = len(self.sums_RT)
-        table = ranks.total(torch.cat([self.sums_RT, self.counts_RT, self.seen_T[None]])).double().cpu()
+        table = ranks.total(torch.cat([self.sums_RT, self.counts_RT, self.seen_T[None]])).double()
+        table = table.to("cpu", non_blocking=True)
         self.sums_RT, self.counts_RT, self.seen_T = table[:rows], table[rows:-1], table[-1]
 
     def name_non_finite(self, step: int) -> None:

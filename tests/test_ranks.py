@@ -114,8 +114,8 @@ def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra
 
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_path, shard_size):
-    """Counted in the real command on two ranks. Replicated: plain weights, one reduction of the LoRA's
-    gradients and one of the log's table per step. Sharded: a rank holds its half, and what was gathered is
+    """Counted in the real command on two ranks. Replicated: plain weights, one reduction of the log's table
+    and one of the LoRA's gradients per step. Sharded: a rank holds its half, and what was gathered is
     gone again."""
     arguments = torchrun(
         world,
@@ -133,9 +133,12 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
     counted = json.loads(line.removeprefix("COUNTED "))
-    trained, table = counted["trained"], 3 * 3 * 2  # teachers and anchor, states, sum and count
+    trained, table = (
+        counted["trained"],
+        (2 * 3 + 1) * 3,
+    )  # sums and counts of 2 teachers and anchor, samples; 3 states
     if shard_size == 1:
-        assert counted["reduced"] == [trained, table] * 3
+        assert counted["reduced"] == [table, trained] * 3
         assert counted["parameters"] == counted["whole"]
     else:
         assert counted["reduced"].count(table) == 3
