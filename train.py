@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, flow, kernels, merging, ranks, routing, trajectory
+from opd import adapters, compiled, flow, kernels, merging, ranks, routing, trajectory
 from opd.adapters import BASE, START, STUDENT
 from opd.card import check_login
 from opd.conditioning import TextBatch
@@ -111,6 +111,9 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
         if math.isfinite(norm) and folder.worth_logging(metrics, done):
             metrics |= {"grad_norm": norm, "lr": learning_rate(cfg, step)}
             metrics |= {"effective_batch": samples, "samples_per_second": samples / seconds}
+            metrics |= {"states_per_second": cfg.states_per_sample() * samples / seconds}
+            if cfg.compile:
+                metrics |= {"graphs": compiled.graphs()}
             folder.log({"step": done} | metrics)
             bar.set_postfix_str(f"loss={metrics['loss']:.4g}")
         if due(done, cfg.save_every, cfg.iterations):
@@ -395,6 +398,8 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     Returns the model, the data (prompts per task, or images with captions) and every reward of the run by its
     spec.
     """
+    if cfg.compile:
+        compiled.check_compiler()
     model = Model.plan(
         load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
     )
@@ -413,9 +418,11 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     if cfg.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     model.transformer.to(device)
+    blocks = model.family.blocks(model.transformer)
+    if cfg.compile:
+        compiled.compile_blocks(blocks)
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
-        blocks = model.family.blocks(model.transformer)
         ranks.shard(model.transformer, blocks, cfg.shard_size, model.dtype, device)
     return model, data, rewards
 

@@ -59,14 +59,12 @@ def use(transformer: torch.nn.Module, name: str):
     assert name == BASE or any(name in layer.scale for layer in layers), f"no adapter {name!r} is attached"
     before = [layer.slot for layer in layers]
     for layer in layers:
-        layer.slot = None
-        if name in layer.scale:
-            layer.slot = name
+        layer.switch(name)
     try:
         yield
     finally:
         for layer, slot in zip(layers, before, strict=True):
-            layer.slot = slot
+            layer.switch(slot)
 
 
 def lora_layers(transformer: torch.nn.Module) -> list[LoraLinear]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from opd import compiled
 from opd.bench_clock import PHASES, forget_peak, matmul_rate, measure
 from opd.bench_compare import compare
 from opd.bench_model import SIZES, Work, make_world, our_stage
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         if args.compare:
-            print(compare(ROOT, args.compare, args.iterations, args.rounds, args.flags))
+            settings = (args.iterations, args.rounds, args.flags, args.compile)
+            print(compare(ROOT, args.compare, *settings))
             return 0
         require(not args.flags, f"unknown arguments {args.flags}: flags of train.py go with --compare")
         work = work_of(args)
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     about.add_argument("--queries", type=int, default=0, help="states that are trained on; 0 = all")
     about.add_argument("--dtype", default="auto", help="auto, bfloat16, float32")
     about.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    about.add_argument("--compile", action="store_true", help="our structure, or this checkout, compiled")
     about.add_argument("--device", default="auto", help="auto, cpu, cuda")
     about.add_argument("--updates", type=int, default=3, help="the first one warms up")
     about.add_argument("--json", help="write everything that was measured to this file")
@@ -121,6 +124,8 @@ def check(args: argparse.Namespace, work: Work) -> None:
     devices = ("auto", "cpu", "cuda")
     require(args.device in devices, f"--device {args.device!r} is unknown; choose from {', '.join(devices)}")
     work.check()
+    if work.compile:
+        compiled.check_compiler()
     ours_only = work.stage == "opd" or args.structure == "ours"
     require(ours_only, f"--structure {args.structure} emulates distillation; use --structure ours with grpo")
     enough = "the first warms up, so at least 2 are needed"
@@ -248,6 +253,9 @@ def rows(numbers: dict) -> list[str]:
         f"{'share of matrix product':26}{numbers['matmul_share']:10.3f}",
         f"{'first update: loss':26}{numbers['loss']:10.4g}   gradient norm {numbers['grad_norm']:.4g}",
     ]
+    if numbers["graphs"] > 0:
+        later = numbers["graphs_later"]
+        lines.append(f"{'compiled graphs':26}{numbers['graphs']:10}   after the second update {later}")
     total = sum(numbers["phases"].values())
     for name, seconds in numbers["phases"].items():
         lines.append(f"  {name:24}{seconds / total:10.1%}")

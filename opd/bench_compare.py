@@ -13,9 +13,11 @@ from pathlib import Path
 from opd.flags import require
 
 
-def compare(root: Path, commit: str, iterations: int, rounds: int, flags: list[str]) -> str:
+def compare(
+    root: Path, commit: str, iterations: int, rounds: int, flags: list[str], compile: bool = False
+) -> str:
     """`train.py mini` in the checkout `root` and at `commit`, A B A B: seconds per update of both and their
-    ratio, in words.
+    ratio, in words. `compile`: with --compile here, and there without, where the flag may be unknown.
 
     ValueError for a commit that git does not know, too few updates, and a run that fails.
     """
@@ -30,7 +32,10 @@ def compare(root: Path, commit: str, iterations: int, rounds: int, flags: list[s
                 for number, (label, folder) in enumerate(folders.items()):
                     print(f"round {turn + 1} of {rounds}: {label}", file=sys.stderr, flush=True)
                     out = Path(temporary) / f"run-{turn}-{number}"
-                    seconds[label].append(timed_run(folder, out, iterations, flags))
+                    own = []
+                    if compile and folder is root:
+                        own = ["--compile"]
+                    seconds[label].append(timed_run(folder, out, iterations, [*own, *flags]))
     return summary(seconds)
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from opd import adapters
+from opd import adapters, compiled
 from opd.adapters import START, STUDENT, Lora
 from opd.config import Distil, Grow, Run
 from opd.data import Prompt, seed_of
@@ -127,6 +127,7 @@ class Work:
     queries: int
     dtype: str
     checkpointing: bool
+    compile: bool
 
     def check(self) -> None:
         """ValueError that names the flag, its value and what to change."""
@@ -182,6 +183,7 @@ class Work:
             steps=self.states,
             guidance=self.guidance,
             checkpointing=self.checkpointing,
+            compile=self.compile,
             warmup=0,
             decay="constant",
             evaluate=False,
@@ -278,6 +280,8 @@ def our_stage(world: World) -> Distillation | Growing:
     for name, lora in world.teachers.items():
         adapters.attach(model.transformer, name, lora, model.dtype)
     attach_student(world)
+    if cfg.compile:
+        compiled.compile_blocks(model.family.blocks(model.transformer))
     trained = Trained(cfg, model)
     if isinstance(cfg, Distil):
         return Distillation(cfg, model, world.pools, {}, trained)

@@ -97,6 +97,9 @@ class Distil(Rollout):
         self.check_likelihood()
         self.check_rewards()
 
+    def states_per_sample(self) -> int:
+        return self.queries or self.states()
+
     def check_walk(self) -> None:
         for number in self.query_beta:
             inside = 0 < number < math.inf
@@ -306,6 +309,9 @@ class Grow(Rollout):
     def training_rewards(self) -> dict[str, str]:
         """Task -> reward that training asks."""
         return {task: self.train_rewards[task] for task in self.prompts}
+
+    def states_per_sample(self) -> int:
+        return self.window or self.states()
 
     def check_window(self) -> None:
         low, high = self.window_range

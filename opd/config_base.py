@@ -29,6 +29,8 @@ METRICS = (
     "lr",
     "effective_batch",
     "samples_per_second",
+    "states_per_second",
+    "graphs",
     "seconds",
     "watch",
     "cosine",
@@ -63,6 +65,8 @@ class Logistics:
     """Samples per forward pass on one rank."""
     checkpointing: bool = False
     """Recompute activations in backward: less memory, one more forward."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps."""
     shard_size: int = 1
     """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid."""
     max_bad_steps: int = 5
@@ -206,6 +210,10 @@ class Run(Logistics):
         """Trajectories, or images, of one step over all ranks."""
         return self.prompts_per_step
 
+    def states_per_sample(self) -> int:
+        """States of a trajectory that a step trains on; an image is noised once."""
+        return 1
+
     def deployed_guidance(self) -> float:
         """The guidance that the student is to be sampled with."""
         if self.deploy_guidance == 0:
@@ -308,6 +316,9 @@ class Rollout(Run, Scores):
     def states(self) -> int:
         """How many states of a trajectory can be trained on."""
         return self.steps - self.skip_last
+
+    def states_per_sample(self) -> int:
+        return self.states()
 
     def share(self) -> dict[str, int]:
         """Task -> its share of the prompts."""

@@ -3,7 +3,10 @@
     y = W x + B (s A x),  s = alpha / r
 
 PEFT's layer casts and scales activations of full width; here A and B are cast to the activations' dtype, and
-the scale meets them at rank size. Switching adapters costs an assignment per layer.
+the scale meets them at rank size. Switching adapters costs two assignments per layer.
+
+The forward pass reads no adapter's name, only what the switch put into the slot: a compiled layer then sees
+tensors, of whatever adapter, and one graph serves all adapters of a shape and dtype.
 """
 
 import torch
@@ -21,12 +24,23 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.ModuleDict()
         self.scale: dict[str, float] = {}
         self.slot: str | None = None
+        # Modules, not their weights: where parameters are sharded, FSDP exchanges the weights. In a tuple,
+        # which does not register them a second time.
+        self.in_slot: tuple[nn.Module, nn.Module] | None = None
 
     def add(self, name: str, a_RI: Tensor, b_OR: Tensor, scale: float) -> None:
         """Adapter `name`: A (r, in), B (out, r), frozen until someone asks for gradients."""
         self.lora_A[name] = factor(a_RI)
         self.lora_B[name] = factor(b_OR)
+        self.lora_A[name].register_buffer("scale", torch.tensor(scale), persistent=False)
         self.scale[name] = scale
+
+    def switch(self, name: str | None) -> None:
+        """Put adapter `name` into the slot; where this layer has none of that name, nothing."""
+        self.slot = self.in_slot = None
+        if name in self.scale:
+            self.slot = name
+            self.in_slot = self.lora_A[name], self.lora_B[name]
 
     @property
     def weight(self) -> Tensor:
@@ -35,11 +49,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        if self.slot is None:
+        if self.in_slot is None:
             return y
-        a_RI = self.lora_A[self.slot].weight.to(x.dtype)
-        b_OR = self.lora_B[self.slot].weight.to(x.dtype)
-        return y + F.linear(F.linear(x, a_RI) * self.scale[self.slot], b_OR)
+        first, second = self.in_slot
+        a_RI, b_OR = first.weight.to(x.dtype), second.weight.to(x.dtype)
+        return y + F.linear(F.linear(x, a_RI) * first.scale, b_OR)
 
 
 def factor(weight: Tensor) -> nn.Linear:

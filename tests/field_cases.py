@@ -88,6 +88,8 @@ LOGISTICS = {
     "iterations": Case([3], changes=("rows", *WEIGHTS)),
     "micro_batch": Case([1], changes=("passes",), keeps=("losses", "samples")),
     "checkpointing": Case([True], changes=("passes",), keeps=("losses",)),
+    # "rows" has the number of compiled graphs.
+    "compile": Case([True], changes=("rows",), keeps=("losses", "passes", "samples")),
     "shard_size": Case([2], refused="--shard-size 2 does not divide the 1 ranks"),
     "max_bad_steps": Case([1], changes=("error",), under=THREE | {"lr": 1e30}),
     "log_every": Case([2, 3], changes=("rows",), keeps=WEIGHTS, under=THREE),

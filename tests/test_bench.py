@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import bench, bench_compare
+from opd import bench, bench_compare, compiled
 from opd.bench_clock import LiveTensors, Stopwatch, flop_counter, matmul_rate
 from opd.bench_model import SIZES, shifted_levels
 from opd.families import sd3
@@ -160,6 +160,19 @@ def test_work_doubles_with_the_group(tmp_path):
     assert twice == 2 * once
 
 
+def test_compiled_blocks_are_counted_and_counted_through(tmp_path, monkeypatch):
+    """Passes, operations and memory are those of the eager blocks, which the counters can see."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    flags = ("--states", "2", "--teachers", "1", "--anchor", "none", "--prompts-per-step", "2")
+    plain = measured(tmp_path, *flags)["structures"]["ours"]
+    fast = measured(tmp_path, *flags, "--compile")["structures"]["ours"]
+    assert plain["graphs"] == 0 < fast["graphs"] <= 5 and fast["graphs_later"] == 0
+    assert fast["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    for name in ("passes", "flops_per_update"):
+        assert fast[name] == plain[name]
+    assert fast["memory"]["peak"] == pytest.approx(plain["memory"]["peak"], rel=0.05)
+
+
 # ---- instruments -------------------------------------------------------------------------------------------
 
 
@@ -260,6 +273,13 @@ def test_compare_runs_both_checkouts(repository):
     assert there.startswith("HEAD") and "2.5 s per update" in there
     assert "2.000 x" in faster
     assert worktrees(repository) == 1
+
+
+def test_compare_compiles_this_checkout_alone(repository):
+    """The other commit may not know the flag: here it only counts it."""
+    file = repository / "train.py"
+    file.write_text(file.read_text() + "assert sys.argv.count('--compile') == 1")
+    bench_compare.compare(repository, "HEAD", 3, 1, ["--seed", "7"], compile=True)
 
 
 def test_compare_tells_what_failed_and_cleans_up(repository):

@@ -25,14 +25,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import train
-from opd import ranks
+from opd import compiled, ranks
 from opd.config import STAGES, Run
 from opd.settings import field_names, to_json
 from tests import tiny
 from tests.field_cases import BASES, CASES
 
 EVERY_FIELD = [(stage, setting.name) for stage, kind in STAGES.items() for setting in fields(kind)]
-VARIABLE = ("seconds", "samples_per_second")  # of a row of metrics.jsonl: no two runs agree on them
+VARIABLE = (
+    "seconds",
+    "samples_per_second",
+    "states_per_second",
+)  # of a row of metrics.jsonl: no two runs agree on them
 
 
 @pytest.mark.parametrize("stage, name", EVERY_FIELD, ids=map("-".join, EVERY_FIELD))
@@ -194,6 +198,7 @@ def run(place: Path, cfg: Run) -> Ran:
     file.write_text(json.dumps(to_json(cfg)))
     ran, printed = Ran(folder), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, counting(ran):
+        patch.setattr(compiled, "BACKEND", "eager")  # the same graphs without minutes of compiling
         patch.setattr(sys, "argv", ["train.py", "--config", str(file)])
         patch.setitem(sys.modules, "matplotlib.figure", None)
         patch.chdir(folder)

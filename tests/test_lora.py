@@ -31,7 +31,7 @@ def pair(dtype, rank=4, alpha=6.0):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_output_and_gradients_are_pefts(dtype, tolerance):
     ours, peft = pair(dtype)
-    ours.slot = "a"
+    ours.switch("a")
     x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
     y, reference = ours(x), peft(x)
     assert y.dtype == reference.dtype == dtype
@@ -51,7 +51,7 @@ def test_an_empty_slot_is_the_base_to_the_bit():
     ours, _ = pair(torch.float32)
     x = torch.randn(3, 24)
     assert torch.equal(ours(x), ours.base_layer(x))
-    ours.slot = "a"
+    ours.switch("a")
     assert not torch.equal(ours(x), ours.base_layer(x))
 
 

@@ -158,6 +158,7 @@ def test_run_folder_holds_everything(run):
         "loss",
         "grad_norm",
         "samples_per_second",
+        "states_per_second",
         "effective_batch",
         "compose",
         "text",
