@@ -27,7 +27,7 @@ opd.families opd.vae opd.schedule opd.lora opd.compiled opd.sd3_names
 opd.text_cache
 opd.rewards.scoring opd.rewards.about opd.rewards.inputs opd.rewards.jpeg opd.rewards.geneval_rules
 opd.rewards.endpoint opd.rewards.clip opd.rewards.openclip opd.rewards.worker
-opd.rewards.ocr opd.rewards.preference opd.rewards.judge opd.rewards.remote opd.prompts
+opd.rewards.ocr opd.rewards.geneval opd.rewards.preference opd.rewards.judge opd.rewards.remote opd.prompts
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.families.flux opd.families.flux2 opd.families.qwen_image
@@ -96,7 +96,7 @@ def test_a_module_imports_from_above_only(module):
         ("opd.presets, opd.settings, opd.config", ("diffusers", "transformers", "peft")),
         ("opd.rewards", ("diffusers", "transformers", "peft", "rapidocr", "onnxruntime", "opd.rewards.ocr")),
         ("opd.rewards.ocr, opd.prompts", ("diffusers", "transformers", "peft", "rapidocr", "onnxruntime")),
-        ("opd.rewards.preference, opd.rewards.judge", ("diffusers", "transformers", "peft")),
+        ("opd.rewards.geneval, opd.rewards.judge", ("diffusers", "transformers", "peft")),
     ],
 )
 def test_what_an_import_costs(module, absent):

@@ -19,6 +19,7 @@ def clip_parts(width: int = 32, projection: int = 16):
     except ImportError:
         from transformers import CLIPImageProcessor as Processor
     tokenizer = make_tokenizer(WORDS)
+    tokenizer.model_max_length = 32
     layers = dict(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     text = dict(layers, vocab_size=len(tokenizer), max_position_embeddings=32, projection_dim=projection)
     text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=1, hidden_act="gelu")

@@ -1,0 +1,268 @@
+"""GenEval: each score worked out by hand on made-up detections; the real classes through the whole path."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from opd import rewards
+from opd.data import load_prompts
+from opd.rewards import geneval, geneval_rules
+from opd.rewards.geneval_rules import Found, dense, kept, official, relations, strict
+from tests.tiny_scorers import save_clip, save_detector
+
+# A scene is written as words: "name colour confidence left top" for a thing of 10 x 10 pixels.
+
+
+def scene(*things):
+    found = []
+    for thing in things:
+        name, colour, confidence, left, top = thing.split()
+        left, top = float(left), float(top)
+        found.append(Found(name, float(confidence), (left, top, left + 10, top + 10), colour))
+    return found
+
+
+def colours_of(found):
+    return [item.mask for item in found]
+
+
+def clause(name, count=1, color="", position=None):
+    wanted = {"class": name, "count": count}
+    if color:
+        wanted["color"] = color
+    if position:
+        wanted["position"] = position
+    return wanted
+
+
+def asked(tag, *include, exclude=()):
+    return {"tag": tag, "include": list(include), "exclude": list(exclude)}
+
+
+ONE = asked("single_object", clause("dog"))
+TWO = asked("two_object", clause("dog"), clause("cat"))
+THREE = asked("counting", clause("dog", 3), exclude=[clause("dog", 4)])
+RED = asked("colors", clause("dog", color="red"))
+BOTH = asked("color_attr", clause("dog", color="red"), clause("cat", color="blue"))
+LEFT = asked("position", clause("cat"), clause("dog", position=["left of", 0]))
+REDS = asked("colors", clause("dog", 2, color="red"))
+LEFT_RED = asked("position", clause("cat"), clause("dog", color="red", position=["left of", 0]))
+
+DOG = "dog red .95 0 0"
+DOG2 = "dog blue .94 50 0"
+DOG3 = "dog red .93 90 0"
+DOG4 = "dog red .92 120 0"
+WEAK = "dog red .31 60 60"
+CAT = "cat blue .95 100 0"
+BELOW = "cat blue .95 0 100"
+
+# metadata, things, official, strict, dense; the dense column says how it comes about
+CASES = [
+    ("one dog", ONE, [DOG], 1, 1, 1),
+    ("no dog", ONE, [], 0, 0, 0),  # 1 - 1/1
+    ("two dogs for one", ONE, [DOG, DOG2], 1, 0, 0),  # 1 - 1/1
+    ("three dogs for one", ONE, [DOG, DOG2, DOG3], 1, 0, -1),  # 1 - 2/1
+    ("a weak dog counts outside counting", ONE, [WEAK], 1, 1, 1),
+    ("too weak a dog", ONE, ["dog red .3 0 0"], 0, 0, 0),  # more than .3 is asked for
+    ("a cat for a dog", ONE, [CAT], 0, 0, 0),
+    ("both", TWO, [DOG, CAT], 1, 1, 1),
+    ("one of two", TWO, [DOG], 0, 0, 0.5),  # (1 + 0) / 2
+    ("both, one twice", TWO, [DOG, DOG2, CAT], 1, 0, 0.5),  # (0 + 1) / 2
+    ("neither", TWO, [], 0, 0, 0),
+    ("three of three", THREE, [DOG, DOG2, DOG3], 1, 1, 1),
+    ("two of three", THREE, [DOG, DOG2], 0, 0, 2 / 3),  # 1 - 1/3
+    ("four of three: excluded", THREE, [DOG, DOG2, DOG3, DOG4], 0, 0, 2 / 3),
+    ("a weak fourth is not counted", THREE, [DOG, DOG2, DOG3, WEAK], 1, 1, 1),
+    ("a weak third is not counted", THREE, [DOG, DOG2, WEAK], 0, 0, 2 / 3),
+    ("none of three", THREE, [], 0, 0, 0),  # 1 - 3/3
+    ("red", RED, [DOG], 1, 1, 1),  # (1 + 1) / 2
+    ("blue for red", RED, [DOG2], 0, 0, 0.5),  # count 1, colour 1 - 1/1
+    ("the surest is red, the other blue", RED, [DOG, DOG2], 1, 0, 0),  # count 1 - 1/1, then 0
+    ("the surest is blue", RED, [DOG2, "dog red .5 0 0"], 0, 0, 0),
+    ("none for red", RED, [], 0, 0, 0),  # count 0, then 0
+    ("two reds", REDS, [DOG, DOG3], 1, 1, 1),
+    ("one red of two dogs", REDS, [DOG, DOG2], 0, 0, 0.75),  # count 1, colour 1 - 1/2
+    ("one dog for two reds", REDS, [DOG], 0, 0, 0.25),  # count 1/2, then 0
+    ("both colours", BOTH, [DOG, CAT], 1, 1, 1),
+    ("colours swapped", BOTH, ["dog blue .9 0 0", "cat red .9 50 0"], 0, 0, 0.5),  # (1+0+1+0) / 4
+    ("one colour right", BOTH, [DOG, "cat red .9 50 0"], 0, 0, 0.75),  # (1+1+1+0) / 4
+    ("one missing", BOTH, [DOG], 0, 0, 0.5),  # (1+1+0+0) / 4
+    ("left", LEFT, [CAT, DOG], 1, 1, 1),  # (1+1+1) / 3
+    ("above for left", LEFT, [BELOW, DOG], 0, 0, 0.75),  # (1+1+0+1) / 4: the server's extra 1
+    ("right for left", LEFT, [CAT, "dog red .9 200 0"], 0, 0, 0.75),
+    ("the target is missing", LEFT, [DOG], 0, 0, 1 / 3),  # (0+1+0) / 3
+    ("the placed one is missing", LEFT, [CAT], 0, 0, 1 / 3),  # (1+0+0) / 3
+    ("two targets: the surest counts", LEFT, [CAT, "cat red .4 -50 0", DOG], 1, 0, 1 / 3),  # (0+1+0) / 3
+    ("red and left", LEFT_RED, [CAT, DOG], 1, 1, 1),  # (1+1+1+1) / 4
+    ("blue and left", LEFT_RED, [CAT, "dog blue .9 0 0"], 0, 0, 2 / 3),  # (1+1+0) / 3: place unasked
+    ("red and right", LEFT_RED, [CAT, "dog red .9 200 0"], 0, 0, 0.8),  # (1+1+1+0+1) / 5
+]
+
+
+@pytest.mark.parametrize(
+    "name, metadata, things, is_official, is_strict, credit", CASES, ids=[case[0] for case in CASES]
+)
+def test_the_three_scores(name, metadata, things, is_official, is_strict, credit):
+    objects = kept(scene(*things), metadata["tag"])
+    assert official(objects, metadata, colours_of) == is_official
+    assert strict(objects, metadata, colours_of) == is_strict
+    assert dense(objects, metadata, colours_of) == pytest.approx(credit)
+
+
+def test_an_exclude_of_another_class_is_for_the_official_score_alone():
+    metadata = asked("single_object", clause("dog"), exclude=[clause("cat", 1)])
+    objects = kept(scene(DOG, CAT), "single_object")
+    scores = [rule(objects, metadata, colours_of) for rule in (official, strict, dense)]
+    assert scores == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "x, y, expected",
+    [
+        (-30, 0, {"left of"}),
+        (30, 0, {"right of"}),
+        (0, -30, {"above"}),
+        (0, 30, {"below"}),
+        (30, 30, {"right of", "below"}),  # shortened to 28, over 42.4: .66 each
+        (0, 0, set()),
+        (2, 0, set()),  # within the slack of .1 x (10 + 10)
+        (3, 0, set()),  # shortened to 1, over 3: .33
+        (5, 0, {"right of"}),  # 3 / 5
+        (40, -20, {"right of"}),  # 38 / 44.7 = .85; 18 / 44.7 = .40
+    ],
+)
+def test_relations(x, y, expected):
+    a = Found("a", 1, (x, y, x + 10, y + 10))
+    b = Found("b", 1, (0, 0, 10, 10))
+    assert relations(a, b) == expected
+
+
+def test_at_most_sixteen_of_a_class_are_kept_the_surest_first():
+    found = [Found("dog", 0.4 + n / 100, (0, 0, 1, 1), n) for n in range(20)]
+    assert [item.mask for item in kept(found, "colors")["dog"]] == list(range(19, 3, -1))
+
+
+@pytest.mark.parametrize(
+    "metadata, fault",
+    [
+        ({"tag": "colour", "include": [clause("dog")]}, "tag is 'colour'"),
+        ({"tag": "colors", "include": []}, "at least one clause"),
+        (asked("colors", {"class": "dog"}), '"include" 0: a clause is an object with "class" and "count"'),
+        (asked("colors", clause("doge")), "unknown class 'doge'"),
+        (asked("colors", clause("dog", 0)), "count is 0"),
+        (asked("colors", clause("dog", color="grey")), "unknown color 'grey'"),
+        (asked("position", clause("dog"), clause("cat", position=["beside", 0])), "write .relation, clause."),
+        (asked("position", clause("dog", position=["above", 0])), '"include" 0: position points at clause 0'),
+        (asked("colors", clause("dog"), exclude=[clause("unicorn")]), '"exclude" 0: unknown class'),
+    ],
+)
+def test_metadata_of_another_schema_are_refused(metadata, fault):
+    assert re.search(fault, geneval_rules.metadata_fault(metadata))
+
+
+# ---- the real classes, with random weights --------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A detector that takes everything for stop signs, and a CLIP."""
+    pytest.importorskip(
+        "scipy", reason="the extra geneval is not installed; pip install -e '.[test]' brings it"
+    )
+    folder = tmp_path_factory.mktemp("geneval")
+    save_detector(folder / "detector", seen="stop sign")
+    save_detector(folder / "blind", seen="")
+    save_clip(folder / "clip")
+    return folder
+
+
+def test_detector_and_colours_run_through_the_whole_path(sources):
+    spec = f"@{sources}/detector,{sources}/clip"
+    names = ["geneval", "geneval_strict", "geneval_dense"]
+    found = [rewards.find_reward(name + spec) for name in names]
+    for reward in found:
+        reward.load(torch.device("cpu"))
+    images_BCHW = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    sign, dog = asked("single_object", clause("stop sign")), ONE
+    metadata = [sign, dog, asked("colors", clause("stop sign", color="red"))]
+    scores = [reward(images_BCHW, ["", "", ""], metadata).tolist() for reward in found]
+    eyes = found[0].terms[0].function.eyes
+    objects = [kept(items, row["tag"]) for items, row in zip(eyes.find(images_BCHW), metadata, strict=True)]
+    counts = [len(some.get("stop sign", [])) for some in objects]
+    assert min(counts) >= 1 and all(set(some) == {"stop sign"} for some in objects)
+    assert scores[0][:2] == [1, 0]  # at least one sign, no dog
+    assert scores[1][:2] == [float(counts[0] == 1), 0]
+    assert scores[2][:2] == [1 - abs(counts[0] - 1), 0]  # 1 - |found - 1| / 1; no dog
+    (item, *_) = objects[2]["stop sign"]
+    colour = eyes.colours(Image.fromarray(to_bytes(images_BCHW[2])), [item])
+    assert scores[0][2] == float(colour == ["red"])
+    about = found[2].about[names[2] + spec]
+    assert "dense" in about.definition and str(sources) in about.model and "transformers" in about.engine
+
+
+def to_bytes(image_CHW):
+    return (image_CHW * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def test_a_second_score_of_the_same_pictures_detects_nothing_anew(sources, monkeypatch):
+    eyes = geneval.eyes_of(f"{sources}/detector,{sources}/clip")
+    eyes.load(torch.device("cpu"))
+    images_BCHW = torch.rand(2, 3, 64, 64)
+    calls, detect = [], eyes._detect
+    monkeypatch.setattr(eyes, "_detect", lambda *arguments: calls.append(1) or detect(*arguments))
+    eyes.find(images_BCHW)
+    eyes.find(images_BCHW.clone())
+    eyes.find(images_BCHW + 0.1)
+    assert len(calls) == 2
+
+
+def test_the_colour_of_a_cut_out_object_is_the_nearest_of_ten_by_hand(sources):
+    """Against CLIPModel's own logits, template by template."""
+    eyes = geneval.eyes_of(f"{sources}/detector,{sources}/clip")
+    eyes.load(torch.device("cpu"))
+    picture = Image.new("RGB", (60, 60), (200, 30, 30))
+    mask_HW = torch.zeros(60, 60, dtype=torch.bool)
+    mask_HW[10:30, 20:50] = True
+    mask_HW[12, 22] = False
+    item = Found("dog", 1.0, geneval.box_of(mask_HW), mask_HW)
+    assert item.box == (20, 10, 50, 30)
+    crop = geneval.cut_out(picture, item)
+    assert crop.size == (30, 20) and crop.getpixel((0, 0)) == (200, 30, 30)
+    assert crop.getpixel((2, 2)) == (0x99, 0x99, 0x99)
+    texts = []
+    for colour in geneval_rules.COLOURS:
+        texts += [
+            f"a photo of a {colour} dog",
+            f"a photo of a {colour}-colored dog",
+            f"a photo of a {colour} object",
+        ]
+    inputs = eyes.clip.processor(
+        text=texts, images=[crop], return_tensors="pt", padding=True, truncation=True
+    )
+    with torch.no_grad():
+        out = eyes.clip.model(**inputs)
+    centres = out.text_embeds.view(10, 3, -1).mean(1)
+    cosines = (centres / centres.norm(dim=1, keepdim=True)) @ out.image_embeds[0]
+    assert eyes.colours(picture, [item]) == [geneval_rules.COLOURS[cosines.argmax()]]
+
+
+def test_a_detector_that_sees_nothing_is_refused(sources):
+    reward = rewards.find_reward(f"geneval@{sources}/blind,{sources}/clip")
+    with pytest.raises(ValueError, match=r"finds nothing in a picture of a stop sign \(best confidence 0.0"):
+        reward.load(torch.device("cpu"))
+
+
+def test_what_cannot_be_scored_is_named(sources, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text(
+        '{"prompt": "a dog", "tag": "colors", "include": [{"class": "dog", "count": 1, "color": "x"}]}\n'
+    )
+    reward = rewards.find_reward(f"geneval_dense@{sources}/detector,{sources}/clip")
+    assert reward.metadata_keys == ("tag", "include")
+    with pytest.raises(ValueError, match=r"train.jsonl:1 'a dog' cannot be scored .*unknown color 'x'"):
+        reward.check_metadata("geneval", load_prompts(str(file), "geneval", None))
+    missing = rewards.find_reward(f"geneval@{tmp_path}/nowhere")
+    with pytest.raises(ValueError, match=r"detector '.*nowhere': no such file"):
+        missing.load(torch.device("cpu"))
