@@ -5,7 +5,7 @@
     torchrun train.py mini --seed 1 --out runs/seed1     # PRESET --field value; see opd/presets.py
     torchrun --nproc_per_node 8 train.py sd35 --shard-size 8
     python train.py --dry-run                            # print the resolved configuration
-    python train.py sd35-grpo --help                     # a preset's stage decides which flags there are
+    python train.py sd35-grpo-ocr --help                 # a preset's stage decides which flags there are
 
 The method (arXiv 2605.08063). The student samples its own trajectory x_1 -> x_0 by SDE. At every visited
 state the teacher of the prompt's task, and an anchor, say which velocity they would have taken; the weighted

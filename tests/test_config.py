@@ -16,6 +16,7 @@ from opd.families import load_family
 from opd.files import resolve
 from opd.flags import dashed
 from opd.presets import PRESETS
+from opd.rewards import find_reward
 from opd.settings import field_names, parse, stage_of, to_json
 
 NAN, INF = float("nan"), float("inf")
@@ -351,7 +352,6 @@ def test_routes_and_shares():
 OWN = {"teachers": {"mine": "my/lora"}, "prompts": {"mine": "mine.txt"}}
 # What a preset leaves to the user.
 ASKED_FOR = {
-    "sd35-grpo": {"train_rewards": {"geneval": "my.rewards:geneval"}},
     "flux": OWN,
     "flux2": OWN,
     "qwen_image": OWN,
@@ -379,10 +379,17 @@ def test_every_preset_passes_and_can_be_parsed(name):
     assert parse([name, "--seed", "7"], PRESETS) == replace(PRESETS[name], seed=7)
 
 
-def test_the_sd35_teacher_asks_for_its_reward():
-    message = "task 'geneval' has no reward to train on; add --train-rewards geneval=module:function"
-    with pytest.raises(ValueError, match=message):
-        PRESETS["sd35-grpo"].check(world=1)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("sd35-grpo-")])
+def test_the_sd35_teachers_know_their_rewards(name):
+    """Every term is found, though no weights are there."""
+    for module in ("rapidocr", "scipy"):
+        pytest.importorskip(module, reason="an extra is not installed; pip install -e '.[test]' brings it")
+    for task, spec in PRESETS[name].train_rewards.items():
+        reward = find_reward(spec)
+        assert PRESETS[name].prompts[task] and len(reward.about) == len(reward.terms)
+    if name == "sd35-grpo-quality":
+        shares = [term.weight * reward.about[term.name].divisor for term in reward.terms]
+        assert shares == pytest.approx([0.8, 0.2], abs=1e-3)  # of PickScore / 26 and of DeQA / 5
 
 
 def test_presets_name_the_package_relative_to_its_folder():
