@@ -48,6 +48,7 @@ train sample
 opd.bench_clock opd.bench_compare opd.bench_model
 opd.bench_released
 opd.bench
+opd.bench_visit
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
