@@ -23,7 +23,7 @@ from opd import adapters
 from opd.data import load_prompts
 from opd.deployment import KEY, guidance_of
 from opd.flags import Texts, at_least_one, finite, require
-from opd.model import Model
+from opd.model import Model, find_device
 from opd.pictures import labelled_grid, save_image, to_pil
 from opd.presets import DEFAULT
 
@@ -103,15 +103,7 @@ def load(args: Arguments, prompts: list[str]) -> Model:
         require(noise > 0, f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
     if args.sampler == "cps":
         require(noise <= 1, f"--sampler cps needs --noise-level in (0, 1], got {noise}")
-    return Model.ready(args, find_device(args.device), prompts)
-
-
-def find_device(name: str) -> torch.device:
-    """ValueError for a device that does not exist here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+    return Model.ready(args, find_device(args.device, "device"), prompts)
 
 
 def make(

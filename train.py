@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import adapters, compiled, flow, kernels, merging, ranks, routing, trajectory
-from opd.adapters import BASE, START, STUDENT
+from opd.adapters import BASE, EMA, START, STUDENT
 from opd.card import check_login
 from opd.conditioning import TextBatch
 from opd.config import Distil, Finetune, Grow, Run
@@ -54,7 +54,8 @@ from opd.rewards import Reward, find_reward
 from opd.runfolder import RunFolder
 from opd.settings import describe, parse, starting_point
 from opd.sft import Finetuning
-from opd.teachers import Panel, Teacher, load_teachers, read_teachers, route_of, teacher_names
+from opd.teacher_files import Whole, described, read_teachers
+from opd.teachers import Panel, Teacher, load_teachers, route_of, teacher_names
 from opd.trajectory import Path, State
 
 
@@ -158,7 +159,7 @@ class Distillation:
         trained: Trained,
     ):
         self.cfg, self.model, self.pools, self.trained = cfg, model, pools, trained
-        self.teachers = load_teachers(cfg, model, pools, cfg.teacher_guidance)
+        self.teachers = load_teachers(cfg, model, pools)
         self.branch_teachers = {}
         if cfg.branch_weight > 0:
             self.branch_teachers = load_teachers(cfg, model, pools, guidance=1.0)
@@ -409,12 +410,16 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     student = student_start(cfg, model)
     data, shown, steps = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)
-    for name, lora in teachers.items():
-        say(f"teacher {name}: {lora.source}  sha256 {lora.sha256[:12]}  |update| {lora.norm():.3f}")
+    for name, teacher in teachers.items():
+        say(f"teacher {name}: {teacher.source}  {described(teacher)}")
 
     model.prepare(shown)
     model.follow(steps)
-    attach_weights(cfg, model, teachers, student)
+    for teacher in teachers.values():
+        if isinstance(teacher, Whole):
+            teacher.model.prepare(shown)
+            teacher.model.follow(steps)
+    load_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
         model.transformer.enable_gradient_checkpointing()
     model.transformer.to(device)
@@ -423,20 +428,27 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
         compiled.compile_blocks(blocks)
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
-        ranks.shard(model.transformer, blocks, cfg.shard_size, model.dtype, device)
+        for each in (model, *model.teachers.values()):
+            blocks = each.family.blocks(each.transformer)
+            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device)
     return model, data, rewards
 
 
-def attach_weights(cfg: Run, model: Model, teachers: dict[str, Lora], student: Lora) -> None:
-    """Load the base, put all adapters on it, and let what is trained require a gradient."""
+def load_weights(cfg: Run, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
+    """Load the base and the teachers, put all adapters on it, and let what is trained require a gradient."""
     if cfg.full:
         model.trained = BASE
         model.load(torch.float32)
         model.transformer.requires_grad_(True)
         return
     model.load()
-    for name, lora in teachers.items():
-        adapters.attach(model.transformer, name, lora, model.dtype)
+    for name, teacher in teachers.items():
+        if isinstance(teacher, Whole):
+            model.teachers[name] = teacher.load(model.vae)
+        else:
+            adapters.attach(model.transformer, name, teacher, model.dtype)
+    if isinstance(cfg, Distil) and EMA in cfg.teachers.values():
+        adapters.attach(model.transformer, EMA, student, torch.float32)
     adapters.attach(model.transformer, START, student, model.dtype)
     adapters.attach(model.transformer, STUDENT, student, torch.float32)
     for parameter in adapters.parameters_of(model.transformer, STUDENT).values():

@@ -15,6 +15,7 @@ from opd.lora import LoraLinear
 from opd.lora_files import Lora, is_target
 
 BASE = "base"  # the name that means: adapter off
+EMA = "ema"  # the moving average of the adapter that is trained, where it teaches
 STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
 
 

@@ -31,7 +31,8 @@ class Distil(Rollout):
     cold_start: str = "merge"
     """Where training starts: base (a fresh LoRA), merge (the teachers merged) or an adapter to load."""
     teachers: Texts = field(default_factory=dict)
-    """Teacher -> its adapter (directory, file or Hub id[:subfolder]); base=base is the base itself."""
+    """Teacher -> its source: an adapter, a fine-tuned transformer or a whole pipeline (directory, file or Hub
+    id[:subfolder]), base (the base itself) or ema (the moving average of the student)."""
     routes: Texts = field(default_factory=dict)
     """Task -> teacher, for tasks that are not taught by the teacher of the same name, or a weighted sum of
     teachers such as 0.7*text+0.3*quality. A prompt's own field "route" goes before it."""
@@ -65,6 +66,11 @@ class Distil(Rollout):
     """How a gradient comes from the distance to the teachers: opd/estimators.py."""
     teacher_guidance: float = 1.0
     """Guidance of teachers and anchor. Higher than --guidance: the student absorbs the difference."""
+    teacher_guidances: Numbers = field(default_factory=dict)
+    """Teacher -> a guidance of its own, in place of --teacher-guidance."""
+    teacher_devices: Texts = field(default_factory=dict)
+    """Teacher with a transformer of its own -> where it is: a device such as cuda:1, or offload (it stays on
+    the CPU, and comes to the device one layer at a time)."""
     branch_weight: float = 0.0
     """Weight of a further loss between the conditional branches alone, where --guidance is not 1: matching
     the guided velocity leaves both branches free to err against each other (arXiv 2607.24731)."""
@@ -90,6 +96,7 @@ class Distil(Rollout):
         require(self.normalise <= 1, f"--normalise is {self.normalise}; it must lie in [0, 1]")
         self.check_walk()
         self.check_names()
+        self.check_own_settings(world)
         self.check_start()
         self.check_routes()
         self.check_anchor()
@@ -136,10 +143,25 @@ class Distil(Rollout):
             require(plain, f"{flag} is empty or has a dot, * or +; choose another")
             taken = name in METRICS or name in ADAPTERS or hasattr(layers, name)
             require(not taken, f"{flag} is taken; choose another")
-            if name == "base":
-                require(source == "base", f"{flag} means the base itself; choose another")
-            elif source == "base":
-                raise ValueError(f"{flag} cannot stand for the base; write base=base and --routes TASK=base")
+            if name in ("base", "ema"):
+                require(source == name, f"{flag} is for the source {name!r}; choose another")
+            average = "--ema 0 keeps no moving average to learn from; give one, such as --ema 0.99"
+            require(source != "ema" or self.ema > 0, f"--teachers {name}=ema: {average}")
+
+    def check_own_settings(self, world: int) -> None:
+        """What single teachers are given."""
+        known = [*self.teachers, "base"]
+        for name, scale in self.teacher_guidances.items():
+            require(name in known, f"--teacher-guidances names {name!r}, which is no teacher; known: {known}")
+            require(math.isfinite(scale), f"--teacher-guidances {name}={scale}: it must be finite")
+        for name, place in self.teacher_devices.items():
+            flag = f"--teacher-devices {name}={place}"
+            own = [name for name, source in self.teachers.items() if source not in ("base", "ema")]
+            require(name in own, f"{flag}: no teacher with weights of its own; known: {own}")
+            everywhere = f"{flag} would be the place of all {world} ranks' teachers"
+            require(world == 1 or place == "offload", f"{everywhere}; use offload or --shard-size {world}")
+            sharded = f"{flag} and --shard-size {self.shard_size} both spread a teacher out; use one of them"
+            require(self.shard_size == 1 or place != "offload", sharded)
 
     def check_routes(self) -> None:
         known = [*self.teachers, "base"]
@@ -220,7 +242,27 @@ class Distil(Rollout):
     def merged(self) -> dict[str, str]:
         if self.merge_from:
             return self.merge_from
-        return self.teachers
+        # At the start the average is the start itself.
+        return {name: source for name, source in self.teachers.items() if source != "ema"}
+
+    def guidance_of(self, teacher: str) -> float:
+        if teacher in self.teacher_guidances:
+            return self.teacher_guidances[teacher]
+        return self.teacher_guidance
+
+    def adapter_of(self, teacher: str) -> str:
+        """The adapter on the student's base that the teacher is, "base" for none."""
+        if teacher not in self.teachers or self.teachers[teacher] == "base":
+            return "base"
+        if self.teachers[teacher] == "ema":
+            return "ema"
+        return teacher
+
+    def teacher_device(self, teacher: str) -> str:
+        """Where it is put; "" = where the student is."""
+        if teacher in self.teacher_devices:
+            return self.teacher_devices[teacher]
+        return ""
 
     def route(self, task: str) -> str:
         """The teacher of `task` (eq. 7), or the weighted sum of teachers."""

@@ -86,24 +86,38 @@ def locate(
         ) from error
 
 
+def locate_part(what: str, source: str, patterns: list[str]) -> Path:
+    """Like `locate`, for a source that may name a folder of a Hub repository: `owner/name:subfolder`."""
+    repo, _, subfolder = source.partition(":")
+    if resolve(source).exists() or not subfolder:
+        return locate(what, source, patterns)
+    return locate(what, repo, [f"{subfolder}/{pattern}" for pattern in patterns]) / subfolder
+
+
 def find_pipeline(source: str, pipeline: str) -> Path:
     """The directory of a diffusers pipeline of class `pipeline`.
 
     FileNotFoundError for a missing path, ValueError for a directory that holds something else.
     """
     folder = locate("model", source, PIPELINE_FILES, IGNORED)
+    name = pipeline_class(source, folder)
+    if name != pipeline:
+        raise ValueError(
+            f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)"
+        )
+    settings = read_json(folder / "model_index.json")
+    lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
+    if lacking:
+        raise ValueError(f"model {source!r} lacks its folders {lacking}, which model_index.json names")
+    return folder
+
+
+def pipeline_class(source: str, folder: Path) -> str:
+    """The class of the diffusers pipeline in `folder`. ValueError, naming `source`, where there is none."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
     settings = read_json(index)
     if "_class_name" not in settings:
         raise ValueError(f"model {source!r}: {index} names no _class_name; it is not a pipeline's")
-    name = settings["_class_name"]
-    if name != pipeline:
-        raise ValueError(
-            f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)"
-        )
-    lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
-    if lacking:
-        raise ValueError(f"model {source!r} lacks its folders {lacking}, which {index.name} names")
-    return folder
+    return settings["_class_name"]

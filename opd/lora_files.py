@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.files import locate, read_json
+from opd.files import locate_part, read_json
 from opd.flags import require
 from opd.ranks import say
 
@@ -115,11 +115,7 @@ def find_adapter(source: str) -> Path:
     FileNotFoundError naming the path and what was looked for.
     """
     source = source.partition(":alpha=")[0]
-    repo, _, subfolder = source.partition(":")
-    if Path(source).expanduser().exists() or not subfolder:
-        path = locate("adapter", source, ["*.json", "*.safetensors"])
-    else:
-        path = locate("adapter", repo, [f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]) / subfolder
+    path = locate_part("adapter", source, ["*.json", "*.safetensors"])
     if path.is_file():
         return path
     for name in WEIGHTS:

@@ -46,6 +46,8 @@ class Model:
     """How many pixels of images the VAE decodes at once: its activations take gigabytes per million."""
     transformer: torch.nn.Module = None
     vae: torch.nn.Module = None
+    teachers: dict[str, "Model"] = field(default_factory=dict)
+    """The teachers with a transformer of their own."""
     grids: dict[int, list[float]] = field(default_factory=dict)
     """The noise levels by number of steps."""
     coefficients: dict[tuple, list[flow.Transition]] = field(default_factory=dict)
@@ -93,7 +95,8 @@ class Model:
 
     def ahead(self, step: int) -> None:
         """Before a step, on every rank: encode the prompts of the window that it begins, if it does."""
-        self.conditioning.ahead(step)
+        for model in (self, *self.teachers.values()):
+            model.conditioning.ahead(step)
 
     def load(self, dtype: torch.dtype | None = None) -> None:
         """Load the transformer, on the CPU in `dtype` (default: the compute dtype), and the VAE."""
@@ -185,6 +188,33 @@ class Model:
 
         Image b depends on (seed, index[b]) and its prompt alone.
         """
+        return self.decode(
+            self.latents(
+                adapter,
+                prompts,
+                index,
+                steps=steps,
+                seed=seed,
+                guidance=guidance,
+                rollout=rollout,
+                noise_level=noise_level,
+            )
+        )
+
+    @torch.no_grad()
+    def latents(
+        self,
+        adapter: str,
+        prompts: list[str],
+        index: list[int],
+        *,
+        steps: int,
+        seed: int,
+        guidance: float,
+        rollout: str = "ode",
+        noise_level: float = 0.7,
+    ) -> Tensor:
+        """What `images` decodes: (B, C, H, W) float32."""
         text = self.text(prompts)
         seeds = [seed_of(seed, "step", i) for i in range(steps)]
         path = self.path(steps, rollout, noise_level, seeds)
@@ -193,15 +223,24 @@ class Model:
         with adapters.use(self.transformer, adapter):
             for state in trajectory.walk(start, path, index_B):
                 state.step(self.velocity(state.x, state.sigma_B, text, guidance))
-        return self.decode(state.x_next)
+        return state.x_next
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images (B, 3, height, width) float32 in [0, 1] on the CPU, decoded in pieces of bounded memory."""
         side = self.family.pixels(self.folder)
         area = side**2 * latents_BCHW.shape[2] * latents_BCHW.shape[3]
         count = max(1, self.decode_pixels // area)
+        latents_BCHW = latents_BCHW.to(self.vae.device)
         pieces = [self.family.decode(self.vae, piece).cpu() for piece in latents_BCHW.split(count)]
         return torch.cat(pieces)
+
+
+def find_device(name: str, flag: str) -> torch.device:
+    """ValueError, naming the flag, for a device that does not exist here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--{flag} {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

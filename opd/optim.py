@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd import adapters, ranks
-from opd.adapters import BASE
+from opd.adapters import BASE, EMA
 from opd.config import Run
 from opd.deployment import KEY, deployment_of
 from opd.model import Model
@@ -47,6 +47,10 @@ class Trained:
         self.average = {}
         if cfg.ema > 0:
             self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # Where the average teaches, it is an adapter on the model, and moves there.
+        taught = adapters.parameters_of(model.transformer, EMA)
+        if taught:
+            self.average = dict(zip(self.parameters, taught.values(), strict=True))
         self.carried: dict[str, Tensor] = {}
         """Numbers that a stage carries from step to step."""
         self.updates = 0

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+from torch import Tensor
+
 from opd import gallery, tables
 from opd.adapters import BASE, START, STUDENT
 from opd.card import push_student, write_card
@@ -67,7 +69,16 @@ class Report:
         shared = {"model": cfg.model, "resolution": cfg.resolution, "dtype": cfg.dtype, "t5": cfg.t5}
         batches = gallery.planned(rows, splits, sampling, dict.fromkeys(rows, shared))
         judge = Judge(self.scorers, cfg.reward_timeout, strict=False)
-        return judge.records(batches, lambda batch: gallery.made(self.model, rows, batch), None)
+        return judge.records(batches, lambda batch: self.pictures(rows, batch), None)
+
+    def pictures(self, rows: dict[str, Row], batch: gallery.Batch) -> Tensor:
+        """A teacher with a transformer of its own makes its pictures by itself."""
+        label = batch[0].row
+        name = rows[label].adapter
+        if name in self.model.teachers:
+            alone = {label: Row(BASE, rows[label].guidance)}
+            return gallery.made(self.model.teachers[name], alone, batch)
+        return gallery.made(self.model, rows, batch)
 
     def sample_grid(self, trained: Trained, done: int) -> None:
         """The student's images of fixed prompts from fixed noise: samples/STEP.png."""
@@ -140,10 +151,10 @@ def rows_of_table(cfg: Run) -> dict[str, Row]:
     rows = {BASE: Row(BASE, deployed)}
     if isinstance(cfg, Distil):
         for name in cfg.teachers:
-            label = name
-            if name == BASE and cfg.teacher_guidance != deployed:
-                label = f"{BASE} g={cfg.teacher_guidance:g}"
-            rows[label] = Row(name, cfg.teacher_guidance)
+            label, guidance = name, cfg.guidance_of(name)
+            if name in cfg.teacher_guidances or name == BASE and guidance != deployed:
+                label = f"{name} g={guidance:g}"
+            rows[label] = Row(cfg.adapter_of(name), guidance)
     if cfg.cold_start != "base":
         rows[START] = Row(START, deployed)
     rows[STUDENT] = Row(STUDENT, deployed)

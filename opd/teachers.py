@@ -1,9 +1,7 @@
 """Teachers: callables that say which velocity they would take, `(x_BCHW, sigma_B, texts) -> v_BCHW`.
 
 A teacher is given the prompts themselves: it may read them with encoders of its own. Distillation knows
-nothing else of a teacher. Today's are adapters on the student's own base, which cost their LoRA weights
-alone, and the base itself (adapter off). Another kind is another function here, and a line where
-`read_teachers` and `load_teachers` tell kinds apart by their source.
+nothing else of a teacher; which kinds there are says opd/teacher_files.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from opd.conditioning import TextBatch
 from opd.config import Distil
 from opd.data import MicroBatch, Prompt
 from opd.flags import require
-from opd.lora_files import Lora
 from opd.model import Model
 from opd.trajectory import State
 
@@ -59,23 +56,26 @@ def own_shares(cfg: Distil, prompt: Prompt) -> dict[str, float]:
     return shares
 
 
-def read_teachers(cfg: Distil, model: Model) -> dict[str, Lora]:
-    """The adapters of all teachers but the base, read from disk. ValueError / FileNotFoundError for bad
-    files."""
-    return {name: model.read_lora(source) for name, source in cfg.teachers.items() if source != BASE}
-
-
 def load_teachers(
-    cfg: Distil, model: Model, pools: dict[str, list[Prompt]], guidance: float
+    cfg: Distil, model: Model, pools: dict[str, list[Prompt]], guidance: float | None = None
 ) -> dict[str, Teacher]:
-    """Name -> teacher for every column of alpha. The adapters must be attached to the model by now."""
+    """Name -> teacher for every column of alpha, each under its own guidance or under `guidance`. Whatever
+    teaches must be on the model by now."""
     teachers = {}
     for name in teacher_names(cfg, pools):
-        teachers[name] = adapter_teacher(model, name, guidance)
+        teachers[name] = load_teacher(cfg, model, name, guidance)
         if name in cfg.extrapolate:
-            reference = adapter_teacher(model, cfg.reference, guidance)
+            reference = load_teacher(cfg, model, cfg.reference, guidance)
             teachers[name] = extrapolated(teachers[name], reference, cfg.extrapolate[name])
     return teachers
+
+
+def load_teacher(cfg: Distil, model: Model, name: str, guidance: float | None = None) -> Teacher:
+    """Teacher `name` by itself."""
+    own_model, adapter, own_guidance = policy_of(cfg, model, name)
+    if guidance is None:
+        guidance = own_guidance
+    return adapter_teacher(own_model, adapter, guidance)
 
 
 def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher:
@@ -88,15 +88,24 @@ def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher
     return velocity
 
 
+def policy_of(cfg: Distil, model: Model, name: str) -> tuple[Model, str, float]:
+    """What teacher `name` answers with: a model, an adapter on it (BASE: none), and its guidance."""
+    guidance = cfg.guidance_of(name)
+    if name in model.teachers:
+        return model.teachers[name], BASE, guidance
+    return model, cfg.adapter_of(name), guidance
+
+
 def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
-    """The student's base with another adapter, or without any (BASE), under its own guidance; never a
-    gradient."""
+    """A model under an adapter, or under none (BASE), and its own guidance; never a gradient. Question and
+    answer are on the student's device."""
 
     @torch.no_grad()
     def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
         text = texts.by(model.conditioning)
+        x, sigma = x_BCHW.to(model.device), sigma_B.to(model.device)
         with adapters.use(model.transformer, adapter):
-            return model.velocity(x_BCHW, sigma_B, text, guidance)
+            return model.velocity(x, sigma, text, guidance).to(x_BCHW.device)
 
     return velocity
 

@@ -11,6 +11,7 @@ import torch
 BRIGHT = "tests.field_cases:brightness"
 DARK = f"-1*{BRIGHT}"
 PROMPTS = {"red": "place/red.txt", "blue": "place/blue.txt"}
+COLOURS = {"red": "place/red", "blue": "place/blue"}
 ALONE = {"red": "place/red.txt"}
 
 
@@ -66,7 +67,7 @@ ROLLOUT = RUN | {"prompts": PROMPTS, "group": 2, "steps": 2, "evaluate": False}
 BASES = {
     "opd": ROLLOUT
     | {
-        "teachers": {"red": "place/red", "blue": "place/blue"},
+        "teachers": COLOURS,
         "anchor": "blue",
         "anchor_weight": 0.1,
     },
@@ -79,7 +80,7 @@ BASES = {
 WEIGHTS = ("student", "state")
 PICTURES = {"sample_every": 1}
 THREE = {"iterations": 3}
-MERGED = {"cold_start": "merge", "merge_from": {"red": "place/red", "blue": "place/blue"}, "rank": 8}
+MERGED = {"cold_start": "merge", "merge_from": COLOURS, "rank": 8}
 
 LOGISTICS = {
     "out": Case(["elsewhere"], changes=("files",), keeps=WEIGHTS),
@@ -172,7 +173,7 @@ CASES = {
     "opd": EVERY_ROLLOUT
     | {
         "rollout": Case(["ode", "cps"], under={"skip_last": True, "steps": 3}),
-        "teachers": Case([SWAPPED]),
+        "teachers": Case([SWAPPED, COLOURS | {"red": "ema"}, COLOURS | {"red": "base"}], under={"ema": 0.9}),
         "routes": Case([{"red": "blue"}]),
         "anchor": Case(["red", "base"]),
         "anchor_weight": Case([0.0], changes=("student", "samples")),
@@ -194,6 +195,10 @@ CASES = {
         "query_beta": Case([[1.0, 60.0]], under=ONE_QUERY),
         "single_pass": Case([False], changes=("passes",), keeps=("losses",)),
         "teacher_guidance": Case([2.0], changes=("student", "samples")),
+        "teacher_guidances": Case([{"red": 2.0}, {"blue": 2.0}], changes=("student", "samples")),
+        "teacher_devices": Case(
+            [{"red": "offload"}], refused="'place/red' is an adapter on the student's base"
+        ),
     },
     "grpo": EVERY_ROLLOUT
     | {

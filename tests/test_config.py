@@ -176,9 +176,27 @@ REFUSED = [
     (
         DISTIL,
         {"teachers": {"base": "x"}},
-        "--teachers: the name 'base' means the base itself; choose another",
+        "--teachers: the name 'base' is for the source 'base'; choose another",
     ),
-    (DISTIL, {"teachers": COLOURS | {"red": "base"}}, "--teachers: the name 'red' cannot stand for the base"),
+    (DISTIL, {"teachers": COLOURS | {"ema": "x"}}, "--teachers: the name 'ema' is for the source 'ema'"),
+    (DISTIL, {"teachers": COLOURS | {"red": "ema"}}, "--teachers red=ema: --ema 0 keeps no moving average"),
+    (DISTIL, {"teacher_guidances": {"dog": 2.0}}, "--teacher-guidances names 'dog', which is no teacher"),
+    (DISTIL, {"teacher_guidances": {"red": NAN}}, "--teacher-guidances red=nan: it must be finite"),
+    (
+        DISTIL,
+        {"teacher_devices": {"base": "cuda:1"}},
+        "--teacher-devices base=cuda:1: no teacher with weights",
+    ),
+    (
+        DISTIL,
+        {"teacher_devices": {"red": "cuda:1"}},
+        "--teacher-devices red=cuda:1 would be the place of all 4",
+    ),
+    (
+        DISTIL,
+        {"teacher_devices": {"red": "offload"}, "shard_size": 2},
+        "--teacher-devices red=offload and --shard-size 2 both spread a teacher out; use one of them",
+    ),
     *[
         (DISTIL, {"teachers": {name: "x"}}, f"the name '{name}' is empty or has a dot")
         for name in ("", "sd3.5")
@@ -298,6 +316,8 @@ ACCEPTED = [
     (DISTIL, {"anchor": "base"}),
     (DISTIL, {"teachers": {"base": "base"}, "anchor": "base", "routes": dict.fromkeys(COLOURS, "base")}),
     (DISTIL, {"routes": {"red": "base"}}),
+    (DISTIL, {"teachers": COLOURS | {"red": "base", "ema": "ema"}, "ema": 0.9}),
+    (DISTIL, {"teacher_guidances": {"base": 1.0, "red": 4.5}, "teacher_devices": {"red": "offload"}}),
     (DISTIL, {"noise_level": 0.0, "weight": "ode_kl", "rollout": "ode"}),
     (DISTIL, {"noise_level": 1.0, "rollout": "cps", "skip_last": True}),
     (DISTIL, {"noise_level": 1.0, "rollout": "cps", "weight": "uniform"}),

@@ -32,7 +32,7 @@ opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.families.flux opd.families.flux2 opd.families.qwen_image
 opd.model
-opd.deployment
+opd.deployment opd.teacher_files
 opd.records
 opd.gallery opd.statistics
 opd.images opd.teachers opd.optim opd.layouts opd.tables opd.diagnostics

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -83,6 +85,12 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size
     images = [Image.open(folder / "samples/000003.png").convert("RGB") for folder in (alone[0], tmp_path)]
     assert max(hi for _, hi in ImageChops.difference(*images).getextrema()) <= 2
     assert len(set(alone[1])) == 3 and min(alone[1]) > 0
+
+
+def test_a_sharded_full_teacher_gives_the_losses_of_the_adapter_in_its_weights(world, tmp_path, alone):
+    full = tiny.fold(world, "red", tmp_path / "full")
+    extra = ["--teachers", f"red={full}", f"blue={world / 'blue'}", "--shard-size", "2", "--micro-batch", "1"]
+    assert launch(world, tmp_path / "run", 2, *distil(world), *extra) == pytest.approx(alone[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

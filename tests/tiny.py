@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
-from opd import adapters, ranks
+from opd import adapters, lora_files, ranks
 from opd.config import Distil, Finetune, Grow, Run
 from opd.families import sd3
 from opd.mini import build as mini
@@ -34,8 +34,9 @@ def make_world(folder: Path, layers: int = 2) -> Path:
     return furnish(folder)
 
 
-def make_pipeline(folder: Path, layers: int = 2) -> Path:
-    """8 px images, 4x4x4 latents, `layers` transformer blocks 32 wide, random (not zero) weights, float32."""
+def make_pipeline(folder: Path, layers: int = 2, heads: int = 2, encoders: tuple[int, int] = (1, 2)) -> Path:
+    """8 px images, 4x4x4 latents, `layers` transformer blocks, `heads` x 16 wide, random (not zero) weights,
+    float32. `encoders`: seeds of the text encoders."""
     torch.manual_seed(0)
     tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
     transformer = SD3Transformer2DModel(
@@ -45,9 +46,9 @@ def make_pipeline(folder: Path, layers: int = 2) -> Path:
         out_channels=4,
         num_layers=layers,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=2 * mini.WIDTH,
-        caption_projection_dim=32,
+        caption_projection_dim=16 * heads,
         pooled_projection_dim=2 * mini.WIDTH,
         pos_embed_max_size=4,
         qk_norm="rms_norm",
@@ -56,9 +57,9 @@ def make_pipeline(folder: Path, layers: int = 2) -> Path:
         transformer=transformer,
         vae=make_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=mini.make_text_encoder(tokenizer, 1),
+        text_encoder=mini.make_text_encoder(tokenizer, encoders[0]),
         tokenizer=tokenizer,
-        text_encoder_2=mini.make_text_encoder(tokenizer, 2),
+        text_encoder_2=mini.make_text_encoder(tokenizer, encoders[1]),
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
@@ -132,6 +133,16 @@ def save(lora: adapters.Lora, folder: Path) -> Path:
     weights |= {f"{module}.lora_B.x.weight": b for module, b in lora.B.items()}
     rank = next(iter(lora.A.values())).shape[0]
     adapters.save_lora(folder, weights, "x", rank, next(iter(lora.scale.values())) * rank)
+    return folder
+
+
+def fold(world: Path, adapter: str, folder: Path) -> Path:
+    """The base with an adapter's update in its weights, as the `transformer/` directory of a pipeline."""
+    transformer = sd3.load_transformer(world / "pipeline", torch.float32)
+    lora = lora_files.read_lora(str(world / adapter))
+    for module in lora.A:
+        transformer.get_submodule(module).weight += lora.update(module)
+    adapters.save_transformer(folder, transformer, dict(transformer.named_parameters()), torch.float32)
     return folder
 
 

@@ -9,9 +9,13 @@ Shapes: B batch, C latent channels, H x W latent size. `folder` is the pipeline'
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
+
+from opd.files import pipeline_class
+from opd.flags import require
 
 Condition = dict[str, Tensor]
 """The text of ONE sample: named tensors without a batch axis, as long as the text is."""
@@ -44,9 +48,25 @@ CONTRACT = {
 }
 
 
+def family_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def family_of(folder: Path) -> ModuleType:
+    """The family of a pipeline's directory. ValueError where it is of none."""
+    pipeline = pipeline_class(str(folder), folder)
+    families = {}
+    for name in family_names():
+        family = load_family(name)
+        families[family.PIPELINE] = family
+    known = ", ".join(families)
+    require(pipeline in families, f"model {str(folder)!r} is a {pipeline}; known pipelines: {known}")
+    return families[pipeline]
+
+
 def load_family(name: str) -> ModuleType:
     """The module opd/families/NAME.py. ValueError if there is none or it breaks the contract."""
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    known = family_names()
     if name not in known:
         raise ValueError(
             f"--family {name!r}: no model family opd/families/{name}.py; choose from {', '.join(known)}"

@@ -1,0 +1,416 @@
+"""Teachers of every kind: told apart by what their source is, asked as they would answer by themselves, and
+refused before weights load where they cannot teach this student."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DDIMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+
+import train
+from opd import adapters, evaluate, ranks
+from opd.conditioning import TextBatch
+from opd.families import sd3
+from opd.files import PIPELINE_FILES
+from opd.optim import Trained
+from opd.report import Report
+from opd.runfolder import RunFolder
+from opd.teachers import load_teacher
+from tests import tiny, tiny_z_image
+
+PROMPTS = ["a red circle", "two blue squares", "a blue dot"]
+PATTERN = "tests.test_teachers:pattern"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def pattern(images, prompts, metadata):
+    """A reward that looks at every pixel."""
+    signs = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0)).sign()
+    return 100 * (images * signs).mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    """`full/`: the base with red's update in its weights, in every form in which such a thing is kept; and
+    `larger/`: a pipeline of three wider blocks with text encoders of its own and the same VAE."""
+    folder = tmp_path_factory.mktemp("teachers")
+    tiny.fold(world, "red", folder / "full")
+    shutil.copytree(folder / "full", folder / "parent" / "transformer")
+    whole = SD3Transformer2DModel.from_pretrained(folder / "full")
+    whole.save_pretrained(folder / "shards", max_shard_size="100KB")
+    tensors = load_file(folder / "full" / WEIGHTS)
+    save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, folder / "one.safetensors")
+    larger = tiny.make_pipeline(folder / "larger", layers=3, heads=3, encoders=(11, 12))
+    shutil.rmtree(larger / "vae")
+    shutil.copytree(world / "pipeline" / "vae", larger / "vae")
+    return folder
+
+
+def built(world, tmp_path, teacher, **changes):
+    """A run whose red prompts are taught by `teacher`, blue by its adapter."""
+    teachers = {"red": str(teacher), "blue": str(world / "blue")}
+    return tiny.build(tiny.config(world, **{"teachers": teachers, "out": str(tmp_path / "run")} | changes))
+
+
+def states():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(3, 4, 4, 4, generator=g), torch.tensor([1.0, 0.6, 0.1])
+
+
+def answer(cfg, model, name):
+    """What a teacher says about PROMPTS."""
+    model.prepare(PROMPTS)
+    for own in model.teachers.values():
+        own.prepare(PROMPTS)
+    return load_teacher(cfg, model, name)(*states(), TextBatch(PROMPTS))
+
+
+# ---- a fine-tuned transformer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["full", "parent", "shards", "one.safetensors"])
+def test_a_full_teacher_answers_like_the_adapter_that_is_in_its_weights(form, world, place, tmp_path):
+    assert len(list((place / "shards").glob("*.safetensors"))) > 2
+    cfg, model, *_ = built(world, tmp_path, place / form)
+    expected = answer(*built(world, tmp_path, world / "red", out=str(tmp_path / "other"))[:2], "red")
+    assert (answer(cfg, model, "red") - expected).abs().max() < 1e-5
+    assert (answer(cfg, model, "red") - answer(cfg, model, "blue")).abs().max() > 0.01
+    assert not any(p.requires_grad for p in model.teachers["red"].transformer.parameters())
+
+
+def test_a_full_teacher_gives_the_gradient_of_the_adapter_in_its_weights(world, place, tmp_path):
+    def gradient(teacher, out):
+        *_, trained, stage = built(world, tmp_path, teacher, out=str(tmp_path / out))
+        stage.accumulate(stage.plan(0))
+        return torch.cat([p.grad.flatten() for p in trained.parameters.values()])
+
+    full, adapter = gradient(place / "full", "full"), gradient(world / "red", "adapter")
+    assert adapter.norm() > 1e-3 and (full - adapter).norm() < 1e-4 * adapter.norm()
+
+
+def test_a_full_teacher_is_held_in_the_compute_dtype(world, place, tmp_path):
+    _, model, *_ = built(world, tmp_path, place / "full", dtype="bfloat16")
+    own = model.teachers["red"].transformer
+    assert (
+        {p.dtype for p in own.parameters()}
+        == {p.dtype for p in model.transformer.parameters()} - {torch.float32}
+        == {torch.bfloat16}
+    )
+
+
+# ---- another pipeline --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_pipeline_answers_with_its_own_weights_encoders_and_guidance(guidance, world, place, tmp_path):
+    """Against diffusers alone: its encoders, its transformer, guidance by the formula."""
+    changes = {"teacher_guidances": {"red": guidance}, "teacher_guidance": 4.0}
+    cfg, model, *_ = built(world, tmp_path, place / "larger", **changes)
+    pipe = StableDiffusion3Pipeline.from_pretrained(place / "larger", **tiny.NO_T5)
+    tokens = pipe.tokenizer_max_length  # of the absent T5: as many zeros as CLIP has tokens
+    embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
+        PROMPTS, None, None, negative_prompt=[""] * 3, max_sequence_length=tokens
+    )
+    x, sigma = states()
+
+    def velocity(embeds, pooled):
+        return pipe.transformer(x, embeds, pooled, 1000 * sigma, return_dict=False)[0]
+
+    with torch.no_grad():
+        v, v_uncond = velocity(embeds, pooled), velocity(negative, negative_pooled)
+    expected = v_uncond + guidance * (v - v_uncond)
+    assert (answer(cfg, model, "red") - expected).abs().max() < 1e-4
+    assert len(model.teachers["red"].transformer.transformer_blocks) == 3
+    assert len(model.transformer.transformer_blocks) == 2
+
+
+def test_the_base_of_another_family_with_the_same_latents_teaches(world, tmp_path):
+    """Z-Image's tiny pipeline with the VAE and so the latents of the SD3 student."""
+    other = tiny_z_image.make_pipeline(tmp_path / "z_image")
+    shutil.rmtree(other / "vae")
+    shutil.copytree(world / "pipeline" / "vae", other / "vae")
+    cfg, model, *_, stage = built(world, tmp_path, other)
+    assert model.teachers["red"].family.PIPELINE == "ZImagePipeline"
+    assert answer(cfg, model, "red").shape == (3, 4, 4, 4)
+    assert stage.step(0)[0]["loss"] > 0
+
+
+def test_the_table_scores_a_pipeline_by_its_own_weights_encoders_and_guidance(world, place, tmp_path):
+    """Its row is that of an evaluation in which it is the model itself."""
+    scores = {"rewards": dict.fromkeys(("red", "blue"), PATTERN), "evaluate": True, "eval_prompts": 5}
+    changes = scores | {"teacher_guidances": {"red": 2.5}, "eval_steps": 2, "out": str(tmp_path)}
+    cfg = tiny.config(world, teachers={"red": str(place / "larger"), "blue": str(world / "blue")}, **changes)
+    cfg.check(1)
+    model, data, rewards = train.set_up(cfg, ranks.start())
+    report = Report(cfg, model, data, rewards, RunFolder(cfg, active=True))
+    report.table(Trained(cfg, model))
+    table = json.loads((tmp_path / "scores.json").read_text())
+    assert list(table) == ["base", "red g=2.5", "blue", "student"]
+    files = [f"{task}={world / task}.txt" for task in ("red", "blue")]
+    flags = ["--model", place / "larger", "--cache", world / "cache", "--out", tmp_path / "alone.json"]
+    flags += ["--prompts", *files, "--rewards", *(f"{task}={PATTERN}" for task in ("red", "blue"))]
+    flags += "--adapters --heldout --count 5 --steps 2 --guidance 2.5 --dtype float32".split()
+    evaluate.main([str(flag) for flag in flags])
+    alone = json.loads((tmp_path / "alone.json").read_text())["scores"]["base"]
+    assert table["red g=2.5"]["train"] == pytest.approx(alone["train"], rel=1e-4)
+    assert table["red g=2.5"]["train"] != pytest.approx(table["base"]["train"], rel=1e-2)
+
+
+# ---- learning ----------------------------------------------------------------------------------------------
+
+
+def gap_closed(cfg, model, prompts):
+    """1 - |v_s - v_T| / |v_base - v_T| on states that were never trained on."""
+    g = torch.Generator().manual_seed(5)
+    texts = TextBatch(prompts * 6)
+    x, sigma_B = torch.randn(len(texts), 4, 4, 4, generator=g), torch.rand(len(texts), generator=g)
+    teacher = load_teacher(cfg, model, "red")(x, sigma_B, texts)
+    distance = {}
+    for adapter in ("student", "base"):
+        with adapters.use(model.transformer, adapter), torch.no_grad():
+            v = model.velocity(x, sigma_B, texts.by(model.conditioning), 1.0)
+        distance[adapter] = (v - teacher).norm()
+    return 1 - (distance["student"] / distance["base"]).item()
+
+
+@pytest.mark.parametrize("kind, steps", [("larger", 60), ("full", 40)])
+def test_a_student_closes_most_of_the_gap_to_a_teacher_of_another_size_or_in_full_weights(
+    kind, steps, world, place, tmp_path
+):
+    """The larger teacher shares nothing with the student but the space of latents: its weights are random
+    ones of another shape, and it reads prompts by other encoders. Measured: .53 and .61."""
+    changes = {"teachers": {"red": str(place / kind)}, "prompts": {"red": str(world / "red.txt")}}
+    changes |= {"anchor_weight": 0.0, "weight": "uniform", "rollout": "ode", "rank": 16, "alpha": 32.0}
+    changes |= {"lr": 2e-2, "decay": "cosine", "prompts_per_step": 5, "micro_batch": 10}
+    cfg, model, *_, stage = built(world, tmp_path, "", iterations=steps, **changes)
+    assert gap_closed(cfg, model, tiny.PROMPTS["red"]) == 0
+    for step in range(steps):
+        stage.step(step)
+    closed = gap_closed(cfg, model, tiny.PROMPTS["red"])
+    assert closed > 0.5
+
+
+# ---- the base under another guidance, and the moving average -----------------------------------------------
+
+
+def test_every_teacher_has_the_guidance_that_it_is_given(world, tmp_path):
+    teachers = {"red": str(world / "red"), "blue": str(world / "blue"), "guided": "base", "base": "base"}
+    routes = {"red": "guided", "blue": "base"}
+    changes = {"teachers": teachers, "routes": routes, "anchor": "red", "teacher_guidance": 2.0}
+    changes |= {"teacher_guidances": {"guided": 3.0, "base": 1.0}}
+    cfg, model, *_ = built(world, tmp_path, "", **changes)
+    model.prepare(PROMPTS)
+    text = model.text(PROMPTS)
+    for name, adapter, guidance in [("guided", "base", 3.0), ("base", "base", 1.0), ("red", "red", 2.0)]:
+        with adapters.use(model.transformer, adapter), torch.no_grad():
+            expected = model.velocity(*states(), text, guidance)
+        assert torch.equal(answer(cfg, model, name), expected), name
+
+
+def test_the_moving_average_of_the_student_teaches(world, tmp_path):
+    changes = {"teachers": {"self": "ema", "blue": str(world / "blue")}, "routes": {"red": "self"}}
+    cfg, model, _, trained, stage = built(world, tmp_path, "", ema=0.5, **changes)
+    before = answer(cfg, model, "self")
+    for step in range(3):
+        stage.step(step)
+    with adapters.use(model.transformer, "student"), torch.no_grad():
+        now = model.velocity(*states(), model.text(PROMPTS), 1.0)
+        with trained.averaged():
+            averaged = model.velocity(*states(), model.text(PROMPTS), 1.0)
+    after = answer(cfg, model, "self")
+    assert torch.equal(after, averaged)
+    assert min((after - other).abs().max() for other in (before, now)) > 1e-3
+    # And it is saved and resumed as before.
+    state = trained.state()
+    *_, other, _ = built(world, tmp_path, "", ema=0.5, out=str(tmp_path / "other"), **changes)
+    other.load(state)
+    for name, average in other.average.items():
+        assert torch.equal(average, state[f"average/{name}"])
+
+
+# ---- places ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "larger"])
+@pytest.mark.parametrize("where", ["offload", "cpu"])
+def test_an_offloaded_teacher_answers_the_same(kind, where, world, place, tmp_path):
+    """On a CPU both places are one, so only the answer and the way there can be seen: layers with hooks."""
+    cfg, model, *_ = built(world, tmp_path, place / kind, teacher_devices={"red": where})
+    expected = answer(*built(world, tmp_path, place / kind, out=str(tmp_path / "other"))[:2], "red")
+    assert torch.equal(answer(cfg, model, "red"), expected)
+    hooked = [hasattr(m, "_diffusers_hook") for m in model.teachers["red"].transformer.modules()]
+    assert any(hooked) == (where == "offload")
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def changed(place, folder, change):
+    """A copy of the larger pipeline after `change`."""
+    shutil.copytree(place / "larger", folder)
+    change(folder)
+    return folder
+
+
+def edited(file, **values):
+    def change(folder):
+        config = json.loads((folder / file).read_text()) | values
+        (folder / file).write_text(json.dumps(config))
+
+    return change
+
+
+def other_channels(folder):
+    edited("transformer/config.json", in_channels=8)(folder)
+
+
+def ddim(folder):
+    shutil.rmtree(folder / "scheduler")
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (edited("vae/config.json", scaling_factor=1.5), "VAE's scaling_factor is 1.5 instead of 0.8"),
+        (edited("vae/config.json", shift_factor=0.0), "VAE's shift_factor is 0.0 instead of 0.1"),
+        (other_channels, r"\(8, 4, 4\) instead of \(4, 4, 4\) at the same resolution"),
+        (edited("vae/config.json", block_out_channels=[8]), r"\(4, 8, 8\) instead of \(4, 4, 4\)"),
+        (ddim, "predicts something else.*is a DDIMScheduler, which is no flow matching"),
+        (
+            edited("scheduler/scheduler_config.json", prediction_type="epsilon"),
+            "scheduler's prediction_type is epsilon instead of None",
+        ),
+        (
+            edited("model_index.json", _class_name="OtherPipeline"),
+            "is a OtherPipeline; known pipelines: ",
+        ),
+    ],
+)
+def test_pipelines_that_speak_of_other_latents_are_refused(
+    change, message, world, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sd3, "load_transformer", None)  # whatever loads weights fails
+    teacher = changed(place, tmp_path / "teacher", change)
+    with pytest.raises(ValueError, match=message) as caught:
+        built(world, tmp_path, teacher)
+    assert str(teacher) in str(caught.value)
+
+
+def fewer(tensors):
+    tensors.pop("transformer_blocks.1.attn.to_q.weight")
+
+
+def more(tensors):
+    tensors["transformer_blocks.2.attn.to_q.weight"] = torch.ones(32, 32)
+
+
+def wider(tensors):
+    tensors["transformer_blocks.1.attn.to_q.weight"] = torch.ones(48, 32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (fewer, r"lacks 1 weights: \['transformer_blocks.1.attn.to_q.weight'\]"),
+        (more, r"has beside the base's 1 weights: \['transformer_blocks.2.attn.to_q.weight'\]"),
+        (wider, r"has in other shapes 1 weights: \['transformer_blocks.1.attn.to_q.weight'\]"),
+    ],
+)
+@pytest.mark.parametrize("form", ["full", "one.safetensors"])
+def test_full_teachers_of_another_architecture_are_refused(
+    form, change, message, world, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sd3, "load_transformer", None)
+    teacher = tmp_path / form
+    file = teacher
+    if form == "full":
+        shutil.copytree(place / form, teacher)
+        file = teacher / WEIGHTS
+    tensors = load_file(place / "full" / WEIGHTS)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message + ".*name a whole pipeline's directory") as caught:
+        built(world, tmp_path, teacher)
+    assert str(teacher) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"num_attention_heads": 4, "attention_head_dim": 8},
+            "is 4 in its config.json, 2 in the base's|is 8 in",
+        ),
+        (
+            {"_class_name": "FluxTransformer2DModel"},
+            "_class_name is 'FluxTransformer2DModel' in its config.json",
+        ),
+    ],
+)
+def test_a_config_of_another_architecture_is_refused(values, message, world, place, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "full", teacher)
+    edited("config.json", **values)(teacher)
+    with pytest.raises(ValueError, match=message):
+        built(world, tmp_path, teacher)
+
+
+def test_a_full_teacher_without_weights_is_named(world, place, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "shards", teacher)
+    (teacher / f"{WEIGHTS}.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"teacher '{teacher}': .* holds no {WEIGHTS}"):
+        built(world, tmp_path, teacher)
+
+
+def test_a_checkpoint_of_another_tool_is_refused_with_the_way_to_convert_it(world, tmp_path):
+    save_file({"model.diffusion_model.joint_blocks.0.x.weight": torch.ones(2)}, tmp_path / "x.safetensors")
+    way_out = r"SD3Transformer2DModel.from_single_file\(FILE\).save_pretrained\(FOLDER\)"
+    with pytest.raises(ValueError, match=f"x.safetensors' names its weights as other tools.*{way_out}"):
+        built(world, tmp_path, tmp_path / "x.safetensors")
+
+
+def test_an_adapter_stands_where_the_student_stands(world, tmp_path):
+    with pytest.raises(ValueError, match="--teacher-devices red=offload: .* is an adapter on the student's"):
+        built(world, tmp_path, world / "red", teacher_devices={"red": "offload"})
+
+
+def test_a_device_that_does_not_exist_is_refused(world, place, tmp_path):
+    with pytest.raises(ValueError, match="--teacher-devices 'nowhere': .*nowhere"):
+        built(world, tmp_path, place / "larger", teacher_devices={"red": "nowhere"})
+
+
+def test_whole_teachers_cannot_be_merged(world, place, tmp_path):
+    message = r"the teachers \['red'\] are no adapters.*--merge-from, or use --cold-start base"
+    with pytest.raises(ValueError, match=message):
+        built(world, tmp_path, place / "larger", cold_start="merge")
+    own = {"blue": str(world / "blue")}
+    built(world, tmp_path, place / "larger", cold_start="merge", merge_from=own)
+
+
+def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_path, monkeypatch):
+    """Weights are fetched once it is clear which are wanted."""
+    calls = []
+
+    def download(repo, allow_patterns, ignore_patterns):
+        calls.append((repo, allow_patterns))
+        return str({"owner/lora": world / "red", "owner/full": place, "owner/larger": place / "larger"}[repo])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for source in ("owner/lora", "owner/full:full", "owner/larger"):
+        _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
+        assert ("red" in model.teachers) == (source != "owner/lora")
+    both = ["*.json", "*.safetensors"]
+    inside = [f"full/{pattern}" for pattern in both]
+    assert calls == [
+        ("owner/lora", ["*.json"]),
+        ("owner/lora", both),
+        ("owner/full", inside[:1]),
+        ("owner/full", inside),
+        ("owner/larger", ["*.json"]),
+        ("owner/larger", PIPELINE_FILES),
+    ]
