@@ -4,6 +4,7 @@
     python sample.py --adapters student=runs/mini/student --prompts "two red circles" 'a sign that says "K7A"'
     python sample.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt \\
         --adapters ocr=jieliu/SD3.5M-FlowGRPO-Text --steps 40 --guidance 4.5 --resolution 512
+    python sample.py --save latents --out runs/mini-samples       # teachers' samples: data of an SFT start
     python sample.py --again images/two-red-circles.0.student.png   # the same image, from its metadata
 """
 
@@ -19,10 +20,10 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from opd import adapters
-from opd.data import load_prompts
+from opd import adapters, samples
+from opd.data import load_prompts, load_tasks
 from opd.deployment import KEY, guidance_of
-from opd.flags import Texts, at_least_one, finite, require
+from opd.flags import Numbers, Texts, at_least_one, dashed, finite, require
 from opd.model import Model, find_device
 from opd.pictures import labelled_grid, save_image, to_pil
 from opd.presets import DEFAULT
@@ -45,7 +46,19 @@ class Arguments:
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
     """Rows of the grid: name and source of each adapter. The base is always the first row."""
     out: str = "images"
-    """Folder for the PNG files."""
+    """Folder for the files."""
+    save: Literal["images", "latents"] = "images"
+    """images: PNG files of --prompts and a grid. latents: samples of --tasks with captions, for stage sft."""
+    tasks: Texts = field(default_factory=lambda: dict(DEFAULT.prompts))
+    """latents: task -> file of prompts; the adapter of the task's name samples them."""
+    count: int = 256
+    """latents: samples per task; prompts are repeated with other noise where a file has fewer."""
+    rewards: Texts = field(default_factory=dict)
+    """latents: task -> reward, module:function or a sum, that filters its samples; none = all are kept."""
+    at_least: Numbers = field(default_factory=dict)
+    """latents: task -> smallest reward that is kept."""
+    reward_timeout: float = 60.0
+    """latents: seconds after which a call of a reward is given up."""
     images: int = 1
     """Images per prompt."""
     steps: int = 20
@@ -76,6 +89,10 @@ class Arguments:
     again: str = ""
     """A PNG made by this program: repeat it with the settings in its metadata (only --out, --cache, --device
     apply)."""
+
+
+IMAGES_ONLY = ("prompts", "images")
+LATENTS_ONLY = ("tasks", "count", "rewards", "at_least", "reward_timeout")
 
 
 def read_settings(file: str) -> dict:
@@ -169,11 +186,39 @@ def repeat(args: Arguments) -> None:
     print(write(args, images[place], adapter, args.prompts[0], index, place, args.batch))
 
 
+def refuse_settings_of_the_other_kind(args: Arguments) -> None:
+    """ValueError for a flag that would do nothing."""
+    unused = LATENTS_ONLY
+    if args.save == "latents":
+        unused = IMAGES_ONLY
+    for name in unused:
+        value, usual = getattr(args, name), getattr(Arguments(), name)
+        changed = f"--{dashed(name)} does nothing with --save {args.save}"
+        require(value == usual, f"{changed}; leave it out, or use the other --save")
+
+
+def write_latents(args: Arguments) -> None:
+    """--save latents: what the teachers sample, for stage sft."""
+    samples.check(args)
+    pools = load_tasks(args.tasks)
+    filters = samples.find_filters(args, pools)
+    scales = guidance_of(args.adapters, args.guidance)
+    model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
+    pixels = args.resolution or model.family.default_resolution(model.folder)
+    for task, chosen in filters.items():
+        chosen.reward.load(model.device)
+        chosen.reward.check(task, pools[task], pixels)
+    samples.save_latents(args, model, pools, scales, filters)
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     try:
         if args.again:
             return repeat(args)
+        refuse_settings_of_the_other_kind(args)
+        if args.save == "latents":
+            return write_latents(args)
         if len(args.prompts) == 1 and Path(args.prompts[0]).suffix in (".txt", ".jsonl", ".csv"):
             prompts = [p.text for p in load_prompts(args.prompts[0], "any", None)]
         else:

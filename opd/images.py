@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.data import numbered_lines, seed_of
+from opd.files import replace, write_safetensors
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 
@@ -96,6 +97,14 @@ def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
             f"it must be {wanted}"
         )
     return load_file(file)["latents"]
+
+
+def write_samples(folder: Path, latents: Tensor, rows: list[dict]) -> None:
+    """A data directory of latents (N, C, H, W) with a row of metadata each, the caption under "prompt"."""
+    write_safetensors(folder / "latents.safetensors", {"latents": latents.contiguous()})
+    # Last: without it the folder is no data.
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    replace(folder / "metadata.jsonl", lambda path: path.write_text(lines))
 
 
 def find_files(folder: Path, rows: list[dict]) -> list[Path]:

@@ -289,6 +289,10 @@ PRESETS: dict[str, Run] = {
         iterations=320,
         cosine_every=40,
     ),
+    # An SFT start for "mini": python sample.py --save latents --out runs/mini-samples makes its data.
+    "mini-sft-start": replace(
+        FINETUNE, data="runs/mini-samples", out="runs/mini-sft-start", rank=32, alpha=64.0, iterations=200
+    ),
     "mini-sft-compose": finetune("compose", iterations=1200),
     "mini-sft-text": finetune("text", iterations=500),
     "mini-sft-quality": finetune("quality", iterations=500),

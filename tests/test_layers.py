@@ -37,6 +37,7 @@ opd.records
 opd.gallery opd.statistics
 opd.images opd.teachers opd.optim opd.layouts opd.tables opd.diagnostics
 opd.evaluate opd.card
+opd.samples
 opd.runfolder opd.grpo opd.sft opd.probe
 opd.judging opd.page
 opd.report
