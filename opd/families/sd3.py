@@ -46,7 +46,9 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
     # Under the meta device its table of positions is not computed, some ten seconds for SD3.5: it is in the
     # file.
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
+        transformer = SD3Transformer2DModel.from_pretrained(
+            folder / "transformer", dtype=dtype, low_cpu_mem_usage=True
+        )
     return transformer.requires_grad_(False).eval()
 
 
