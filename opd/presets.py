@@ -116,7 +116,7 @@ MINI_OPD = Distil(
     micro_batch=30,
     iterations=80,
     save_every=40,
-    eval_prompts=128,
+    eval_prompts=64,
 )
 # The paper's: SDE with a = 0.7 and T = 10, every state, KL weights, 3:1:1, merged start, lambda 0.02 of the
 # quality teacher that saw the prompts of all tasks, 512 px, guidance 4.5, LoRA 32/64, 40 evaluation steps.
