@@ -83,7 +83,7 @@ class Released:
 
     def learn(self, plan: Plan, batch: MicroBatch, states: list[State]) -> Tensor:
         """The training pass over stored states. Returns |v_b - v_k,b|^2 (B, T, K) like
-        `Distillation.walk`."""
+        `Distillation.learn`."""
         cfg, model = self.cfg, self.model
         names = list(self.ours.teachers)
         task = plan.route_N[batch.samples[0]]
