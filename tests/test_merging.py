@@ -20,7 +20,7 @@ UNEQUAL = {"red": 0.9, "blue": -0.3}
 
 @pytest.fixture(scope="module")
 def loras(world):
-    """Two adapters of rank 4, alpha 8, of which red's norm is the larger."""
+    """Two adapters of rank 4, written with alpha = rank, of which red's norm is the larger."""
     return {name: lora_files.read_lora(str(world / name)) for name in ("red", "blue")}
 
 
@@ -204,7 +204,7 @@ def test_naive_averages_the_factors_apart_and_is_another_update(weights, loras, 
             sum(weights[n] * getattr(lora, kind)[module].double() for n, lora in loras.items())
             for kind in "AB"
         )
-        return 8 / 4 * b @ a
+        return b @ a
 
     assert furthest(start, product_of_averages) < 1e-5
     assert furthest(start, lambda m: dense_sum(loras, weights, m)) > 0.1
