@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, compiled, flow, kernels, merging, ranks, routing, trajectory
+from opd import adapters, compiled, errors, flow, kernels, merging, ranks, routing, signals, trajectory
 from opd.adapters import BASE, EMA, START, STUDENT
 from opd.card import check_login
 from opd.conditioning import TextBatch
@@ -60,38 +60,51 @@ from opd.trajectory import Path, State
 
 
 def main() -> None:
-    try:
+    """The command. What the user can mend ends in one line, and so does a signal, with status 0."""
+    with errors.in_one_line(ValueError, OSError):
         cfg = parse(sys.argv[1:], PRESETS)
         cfg.check(ranks.declared_world())
-        if cfg.dry_run:
-            print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]))
-            return
+    if cfg.dry_run:
+        print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]))
+        return
+    with signals.heard():
+        run(cfg)
+
+
+def run(cfg: Run) -> None:
+    """Set up, train, score."""
+    with errors.in_one_line(ValueError, OSError):
         check_login(cfg.push)
-        device = ranks.start()
+        device = ranks.start(cfg.rank_timeout)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    trained = Trained(cfg, model)
-    report = Report(cfg, model, data, rewards, folder)
-    try:
-        train(cfg, choose_stage(cfg, model, data, rewards, trained), trained, folder, report)
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
-    report.table(trained)
-    report.close()
-    say(f"run folder: {folder.path}")
+    with errors.in_one_line(FloatingPointError, OSError):
+        trained = Trained(cfg, model)
+        report = Report(cfg, model, data, rewards, folder)
+        stage = choose_stage(cfg, model, data, rewards, trained)
+        with signals.waiting():
+            finished = train(cfg, stage, trained, folder, report)
+        if finished:
+            report.table(trained)
+            report.close()
+            say(f"run folder: {folder.path}")
     ranks.stop()
 
 
-def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> None:
+def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> bool:
     """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
-    checkpoint."""
+    checkpoint. Returns whether it came to its end: a signal stops it between two steps."""
     first = folder.resume(trained)
     bad_steps = 0
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
     for step in bar:
+        signal = signals.asked(trained.model.device)
+        if signal:
+            bar.close()
+            folder.save_to_go_on(trained, step)
+            say(f"stopped by {signal} after step {step} of {cfg.iterations}; the same command goes on there")
+            return False
         trained.model.ahead(step)
         started = time.perf_counter()
         metrics, norm = stage.step(step)
@@ -124,6 +137,7 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
         report.show(done)
     say_phases(folder.metrics())
     folder.curves()
+    return True
 
 
 # ---- one optimizer step: on-policy distillation ------------------------------------------------------------

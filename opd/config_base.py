@@ -69,6 +69,8 @@ class Logistics:
     """Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps."""
     shard_size: int = 1
     """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid."""
+    rank_timeout: float = 1800.0
+    """Seconds after which ranks give up one that does not answer, and end."""
     max_bad_steps: int = 5
     """Stop after this many non-finite steps in a row."""
     log_every: int = 1
@@ -101,6 +103,7 @@ class Logistics:
         named = self.push == "" or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push) is not None
         require(named, f"--push {self.push!r}: write a Hub repository as OWNER/NAME")
         not_negative(self, "sample_every")
+        time_limit(self, "rank_timeout")
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         size = self.shard_size
         choice = f"choose one of {divisors}"

@@ -11,14 +11,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-# At the start the other ranks wait while the first encodes prompts, which may take longer than the usual 10
-# minutes.
-PATIENCE = timedelta(hours=2)
+# At the start the other ranks wait while the first encodes prompts, which may take longer than any step.
+PATIENCE = timedelta(hours=24)
+_patient = None  # the group that waits so long; made by `start`
 
 
-def start() -> torch.device:
+def start(timeout: float = 1800.0) -> torch.device:
     """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on
-    GPU."""
+    GPU. `timeout`: seconds after which a rank that does not answer is given up."""
+    global _patient
     cuda = torch.cuda.is_available()
     for name, value in {
         "RANK": "0",
@@ -37,8 +38,9 @@ def start() -> torch.device:
             store=alone,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=PATIENCE,
+            timeout=timedelta(seconds=timeout),
         )
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
 
 
@@ -66,8 +68,15 @@ def say(text: str) -> None:
 
 
 def barrier() -> None:
+    """Wait for all ranks, however long one of them works."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(_patient)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    by_gloo = "/gloo/" in str(error) or "pair closure" in str(error)
+    return isinstance(error, dist.DistError) or (world() > 1 and by_gloo)
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ class RunFolder:
     def __init__(self, cfg: Run, active: bool):
         self.path, self.active, self.tracker = Path(cfg.out).expanduser(), active, None
         self.tracker_name, self.log_every, self.last = cfg.tracker, cfg.log_every, cfg.iterations
+        self.saved = 0
+        """Steps done in the saved state."""
         try:
             if cfg.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -94,9 +96,15 @@ class RunFolder:
             trained.export(weights, self.path / "student")
         self.save_state(done, trained.state())
 
+    def save_to_go_on(self, trained: Trained, done: int) -> None:
+        """What a stopped run needs to go on after `done` steps, unless it is saved already (collectives)."""
+        if done != self.saved:
+            self.save_state(done, trained.state())
+
     def resume(self, trained: Trained) -> int:
         """Load the last checkpoint, if there is one; returns how many steps are done."""
         done, state = self.load_state()
+        self.saved = done
         if state:
             trained.load(state)
             say(f"resuming {self.path} after step {done}")
@@ -105,6 +113,7 @@ class RunFolder:
     def save_state(self, done: int, tensors: dict[str, torch.Tensor]) -> None:
         if self.active:
             write_safetensors(self.path / "state.safetensors", tensors, {"step": str(done)})
+        self.saved = done
 
     def load_state(self) -> tuple[int, dict[str, torch.Tensor]]:
         """(steps done, tensors) of the last checkpoint; (0, {}) for a new run. Metrics past it are

@@ -92,6 +92,7 @@ LOGISTICS = {
     # "rows" has the number of compiled graphs.
     "compile": Case([True], changes=("rows",), keeps=("losses", "passes", "samples")),
     "shard_size": Case([2], refused="--shard-size 2 does not divide the 1 ranks"),
+    "rank_timeout": Case([0.0, -1.0], refused="it must be positive"),
     "max_bad_steps": Case([1], changes=("error",), under=THREE | {"lr": 1e30}),
     "log_every": Case([2, 3], changes=("rows",), keeps=WEIGHTS, under=THREE),
     "save_every": Case([1, 2], changes=("files",), keeps=(*WEIGHTS, "rows"), under=THREE),

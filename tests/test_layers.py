@@ -21,7 +21,7 @@ opd.routing opd.estimators
 opd.pictures opd.data opd.lora_files opd.svg
 opd.merging
 opd.config_base
-opd.config
+opd.config opd.signals opd.errors
 opd.presets opd.settings
 opd.families opd.vae opd.schedule opd.lora opd.compiled opd.sd3_names
 opd.text_cache

@@ -122,9 +122,9 @@ def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra
 
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_path, shard_size):
-    """Counted in the real command on two ranks. Replicated: plain weights, one reduction of the log's table
-    and one of the LoRA's gradients per step. Sharded: a rank holds its half, and what was gathered is
-    gone again."""
+    """Counted in the real command on two ranks. Replicated: plain weights, per step one reduction of the
+    LoRA's gradients, one of the log's table and one of the wish to stop. Sharded: a rank holds its half, and
+    what was gathered is gone again."""
     arguments = torchrun(
         world,
         tmp_path,
@@ -146,7 +146,8 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
         (2 * 3 + 1) * 3,
     )  # sums and counts of 2 teachers and anchor, samples; 3 states
     if shard_size == 1:
-        assert counted["reduced"] == [table, trained] * 3
+        stop = 1  # whether any rank was told to stop
+        assert counted["reduced"] == [stop, table, trained] * 3
         assert counted["parameters"] == counted["whole"]
     else:
         assert counted["reduced"].count(table) == 3

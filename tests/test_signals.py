@@ -1,0 +1,147 @@
+"""A run that is told to stop, and ranks that are lost: what is kept, what is said, and how it goes on."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from opd.settings import describe
+from tests import forked, tiny
+from tests.test_ranks import ROOT, distil, losses, torchrun
+
+GO_ON = "the same command goes on"
+
+
+def asleep(images, prompts, metadata):
+    """A score of grey images, none of others."""
+    if images.std() > 0:
+        Path(os.environ["BEGUN"]).touch()
+        time.sleep(600)
+    return images.mean((1, 2, 3))
+
+
+class LoadsForever:
+    def load(self, device):
+        Path(os.environ["BEGUN"]).touch()
+        time.sleep(600)
+
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+
+def flags(cfg, preset: str) -> list[str]:
+    """The command line of `cfg`, on top of a preset of its stage."""
+    words = [word for line in describe(cfg, "").splitlines()[1:] for word in line.split(" ")]
+    return [preset, *(word.replace("''", "") for word in words)]
+
+
+def distillation(world, out, **changes) -> list[str]:
+    return flags(tiny.config(world, out=str(out), **changes), "mini")
+
+
+def steps_logged(out) -> int:
+    file = out / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def steps_saved(out) -> int:
+    with safe_open(out / "state.safetensors", "pt") as state:
+        return int(state.metadata()["step"])
+
+
+@pytest.mark.parametrize(
+    "number, world_size",
+    [(signal.SIGTERM, 1), (signal.SIGINT, 2)],
+)
+def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on(
+    world, tmp_path, number, world_size
+):
+    out = tmp_path / "run"
+    runs = forked.ranks(tmp_path, world_size, distillation(world, out, iterations=2000))
+    forked.wait_for(lambda: steps_logged(out) >= 3)
+    runs[-1].signal(number)
+    assert [run.ended() for run in runs] == [0] * world_size
+    done, name = steps_saved(out), signal.Signals(number).name
+    assert done == steps_logged(out) >= 3
+    stopped = f"stopped by {name} after step {done} of 2000; {GO_ON} there"
+    assert runs[0].printed().count(stopped) == 1
+    assert all("Traceback" not in run.printed() and "rror" not in run.printed() for run in runs)
+
+    again = forked.train(tmp_path / "log", distillation(world, out, iterations=done + 2))
+    whole = forked.train(tmp_path / "log2", distillation(world, tmp_path / "whole", iterations=done + 2))
+    assert (again.ended(), whole.ended()) == (0, 0)
+    assert f"resuming {out} after step {done}" in again.printed()
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    if world_size == 1:
+        for file in ("state.safetensors", "student/adapter_model.safetensors", "config.json"):
+            ours, theirs = ((folder / file).read_bytes() for folder in (out, tmp_path / "whole"))
+            assert ours == theirs or file == "config.json"
+
+
+def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world, tmp_path):
+    """The first waits for a step that takes minutes."""
+    out = tmp_path / "run"
+    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:asleep")
+    cfg = tiny.grpo_config(world, out=str(out), train_rewards=rewards, reward_timeout=900.0)
+    sleeping = tmp_path / "sleeping"
+    run = forked.train(tmp_path / "log", flags(cfg, "mini-text"), BEGUN=str(sleeping))
+    forked.wait_for(sleeping.exists)
+    for _ in range(2):
+        run.signal(signal.SIGUSR1)
+        time.sleep(0.2)
+    time.sleep(2.2)
+    assert run.process.is_alive()
+    run.signal(signal.SIGUSR1)
+    assert run.ended(5) == 128 + signal.SIGUSR1
+    assert "Traceback" not in run.printed()
+    assert not (out / "state.safetensors").exists()
+
+
+def test_a_signal_before_training_ends_it_in_a_line(world, tmp_path):
+    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:LoadsForever")
+    cfg = tiny.grpo_config(world, out=str(tmp_path / "run"), train_rewards=rewards)
+    loading = tmp_path / "loading"
+    run = forked.train(tmp_path / "log", flags(cfg, "mini-text"), BEGUN=str(loading))
+    forked.wait_for(loading.exists)
+    run.signal(signal.SIGTERM)
+    assert run.ended(5) == 0
+    assert f"stopped by SIGTERM; {GO_ON} after the last checkpoint" in run.printed()
+    assert "Traceback" not in run.printed()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_ends_the_others_in_a_line(world, tmp_path, number):
+    out = tmp_path / "run"
+    arguments = distillation(world, out, iterations=2000, rank_timeout=8.0)
+    first, second = forked.ranks(tmp_path, 2, arguments)
+    forked.wait_for(lambda: steps_logged(out) >= 2)
+    second.signal(number)
+    assert first.ended(60) == 1
+    lost = "error: another rank ended, or did not answer within --rank-timeout; the same command goes on"
+    assert first.printed().count(lost) == 1 and "Traceback" not in first.printed()
+    second.ended(0)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
+    """`--max-restarts 1`, and a rank is killed: the run ends as if nothing had been."""
+    arguments = torchrun(world, tmp_path, 2, *distil(world), "--save-every", "1", "--iterations", "8")
+    arguments[3:3] = ["--max-restarts", "1"]
+    launcher = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    forked.wait_for(lambda: steps_logged(tmp_path) >= 2)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, output[-3000:]
+    assert "resuming" in output
+    assert len(losses(tmp_path)) == 8
