@@ -111,15 +111,14 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
         seconds = time.perf_counter() - started
         done = step + 1
 
-        if math.isfinite(norm):
-            bad_steps = 0
-        else:
+        fault = fault_of_step(metrics, norm)
+        if fault:
             bad_steps += 1
-            say(f"step {step}: non-finite gradient; step skipped")
-        if bad_steps >= cfg.max_bad_steps:
-            raise FloatingPointError(
-                f"{bad_steps} non-finite steps in a row; lower --lr {cfg.lr} or use --dtype float32"
-            )
+            say(f"step {step}: {fault}; step skipped")
+        else:
+            bad_steps = 0
+        if bad_steps >= min(cfg.max_bad_steps, cfg.iterations):
+            raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 
         metrics |= report.watch(trained, done)
         if math.isfinite(norm) and folder.worth_logging(metrics, done):
@@ -138,6 +137,21 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
     say_phases(folder.metrics())
     folder.curves()
     return True
+
+
+WAYS_OUT = {
+    "a non-finite gradient": "lower --lr or use --dtype float32",
+    "no reward for any group": "mend the reward, or give it longer with --reward-timeout",
+}
+
+
+def fault_of_step(metrics: dict, norm: float) -> str:
+    """Why a step has changed nothing, one of WAYS_OUT; "" if it has."""
+    if not math.isfinite(norm):
+        return "a non-finite gradient"
+    if "groups" in metrics and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
+        return "no reward for any group"
+    return ""
 
 
 # ---- one optimizer step: on-policy distillation ------------------------------------------------------------

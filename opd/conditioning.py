@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from opd import ranks
 from opd.families import Condition
+from opd.files import reading
+from opd.flags import require
 from opd.text_cache import GB, PACK, TextCache
 
 CACHE_GB = 10.0
@@ -90,7 +92,8 @@ class Conditioning:
         """Write packs with the conditions of `prompts`; the encoders are here for that alone."""
         if not prompts:
             return
-        text = self.family.load_text(self.folder, self.dtype, self.device, self.t5)
+        with reading(f"text encoders of {self.folder}"):
+            text = self.family.load_text(self.folder, self.dtype, self.device, self.t5)
         packed, used, written = {}, 0, 0
         with tqdm(total=len(prompts), desc="encode prompts", disable=ranks.rank() != 0) as bar:
             for i in range(0, len(prompts), batch):
@@ -98,6 +101,9 @@ class Conditioning:
                 conditions = self.family.encode_prompts(text, piece, self.device)
                 for prompt, condition in zip(piece, conditions, strict=True):
                     packed[prompt] = {name: tensor.cpu() for name, tensor in condition.items()}
+                    finite = all(bool(tensor.isfinite().all()) for tensor in packed[prompt].values())
+                    wrong = f"text encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
+                    require(finite, f"{wrong}; get their weights anew, or use --dtype float32")
                     used += size(condition)
                 if used >= PACK or i + batch >= len(prompts):
                     self.cache.write(packed, self.needed)

@@ -72,7 +72,7 @@ class Logistics:
     rank_timeout: float = 1800.0
     """Seconds after which ranks give up one that does not answer, and end."""
     max_bad_steps: int = 5
-    """Stop after this many non-finite steps in a row."""
+    """Stop after so many steps in a row that change nothing: a non-finite gradient, or no reward at all."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     save_every: int = 20

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,11 +23,25 @@ def replace(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """ValueError that begins with `what`, such as the name and path of a file, for whatever a library raises
+    at the content that it finds there."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        reason = lines[0][:300]
+        if not isinstance(error, ValueError | FileNotFoundError):
+            reason = f"cannot be read ({type(error).__name__}: {reason})"
+        raise ValueError(f"{what}: {reason}") from error
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. ValueError naming the file."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected an object, got {str(value)[:40]!r}")
@@ -109,6 +125,7 @@ def find_pipeline(source: str, pipeline: str) -> Path:
     lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
     if lacking:
         raise ValueError(f"model {source!r} lacks its folders {lacking}, which model_index.json names")
+    check_tokenizers(folder, settings)
     return folder
 
 
@@ -121,3 +138,18 @@ def pipeline_class(source: str, folder: Path) -> str:
     if "_class_name" not in settings:
         raise ValueError(f"model {source!r}: {index} names no _class_name; it is not a pipeline's")
     return settings["_class_name"]
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+
+def check_tokenizers(folder: Path, settings: dict) -> None:
+    """FileNotFoundError for a tokenizer that a pipeline names and whose vocabulary is missing: transformers
+    would make an empty one without a word, and every prompt would be the same."""
+    for name, kind in settings.items():
+        used = name.startswith("tokenizer") and isinstance(kind, list) and kind[:1] not in ([], [None])
+        if used and not any((folder / name / file).is_file() for file in VOCABULARIES):
+            raise FileNotFoundError(
+                f"{folder / name} holds none of {', '.join(VOCABULARIES)}, and model_index.json names a "
+                "tokenizer there; download the pipeline again"
+            )

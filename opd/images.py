@@ -96,7 +96,11 @@ def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
             f"{file} has shape {shape}; with {wanted[0]} captions and this model and --resolution "
             f"it must be {wanted}"
         )
-    return load_file(file)["latents"]
+    latents = load_file(file)["latents"]
+    bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{file}: {len(bad)} latents hold NaN or infinity, first: number {bad[0]}")
+    return latents
 
 
 def write_samples(folder: Path, latents: Tensor, rows: list[dict]) -> None:

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -14,7 +15,7 @@ from opd import adapters, flow, kernels, lora_files, trajectory
 from opd.conditioning import CACHE_GB, Conditioning
 from opd.data import seed_of
 from opd.families import Condition, load_family
-from opd.files import find_pipeline
+from opd.files import find_pipeline, reading
 from opd.lora_files import Lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -72,10 +73,16 @@ class Model:
         FileNotFoundError / ValueError: no such source, another pipeline, a resolution that does not fit.
         """
         folder = find_pipeline(source, family.PIPELINE)
-        shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
+        with reading(f"model {source!r}"):
+            skeleton = family.skeleton(folder)
+            check_complete(folder / "transformer", skeleton)
+            shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
         compute = compute_dtype(dtype, device)
         conditioning = Conditioning(family, folder, cache, compute, device, t5, cache_gb)
-        return cls(family, folder, family.skeleton(folder), shape, conditioning, compute, device)
+        model = cls(family, folder, skeleton, shape, conditioning, compute, device)
+        with reading(f"{folder / 'scheduler'}"):
+            model.sigmas(2)
+        return model
 
     def read_lora(self, source: str) -> Lora:
         """An adapter from disk or Hub. ValueError / FileNotFoundError for a bad file, and for one that was
@@ -100,8 +107,13 @@ class Model:
 
     def load(self, dtype: torch.dtype | None = None) -> None:
         """Load the transformer, on the CPU in `dtype` (default: the compute dtype), and the VAE."""
-        self.transformer = self.family.load_transformer(self.folder, dtype or self.dtype)
-        self.vae = self.family.load_vae(self.folder).to(self.device)
+        with reading(f"{self.folder / 'transformer'}"):
+            self.transformer = self.family.load_transformer(self.folder, dtype or self.dtype)
+            check_finite(self.transformer)
+        with reading(f"{self.folder / 'vae'}"):
+            self.vae = self.family.load_vae(self.folder)
+            check_finite(self.vae)
+        self.vae.to(self.device)
 
     @classmethod
     def ready(cls, args, device: torch.device, prompts: list[str]) -> "Model":
@@ -241,6 +253,29 @@ def find_device(name: str, flag: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--{flag} {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def check_complete(folder: Path, skeleton: torch.nn.Module) -> None:
+    """ValueError where weights are missing that the transformer has: diffusers would draw them at random."""
+    files = [file for file in folder.glob("*.safetensors") if ".fp16." not in file.name]
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as content:
+            found |= set(content.keys())
+    missing = sorted(skeleton.state_dict().keys() - found)
+    if files and missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights, first {missing[0]}; get the model anew")
+
+
+def check_finite(module: torch.nn.Module) -> None:
+    """ValueError naming the first weight that holds NaN or infinity; a sum, which either spoils, is one
+    pass."""
+    for name, weight in module.state_dict().items():
+        if not weight.is_floating_point() or weight.sum(dtype=torch.float32).isfinite():
+            continue
+        bad = int((~weight.isfinite()).sum())
+        if bad > 0:
+            raise ValueError(f"{bad} of {weight.numel()} numbers of {name} are NaN or infinite; get it anew")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -427,7 +427,7 @@ def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, cap
 
     model.transformer.register_forward_hook(broken, with_kwargs=True)
     folder = RunFolder(cfg, active=True)
-    with pytest.raises(FloatingPointError, match="2 non-finite steps in a row; lower --lr"):
+    with pytest.raises(FloatingPointError, match="2 steps in a row with a non-finite gradient; lower --lr"):
         train.train(cfg, stage, trained, folder, Report(cfg, model, data, {}, folder))
     printed = capsys.readouterr().out
     assert "step 0: non-finite velocity difference to red at state 3" in printed and "skipped" in printed

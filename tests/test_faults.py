@@ -1,0 +1,99 @@
+"""What breaks under a run: each fault is named, before training where it can be, and nothing saved is lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from opd import ranks
+from tests import tiny
+from tests.tiny_grpo import run as run_grpo
+
+
+def cut(file):
+    """A file that broke off while it was copied."""
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def spoil(file):
+    """NaN in one number of the first weight."""
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+
+
+def drop_a_layer(file):
+    tensors = load_file(file)
+    save_file({name: t for name, t in tensors.items() if "transformer_blocks.1.attn.to_q" not in name}, file)
+
+
+def scribble(file):
+    file.write_text('{"a": ')
+
+
+def empty(folder):
+    for file in folder.iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+BREAKS = [
+    (cut, TRANSFORMER, "pipeline'.*SafetensorError"),
+    (spoil, TRANSFORMER, "transformer: 1 of .* numbers of .* are NaN or infinite"),
+    (drop_a_layer, TRANSFORMER, "transformer lacks 2 weights, first transformer_blocks.1.attn.to_q"),
+    (scribble, "transformer/config.json", "pipeline"),
+    (cut, "vae/diffusion_pytorch_model.safetensors", "vae"),
+    (spoil, "vae/diffusion_pytorch_model.safetensors", "vae: 1 of .* NaN or infinite"),
+    (scribble, "vae/config.json", "pipeline"),
+    (scribble, "scheduler/scheduler_config.json", "scheduler"),
+    (cut, "text_encoder/model.safetensors", "text encoders of .*pipeline"),
+    (spoil, "text_encoder_2/model.safetensors", "text encoders of .*pipeline: NaN or infinite numbers for"),
+    (scribble, "text_encoder/config.json", "text encoders of .*pipeline"),
+    (empty, "tokenizer_2", "tokenizer_2 holds none of tokenizer.json"),
+    (shutil.rmtree, "tokenizer", "tokenizer holds none of tokenizer.json"),
+    (shutil.rmtree, "vae", "vae"),
+    (scribble, "tokenizer/tokenizer.json", "text encoders of .*pipeline"),
+]
+
+
+@pytest.mark.parametrize("break_it, part, message", BREAKS, ids=[f"{b.__name__}-{p}" for b, p, _ in BREAKS])
+def test_a_broken_part_of_a_pipeline_is_named_before_training(world, tmp_path, break_it, part, message):
+    shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    break_it(tmp_path / "pipeline" / part)
+    cfg = tiny.config(world, model=str(tmp_path / "pipeline"), cache=str(tmp_path / "cache"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.set_up(cfg, ranks.start())
+
+
+def test_latents_that_are_not_finite_are_named(world, tmp_path):
+    latents = torch.zeros(3, 4, 4, 4)
+    latents[1, 0, 0, 0] = float("inf")
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": "a dot"}\n' * 3)
+    with pytest.raises(ValueError, match="1 latents hold NaN or infinity, first: number 1"):
+        train.set_up(tiny.sft_config(world, data=str(tmp_path)), ranks.start())
+
+
+def raises(images, prompts, metadata):
+    if images.std() > 0:
+        raise OSError("the scorer is dead")
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("iterations, steps", [(9, 3), (2, 2)])
+def test_grpo_without_any_reward_stops(world, tmp_path, capsys, iterations, steps):
+    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:raises")
+    cfg = tiny.grpo_config(
+        world, out=str(tmp_path), train_rewards=rewards, max_bad_steps=3, iterations=iterations
+    )
+    message = f"{steps} steps in a row with no reward for any group; mend the reward"
+    with pytest.raises(FloatingPointError, match=message):
+        run_grpo(cfg)
+    assert "the scorer is dead" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["groups"]["dropped"] == row["groups"]["all"] for row in rows)
+    assert not (tmp_path / "student").exists()
