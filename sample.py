@@ -10,7 +10,6 @@
 
 import json
 import re
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -20,13 +19,15 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from opd import adapters, samples
+from opd import adapters, errors, samples
 from opd.data import load_prompts, load_tasks
 from opd.deployment import KEY, guidance_of
-from opd.flags import Numbers, Texts, at_least_one, dashed, finite, require
+from opd.files import check_folder, is_hub_id, reading, resolve
+from opd.flags import Numbers, Texts, at_least_one, at_most, check_seed, dashed, finite, plain_names, require
 from opd.model import Model, find_device
 from opd.pictures import labelled_grid, save_image, to_pil
 from opd.presets import DEFAULT
+from opd.settings import restore
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class Arguments:
     again: str = ""
     """A PNG made by this program: repeat it with the settings in its metadata (only --out, --cache, --device
     apply)."""
+    trust_png: bool = False
+    """With --again: fetch the model and the adapter that the PNG names from the Hub if they are not here."""
+
+
+ORIGIN = {"adapter": str, "index": int, "place": int}
+"""What a PNG tells besides the arguments: the row, its number, and where in the forward pass it was."""
 
 
 IMAGES_ONLY = ("prompts", "images")
@@ -105,13 +112,43 @@ def read_settings(file: str) -> dict:
         raise ValueError(f"--again {file!r}: this is not an image") from error
     if KEY not in info:
         raise ValueError(f"--again {file!r}: this image carries no settings of sample.py")
-    return json.loads(info[KEY])
+    with reading(f"--again {file!r}: the settings in this image"):
+        settings = json.loads(info[KEY])
+        require(isinstance(settings, dict), "expected an object")
+        for name, kind in ORIGIN.items():
+            require(type(settings.get(name)) is kind, f"{name!r} is missing or no {kind.__name__}")
+    return settings
+
+
+def trusted(args: Arguments, settings: dict) -> Arguments:
+    """The settings of a PNG, with this call's own places. A stranger may have written them: ValueError for
+    wrong ones, and for sources that are not here, unless the user trusts the PNG."""
+    own = {"out": args.out, "cache": args.cache, "device": args.device}
+    theirs = asdict(args) | settings | own | {"again": "", "trust_png": False}
+    with reading(f"--again {args.again!r}: the settings in this image"):
+        used = restore(Arguments, theirs, "sample.py")
+        require(len(used.prompts) == 1, "expected one prompt")
+    for source in (used.model, *used.adapters.values()):
+        print(f"{args.again} was made with {source!r}")
+        fetched = "is not on this machine; add --trust-png to fetch it from the Hub"
+        here = args.trust_png or resolve(source).exists() or not is_hub_id(source)
+        require(here, f"--again {args.again!r}: {source!r} {fetched}")
+    return used
 
 
 def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded; whatever can be refused is refused
     first."""
+    check(args)
+    return Model.ready(args, find_device(args.device, "device"), prompts)
+
+
+def check(args: Arguments) -> None:
+    """Every argument that can be judged by itself. ValueError with its value and the flag."""
     at_least_one(args, "images", "steps", "batch")
+    at_most(args, 10_000, "images", "steps", "batch")
+    check_seed(args)
+    plain_names("--adapters", args.adapters)
     finite(args, "noise_level")
     if args.guidance is not None:
         finite(args, "guidance")
@@ -120,7 +157,6 @@ def load(args: Arguments, prompts: list[str]) -> Model:
         require(noise > 0, f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
     if args.sampler == "cps":
         require(noise <= 1, f"--sampler cps needs --noise-level in (0, 1], got {noise}")
-    return Model.ready(args, find_device(args.device, "device"), prompts)
 
 
 def make(
@@ -173,14 +209,12 @@ def repeat(args: Arguments) -> None:
     """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the
     same bits."""
     settings = read_settings(args.again)
-    adapter, index, place = (settings.pop(key) for key in ("adapter", "index", "place"))
-    settings |= {
-        "out": args.out,
-        "cache": args.cache,
-        "device": args.device,
-        "prompts": tuple(settings["prompts"]),
-    }
-    args = Arguments(**settings)
+    adapter, index, place = (settings.pop(name) for name in ORIGIN)
+    args = trusted(args, settings)
+    known = adapter == adapters.BASE or adapter in args.adapters
+    require(known, f"the image was made with adapter {adapter!r}, which its settings do not name")
+    inside = 0 <= place < args.batch and 0 <= index < 2**31
+    require(inside, f"the image was number {place} of {args.batch} and {index} in all; that cannot be")
     model = load(args, list(args.prompts))
     images = make(args, model, adapter, list(args.prompts) * args.batch, [index] * args.batch)
     print(write(args, images[place], adapter, args.prompts[0], index, place, args.batch))
@@ -213,7 +247,7 @@ def write_latents(args: Arguments) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    try:
+    with errors.in_one_line(ValueError, OSError):
         if args.again:
             return repeat(args)
         refuse_settings_of_the_other_kind(args)
@@ -228,9 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
             "--prompts: give at least one, none of them empty",
         )
         scales = guidance_of(args.adapters, args.guidance)
+        check_folder(args.out)
         model = load(args, prompts)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     columns = [p for p in prompts for _ in range(args.images)]
     rows = {}
     for adapter, guidance in scales.items():

@@ -29,7 +29,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, compiled, errors, flow, kernels, merging, ranks, routing, signals, trajectory
+from opd import (
+    adapters,
+    compiled,
+    errors,
+    flow,
+    identity,
+    kernels,
+    merging,
+    ranks,
+    routing,
+    signals,
+    trajectory,
+)
 from opd.adapters import BASE, EMA, START, STUDENT
 from opd.card import check_login
 from opd.conditioning import TextBatch
@@ -78,6 +90,7 @@ def run(cfg: Run) -> None:
         device = ranks.start(cfg.rank_timeout)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
+        folder.check_contents(identity.contents(cfg, model))
     with errors.in_one_line(FloatingPointError, OSError):
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)
@@ -95,6 +108,7 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
     """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
     checkpoint. Returns whether it came to its end: a signal stops it between two steps."""
     first = folder.resume(trained)
+    report.restore(trained, first)
     bad_steps = 0
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
@@ -129,6 +143,8 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
                 metrics |= {"graphs": compiled.graphs()}
             folder.log({"step": done} | metrics)
             bar.set_postfix_str(f"loss={metrics['loss']:.4g}")
+        if "watch" in metrics:
+            folder.save_best(trained, metrics["watch"])
         if due(done, cfg.save_every, cfg.iterations):
             folder.save(trained, done)
         if due(done, cfg.sample_every, cfg.iterations):

@@ -6,19 +6,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opd import flow, merging
+from opd.files import require_path
 from opd.flags import (
     Numbers,
     Shares,
     Texts,
     at_least_one,
+    at_most,
     below_one,
+    check_seed,
     dashed,
     finite,
     not_negative,
+    plain_names,
     positive,
     require,
     time_limit,
 )
+
+MOST = 10_000  # of what nobody wants more of: ranks of a LoRA, steps of a walk, shares of a task
 
 # What train.py logs beside the teachers' names, and the adapters that it makes itself.
 METRICS = (
@@ -77,6 +83,12 @@ class Logistics:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 20
     """Steps between checkpoints; the last step always saves."""
+    keep_last: int = 0
+    """Checkpoints that are kept in checkpoints/, the latest ones; 0 = all."""
+    keep_every: int = 0
+    """Checkpoints after a multiple of so many steps are kept for good; 0 = none beyond --keep-last."""
+    force_resume: bool = False
+    """Resume although settings, or files that the run reads, have changed since it began."""
     sample_every: int = 20
     """Steps between sample grids; 0 = none."""
     eval_steps: int = 10
@@ -94,6 +106,8 @@ class Logistics:
     def check(self, world: int) -> None:
         """ValueError, naming flag and value, unless the settings suit each other and the `world` ranks."""
         require(self.out != "", "--out is empty: name the run folder")
+        require_path(self.out)
+        require_path(self.cache)
         at_least_one(
             self, "iterations", "micro_batch", "shard_size", "max_bad_steps", "log_every", "save_every"
         )
@@ -102,8 +116,11 @@ class Logistics:
         positive(self, "cache_gb")
         named = self.push == "" or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push) is not None
         require(named, f"--push {self.push!r}: write a Hub repository as OWNER/NAME")
-        not_negative(self, "sample_every")
+        not_negative(self, "sample_every", "keep_last", "keep_every")
         time_limit(self, "rank_timeout")
+        at_most(self, 10**9, "micro_batch", "max_bad_steps", "log_every", "save_every")
+        at_most(self, 10**6, "iterations")
+        at_most(self, MOST, "eval_steps")
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         size = self.shard_size
         choice = f"choose one of {divisors}"
@@ -131,6 +148,7 @@ class Scores:
 
     def check(self, world: int) -> None:
         at_least_one(self, "eval_prompts", "watch_prompts")
+        at_most(self, 10**6, "eval_prompts", "watch_prompts")
         not_negative(self, "watch_every")
         time_limit(self, "reward_timeout")
         watched = self.watch_every > 0
@@ -203,9 +221,11 @@ class Run(Logistics):
         require(self.model != "", "--model is empty: name a pipeline directory or a Hub id owner/name")
         require(self.cold_start != "", "--cold-start is empty: use base or an adapter")
         at_least_one(self, "rank", "prompts_per_step", "ema_every")
+        at_most(self, MOST, "rank", "resolution")
+        at_most(self, 10**6, "prompts_per_step")
         positive(self, "lr", "alpha", "clip")
         not_negative(self, "resolution", "warmup", "weight_decay")
-        require(-(2**63) <= self.seed < 2**63, f"--seed is {self.seed}; it must fit into 64 bits")
+        check_seed(self)
         finite(self, "guidance")
         below_one(self, "ema")
 
@@ -292,6 +312,7 @@ class Rollout(Run, Scores):
         Run.check(self, world)
         Scores.check(self, world)
         at_least_one(self, "group", "steps")
+        at_most(self, MOST, "group", "steps")
         not_negative(self, "noise_level", "cosine_every")
         self.check_noise()
         none_left = f"--steps {self.steps} with --skip-last leaves no state to train on"
@@ -310,11 +331,14 @@ class Rollout(Run, Scores):
 
     def check_tasks(self) -> None:
         require(len(self.prompts) > 0, "--prompts is empty: give at least one TASK=FILE pair")
+        plain_names("--prompts", self.prompts)
+        plain_names("--heldout", self.heldout)
         known = list(self.prompts)
         for task, share in self.mix.items():
             require(task in known, f"--mix names task {task!r}, which has no --prompts; known: {known}")
             whole = "shares are whole numbers of at least 1"
             require(share >= 1, f"--mix {task}={share}: {whole}; drop the task from --prompts instead")
+            require(share <= MOST, f"--mix {task}={share}: a share must be at most {MOST}")
 
     def states(self) -> int:
         """How many states of a trajectory can be trained on."""

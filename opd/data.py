@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from opd.files import resolve
+
+LONGEST = 20_000
+"""Characters of a prompt; encoders read some hundred tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
         text, own_task = row.pop("prompt", None), row.pop("task", None) or task
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'{path}:{number}: no prompt on this line; give it a non-empty "prompt"')
+        require_prompt(text, f"{path}:{number}")
         if tasks is not None and own_task not in tasks:
             raise ValueError(
                 f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
@@ -53,6 +58,14 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"prompts {path!r}: the file holds no prompt")
     return prompts
+
+
+def require_prompt(text: str, where: str) -> None:
+    """ValueError for a text that no encoder can take, or that would keep a tokenizer busy for minutes."""
+    if len(text) > LONGEST:
+        raise ValueError(f"{where}: a prompt of {len(text)} characters; at most {LONGEST} are read")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{where}: the prompt holds a NUL or half a surrogate pair; save it as plain UTF-8")
 
 
 def numbered_lines(file: Path) -> list[tuple[int, str]]:
@@ -78,10 +91,8 @@ def _read_jsonl(file: Path):
     for number, line in numbered_lines(file):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}:{number}: not JSON ({error.msg}); expected one object per line"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error}); expected one object per line") from error
         if not isinstance(row, dict):
             raise ValueError(f'{file}:{number}: expected an object like {{"prompt": ...}}, got {line[:40]!r}')
         yield number, row
@@ -89,10 +100,14 @@ def _read_jsonl(file: Path):
 
 def _read_csv(file: Path):
     reader = csv.DictReader(io.StringIO(read_utf8(file), newline=""))
-    if "prompt" not in (reader.fieldnames or []):
-        raise ValueError(f"{file}:1: no column 'prompt' in the header {reader.fieldnames}")
-    for row in reader:
-        yield reader.line_num, dict(row)
+    try:
+        header = reader.fieldnames or []
+        rows = [(reader.line_num, dict(row)) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{file}:{reader.line_num}: not CSV ({error})") from error
+    if "prompt" not in header:
+        raise ValueError(f"{file}:1: no column 'prompt' in the header {header!r:.200}")
+    return rows
 
 
 def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:

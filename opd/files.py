@@ -1,7 +1,9 @@
 """Files: finding what the user names, and writing so that nothing saved is ever lost or half-written."""
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +11,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+UMASK = os.umask(0)  # can only be read by setting it
+os.umask(UMASK)
+
 
 def replace(path: Path, write) -> None:
-    """Call `write(temporary_path)`, flush to disk, then rename over `path`."""
+    """Call `write(temporary_path)`, flush to disk, then rename over `path`; a link there is replaced, not
+    followed. The file is as readable as the user's others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~UMASK)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,6 +42,21 @@ def reading(what: str) -> Iterator[None]:
         if not isinstance(error, ValueError | FileNotFoundError):
             reason = f"cannot be read ({type(error).__name__}: {reason})"
         raise ValueError(f"{what}: {reason}") from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What `replace` left behind in `folder` and below when its process was killed."""
+    for file in folder.rglob(".*.tmp"):
+        file.unlink()
+
+
+def digest(*files: Path) -> str:
+    """sha256 of the files, one after the other."""
+    whole = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            whole.update(hashlib.file_digest(content, "sha256").digest())
+    return whole.hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -66,6 +88,7 @@ def resolve(source: str) -> Path:
     A source that starts with opd/ and is not found from the current directory lies in this package: so the
     presets work from anywhere, and a run resumes in a checkout that has moved.
     """
+    require_path(source)
     path = Path(source).expanduser()
     packaged = Path(__file__).parents[1] / source
     if not path.exists() and source.startswith("opd/") and packaged.exists():
@@ -89,7 +112,7 @@ def locate(
     path = resolve(source)
     if path.exists():
         return path
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise FileNotFoundError(f"{what} {source!r}: no such file or directory (and not a Hub id owner/name)")
     from huggingface_hub import snapshot_download  # heavy, and the settings import this module
 
@@ -108,6 +131,28 @@ def locate_part(what: str, source: str, patterns: list[str]) -> Path:
     if resolve(source).exists() or not subfolder:
         return locate(what, source, patterns)
     return locate(what, repo, [f"{subfolder}/{pattern}" for pattern in patterns]) / subfolder
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` can be owner/name or owner/name:subfolder, and no path."""
+    repo = source.partition(":")[0]
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) is not None
+
+
+def check_folder(out: str) -> None:
+    """ValueError where no folder can be made: the nearest thing on the way that exists must be one."""
+    path = Path(out).expanduser().absolute()
+    require_path(out)
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"--out {out!r}: {str(path)!r} is not a directory; name another place")
+
+
+def require_path(source: str) -> None:
+    """ValueError for what no file system can name."""
+    if "\0" in source or len(source.encode(errors="replace")) > 4096:
+        raise ValueError(f"{source[:60]!r} cannot be a path: it holds a NUL byte, or is too long")
 
 
 def find_pipeline(source: str, pipeline: str) -> Path:

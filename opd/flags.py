@@ -1,7 +1,9 @@
 """Flags: those of NAME=VALUE pairs, and checks of single numbers whose messages name the flag."""
 
 import math
+import re
 import threading
+from collections.abc import Iterable
 from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -40,6 +42,24 @@ def at_least_one(cfg, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
         require(value >= 1, f"--{dashed(name)} is {value}; it must be at least 1")
+
+
+def at_most(cfg, limit: int, *names: str) -> None:
+    """A bound far above sense, so that a slip of the keyboard is no run that never ends."""
+    for name in names:
+        value = getattr(cfg, name)
+        require(value <= limit, f"--{dashed(name)} is {value}; it must be at most {limit}")
+
+
+def check_seed(cfg) -> None:
+    require(-(2**63) <= cfg.seed < 2**63, f"--seed is {cfg.seed}; it must fit into 64 bits")
+
+
+def plain_names(flag: str, names: Iterable[str]) -> None:
+    """Names become parts of file names and of metrics: letters, digits, spaces and . _ - alone."""
+    for name in names:
+        plain = re.fullmatch(r"\w[\w .-]{0,99}", name) is not None
+        require(plain, f"{flag}: the name {name[:99]!r} may hold letters, digits, spaces and . _ - alone")
 
 
 def finite(cfg, *names: str) -> None:

@@ -204,7 +204,8 @@ class Judge:
                 running = self.start(batch, images_BCHW)
         if running is not None:
             new += self.finish(*running, folder)
-        judged = {record.file: record for part in ranks.gather(new) for record in part}
+        everywhere = ranks.gather([asdict(record) for record in new])
+        judged = {values["file"]: Record(**values) for part in everywhere for values in part}
         if folder is not None:
             folder.merge()
         everything = [record for batch in batches for record in batch]

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.data import numbered_lines, seed_of
-from opd.files import replace, write_safetensors
+from opd.data import numbered_lines, require_prompt, seed_of
+from opd.files import reading, replace, write_safetensors
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 
@@ -65,10 +65,11 @@ def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
         try:
             row = json.loads(line)
             captions.append(caption_of(row))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, RecursionError, TypeError) as error:
             raise ValueError(
                 f"{file}:{number}: expected an object with one of {CAPTION_KEYS}, got {line[:60]!r}"
             ) from error
+        require_prompt(captions[-1], f"{file}:{number}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{file} is empty")
@@ -119,12 +120,23 @@ def find_files(folder: Path, rows: list[dict]) -> list[Path]:
                 f'{folder}/metadata.jsonl: line {number} has no "file_name", '
                 "and there is no latents.safetensors"
             )
+        require_inside(folder, row["file_name"], number)
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder}/metadata.jsonl names {len(missing)} images that do not exist, first: {missing[0]!r}"
         )
     return [folder / row["file_name"] for row in rows]
+
+
+def require_inside(folder: Path, name, number: int) -> None:
+    """ValueError for a file_name that is no path below `folder`: whoever made the data would choose which of
+    the user's files are read."""
+    line = f"{folder}/metadata.jsonl: line {number}"
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; keep the images inside it')
 
 
 def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
@@ -144,7 +156,8 @@ def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
 
 def read_image(file: Path, side: int) -> Tensor:
     """RGB (3, side, side) float32 in [0, 1]."""
-    image = Image.open(file).convert("RGB")
+    with reading(f"image {str(file)!r}"):
+        image = Image.open(file).convert("RGB")
     scale = side / min(image.size)
     if scale != 1:
         width, height = (max(side, round(scale * length)) for length in image.size)

@@ -102,9 +102,9 @@ class Trained:
     # ---- saving and resuming ----
 
     def weights(self) -> dict[str, Tensor]:
-        """What the run would ship now: the average if there is one, as whole tensors (a collective)."""
+        """What the run would ship now, on rank 0: the average if there is one, whole (collectives)."""
         with self.averaged():
-            return {name: ranks.full(p.detach()) for name, p in self.parameters.items()}
+            return ranks.gathered({name: p.detach() for name, p in self.parameters.items()})
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write `weights()` as a PEFT directory, or as the `transformer/` directory of a pipeline, and how it
@@ -124,16 +124,16 @@ class Trained:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to resume from, as whole tensors (a collective)."""
-        tensors = {f"model/{name}": ranks.full(p.detach()) for name, p in self.parameters.items()}
+        """Everything to resume from, on rank 0, as whole tensors (collectives)."""
+        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = ranks.full(value)
+                tensors[f"optimizer/{key}/{name}"] = value
         for name, average in self.average.items():
-            tensors[f"average/{name}"] = ranks.full(average)
+            tensors[f"average/{name}"] = average
         for name, number in self.carried.items():
-            tensors[f"carried/{name}"] = number.clone()
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            tensors[f"carried/{name}"] = number
+        return ranks.gathered(tensors)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` returned, on any number of ranks."""

@@ -1,6 +1,7 @@
 """All rank handling. On one process, with or without torchrun, everything here does nothing or the
 obvious."""
 
+import json
 import os
 from datetime import timedelta
 
@@ -94,12 +95,24 @@ def largest(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value) -> list:
-    """A small picklable value of every rank, in rank order, on every rank."""
+    """A small value of every rank, in rank order, on every rank. It travels as JSON: nothing that a rank
+    receives can run there."""
     if world() == 1:
         return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
+    device = torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world())]
+    dist.all_gather(lengths, torch.tensor([len(text)], device=device))
+    room = int(max(lengths))
+    padded = torch.nn.functional.pad(text, (0, room - len(text)))
+    texts = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(world())]
+    dist.all_gather(texts, padded)
+    whole = [
+        bytes(text[: int(length)].tolist()).decode() for text, length in zip(texts, lengths, strict=True)
+    ]
+    return [json.loads(text) for text in whole]
 
 
 def mesh(shard_size: int, device: torch.device) -> DeviceMesh:
@@ -159,6 +172,17 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the whole tensor on every rank (a collective where it is sharded). On one rank DTensor would
     return a view, which changes with the parameter."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole copies on rank 0's CPU, {} on the other ranks, which hold one whole tensor at a time
+    (collectives)."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = full(tensor)
+        if rank() == 0:
+            found[name] = whole.cpu().contiguous()
+    return found
 
 
 def load_full(parameter: torch.Tensor, value: torch.Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
-from opd import gallery, tables
+from opd import gallery, ranks, tables
 from opd.adapters import BASE, START, STUDENT
 from opd.card import push_student, write_card
 from opd.config import Distil, Finetune, Run
@@ -79,6 +80,13 @@ class Report:
             alone = {label: Row(BASE, rows[label].guidance)}
             return gallery.made(self.model.teachers[name], alone, batch)
         return gallery.made(self.model, rows, batch)
+
+    def restore(self, trained: Trained, done: int) -> None:
+        """Draw the grid of the saved step if a run was killed between saving and drawing it."""
+        file = self.folder.path / "samples" / f"{done:06d}.png"
+        lacking = torch.tensor(float(self.folder.active and not file.is_file()), device=self.model.device)
+        if done > 0 and due(done, self.cfg.sample_every, self.cfg.iterations) and ranks.largest(lacking) > 0:
+            self.sample_grid(trained, done)
 
     def sample_grid(self, trained: Trained, done: int) -> None:
         """The student's images of fixed prompts from fixed noise: samples/STEP.png."""

@@ -3,22 +3,26 @@
 import errno
 import fcntl
 import json
+import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from opd.config import Logistics, Run, Scores
-from opd.files import replace, write_json, write_safetensors
+from opd.files import check_folder, read_json, remove_temporaries, replace, write_json, write_safetensors
 from opd.flags import require
+from opd.identity import PATHS
 from opd.optim import Trained, due
 from opd.ranks import say
 from opd.settings import field_names, read_config, stage_of, to_json
 
 FREE = field_names(Logistics) | field_names(Scores)  # may change when a run resumes
+STATE, CONTENTS = "state.safetensors", "contents.json"
 
 
 class RunFolder:
@@ -27,8 +31,12 @@ class RunFolder:
     def __init__(self, cfg: Run, active: bool):
         self.path, self.active, self.tracker = Path(cfg.out).expanduser(), active, None
         self.tracker_name, self.log_every, self.last = cfg.tracker, cfg.log_every, cfg.iterations
+        self.keep_last, self.keep_every, self.save_every = cfg.keep_last, cfg.keep_every, cfg.save_every
+        self.forced = cfg.force_resume
         self.saved = 0
         """Steps done in the saved state."""
+        self.best = -math.inf
+        """The highest mean score of those watched so far."""
         try:
             if cfg.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -42,8 +50,11 @@ class RunFolder:
             return
         folder_or_nothing = self.path.is_dir() or not self.path.exists()
         require(folder_or_nothing, f"--out {cfg.out!r} is a file; name a folder")
+        check_folder(cfg.out)
+        self.refuse_strangers()
         self.check_same_run(cfg)
         self.lock()
+        remove_temporaries(self.path)
         write_json(self.path / "config.json", to_json(cfg))
         if cfg.tracker == "tensorboard":
             self.tracker = SummaryWriter(self.path / "tensorboard")
@@ -63,13 +74,31 @@ class RunFolder:
                 f"{self.path} belongs to a run that is still going; stop that run or choose another --out",
             )
 
+    def refuse_strangers(self) -> None:
+        """ValueError where this run would overwrite what it did not make: the files of something else, a
+        finished student, or whatever a link leads to."""
+        found = {file.name for file in self.path.glob("*") if not file.name.startswith(".")} - {"lock"}
+        for file in [*self.path.glob("*"), *self.path.glob("*/*")]:
+            inside = file.relative_to(self.path).parts[0] != "wandb"
+            require(not (inside and file.is_symlink()), f"{file} is a link; a run writes into its own folder")
+        config = self.path / "config.json"
+        ours = not found or (config.is_file() and is_settings(config))
+        require(ours, f"{self.path} holds {min(found, default='')!r} and no run; choose an empty --out")
+        lost = "student" in found and not (self.path / STATE).is_file()
+        way_out = f"no {STATE} to resume from; choose another --out, or delete that folder"
+        require(not lost, f"{self.path} holds a student, but {way_out}")
+
     def check_same_run(self, cfg: Run) -> None:
         """ValueError if the folder holds a run with other settings: resuming it would mix two runs.
 
-        A run without a checkpoint is nothing to mix with.
+        A run without a checkpoint is nothing to mix with. Where the contents of what it reads are known,
+        `check_contents` compares them, and not the paths.
         """
         file = self.path / "config.json"
-        if not file.is_file() or not (self.path / "state.safetensors").is_file():
+        resumes = file.is_file() and (self.path / STATE).is_file()
+        nothing = f"--force-resume: {self.path} holds no run to resume"
+        require(resumes or not cfg.force_resume, nothing)
+        if not resumes:
             return
         way_out = "choose another --out, or delete that folder"
         try:
@@ -79,22 +108,71 @@ class RunFolder:
         if type(old) is not type(cfg):
             stages = f"stage {stage_of(old)}, and this is stage {stage_of(cfg)}"
             raise ValueError(f"{self.path} holds a run of {stages}; {way_out}")
+        free = set(FREE)
+        if (self.path / CONTENTS).is_file():
+            free |= set(PATHS)
         changes = []
         for name, before in asdict(old).items():
             now = getattr(cfg, name)
-            if name not in FREE and now != before:
+            if name not in free and now != before:
                 changes.append(f"{name} {before!r} -> {now!r}")
-        require(not changes, f"{self.path} holds a run with other settings: {', '.join(changes)}; {way_out}")
+        self.refuse_changes(f"a run with other settings: {', '.join(changes)}; {way_out}", changes)
+
+    def check_contents(self, contents: dict[str, str]) -> None:
+        """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
+        if not self.active:
+            return
+        file = self.path / CONTENTS
+        if file.is_file() and (self.path / STATE).is_file():
+            old = read_json(file)
+            changes = [name for name in {**old, **contents} if old.get(name) != contents.get(name)]
+            way_out = "restore that, choose another --out, or add --force-resume to go on all the same"
+            self.refuse_changes(f"a run that began with another {', '.join(changes)}; {way_out}", changes)
+        write_json(file, contents)
+
+    def refuse_changes(self, what: str, changes: list[str]) -> None:
+        if changes and self.forced:
+            say(f"--force-resume: {self.path} holds {what}")
+        else:
+            require(not changes, f"{self.path} holds {what}")
 
     # ---- saving and resuming ----
 
     def save(self, trained: Trained, done: int) -> None:
-        """Checkpoint after `done` steps: the student, and the state to resume from (collectives)."""
+        """Checkpoint after `done` steps: the state to resume from, then the student, which a resumed run
+        makes from the state if this one is killed between the two (collectives)."""
+        self.save_state(done, trained.state())
+        self.export(trained, done)
+
+    def export(self, trained: Trained, done: int) -> None:
+        """The student of the saved state, with the moving average if there is one (collectives)."""
+        weights = trained.weights()
+        if not self.active:
+            return
+        if due(done, self.save_every, self.last):
+            trained.export(weights, self.path / "checkpoints" / f"{done:06d}")
+            self.prune()
+        trained.export(weights, self.path / "student")
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are neither among the last nor kept for good."""
+        if self.keep_last == 0:
+            return
+        numbers = sorted(int(file.name) for file in (self.path / "checkpoints").glob("[0-9]*"))
+        for number in numbers[: -self.keep_last]:
+            for_good = self.keep_every > 0 and number % self.keep_every == 0
+            if not for_good:
+                shutil.rmtree(self.path / "checkpoints" / f"{number:06d}")
+
+    def save_best(self, trained: Trained, watched: dict[str, float]) -> None:
+        """best/: the student with the highest mean of the watched scores so far (collectives)."""
+        score = mean_score(watched)
+        if not score > self.best:
+            return
+        self.best = score
         weights = trained.weights()
         if self.active:
-            trained.export(weights, self.path / "checkpoints" / f"{done:06d}")
-            trained.export(weights, self.path / "student")
-        self.save_state(done, trained.state())
+            trained.export(weights, self.path / "best")
 
     def save_to_go_on(self, trained: Trained, done: int) -> None:
         """What a stopped run needs to go on after `done` steps, unless it is saved already (collectives)."""
@@ -108,23 +186,32 @@ class RunFolder:
         if state:
             trained.load(state)
             say(f"resuming {self.path} after step {done}")
+            self.export(trained, done)
+        for row in self.metrics():
+            if "watch" in row and row["step"] <= done and mean_score(row["watch"]) > self.best:
+                self.best = mean_score(row["watch"])
         return done
 
     def save_state(self, done: int, tensors: dict[str, torch.Tensor]) -> None:
         if self.active:
-            write_safetensors(self.path / "state.safetensors", tensors, {"step": str(done)})
+            write_safetensors(self.path / STATE, tensors, {"step": str(done)})
         self.saved = done
 
     def load_state(self) -> tuple[int, dict[str, torch.Tensor]]:
         """(steps done, tensors) of the last checkpoint; (0, {}) for a new run. Metrics past it are
         dropped."""
-        file = self.path / "state.safetensors"
+        file = self.path / STATE
         if not file.is_file():
             self.truncate_metrics(0)
             return 0, {}
-        with safe_open(file, "pt") as state:
-            done = int(state.metadata()["step"])
-            tensors = {key: state.get_tensor(key) for key in state.keys()}
+        try:
+            with safe_open(file, "pt") as state:
+                done = int(state.metadata()["step"])
+                tensors = {key: state.get_tensor(key) for key in state.keys()}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            previous = f"--cold-start {self.path / 'student'}"
+            way_out = f"begin another run from its last student ({previous}), or delete the folder"
+            raise OSError(f"{file} is damaged ({error}); {way_out}") from error
         self.truncate_metrics(done)
         return done, tensors
 
@@ -201,6 +288,18 @@ class RunFolder:
         right.plot([row["step"] for row in rows], [row["grad_norm"] for row in rows])
         right.set(xlabel="step", ylabel="gradient norm", yscale="log")
         replace(self.path / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+def is_settings(file: Path) -> bool:
+    """Whether a config.json is one of ours."""
+    try:
+        return "stage" in read_json(file)
+    except ValueError:
+        return False
+
+
+def mean_score(watched: dict[str, float]) -> float:
+    return sum(watched.values()) / len(watched)
 
 
 def flatten(row: dict, prefix: str = "") -> dict:

@@ -5,6 +5,7 @@ import json
 import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
@@ -89,7 +90,7 @@ def read_config(file: str | Path) -> Run:
     require(Path(file).expanduser().is_file(), f"config {str(file)!r}: no such file")
     try:
         values = json.loads(Path(file).expanduser().read_bytes())
-    except ValueError as error:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not even UTF-8
         raise ValueError(f"config {str(file)!r}: not JSON ({error})") from error
     try:
         return from_json(values)
@@ -108,19 +109,26 @@ def from_json(values: dict) -> Run:
     require("stage" in values, '"stage" is missing')
     stage = values["stage"]
     require(stage in list(STAGES), f'"stage" is {stage!r}; expected one of {", ".join(STAGES)}')
-    hints = get_type_hints(STAGES[stage])
-    types = {setting.name: hints[setting.name] for setting in fields(STAGES[stage])}
+    own = {name: value for name, value in values.items() if name != "stage"}
+    return restore(STAGES[stage], own, f"stage {stage}")
+
+
+def restore(kind: type, values: dict, what: str) -> Any:
+    """An instance of a dataclass of settings from what JSON made of all its fields. ValueError naming a wrong
+    field; `what` has those fields."""
+    hints = get_type_hints(kind)
+    types = {setting.name: hints[setting.name] for setting in fields(kind)}
     for name in values:
-        require(name == "stage" or name in types, f"stage {stage} has no field {name!r}")
+        require(name in types, f"{what} has no field {name!r}")
     settings = {}
-    for name, kind in types.items():
+    for name, expected in types.items():
         require(name in values, f"field {name!r} is missing")
         try:
-            settings[name] = restored(values[name], kind)
+            settings[name] = restored(values[name], expected)
         except TypeError as error:
-            expected = inspect.formatannotation(kind)
-            raise ValueError(f"field {name!r} is {values[name]!r}; expected {expected}") from error
-    return STAGES[stage](**settings)
+            wanted = inspect.formatannotation(expected)
+            raise ValueError(f"field {name!r} is {values[name]!r:.200}; expected {wanted}") from error
+    return kind(**settings)
 
 
 def restored(value: Any, kind: Any) -> Any:
@@ -130,6 +138,10 @@ def restored(value: Any, kind: Any) -> Any:
         return value
     if origin is dict and isinstance(value, dict):
         return {name: restored(item, parts[1]) for name, item in value.items()}
+    if origin is UnionType and NoneType in parts:
+        return None if value is None else restored(value, parts[0])
+    if origin is tuple and parts[-1] is Ellipsis and isinstance(value, list | tuple):
+        return tuple(restored(item, parts[0]) for item in value)
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
         return tuple(map(restored, value, parts))
     if kind is float and type(value) is int:

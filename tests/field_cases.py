@@ -80,6 +80,7 @@ BASES = {
 WEIGHTS = ("student", "state")
 PICTURES = {"sample_every": 1}
 THREE = {"iterations": 3}
+SAVING = {"save_every": 1}
 MERGED = {"cold_start": "merge", "merge_from": COLOURS, "rank": 8}
 
 LOGISTICS = {
@@ -95,6 +96,9 @@ LOGISTICS = {
     "rank_timeout": Case([0.0, -1.0], refused="it must be positive"),
     "max_bad_steps": Case([1], changes=("error",), under=THREE | {"lr": 1e30}),
     "log_every": Case([2, 3], changes=("rows",), keeps=WEIGHTS, under=THREE),
+    "keep_last": Case([1, 2], changes=("files",), keeps=(*WEIGHTS, "rows"), under=THREE | SAVING),
+    "keep_every": Case([2], changes=("files",), keeps=WEIGHTS, under=THREE | SAVING | {"keep_last": 1}),
+    "force_resume": Case([True], refused="--force-resume: run holds no run to resume"),
     "save_every": Case([1, 2], changes=("files",), keeps=(*WEIGHTS, "rows"), under=THREE),
     "sample_every": Case([1, 2], changes=("pictures",), keeps=(*WEIGHTS, "rows"), under=THREE),
     "eval_steps": Case([2], changes=("pictures",), keeps=WEIGHTS, under=PICTURES),

@@ -1,0 +1,172 @@
+"""What a run folder keeps, whom it belongs to, and what a run that resumes insists on."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from opd import identity
+from opd.families import sd3
+from opd.model import Model
+from opd.runfolder import RunFolder
+from tests import tiny
+
+BRIGHT = "tests.tiny_grpo:brightness"
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """To draw them would take longer than the runs."""
+    monkeypatch.setitem(train.sys.modules, "matplotlib.figure", None)
+
+
+def snapshot(folder):
+    """Every file below, by content."""
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------
+
+
+def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_path):
+    out = tmp_path / "run"
+    scored = {"heldout": {"red": str(world / "red.txt")}, "rewards": {"red": BRIGHT}}
+    cfg = tiny.config(
+        world,
+        out=str(out),
+        iterations=5,
+        save_every=1,
+        keep_last=2,
+        keep_every=2,
+        sample_every=5,
+        eval_steps=2,
+    )
+    cfg = replace(cfg, watch_every=1, watch_prompts=4, lr=0.1, **scored)
+    train.run(cfg)
+    kept = {file.name for file in (out / "checkpoints").iterdir()}
+    assert kept == {"000002", "000004", "000005"}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    watched = [row["watch"]["red"] for row in rows]
+    best = watched.index(max(watched)) + 1
+    assert len(set(watched)) == 5
+    if f"{best:06d}" in kept:
+        assert snapshot(out / "best") == snapshot(out / "checkpoints" / f"{best:06d}")
+    assert snapshot(out / "student") == snapshot(out / "checkpoints/000005")
+
+    before = snapshot(out)
+    for folder in ("student", "checkpoints/000005", "samples"):
+        shutil.rmtree(out / folder)
+    (out / "student").mkdir()
+    (out / ".state.safetensors.123.tmp").write_bytes(b"half")
+    (out / "student" / ".adapter_model.safetensors.4.tmp").write_bytes(b"half")
+    train.run(cfg)
+    assert snapshot(out) == before
+    mode = (out / "student/adapter_model.safetensors").stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    assert mode == 0o666 & ~umask
+
+
+def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path):
+    folder = RunFolder(tiny.config(world, out=str(tmp_path)), active=True)
+    folder.save_state(3, {"x": torch.ones(9)})
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    half = file.read_bytes()
+    with pytest.raises(OSError, match="state.safetensors is damaged .*--cold-start .*student"):
+        folder.load_state()
+    assert file.read_bytes() == half
+
+
+# ---- whose folder it is ------------------------------------------------------------------------------------
+
+
+def theirs(out):
+    (out / "config.json").write_text('{"model_type": "llama"}')
+
+
+def notes(out):
+    (out / "notes.txt").write_text("mine")
+
+
+def student_alone(out):
+    (out / "config.json").write_text('{"stage": "opd"}')
+    (out / "student").mkdir()
+
+
+def linked_student(out):
+    (out.parent / "precious").mkdir()
+    (out / "student").symlink_to(out.parent / "precious")
+
+
+def linked_metrics(out):
+    (out / "metrics.jsonl").symlink_to(out.parent / "precious.txt")
+
+
+def linked_checkpoint(out):
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "000020").symlink_to(out.parent)
+
+
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        (theirs, "holds 'config.json' and no run; choose an empty --out"),
+        (notes, "holds 'notes.txt' and no run"),
+        (student_alone, "holds a student, but no state.safetensors to resume from; choose another --out"),
+        (linked_student, "student is a link; a run writes into its own folder"),
+        (linked_metrics, "metrics.jsonl is a link"),
+        (linked_checkpoint, "000020 is a link"),
+    ],
+)
+def test_a_folder_that_is_not_a_runs_is_left_alone(world, tmp_path, prepare, message):
+    out = tmp_path / "run"
+    out.mkdir()
+    prepare(out)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RunFolder(tiny.config(world, out=str(out)), active=True)
+    assert snapshot(tmp_path) == before
+
+
+# ---- the same run ------------------------------------------------------------------------------------------
+
+
+def planned(cfg):
+    return Model.plan(sd3, cfg.model, cfg.dtype, 0, cfg.cache, torch.device("cpu"), True)
+
+
+def test_a_run_resumes_with_the_same_contents_wherever_they_lie_or_says_which_changed(
+    world, tmp_path, capsys
+):
+    shutil.copytree(world, tmp_path / "one", ignore=shutil.ignore_patterns("cache", "run"))
+    out = str(tmp_path / "run")
+    cfg = tiny.config(tmp_path / "one", out=out)
+    folder = RunFolder(cfg, active=True)
+    folder.check_contents(identity.contents(cfg, planned(cfg)))
+    folder.save_state(1, {"x": torch.ones(1)})
+
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)
+    RunFolder(moved, active=True).check_contents(identity.contents(moved, planned(moved)))
+
+    with open(tmp_path / "two" / "red.txt", "a") as file:
+        file.write("a red line more\n")
+    tiny.save(tiny.random_lora(tmp_path / "two/pipeline", seed=9), tmp_path / "two/blue")
+    changed = identity.contents(moved, planned(replace(moved, dtype="bfloat16")))
+    kept = snapshot(tmp_path / "run")
+    message = "began with another dtype, teacher blue, prompts 1: red; restore that, choose another"
+    with pytest.raises(ValueError, match=message):
+        RunFolder(moved, active=True).check_contents(changed)
+    assert snapshot(tmp_path / "run") == kept
+    with pytest.raises(ValueError, match="lr 0.01 -> 0.5"):
+        RunFolder(replace(moved, lr=0.5), active=True)
+
+    RunFolder(replace(moved, lr=0.5, force_resume=True), active=True).check_contents(changed)
+    printed = capsys.readouterr().out
+    assert "lr 0.01 -> 0.5" in printed and "teacher blue" in printed
+    RunFolder(replace(moved, lr=0.5), active=True).check_contents(changed)
