@@ -1,6 +1,7 @@
 """What breaks under a run: each fault is named, before training where it can be; nothing saved is lost."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from opd import ranks
+from opd.data import Prompt
+from opd.rewards import find_reward
 from tests import tiny
 from tests.tiny_grpo import run as run_grpo
 
@@ -82,6 +85,22 @@ def raises(images, prompts, metadata):
     if images.std() > 0:
         raise OSError("the scorer is dead")
     return images.mean((1, 2, 3))
+
+
+def leaves(images, prompts, metadata):
+    os._exit(0)
+
+
+def test_a_reward_cannot_end_the_run_without_a_word(tmp_path):
+    reward = find_reward(f"{__name__}:leaves")
+    with pytest.raises(ValueError, match=r"raised SystemExit on grey images of .*os._exit\(0\)"):
+        reward.check("red", [Prompt("a dot", "red")], 8)
+    scores_B, reasons, _ = reward.start(torch.zeros(1, 3, 8, 8), ["a dot"], [{}], 60.0).result()
+    assert scores_B.isnan().all() and reasons[0].endswith("raised SystemExit: os._exit(0)")
+    child = os.fork()
+    if child == 0:
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 @pytest.mark.parametrize("iterations, steps", [(9, 3), (2, 2)])

@@ -41,7 +41,7 @@ from torch import Tensor
 from opd.data import Prompt
 from opd.flags import require
 from opd.rewards.about import About
-from opd.rewards.scoring import Scoring, fault_of
+from opd.rewards.scoring import Scoring, fault_of, no_exit
 
 SHORT = {
     "jpeg_compressibility": "opd.rewards.jpeg:compressibility",
@@ -143,7 +143,7 @@ class Reward:
         texts = [prompt.text for prompt in probe]
         grey_BCHW = torch.full((len(probe), 3, pixels, pixels), 0.5)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), no_exit():
                 scores = self(grey_BCHW, texts, [prompt.metadata for prompt in probe])
         except (Exception, SystemExit) as error:
             raised = f"raised {type(error).__name__} on grey images of {texts}"

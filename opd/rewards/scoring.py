@@ -3,9 +3,12 @@ unnoticed."""
 
 import copy
 import math
+import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -156,12 +159,36 @@ def _call(
     try:
         if device is not None:
             torch.cuda.set_device(device)
-        with torch.no_grad():
+        with torch.no_grad(), no_exit():
             scores = function(images_BCHW, prompts, metadata)
         fault = fault_of(scores, len(prompts))
         answers.put(fault or scores.float().tolist())
     except BaseException as error:  # SystemExit too: it would end the thread without a word
         answers.put(f"raised {type(error).__name__}: {error}")
+
+
+_guest = threading.local()
+_leave = os._exit
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Inside, os._exit of this thread raises SystemExit: a reward must not end the run without a word. A
+    process that the reward forks may end itself."""
+    _guest.process = os.getpid()
+    try:
+        yield
+    finally:
+        _guest.process = None
+
+
+def _exit(status: int) -> None:
+    if getattr(_guest, "process", None) == os.getpid():
+        raise SystemExit(f"os._exit({status})")
+    _leave(status)
+
+
+os._exit = _exit
 
 
 def fault_of(scores, count: int) -> str:
