@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,11 @@ def reading(what: str) -> Iterator[None]:
 
 def remove_temporaries(folder: Path) -> None:
     """What `replace` left behind in `folder` and below when its process was killed."""
-    for file in folder.rglob(".*.tmp"):
-        file.unlink()
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def digest(*files: Path) -> str:

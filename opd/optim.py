@@ -51,6 +51,8 @@ class Trained:
         taught = adapters.parameters_of(model.transformer, EMA)
         if taught:
             self.average = dict(zip(self.parameters, taught.values(), strict=True))
+        self.full = model.trained == BASE
+        """Whether all weights are trained: then they are sharded, and so is the state."""
         self.carried: dict[str, Tensor] = {}
         """Numbers that a stage carries from step to step."""
         self.updates = 0
@@ -125,6 +127,19 @@ class Trained:
 
     def state(self) -> dict[str, Tensor]:
         """Everything to resume from, on rank 0, as whole tensors (collectives)."""
+        return ranks.gathered(self.tensors())
+
+    def parts(self) -> dict[str, Tensor]:
+        """Everything to resume from: of what is sharded this rank's part, to be read or filled. Moments that
+        no step has made yet are zero, as AdamW makes them."""
+        for parameter in self.parameters.values():
+            if not self.optimizer.state[parameter]:
+                zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        return self.tensors()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a state holds, by name."""
         tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
@@ -133,7 +148,7 @@ class Trained:
             tensors[f"average/{name}"] = average
         for name, number in self.carried.items():
             tensors[f"carried/{name}"] = number
-        return ranks.gathered(tensors)
+        return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` returned, on any number of ranks."""

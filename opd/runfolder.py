@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from opd import shards
 from opd.config import Logistics, Run, Scores
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json, write_safetensors
 from opd.flags import require
@@ -84,7 +85,7 @@ class RunFolder:
         config = self.path / "config.json"
         ours = not found or (config.is_file() and is_settings(config))
         require(ours, f"{self.path} holds {min(found, default='')!r} and no run; choose an empty --out")
-        lost = "student" in found and not (self.path / STATE).is_file()
+        lost = "student" in found and not self.has_state()
         way_out = f"no {STATE} to resume from; choose another --out, or delete that folder"
         require(not lost, f"{self.path} holds a student, but {way_out}")
 
@@ -95,7 +96,7 @@ class RunFolder:
         `check_contents` compares them, and not the paths.
         """
         file = self.path / "config.json"
-        resumes = file.is_file() and (self.path / STATE).is_file()
+        resumes = file.is_file() and self.has_state()
         nothing = f"--force-resume: {self.path} holds no run to resume"
         require(resumes or not cfg.force_resume, nothing)
         if not resumes:
@@ -123,7 +124,7 @@ class RunFolder:
         if not self.active:
             return
         file = self.path / CONTENTS
-        if file.is_file() and (self.path / STATE).is_file():
+        if file.is_file() and self.has_state():
             old = read_json(file)
             changes = [name for name in {**old, **contents} if old.get(name) != contents.get(name)]
             way_out = "restore that, choose another --out, or add --force-resume to go on all the same"
@@ -141,7 +142,7 @@ class RunFolder:
     def save(self, trained: Trained, done: int) -> None:
         """Checkpoint after `done` steps: the state to resume from, then the student, which a resumed run
         makes from the state if this one is killed between the two (collectives)."""
-        self.save_state(done, trained.state())
+        self.save_state_of(trained, done)
         self.export(trained, done)
 
     def export(self, trained: Trained, done: int) -> None:
@@ -177,19 +178,41 @@ class RunFolder:
     def save_to_go_on(self, trained: Trained, done: int) -> None:
         """What a stopped run needs to go on after `done` steps, unless it is saved already (collectives)."""
         if done != self.saved:
-            self.save_state(done, trained.state())
+            self.save_state_of(trained, done)
 
     def resume(self, trained: Trained) -> int:
         """Load the last checkpoint, if there is one; returns how many steps are done."""
-        done, state = self.load_state()
+        done = self.load_state_of(trained)
         self.saved = done
-        if state:
-            trained.load(state)
+        if done > 0:
             say(f"resuming {self.path} after step {done}")
             self.export(trained, done)
         for row in self.metrics():
             if "watch" in row and row["step"] <= done and mean_score(row["watch"]) > self.best:
                 self.best = mean_score(row["watch"])
+        return done
+
+    def has_state(self) -> bool:
+        return (self.path / STATE).is_file() or shards.latest(self.path) > 0
+
+    def save_state_of(self, trained: Trained, done: int) -> None:
+        """One file, or, where all weights are trained, a directory with a part of each rank."""
+        if trained.full:
+            shards.save(self.path, done, trained.parts())
+            self.saved = done
+        else:
+            self.save_state(done, trained.state())
+
+    def load_state_of(self, trained: Trained) -> int:
+        """The inverse; returns how many steps are done."""
+        done = shards.latest(self.path)
+        if trained.full and done > 0:
+            shards.load(self.path, done, trained.parts())
+            self.truncate_metrics(done)
+            return done
+        done, state = self.load_state()
+        if state:
+            trained.load(state)
         return done
 
     def save_state(self, done: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def ended(self, seconds: float = 120.0) -> int:
+    def ended(self, seconds: float = 400.0) -> int:
         """Its exit status, negative for a signal; it is killed, and None, if it takes longer."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -57,7 +57,7 @@ def ranks(folder: Path, count: int, arguments: list[str]) -> list[Command]:
     ]
 
 
-def wait_for(condition, seconds: float = 100.0) -> None:
+def wait_for(condition, seconds: float = 300.0) -> None:
     """Poll until `condition()` holds; AssertionError if it never does."""
     deadline = time.monotonic() + seconds
     while not condition():
