@@ -174,7 +174,6 @@ def find_pipeline(source: str, pipeline: str) -> Path:
     lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
     if lacking:
         raise ValueError(f"model {source!r} lacks its folders {lacking}, which model_index.json names")
-    check_tokenizers(folder, settings)
     return folder
 
 
@@ -192,10 +191,13 @@ def pipeline_class(source: str, folder: Path) -> str:
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
-def check_tokenizers(folder: Path, settings: dict) -> None:
+def check_tokenizers(folder: Path, all_of_them: bool) -> None:
     """FileNotFoundError for a tokenizer that a pipeline names and whose vocabulary is missing: transformers
-    would make an empty one without a word, and every prompt would be the same."""
-    for name, kind in settings.items():
+    would make an empty one without a word, and every prompt would be the same. Unless `all_of_them` are used,
+    one may lack its directory."""
+    for name, kind in read_json(folder / "model_index.json").items():
+        if not all_of_them and not (folder / name).is_dir():
+            continue
         used = name.startswith("tokenizer") and isinstance(kind, list) and kind[:1] not in ([], [None])
         if used and not any((folder / name / file).is_file() for file in VOCABULARIES):
             raise FileNotFoundError(
