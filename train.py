@@ -29,45 +29,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import (
-    adapters,
-    compiled,
-    errors,
-    flow,
-    identity,
-    kernels,
-    merging,
-    ranks,
-    routing,
-    signals,
-    trajectory,
-)
-from opd.adapters import BASE, EMA, START, STUDENT
+from opd import adapters, compiled, errors, flow, identity, kernels, ranks, routing, signals, trajectory
 from opd.card import check_login
 from opd.conditioning import TextBatch
-from opd.config import Distil, Finetune, Grow, Run
-from opd.data import MicroBatch, Prompt, load_tasks, micro_batches, prompts_of_step, seed_of
+from opd.config import Distil, Grow, Run
+from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import Squares, TaskGradients
 from opd.estimators import ESTIMATORS, reinforce
-from opd.families import Condition, load_family
-from opd.flags import require
-from opd.gallery import specs_of
+from opd.families import Condition
 from opd.grpo import Growing
-from opd.images import Images, load_images
 from opd.judging import Judges
-from opd.lora_files import Lora
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
-from opd.probe import Probe, probe_prompts
+from opd.probe import Probe
 from opd.ranks import say
-from opd.report import Report, say_phases, shown_texts, splits
-from opd.rewards import Reward, find_reward
+from opd.report import Report, say_phases
+from opd.rewards import Reward
 from opd.runfolder import RunFolder
 from opd.settings import describe, parse, starting_point
+from opd.setup import Data, set_up
 from opd.sft import Finetuning
-from opd.teacher_files import Whole, described, read_teachers
-from opd.teachers import Panel, Teacher, load_teachers, route_of, teacher_names
+from opd.teachers import Panel, Teacher, load_teachers, route_of
 from opd.trajectory import Path, State
 
 
@@ -125,7 +108,7 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
         seconds = time.perf_counter() - started
         done = step + 1
 
-        fault = fault_of_step(metrics, norm)
+        fault = fault_of_step(cfg, metrics, norm)
         if fault:
             bad_steps += 1
             say(f"step {step}: {fault}; step skipped")
@@ -161,11 +144,12 @@ WAYS_OUT = {
 }
 
 
-def fault_of_step(metrics: dict, norm: float) -> str:
+def fault_of_step(cfg: Run, metrics: dict, norm: float) -> str:
     """Why a step has changed nothing, one of WAYS_OUT; "" if it has."""
     if not math.isfinite(norm):
         return "a non-finite gradient"
-    if "groups" in metrics and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
+    # A distillation that judges learns from its teachers even where no reward came.
+    if isinstance(cfg, Grow) and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
         return "no reward for any group"
     return ""
 
@@ -202,12 +186,14 @@ class Distillation:
         rewards: dict[str, Reward],
         trained: Trained,
     ):
-        self.cfg, self.model, self.pools, self.trained = cfg, model, pools, trained
+        self.cfg, self.model = cfg, model
+        self.pools, self.trained = pools, trained
         self.teachers = load_teachers(cfg, model, pools)
         self.branch_teachers = {}
         if cfg.branch_weight > 0:
             self.branch_teachers = load_teachers(cfg, model, pools, guidance=1.0)
-        self.weights = flow.state_weights(cfg.weight, model.sigmas(cfg.steps), cfg.rollout, cfg.noise_level)
+        sigmas = model.sigmas(cfg.steps)
+        self.weights = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
         self.estimate = ESTIMATORS[cfg.estimator]
         self.judges = None
         if cfg.judged():
@@ -241,7 +227,8 @@ class Distillation:
         weight = cfg.anchor_weight
         if "anchor_weight" in self.trained.carried:
             weight = float(self.trained.carried["anchor_weight"])
-        anchor_T = routing.anchor_weights(self.model.sigmas(cfg.steps)[:-1], weight, cfg.anchor_levels)
+        sigmas = self.model.sigmas(cfg.steps)[:-1]
+        anchor_T = routing.anchor_weights(sigmas, weight, cfg.anchor_levels)
         return Plan(step, prompts_N, route_N, routed_NK, anchor_T, queried_states(cfg, step))
 
     def accumulate(self, plan: Plan) -> Squares:
@@ -317,7 +304,8 @@ class Distillation:
         path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, seeds)
         seed = seed_of(cfg.seed, plan.step, "start")
         x = kernels.normal((len(index), *model.shape), seed, index, device=model.device)
-        return x, path, index, model.text([plan.prompts_N[n].text for n in batch.samples])
+        texts = [plan.prompts_N[n].text for n in batch.samples]
+        return x, path, index, model.text(texts)
 
     def student(self, state: State, text: list[Condition]) -> Tensor:
         return self.model.velocity(state.x, state.sigma_B, text, self.cfg.guidance)
@@ -422,10 +410,9 @@ def queried_states(cfg: Distil, step: int) -> list[int]:
     return sorted(states[place] for place in drawn)
 
 
-# ---- set-up ------------------------------------------------------------------------------------------------
+# ---- the stages --------------------------------------------------------------------------------------------
 
 Stage = Distillation | Growing | Finetuning
-Data = dict[str, list[Prompt]] | Images
 
 
 def choose_stage(cfg: Run, model: Model, data: Data, rewards: dict[str, Reward], trained: Trained) -> Stage:
@@ -435,134 +422,6 @@ def choose_stage(cfg: Run, model: Model, data: Data, rewards: dict[str, Reward],
     if isinstance(cfg, Grow):
         return Growing(cfg, model, data, rewards, trained)
     return Finetuning(cfg, model, data, trained)
-
-
-def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
-    """Read and check everything that the user named; only then load weights, attach adapters, shard.
-
-    Returns the model, the data (prompts per task, or images with captions) and every reward of the run by its
-    spec.
-    """
-    if cfg.compile:
-        compiled.check_compiler()
-    model = Model.plan(
-        load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
-    )
-    teachers = {}
-    if isinstance(cfg, Distil):
-        teachers = read_teachers(cfg, model)
-    student = student_start(cfg, model)
-    data, shown, steps = load_data(cfg, model)
-    rewards = load_rewards(cfg, model, data)
-    for name, teacher in teachers.items():
-        say(f"teacher {name}: {teacher.source}  {described(teacher)}")
-
-    model.prepare(shown)
-    model.follow(steps)
-    for teacher in teachers.values():
-        if isinstance(teacher, Whole):
-            teacher.model.prepare(shown)
-            teacher.model.follow(steps)
-    load_weights(cfg, model, teachers, student)
-    if cfg.checkpointing:
-        model.transformer.enable_gradient_checkpointing()
-    model.transformer.to(device)
-    blocks = model.family.blocks(model.transformer)
-    if cfg.compile:
-        compiled.compile_blocks(blocks)
-    # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
-    if cfg.full or cfg.shard_size > 1:
-        for each in (model, *model.teachers.values()):
-            blocks = each.family.blocks(each.transformer)
-            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device)
-    return model, data, rewards
-
-
-def load_weights(cfg: Run, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
-    """Load the base and the teachers, put all adapters on it, and let what is trained require a gradient."""
-    if cfg.full:
-        model.trained = BASE
-        model.load(torch.float32)
-        model.transformer.requires_grad_(True)
-        return
-    model.load()
-    for name, teacher in teachers.items():
-        if isinstance(teacher, Whole):
-            model.teachers[name] = teacher.load(model.vae)
-        else:
-            adapters.attach(model.transformer, name, teacher, model.dtype)
-    if isinstance(cfg, Distil) and EMA in cfg.teachers.values():
-        adapters.attach(model.transformer, EMA, student, torch.float32)
-    adapters.attach(model.transformer, START, student, model.dtype)
-    adapters.attach(model.transformer, STUDENT, student, torch.float32)
-    for parameter in adapters.parameters_of(model.transformer, STUDENT).values():
-        parameter.requires_grad_(True)
-
-
-def student_start(cfg: Run, model: Model) -> Lora:
-    """The student's first adapter: fresh (= base), several merged, or one from disk."""
-    if cfg.cold_start == "base":
-        targets = model.family.LORA_TARGETS
-        return adapters.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
-    if cfg.cold_start == "merge":
-        merged = {name: source for name, source in cfg.merged().items() if source != BASE}
-        loras = {name: model.read_lora(source) for name, source in merged.items()}
-        weights = {name: cfg.merge_weight(name) for name in merged}
-        recipe = merging.Recipe(cfg.merge, cfg.rank, cfg.merge_density, cfg.seed)
-        return merging.merge(loras, weights, recipe, cfg.alpha)
-    lora = model.read_lora(cfg.cold_start)
-    largest = max(a.shape[0] for a in lora.A.values())
-    require(
-        largest <= cfg.rank,
-        f"--cold-start {cfg.cold_start!r} has rank {largest}; use --rank {largest} or more",
-    )
-    return merging.fitted(lora, cfg.rank, cfg.alpha)
-
-
-def load_data(cfg: Run, model: Model) -> tuple[Data, list[str], list[list[str]]]:
-    """(prompts per task, or images with captions; the texts of every report; the texts of every step)."""
-    if isinstance(cfg, Finetune):
-        images = load_images(cfg.data, model)
-        chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
-        steps = [[images.captions[n] for n in numbers] for numbers in chosen]
-        return images, shown_texts(cfg, images), steps
-    pools = load_tasks(cfg.prompts)
-    steps = []
-    for step in range(cfg.iterations):
-        prompts = prompts_of_step(
-            pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
-        )
-        steps.append([prompt.text for prompt in prompts])
-    shown = shown_texts(cfg, pools)
-    if isinstance(cfg, Distil):
-        teacher_names(cfg, pools)  # refuses a route that cannot be followed
-        shown += [prompt.text for prompt in probe_prompts(cfg, pools)]
-    return pools, shown, steps
-
-
-def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
-    """Every reward that the run will call, found and loaded once; those to train on are tried on grey
-    images."""
-    if isinstance(cfg, Finetune):
-        return {}
-    specs = []
-    if cfg.evaluate or cfg.watch_every:
-        for text in cfg.rewards.values():
-            specs += specs_of(text)
-    specs += cfg.training_rewards().values()
-    rewards = {spec: find_reward(spec) for spec in specs}
-    if cfg.evaluate or cfg.watch_every:
-        for pools in splits(cfg, data).values():
-            for task, pool in pools.items():
-                if task in cfg.rewards:
-                    for spec in specs_of(cfg.rewards[task]):
-                        rewards[spec].check_metadata(task, pool)
-    for reward in rewards.values():
-        reward.load(model.device)
-    pixels = cfg.resolution or model.family.default_resolution(model.folder)
-    for task, spec in cfg.training_rewards().items():
-        rewards[spec].check(task, data[task], pixels)
-    return rewards
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Growing:
         rewards: dict[str, Reward],
         trained: Trained,
     ):
-        self.cfg, self.model, self.pools, self.trained = cfg, model, pools, trained
+        self.cfg, self.model = cfg, model
+        self.pools, self.trained = pools, trained
         self.reward_of = {task: rewards[cfg.train_rewards[task]] for task in pools}
 
     def step(self, step: int) -> tuple[dict, float]:
@@ -182,7 +183,8 @@ class Growing:
         if not self.cfg.shared_start or state.i > states[0]:
             return self.model.velocity(x, sigma_B, text, guidance)
         first = together.first_index
-        v = self.model.velocity(x[first], sigma_B[first], [text[b] for b in together.first], guidance)
+        text_of_first = [text[b] for b in together.first]
+        v = self.model.velocity(x[first], sigma_B[first], text_of_first, guidance)
         return v[together.back_index]
 
     def gather_rewards(
@@ -190,7 +192,8 @@ class Growing:
     ) -> tuple[Tensor, list[str], float]:
         """Wait for the scores. Returns rewards (P, G) float64 of all ranks, NaN where scoring failed, the
         failures in words, and the seconds that this rank's scorers were busy."""
-        rewards_N = torch.zeros(len(prompts) * self.cfg.group, dtype=torch.float64, device=self.model.device)
+        count, device = len(prompts) * self.cfg.group, self.model.device
+        rewards_N = torch.zeros(count, dtype=torch.float64, device=device)
         failures, busy = [], 0.0
         for part in parts:
             for sampled in part:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
 from opd import ranks
 from opd.data import Prompt
 from opd.rewards import find_reward
+from opd.setup import set_up
 from tests import tiny
 from tests.tiny_grpo import run as run_grpo
 
@@ -69,7 +69,7 @@ def test_a_broken_part_of_a_pipeline_is_named_before_training(world, tmp_path, b
     break_it(tmp_path / "pipeline" / part)
     cfg = tiny.config(world, model=str(tmp_path / "pipeline"), cache=str(tmp_path / "cache"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train.set_up(cfg, ranks.start())
+        set_up(cfg, ranks.start())
 
 
 def test_latents_that_are_not_finite_are_named(world, tmp_path):
@@ -78,7 +78,7 @@ def test_latents_that_are_not_finite_are_named(world, tmp_path):
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
     (tmp_path / "metadata.jsonl").write_text('{"prompt": "a dot"}\n' * 3)
     with pytest.raises(ValueError, match="1 latents hold NaN or infinity, first: number 1"):
-        train.set_up(tiny.sft_config(world, data=str(tmp_path)), ranks.start())
+        set_up(tiny.sft_config(world, data=str(tmp_path)), ranks.start())
 
 
 def raises(images, prompts, metadata):

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-import train
 from opd import grpo, ranks
 from opd.data import MicroBatch, prompts_of_step
 from opd.model import Model
 from opd.rewards import find_reward
+from opd.setup import set_up
 from tests.tiny import grpo_config
 from tests.tiny_grpo import BRIGHT, build, distance, flat, recorded, run
 
@@ -342,7 +342,7 @@ def test_bad_rewards_are_refused_before_weights_load(world, spec, message, monke
     monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
     cfg = grpo_config(world, train_rewards={"red": spec, "blue": BRIGHT})
     with pytest.raises(ValueError, match=message):
-        train.set_up(cfg, ranks.start())
+        set_up(cfg, ranks.start())
 
 
 def test_a_scorer_of_the_table_that_lacks_metadata_is_refused_before_weights_load(world, monkeypatch):
@@ -351,7 +351,7 @@ def test_a_scorer_of_the_table_that_lacks_metadata_is_refused_before_weights_loa
     scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:needy"}
     cfg = grpo_config(world, heldout=files, rewards=scorers, watch_every=1)
     with pytest.raises(ValueError, match="needs 'include' with every prompt"):
-        train.set_up(cfg, ranks.start())
+        set_up(cfg, ranks.start())
 
 
 def test_held_out_prompts_are_not_read_where_nothing_is_scored(world, tmp_path):

@@ -41,6 +41,7 @@ opd.samples
 opd.runfolder opd.grpo opd.sft opd.probe
 opd.judging opd.page
 opd.report
+opd.setup
 opd.study
 opd.mini
 opd.mini.world

@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-import train
 from opd import lora_files, merging
 from opd.families import sd3
 from opd.merging import Part, Recipe
+from opd.setup import student_start
 from tests import tiny
 from tests.tiny_lora import pairs, peft_dir
 
@@ -271,5 +271,5 @@ def test_grpo_starts_from_a_merge_of_named_adapters(world, loras):
     )
     cfg.check(1)
     model = tiny.build(cfg)[1]
-    start = train.student_start(cfg, model)
+    start = student_start(cfg, model)
     assert furthest(start, lambda m: dense_sum(loras, weights, m)) < 1e-6

@@ -10,7 +10,6 @@ import torch
 from diffusers import DDIMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-import train
 from opd import adapters, evaluate, ranks
 from opd.conditioning import TextBatch
 from opd.families import sd3
@@ -18,6 +17,7 @@ from opd.files import PIPELINE_FILES
 from opd.optim import Trained
 from opd.report import Report
 from opd.runfolder import RunFolder
+from opd.setup import set_up
 from opd.teachers import load_teacher
 from tests import tiny, tiny_z_image
 
@@ -144,7 +144,7 @@ def test_the_table_scores_a_pipeline_by_its_own_weights_encoders_and_guidance(wo
     changes = scores | {"teacher_guidances": {"red": 2.5}, "eval_steps": 2, "out": str(tmp_path)}
     cfg = tiny.config(world, teachers={"red": str(place / "larger"), "blue": str(world / "blue")}, **changes)
     cfg.check(1)
-    model, data, rewards = train.set_up(cfg, ranks.start())
+    model, data, rewards = set_up(cfg, ranks.start())
     report = Report(cfg, model, data, rewards, RunFolder(cfg, active=True))
     report.table(Trained(cfg, model))
     table = json.loads((tmp_path / "scores.json").read_text())

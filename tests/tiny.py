@@ -20,6 +20,7 @@ from opd.config import Distil, Finetune, Grow, Run
 from opd.families import sd3
 from opd.mini import build as mini
 from opd.optim import Trained
+from opd.setup import set_up
 
 PROMPTS = {
     "red": ["a red circle", "two red circles", "a red square", "a red triangle", "a red dot"],
@@ -206,6 +207,6 @@ def shared_with(cfg: Run, stage: type) -> dict:
 def build(cfg: Run):
     """(cfg, model, data, trained, stage): a run set up as train.py does, on one rank."""
     cfg.check(1)
-    model, data, rewards = train.set_up(cfg, ranks.start())
+    model, data, rewards = set_up(cfg, ranks.start())
     trained = Trained(cfg, model)
     return cfg, model, data, trained, train.choose_stage(cfg, model, data, rewards, trained)

@@ -6,6 +6,7 @@ import train
 from opd import ranks
 from opd.report import Report
 from opd.runfolder import RunFolder
+from opd.setup import set_up
 from tests import tiny
 
 BRIGHT = "tests.tiny_grpo:brightness"
@@ -28,7 +29,7 @@ def build(world, **changes):
 def run(cfg):
     """(run folder, model, trained, report) of the whole loop."""
     cfg.check(1)
-    model, data, rewards = train.set_up(cfg, ranks.start())
+    model, data, rewards = set_up(cfg, ranks.start())
     trained = train.Trained(cfg, model)
     folder = RunFolder(cfg, True)
     report = Report(cfg, model, data, rewards, folder)

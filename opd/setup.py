@@ -1,0 +1,151 @@
+"""Set-up of a run: read and check everything that the user named; only then load weights, attach adapters,
+shard."""
+
+import torch
+
+from opd import adapters, compiled, merging, ranks
+from opd.adapters import BASE, EMA, START, STUDENT
+from opd.config import Distil, Finetune, Run
+from opd.data import Prompt, load_tasks, prompts_of_step
+from opd.families import load_family
+from opd.flags import require
+from opd.gallery import specs_of
+from opd.images import Images, load_images
+from opd.lora_files import Lora
+from opd.model import Model
+from opd.probe import probe_prompts
+from opd.ranks import say
+from opd.report import shown_texts, splits
+from opd.rewards import Reward, find_reward
+from opd.teacher_files import Whole, described, read_teachers
+from opd.teachers import teacher_names
+
+Data = dict[str, list[Prompt]] | Images
+"""What a stage trains on: prompts per task, or images with captions."""
+
+
+def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
+    """(the model, what to train on, every reward of the run by its spec), all of them checked and loaded.
+
+    ValueError or FileNotFoundError, naming the value, for what the user can mend.
+    """
+    if cfg.compile:
+        compiled.check_compiler()
+    model = Model.plan(
+        load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
+    )
+    teachers = {}
+    if isinstance(cfg, Distil):
+        teachers = read_teachers(cfg, model)
+    student = student_start(cfg, model)
+    data, shown, steps = load_data(cfg, model)
+    rewards = load_rewards(cfg, model, data)
+    for name, teacher in teachers.items():
+        say(f"teacher {name}: {teacher.source}  {described(teacher)}")
+
+    model.prepare(shown)
+    model.follow(steps)
+    for teacher in teachers.values():
+        if isinstance(teacher, Whole):
+            teacher.model.prepare(shown)
+            teacher.model.follow(steps)
+    load_weights(cfg, model, teachers, student)
+    if cfg.checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    model.transformer.to(device)
+    blocks = model.family.blocks(model.transformer)
+    if cfg.compile:
+        compiled.compile_blocks(blocks)
+    # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
+    if cfg.full or cfg.shard_size > 1:
+        for each in (model, *model.teachers.values()):
+            blocks = each.family.blocks(each.transformer)
+            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device)
+    return model, data, rewards
+
+
+def load_weights(cfg: Run, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
+    """Load the base and the teachers, put all adapters on it, and let what is trained require a gradient."""
+    if cfg.full:
+        model.trained = BASE
+        model.load(torch.float32)
+        model.transformer.requires_grad_(True)
+        return
+    model.load()
+    for name, teacher in teachers.items():
+        if isinstance(teacher, Whole):
+            model.teachers[name] = teacher.load(model.vae)
+        else:
+            adapters.attach(model.transformer, name, teacher, model.dtype)
+    if isinstance(cfg, Distil) and EMA in cfg.teachers.values():
+        adapters.attach(model.transformer, EMA, student, torch.float32)
+    adapters.attach(model.transformer, START, student, model.dtype)
+    adapters.attach(model.transformer, STUDENT, student, torch.float32)
+    for parameter in adapters.parameters_of(model.transformer, STUDENT).values():
+        parameter.requires_grad_(True)
+
+
+def student_start(cfg: Run, model: Model) -> Lora:
+    """The student's first adapter: fresh (= base), several merged, or one from disk."""
+    if cfg.cold_start == "base":
+        targets = model.family.LORA_TARGETS
+        return adapters.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
+    if cfg.cold_start == "merge":
+        merged = {name: source for name, source in cfg.merged().items() if source != BASE}
+        loras = {name: model.read_lora(source) for name, source in merged.items()}
+        weights = {name: cfg.merge_weight(name) for name in merged}
+        recipe = merging.Recipe(cfg.merge, cfg.rank, cfg.merge_density, cfg.seed)
+        return merging.merge(loras, weights, recipe, cfg.alpha)
+    lora = model.read_lora(cfg.cold_start)
+    largest = max(a.shape[0] for a in lora.A.values())
+    require(
+        largest <= cfg.rank,
+        f"--cold-start {cfg.cold_start!r} has rank {largest}; use --rank {largest} or more",
+    )
+    return merging.fitted(lora, cfg.rank, cfg.alpha)
+
+
+def load_data(cfg: Run, model: Model) -> tuple[Data, list[str], list[list[str]]]:
+    """(prompts per task, or images with captions; the texts of every report; the texts of every step)."""
+    if isinstance(cfg, Finetune):
+        images = load_images(cfg.data, model)
+        chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
+        steps = [[images.captions[n] for n in numbers] for numbers in chosen]
+        return images, shown_texts(cfg, images), steps
+    pools = load_tasks(cfg.prompts)
+    steps = []
+    for step in range(cfg.iterations):
+        prompts = prompts_of_step(
+            pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
+        )
+        steps.append([prompt.text for prompt in prompts])
+    shown = shown_texts(cfg, pools)
+    if isinstance(cfg, Distil):
+        teacher_names(cfg, pools)  # refuses a route that cannot be followed
+        shown += [prompt.text for prompt in probe_prompts(cfg, pools)]
+    return pools, shown, steps
+
+
+def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
+    """Every reward that the run will call, found and loaded once; those to train on are tried on grey
+    images."""
+    if isinstance(cfg, Finetune):
+        return {}
+    specs = []
+    if cfg.evaluate or cfg.watch_every:
+        for text in cfg.rewards.values():
+            specs += specs_of(text)
+    specs += cfg.training_rewards().values()
+    rewards = {spec: find_reward(spec) for spec in specs}
+    if cfg.evaluate or cfg.watch_every:
+        for pools in splits(cfg, data).values():
+            for task, pool in pools.items():
+                if task in cfg.rewards:
+                    for spec in specs_of(cfg.rewards[task]):
+                        rewards[spec].check_metadata(task, pool)
+    for reward in rewards.values():
+        reward.load(model.device)
+    pixels = cfg.resolution or model.family.default_resolution(model.folder)
+    for task, spec in cfg.training_rewards().items():
+        rewards[spec].check(task, data[task], pixels)
+    return rewards
