@@ -73,7 +73,8 @@ def run(cfg: Run) -> None:
         device = ranks.start(cfg.rank_timeout)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
-        folder.check_contents(identity.contents(cfg, model))
+        if folder.active:
+            folder.check_contents(identity.contents(cfg, model))
     with errors.in_one_line(FloatingPointError, OSError):
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)

@@ -121,8 +121,6 @@ class RunFolder:
 
     def check_contents(self, contents: dict[str, str]) -> None:
         """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
-        if not self.active:
-            return
         file = self.path / CONTENTS
         if file.is_file() and self.has_state():
             old = read_json(file)
