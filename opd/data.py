@@ -104,7 +104,7 @@ def _read_csv(file: Path):
         header = reader.fieldnames or []
         rows = [(reader.line_num, dict(row)) for row in reader]
     except csv.Error as error:
-        raise ValueError(f"{file}:{reader.line_num}: not CSV ({error})") from error
+        raise ValueError(f"{file}:{reader.line_num + 1}: not CSV ({error})") from error
     if "prompt" not in header:
         raise ValueError(f"{file}:1: no column 'prompt' in the header {header!r:.200}")
     return rows

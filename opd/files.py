@@ -174,7 +174,19 @@ def find_pipeline(source: str, pipeline: str) -> Path:
     lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
     if lacking:
         raise ValueError(f"model {source!r} lacks its folders {lacking}, which model_index.json names")
+    if (folder / "transformer/config.json").is_file():
+        check_sizes(folder / "transformer/config.json")
     return folder
+
+
+def check_sizes(config: Path) -> None:
+    """ValueError for a transformer so large that to build even its skeleton would never end."""
+    for name, value in read_json(config).items():
+        most = 2**24
+        if "layers" in name:
+            most = 1000
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{config}: {name} is {value}, and at most {most} is built; get the file anew")
 
 
 def pipeline_class(source: str, folder: Path) -> str:

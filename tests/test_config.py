@@ -225,6 +225,12 @@ REFUSED = [
     (DISTIL, {"anchor": ""}, "--anchor '' is not among the teachers ['red', 'green', 'blue', 'base']"),
     # stage grpo
     *[(cfg, {"seed": 2**63}, f"--seed is {2**63}; it must fit into 64 bits") for cfg in EVERY],
+    (DISTIL, {"mix": {"red": 10**9}}, "--mix red=1000000000: a share must be at most 10000"),
+    (DISTIL, {"iterations": 10**12}, "--iterations is 1000000000000; it must be at most 1000000"),
+    (DISTIL, {"steps": 10**9}, "--steps is 1000000000; it must be at most 10000"),
+    (DISTIL, {"rank": 10**9}, "--rank is 1000000000; it must be at most 10000"),
+    (DISTIL, {"eval_prompts": 10**9}, "--eval-prompts is 1000000000; it must be at most 1000000"),
+    (GROW, {"group": 10**9}, "--group is 1000000000; it must be at most 10000"),
     (DISTIL, {"reward_timeout": 1e300}, "--reward-timeout is 1e+300; it must be at most"),
     (GROW, {"group": 1}, "--group 1: an advantage compares the images of one prompt"),
     (GROW, {"noise_level": 0.0}, "needs the likelihood of a noisy step: --rollout sde --noise-level 0.0"),

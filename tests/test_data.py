@@ -71,6 +71,11 @@ BAD_FILES = [
     ),
     ("a.csv", "text,task\nx,t\n", ValueError, ["a.csv:1", "no column 'prompt'", "'text'"]),
     ("a.csv", "task,prompt\nt,x\nt\n", ValueError, ["a.csv:3", "no prompt"]),
+    ("a.txt", "x\n" + "y" * 10_000_000, ValueError, ["a.txt:2", "a prompt of 10000000 characters"]),
+    ("a.txt", "x\nred\0dot\n", ValueError, ["a.txt:2", "holds a NUL"]),
+    ("a.jsonl", '{"prompt": "half \\ud800"}\n', ValueError, ["a.jsonl:1", "half a surrogate pair"]),
+    ("a.jsonl", "[" * 100_000, ValueError, ["a.jsonl:1", "not JSON"]),
+    ("a.csv", "prompt\n" + "y" * 200_000, ValueError, ["a.csv:2", "not CSV"]),
     ("a.csv", 'prompt,task\n"x\ny",t\nz,u\n', ValueError, ["a.csv:4", "unknown task 'u'"]),
 ]
 

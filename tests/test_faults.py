@@ -1,16 +1,21 @@
 """What breaks under a run: each fault is named, before training where it can be; nothing saved is lost."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opd import ranks
+import train
+from opd import files, ranks
 from opd.data import Prompt
 from opd.rewards import find_reward
+from opd.runfolder import RunFolder
 from opd.setup import set_up
 from tests import tiny
 from tests.tiny_grpo import run as run_grpo
@@ -37,6 +42,10 @@ def scribble(file):
     file.write_text('{"a": ')
 
 
+def a_billion_layers(file):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 10**9}))
+
+
 def empty(folder):
     for file in folder.iterdir():
         if file.name != "tokenizer_config.json":
@@ -49,6 +58,7 @@ BREAKS = [
     (spoil, TRANSFORMER, "transformer: 1 of .* numbers of .* are NaN or infinite"),
     (drop_a_layer, TRANSFORMER, "transformer lacks 2 weights, first transformer_blocks.1.attn.to_q"),
     (scribble, "transformer/config.json", "pipeline"),
+    (a_billion_layers, "transformer/config.json", "num_layers is 1000000000, and at most 1000 is built"),
     (cut, "vae/diffusion_pytorch_model.safetensors", "vae"),
     (spoil, "vae/diffusion_pytorch_model.safetensors", "vae: 1 of .* NaN or infinite"),
     (scribble, "vae/config.json", "pipeline"),
@@ -116,3 +126,65 @@ def test_grpo_without_any_reward_stops(world, tmp_path, capsys, iterations, step
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(row["groups"]["dropped"] == row["groups"]["all"] for row in rows)
     assert not (tmp_path / "student").exists()
+
+
+# ---- the disk ----------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_alone(world, tmp_path, monkeypatch, capsys):
+    """The third state does not fit: one line, exit status 1, the second state whole; with room again, the run
+    ends with the files of one that never stopped."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    settings = {"iterations": 4, "save_every": 1, "sample_every": 0}
+    train.run(tiny.config(world, out=str(tmp_path / "whole"), **settings))
+    cfg = tiny.config(world, out=str(tmp_path / "run"), **settings)
+    write, written = files.save_file, []
+
+    def full(tensors, path, metadata):
+        if "state" in str(path):
+            written.append(path)
+        if len(written) == 3:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(SystemExit, match="error: .*No space left on device"):
+        train.run(cfg)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    monkeypatch.setattr(files, "save_file", write)
+    train.run(cfg)
+    assert "resuming" in capsys.readouterr().out
+    for name in ("state.safetensors", "student/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_folder_that_is_deleted_under_a_run_is_made_again_or_named(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    cfg = tiny.config(world, out=str(tmp_path / "run"), iterations=3, save_every=1, sample_every=0)
+    log = RunFolder.log
+
+    def delete(self, row):
+        log(self, row)
+        if row["step"] == 2:
+            shutil.rmtree(self.path)
+
+    monkeypatch.setattr(RunFolder, "log", delete)
+    try:
+        train.run(cfg)
+        assert (tmp_path / "run/student/adapter_model.safetensors").is_file()
+    except SystemExit as error:
+        assert str(error).startswith("error: ") and "run" in str(error)
+
+
+@pytest.mark.parametrize("number, refused", [(errno.ENOLCK, False), (errno.EAGAIN, True)])
+def test_a_file_system_without_locks_is_trained_on(world, tmp_path, monkeypatch, number, refused):
+    def lockf(file, how):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    if refused:
+        with pytest.raises(ValueError, match="belongs to a run that is still going"):
+            RunFolder(tiny.config(world, out=str(tmp_path)), active=True)
+    else:
+        RunFolder(tiny.config(world, out=str(tmp_path)), active=True)
