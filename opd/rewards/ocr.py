@@ -99,6 +99,9 @@ def _engine():
         "Global.use_cls": False,
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        # paddleocr's own: a picture below 960 px is searched as it is. rapidocr's enlarges it to 736.
+        "Det.limit_type": "max",
+        "Det.limit_side_len": 960,
     }
     for part in ("Det", "Rec"):
         settings[f"{part}.ocr_version"] = OCRVersion.PPOCRV6
