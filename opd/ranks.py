@@ -33,16 +33,27 @@ def start(timeout: float = 1800.0) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = dist.HashStore() if os.environ["WORLD_SIZE"] == "1" else None
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=alone,
+            store=meeting_point(timedelta(seconds=timeout)),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(seconds=timeout),
         )
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
+
+
+def meeting_point(timeout: timedelta) -> dist.Store:
+    """Where ranks leave their addresses for each other. torchrun keeps one for all its restarts, in which the
+    addresses of the dead still lie: every attempt has its own names."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = "0"
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def declared_world() -> int:

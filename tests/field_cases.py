@@ -172,7 +172,7 @@ ONE_QUERY = {"queries": 1, "steps": 3}
 EXAGGERATED = {"lr": 1e30, "train_rewards": dict.fromkeys(PROMPTS, "tests.field_cases:by_place")}
 JUDGED = {"train_rewards": {"red": BRIGHT, "blue": DARK}}
 WINDOW = {"window": 1, "window_range": [0, 1]}
-REWARD_IS_SLOW = {"train_rewards": dict.fromkeys(PROMPTS, "tests.field_cases:slow"), "iterations": 1}
+REWARD_IS_SLOW = {"train_rewards": {"red": "tests.field_cases:slow", "blue": BRIGHT}, "iterations": 1}
 
 CASES = {
     "opd": EVERY_ROLLOUT

@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests import forked, tiny
 from tests.test_shards import arguments as full_fine_tuning
@@ -38,13 +39,16 @@ def finetune_fully(world, out, latents):  # noqa: F811
 
 
 def contents(run):
-    """Every file by content, without the run's own place and what the clock makes."""
+    """Every file by content, without the run's own place, what the clock makes, and torch's random name for a
+    checkpoint."""
     found = {}
     for file in run.rglob("*"):
         if not file.is_file():
             continue
         name = str(file.relative_to(run))
         found[name] = file.read_bytes().replace(str(run).encode(), b"RUN")
+        if file.name == ".metadata":
+            found[name] = FileSystemReader(file.parent).read_metadata().state_dict_metadata
         if name == "metrics.jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             found[name] = [{key: v for key, v in row.items() if key not in CLOCK} for row in rows]
@@ -53,7 +57,7 @@ def contents(run):
 
 @pytest.mark.parametrize("command", [distil, grow, finetune, finetune_fully])
 def test_a_run_that_is_killed_ends_with_the_same_files(world, tmp_path, latents, command):  # noqa: F811
-    log, whole = tmp_path / "log", tmp_path / "whole"
+    log, whole = tmp_path / "log", tmp_path / "whole/run"
     started = time.monotonic()
     assert forked.train(log, command(world, whole, latents)).ended() == 0
     longest = time.monotonic() - started
@@ -63,7 +67,7 @@ def test_a_run_that_is_killed_ends_with_the_same_files(world, tmp_path, latents,
     kills = attempt = 0
     while kills < KILLS:
         attempt += 1
-        out = tmp_path / str(attempt)
+        out = tmp_path / str(attempt) / "run"
         ended = False
         while not ended and kills < KILLS:
             run = forked.train(log, command(world, out, latents))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,11 @@ def reddish(images, prompts, metadata):
 
 
 def kills(images, prompts, metadata):
-    """The process dies, as by SIGKILL, when the fifth batch comes."""
+    """The process dies when the fifth batch comes."""
     note("kills", prompts)
     asked = Path(os.environ[ASKED]).read_text().count("kills")
     if asked == 5:
-        os._exit(9)
+        os.kill(os.getpid(), signal.SIGKILL)
     return images.mean((1, 2, 3))
 
 
@@ -165,7 +166,7 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
     resumed = tmp_path / "resumed"
     more = ["--rewards", f"red={HERE}:kills", f"blue={HERE}:bright"]
     killed = command(world, resumed, *more, **{ASKED: str(tmp_path / "asked")})
-    assert killed.returncode == 9
+    assert killed.returncode == -signal.SIGKILL
     [part] = resumed.glob("records.part-*")
     part.write_text(part.read_text()[:-20])
     finished = len(part.read_text().splitlines()) - 1
