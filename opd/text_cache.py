@@ -150,6 +150,7 @@ class TextCache:
 def open_pack(path: Path) -> Pack:
     file = safe_open(path, "pt")
     sums = json.loads(file.metadata()["crc32"])
+    require(sums.keys() == set(file.keys()), "the checksums are not those of its tensors")
     names = {}
     for tensor in file.keys():
         key, _, name = tensor.partition(".")

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
+from opd import lora_files
 from opd.config import STAGES
 from opd.data import load_prompts
 from opd.families import sd3
@@ -20,6 +21,7 @@ from opd.images import find_files, read_metadata
 from opd.model import Model
 from opd.runfolder import RunFolder
 from opd.settings import from_json, read_config, to_json
+from opd.text_cache import TextCache
 from tests import tiny
 from tests.test_settings import DISTIL, FINETUNE
 
@@ -68,7 +70,7 @@ junk = st.recursive(
     max_leaves=4,
 )
 damage = st.tuples(
-    st.sampled_from(["cut", "flip", "noise", "empty"]), st.integers(0, 10**6), st.binary(max_size=40)
+    st.sampled_from(["cut", "flip", "nudge", "noise", "empty"]), st.integers(0, 10**6), st.binary(max_size=40)
 )
 
 
@@ -79,6 +81,8 @@ def damaged(content: bytes, how: tuple[str, int, bytes]) -> bytes:
         return content[:place]
     if kind == "flip":
         return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+    if kind == "nudge":  # a letter stays a letter
+        return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     if kind == "noise":
         return content[:place] + noise + content[place:]
     return b""
@@ -204,9 +208,58 @@ def test_states_to_resume_from(tmp_path_factory, how):
     assert file.read_bytes() == broken
 
 
+ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
+
+
+@fuzz(90)
+@given(st.sampled_from(ADAPTER), st.data())
+def test_adapters(world, tmp_path_factory, name, data):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed_adapter"
+    if not folder.exists():
+        shutil.copytree(world / "red", folder)
+    whole = (folder / name).read_bytes()
+    broken = damaged(whole, data.draw(damage))
+    if name.endswith("json") and data.draw(st.booleans()):
+        values = json.loads(whole)
+        values[data.draw(st.sampled_from(sorted(values)))] = data.draw(junk)
+        broken = json.dumps(values).encode()
+    (folder / name).write_bytes(broken)
+    skeleton = sd3.skeleton(world / "pipeline")
+
+    def read():
+        lora_files.check_fits(lora_files.read_lora(str(folder)), skeleton, sd3.LORA_TARGETS)
+
+    try:
+        refused("adapters", read)
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+def test_cache_entries_with_any_byte_changed_or_cut_there(tmp_path, capsys):
+    """What is read is what was written, or nothing: then it is encoded again."""
+    condition = {"embeds": torch.arange(12.0).view(3, 4), "mask": torch.ones(3, dtype=torch.bool)}
+    other = {name: tensor.clone() for name, tensor in condition.items()}
+    TextCache(tmp_path, tmp_path / "a", 1e9).write({"a dot": condition, "two dots": other}, set())
+    [pack] = (tmp_path / "a").glob("*.safetensors")
+    whole = pack.read_bytes()
+    lacking = 0
+    for place in range(len(whole)):
+        for how in ("nudge", "cut"):
+            pack.write_bytes(damaged(whole, (how, place, b"")))
+            again = TextCache(tmp_path, tmp_path / "a", 1e9)
+            again.refresh()
+            found = [again.read(prompt) for prompt in ("a dot", "two dots")]
+            lacking += found.count(None)
+            for values in found:
+                if values is not None:
+                    assert values.keys() == condition.keys()
+                    assert all(torch.equal(values[name], condition[name]) for name in condition)
+    assert lacking > 2 * len(whole)
+
+
 def test_there_were_enough_of_them():
     """Of those above, which run before."""
-    if len(LEAST) == 7:  # else only some were chosen
+    if len(LEAST) == 8:  # else only some were chosen
         assert sum(LEAST.values()) >= 300, LEAST
 
 
