@@ -4,17 +4,19 @@
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
 
-A run is a preset with fields and a seed. Its result is one small JSON file in opd/mini/results, so a study
-can be stopped, continued and spread over machines. The tables in opd/mini/RESULTS.md are written from these
-files alone, between the lines that name them.
+A run is the preset `mini` with fields and a seed, or a model that exists and is scored alike. Its result is
+one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over machines. The
+tables in opd/mini/RESULTS.md and README.md are written from these files alone, between the lines that name
+them.
 """
 
+import json
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -22,82 +24,240 @@ import tyro
 from opd.files import read_json, replace, write_json
 from opd.flags import require
 from opd.presets import PRESETS
+from opd.settings import parse
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "opd/mini/results"
-PAGE = ROOT / "opd/mini/RESULTS.md"
 TASKS = ("compose", "text", "quality")
 
-PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
-# Name -> (what the table calls it, flags on top of the preset `mini`).
-RECIPES = {
-    "plain": ("plain: at the teachers' own guidance 1", "--teacher-guidance 1"),
-    "extrapolated": ("targets past the teachers, l = 1.3", f"--teacher-guidance 1 {PAST}"),
-    "folded": ("**folded: teachers at guidance 2.5 (the default)**", ""),
-    "both": ("folded and l = 1.3", PAST),
+
+# ---- the runs, as data -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run."""
+
+    title: str
+    """What a table calls it."""
+    flags: str = ""
+    """On top of `train.py mini`."""
+    needs: tuple[str, ...] = ()
+    """Of PREPARED, in the order in which they are made."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Models that are scored as they are."""
+
+    titles: dict[str, str]
+    """Row of `opd.evaluate` -> what a table calls it."""
+    flags: str
+    """Of `opd.evaluate`."""
+    needs: tuple[str, ...] = ()
+    """Of PREPARED, in the order in which they are made."""
+
+
+SAMPLES = "runs/mini-samples/latents.safetensors"
+SFT_START = "runs/mini-sft-start/student"
+TEXT_DATA = "runs/mini-data/text/metadata.jsonl"
+LARGE = "runs/mini-large/model_index.json"
+FULL, LARGE_TEXT = "runs/mini-full-text/student", "runs/mini-large-text/student"
+FULL_TEACHER, LARGE_TEACHER = "runs/mini-full-teacher", "runs/mini-large-teacher"
+TUNE = "train.py mini-sft-text --full --lr 5e-4 --iterations 200 --sample-every 0"
+BASE = "opd/mini/weights/base"
+INSTALL = "-m opd.mini.build base"
+# What some runs start or learn from -> the command that makes it, run in the repository's root.
+PREPARED = {
+    SAMPLES: "sample.py --save latents --out runs/mini-samples",
+    SFT_START: "train.py mini-sft-start --sample-every 0",
+    TEXT_DATA: f"-m opd.mini.build data runs/mini-data {BASE} text",
+    FULL: f"{TUNE} --out runs/mini-full-text",
+    FULL_TEACHER: f"{INSTALL} {BASE} {FULL} {FULL_TEACHER}",
+    LARGE: f"-m opd.mini.build larger {BASE} runs/mini-large",
+    LARGE_TEXT: f"{TUNE} --model runs/mini-large --out runs/mini-large-text",
+    LARGE_TEACHER: f"{INSTALL} runs/mini-large {LARGE_TEXT} {LARGE_TEACHER}",
 }
+STARTS = (SAMPLES, SFT_START)
+FROM_FULL = (TEXT_DATA, FULL)
+FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
+
+PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
+# One teacher of one task, from the base, with the share of the way from base to teacher in the log.
+TEXT_ONLY = (
+    "--prompts text=opd/mini/prompts/text.train.txt --mix text=1 --cold-start base --teacher-guidance 1"
+    " --iterations 30 --diagnose-every 30 --diagnose-prompts 32"
+)
+RECIPES = {
+    "plain": Recipe("plain: at the teachers' own guidance 1", "--teacher-guidance 1"),
+    "extrapolated": Recipe("targets past the teachers, l = 1.3", f"--teacher-guidance 1 {PAST}"),
+    "folded": Recipe("**folded: teachers at guidance 2.5 (the default)**"),
+    "both": Recipe("folded and l = 1.3", PAST),
+    "base-10": Recipe("base, 10 steps", "--cold-start base --iterations 10"),
+    "sft-10": Recipe("SFT start, 10 steps", f"--cold-start {SFT_START} --iterations 10", STARTS),
+    "merge-10": Recipe("merged teachers, 10 steps", "--iterations 10"),
+    "base-25": Recipe("base, 25 steps", "--cold-start base --iterations 25"),
+    "sft-25": Recipe("SFT start, 25 steps", f"--cold-start {SFT_START} --iterations 25", STARTS),
+    "merge-25": Recipe("merged teachers, 25 steps", "--iterations 25"),
+    "full": Recipe("student of the full teacher", f"{TEXT_ONLY} --teachers text={FULL}", FROM_FULL),
+    "large": Recipe(
+        "student of the larger teacher", f"{TEXT_ONLY} --teachers text={LARGE_TEACHER}", FROM_LARGE
+    ),
+}
+REFERENCES = {
+    "shipped": Reference(
+        {
+            "base": "base",
+            "compose": "compose teacher",
+            "text": "text teacher",
+            "quality": "quality teacher",
+        },
+        "--guidance 1",
+    ),
+    "shipped-guided": Reference(
+        {
+            "base": "base at guidance 2.5",
+            "compose": "compose teacher at guidance 2.5",
+            "text": "text teacher at guidance 2.5",
+            "quality": "quality teacher at guidance 2.5",
+        },
+        "--guidance 2.5",
+    ),
+    "sft-start": Reference(
+        {"start": "SFT start, 0 steps"}, f"--adapters start={SFT_START} --guidance 1", STARTS
+    ),
+    "full-teacher": Reference(
+        {"base": "full teacher: every weight of the base fine-tuned"},
+        f"--model {FULL_TEACHER} --adapters --guidance 1",
+        (*FROM_FULL, FULL_TEACHER),
+    ),
+    "large-teacher": Reference(
+        {"base": "larger teacher: 6 blocks, text encoders of its own"},
+        f"--model {LARGE_TEACHER} --adapters --guidance 1",
+        FROM_LARGE,
+    ),
+}
+# Table -> its rows.
+TABLES = {
+    "recipes": ("plain", "extrapolated", "folded", "both"),
+    "references": ("shipped", "shipped-guided"),
+    "starts": ("sft-start", "base-10", "sft-10", "merge-10", "base-25", "sft-25", "merge-25"),
+    "other teachers": ("full-teacher", "full", "large-teacher", "large"),
+}
+# Page -> the tables in it.
+PAGES = {
+    ROOT / "opd/mini/RESULTS.md": tuple(TABLES),
+    ROOT / "README.md": ("recipes",),
+}
+
+
+# ---- running ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Arguments:
-    runs: tuple[str, ...] = tuple(RECIPES)
-    """Which recipes to run."""
+    runs: tuple[str, ...] = (*RECIPES, *REFERENCES)
+    """What to run."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A run of each recipe per seed."""
+    """A training run of each recipe per seed; what is only scored has seed 0."""
     out: str = "runs/study"
     """Where the run folders lie."""
     count: int = 256
     """Images per task, of prompts held out."""
     tables: bool = False
     """Run nothing; write the tables."""
-    train: tuple[str, ...] = field(default_factory=tuple)
-    """Further flags of train.py, for how it runs (such as --dtype float32), not for what it trains."""
+    train: str = ""
+    """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    unknown = [name for name in args.runs if name not in RECIPES]
+    known = [*RECIPES, *REFERENCES]
+    unknown = [name for name in args.runs if name not in known]
     if unknown:
-        sys.exit(f"error: --runs names {unknown[0]!r}; known: {', '.join(RECIPES)}")
+        sys.exit(f"error: --runs names {unknown[0]!r}; known: {', '.join(known)}")
     if not args.tables:
-        for seed in args.seeds:
-            for name in args.runs:
-                if not result_file(name, seed).is_file():
-                    run(args, name, seed)
+        for name, seed in missing(args):
+            run(args, name, seed)
     write_tables()
 
 
+def missing(args: Arguments) -> list[tuple[str, int]]:
+    """(name, seed) of what has no result."""
+    wanted = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
+    wanted += [(name, 0) for name in args.runs if name in REFERENCES]
+    return [(name, seed) for name, seed in wanted if not result_file(name, seed).is_file()]
+
+
 def run(args: Arguments, name: str, seed: int) -> None:
-    """Train a recipe, score its student on held-out prompts, write the result."""
-    folder = Path(args.out) / f"{name}-{seed}"
-    flags = shlex.split(RECIPES[name][1])
+    """Make a result, and what it needs before."""
+    folder = Path(args.out).absolute() / f"{name}-{seed}"
+    if name in REFERENCES:
+        reference = REFERENCES[name]
+        prepare(reference.needs)
+        rows = scored(args, folder, reference.flags)
+        result = {"flags": reference.flags, "held_out": {row: rows[row] for row in reference.titles}}
+    else:
+        recipe = RECIPES[name]
+        prepare(recipe.needs)
+        result = trained(args, folder, recipe.flags, seed)
+    about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
+    write_json(result_file(name, seed), about | result)
+
+
+def prepare(needs: tuple[str, ...]) -> None:
+    for place in needs:
+        if not (ROOT / place).exists():
+            call(shlex.split(PREPARED[place]))
+
+
+def trained(args: Arguments, folder: Path, flags: str, seed: int) -> dict:
+    """Train a recipe and score its student on held-out prompts."""
+    cfg = parse(["mini", *shlex.split(flags)], PRESETS)
     started = time.monotonic()
     alone = ["--no-evaluate", "--sample-every", "0", "--seed", str(seed), "--out", str(folder)]
-    call([sys.executable, str(ROOT / "train.py"), "mini", *flags, *alone, *args.train])
+    call(["train.py", "mini", *shlex.split(flags), *alone, *shlex.split(args.train)])
     seconds = time.monotonic() - started
-    scores = folder / "heldout.json"
-    student = [f"student={folder / 'student'}"]
-    only_heldout = ["--prompts", "--count", str(args.count), "--out", str(scores)]
-    call([sys.executable, "-m", "opd.evaluate", "--adapters", *student, *only_heldout])
-    held_out = read_json(scores)["scores"]["student"]["held-out"]
     result = {
-        "recipe": name,
-        "flags": RECIPES[name][1],
-        "seed": seed,
-        "iterations": PRESETS["mini"].iterations,
-        "samples_per_step": PRESETS["mini"].samples_per_step(),
+        "flags": flags,
+        "iterations": cfg.iterations,
+        "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
-        "commit": commit(),
-        "images_per_task": args.count,
-        "held_out": {task: held_out[task] for task in TASKS},
+        "held_out": scored(args, folder, f"--adapters student={shlex.quote(str(folder / 'student'))}")[
+            "student"
+        ],
     }
-    write_json(result_file(name, seed), result)
+    if cfg.diagnose_every > 0:
+        result["gap_closed"] = gap_closed((folder / "metrics.jsonl").read_text())
+    return result
 
 
-def call(command: list[str]) -> None:
-    done = subprocess.run(command, check=False)
+def scored(args: Arguments, folder: Path, flags: str) -> dict[str, dict[str, float]]:
+    """Row of opd.evaluate -> task -> score on held-out prompts."""
+    file = folder / "heldout.json"
+    only_heldout = ["--prompts", "--count", str(args.count), "--out", str(file)]
+    call(["-m", "opd.evaluate", *shlex.split(flags), *only_heldout])
+    rows = read_json(file)["scores"]
+    return {row: {task: splits["held-out"][task] for task in TASKS} for row, splits in rows.items()}
+
+
+def gap_closed(metrics: str) -> dict[str, float]:
+    """{"fixed": share, "visited": share} of the way from base to teacher, in the last line of metrics.jsonl
+    that has it: the mean over teachers and noise levels."""
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    last = [line for line in lines if "fixed" in line][-1]
+    shares = {}
+    for states in ("fixed", "visited"):
+        levels = [share for teacher in last[states].values() for share in teacher["gap"].values()]
+        shares[states] = round(statistics.fmean(levels), 4)
+    return shares
+
+
+def call(arguments: list[str]) -> None:
+    """A program of the repository, in its root."""
+    done = subprocess.run([sys.executable, *arguments], check=False, cwd=ROOT)
     if done.returncode != 0:
-        sys.exit(f"error: {shlex.join(command)} ended with {done.returncode}")
+        sys.exit(f"error: python {shlex.join(arguments)} ended with {done.returncode}")
 
 
 def commit() -> str:
@@ -114,32 +274,65 @@ def result_file(name: str, seed: int) -> Path:
 
 
 def write_tables() -> None:
-    """Replace the tables in RESULTS.md, each between `<!-- table NAME -->` and `<!-- end -->`."""
-    text = with_table(PAGE.read_text(), "recipes", recipes_table())
-    replace(PAGE, lambda path: path.write_text(text))
+    for page, names in PAGES.items():
+        text = with_tables(page.read_text(), names)
+        replace(page, lambda path, text=text: path.write_text(text))
+
+
+def with_tables(page: str, names: tuple[str, ...]) -> str:
+    for name in names:
+        page = with_table(page, name, table(name))
+    return page
 
 
 def with_table(page: str, name: str, table: str) -> str:
-    """`page` with another table of that name. ValueError where it has no place for one."""
+    """`page` with another table between `<!-- table NAME -->` and `<!-- end -->`. ValueError where it has no
+    place for one."""
     begin, end = f"<!-- table {name} -->\n", "<!-- end -->\n"
     before, found, rest = page.partition(begin)
-    require(bool(found) and end in rest, f"{PAGE} has no lines {begin.strip()} and {end.strip()}")
+    require(bool(found) and end in rest, f"the page has no lines {begin.strip()} and {end.strip()}")
     _, _, after = rest.partition(end)
     return before + begin + table + end + after
 
 
-def recipes_table() -> str:
-    """A row per recipe: mean and standard deviation over the seeds that have a result."""
-    lines = ["| | seeds | compose | text | quality | mean |", "|---|---|---|---|---|---|"]
-    for name, (title, _) in RECIPES.items():
-        results = [read_json(file) for file in sorted(RESULTS.glob(f"{name}-*.json"))]
-        if not results:
-            continue
-        columns = {task: [result["held_out"][task] for result in results] for task in TASKS}
-        columns["mean"] = [statistics.fmean(result["held_out"].values()) for result in results]
-        cells = [spread(values) for values in columns.values()]
-        lines.append(f"| {title} | {len(results)} | {' | '.join(cells)} |")
+def table(name: str) -> str:
+    """A row per recipe or model: mean and standard deviation over the seeds that have a result."""
+    rows = [row for run in TABLES[name] for row in rows_of(run)]
+    columns = ["seeds", *TASKS, "mean"]
+    with_gap = any("gap_closed" in result for _, results in rows for result in results)
+    if with_gap:
+        columns += ["gap closed, fixed states", "visited states"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for title, results in rows:
+        cells = [str(len(results)), *cells_of(results)]
+        if with_gap:
+            cells += gap_cells(results)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def rows_of(name: str) -> list[tuple[str, list[dict]]]:
+    """(title, results) of each row that has a result."""
+    results = [read_json(file) for file in sorted(RESULTS.glob("*.json"))]
+    results = [result for result in results if result["recipe"] == name]
+    if not results:
+        return []
+    if name in RECIPES:
+        return [(RECIPES[name].title, results)]
+    scores = results[0]["held_out"]
+    return [(title, [{"held_out": scores[row]}]) for row, title in REFERENCES[name].titles.items()]
+
+
+def cells_of(results: list[dict]) -> list[str]:
+    columns = [[result["held_out"][task] for result in results] for task in TASKS]
+    columns.append([statistics.fmean(result["held_out"].values()) for result in results])
+    return [spread(values) for values in columns]
+
+
+def gap_cells(results: list[dict]) -> list[str]:
+    if "gap_closed" not in results[0]:
+        return ["", ""]
+    return [spread([result["gap_closed"][states] for result in results]) for states in ("fixed", "visited")]
 
 
 def spread(values: list[float]) -> str:

@@ -12,7 +12,13 @@
     python -m opd.mini.build sha256                            # write weights/SHA256SUMS
 
 Specialists by supervised fine-tuning instead, on data that is clean in their own respect:
-torchrun train.py mini-sft-$t.
+torchrun train.py mini-sft-$t. Names after the pipeline make those data alone: data runs/mini-data $P text.
+
+A larger base that computes nearly the same, with text encoders of its own, and a specialist grown from it:
+
+    python -m opd.mini.build larger opd/mini/weights/base runs/mini-large
+    python train.py mini-sft-text --full --lr 5e-4 --model runs/mini-large --out runs/mini-large-text
+    python -m opd.mini.build base runs/mini-large runs/mini-large-text/student runs/mini-large-teacher
 """
 
 import hashlib
@@ -84,14 +90,14 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
+def make_text_encoder(tokenizer: CLIPTokenizer, seed: int, width: int = WIDTH) -> CLIPTextModelWithProjection:
     """A frozen random CLIP text encoder. Wide embeddings, so that every word keeps its own direction."""
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
@@ -122,7 +128,7 @@ def make_vae(channels: tuple[int, int] = (16, 32)) -> AutoencoderKL:
     )
 
 
-def make_transformer(width: int = 192, layers: int = 4) -> SD3Transformer2DModel:
+def make_transformer(width: int = 192, layers: int = 4, text_width: int = WIDTH) -> SD3Transformer2DModel:
     """An MMDiT whose adaLN modulations and output start at zero; diffusers leaves them random."""
     model = SD3Transformer2DModel(
         sample_size=RESOLUTION // 2,
@@ -132,9 +138,9 @@ def make_transformer(width: int = 192, layers: int = 4) -> SD3Transformer2DModel
         num_layers=layers,
         attention_head_dim=width // 4,
         num_attention_heads=4,
-        joint_attention_dim=2 * WIDTH,
+        joint_attention_dim=2 * text_width,
         caption_projection_dim=width,
-        pooled_projection_dim=2 * WIDTH,
+        pooled_projection_dim=2 * text_width,
         pos_embed_max_size=RESOLUTION // 2,
         qk_norm="rms_norm",
     )
@@ -212,16 +218,83 @@ def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
     pipe.to(torch.bfloat16).save_pretrained(folder)
 
 
-def build_data(folder: Path, pipeline: Path) -> None:
-    """Latents and captions of the base's mediocre world and of each specialist's own clean one."""
+def build_data(folder: Path, pipeline: Path, *names: Path) -> None:
+    """Latents and captions of the base's mediocre world and of each specialist's own clean one; `names`: of
+    these alone."""
+    wanted = [name.name for name in names] or list(DATA)
     vae = sd3.load_vae(pipeline)
     for seed, (name, (count, mix, degrade)) in enumerate(DATA.items(), start=10):
+        if name not in wanted:
+            continue
         images, captions = draw(count, seed, mix, **degrade)
         latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images.split(256)])
         write_safetensors(folder / name / "latents.safetensors", {"latents": latents})
         lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
         replace(folder / name / "metadata.jsonl", partial(Path.write_text, data=lines))
         print(f"{folder / name}: {count} latents, std {latents.float().std():.3f}", flush=True)
+
+
+# ---- a larger base ---------------------------------------------------------------------------------------
+
+
+def build_larger(pipeline: Path, folder: Path, layers: int = 6, width: int = 96) -> None:
+    """Another pipeline on the same latents: the transformer with more blocks, which start as the identity,
+    and two freshly drawn, wider text encoders, its text embedders fitted to what the old ones made."""
+    small = sd3.load_text(pipeline, torch.float32, torch.device("cpu"), t5=False)
+    tokenizer = small.tokenizer
+    torch.manual_seed(4)
+    pipe = StableDiffusion3Pipeline(
+        transformer=make_transformer(layers=layers, text_width=width),
+        vae=sd3.load_vae(pipeline),
+        scheduler=small.scheduler,
+        text_encoder=make_text_encoder(tokenizer, 5, width),
+        tokenizer=tokenizer,
+        text_encoder_2=make_text_encoder(tokenizer, 6, width),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    old = sd3.load_transformer(pipeline, torch.float32)
+    carry_over(old, pipe.transformer)
+    prompts = ["", *(prompt for task in world.TASKS for prompt in world.split(task)[0][::3])]
+    texts = [sd3.collate(sd3.encode_prompts(text, prompts, torch.device("cpu"))) for text in (small, pipe)]
+    fit(old, pipe.transformer, *texts)
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+
+
+@torch.no_grad()
+def carry_over(old: SD3Transformer2DModel, new: SD3Transformer2DModel) -> None:
+    """Every weight that has a place in `new`. The blocks between the old ones and the last, which has no text
+    stream to hand on, keep their zero gates and so change nothing."""
+    last, new_last = f"transformer_blocks.{len(old.transformer_blocks) - 1}.", len(new.transformer_blocks) - 1
+    state = new.state_dict()
+    for name, tensor in old.state_dict().items():
+        place = name.replace(last, f"transformer_blocks.{new_last}.")
+        if state[place].shape == tensor.shape:
+            state[place].copy_(tensor)
+
+
+@torch.no_grad()
+def fit(old: SD3Transformer2DModel, new: SD3Transformer2DModel, *texts: dict[str, torch.Tensor]) -> None:
+    """The embedders of `new` by least squares: of tokens and pooled text, from its encoders' outputs to what
+    the embedders of `old` make of theirs. The bias is the old one, as the tokens of an absent T5 are zeros.
+    Directions that texts hardly take are left out: bfloat16 would round away what large weights make of them.
+    """
+    pairs = (
+        (old.context_embedder, new.context_embedder, "embeds"),
+        (old.time_text_embed.text_embedder.linear_1, new.time_text_embed.text_embedder.linear_1, "pooled"),
+    )
+    for source, target, name in pairs:
+        given, wanted = (text[name].flatten(0, -2).double() for text in reversed(texts))
+        wanted = wanted @ source.weight.double().T
+        solution = torch.linalg.lstsq(given, wanted, rcond=1e-3, driver="gelsd").solution
+        target.weight.copy_(solution.T)
+        target.bias.copy_(source.bias)
+        error = (given @ solution - wanted).square().sum() / wanted.square().sum()
+        print(f"{name}: {error:.4f} of the square is left", flush=True)
+
+
+# ---- installing ------------------------------------------------------------------------------------------
 
 
 def install_base(pipeline: Path, transformer: Path, folder: Path = WEIGHTS / "base") -> None:
@@ -248,9 +321,11 @@ def main(arguments: list[str]) -> None:
     paths = [Path(p) for p in paths]
     if (command, len(paths)) == ("pipeline", 1):
         build_pipeline(*paths)
-    elif (command, len(paths)) == ("data", 2):
+    elif command == "data" and len(paths) >= 2 and {path.name for path in paths[2:]} <= set(DATA):
         build_data(*paths)
-    elif (command, len(paths)) == ("base", 2):
+    elif (command, len(paths)) == ("larger", 2):
+        build_larger(*paths)
+    elif command == "base" and len(paths) in (2, 3):
         install_base(*paths)
     elif (command, len(paths)) == ("teacher", 2):
         install_teacher(paths[0] / "student", WEIGHTS / paths[1])
