@@ -23,7 +23,7 @@ import tyro
 
 from opd.files import read_json, replace, write_json
 from opd.flags import require
-from opd.presets import PRESETS
+from opd.presets import MINI_HELDOUT, PRESETS
 from opd.settings import parse
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,8 @@ class Recipe:
     """On top of `train.py mini`."""
     needs: tuple[str, ...] = ()
     """Of PREPARED, in the order in which they are made."""
+    tasks: tuple[str, ...] = TASKS
+    """What is scored."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Reference:
     """Of `opd.evaluate`."""
     needs: tuple[str, ...] = ()
     """Of PREPARED, in the order in which they are made."""
+    tasks: tuple[str, ...] = TASKS
+    """What is scored."""
 
 
 SAMPLES = "runs/mini-samples/latents.safetensors"
@@ -99,9 +103,11 @@ RECIPES = {
     "base-25": Recipe("base, 25 steps", "--cold-start base --iterations 25"),
     "sft-25": Recipe("SFT start, 25 steps", f"--cold-start {SFT_START} --iterations 25", STARTS),
     "merge-25": Recipe("merged teachers, 25 steps", "--iterations 25"),
-    "full": Recipe("student of the full teacher", f"{TEXT_ONLY} --teachers text={FULL}", FROM_FULL),
+    "full": Recipe(
+        "student of the full teacher", f"{TEXT_ONLY} --teachers text={FULL}", FROM_FULL, ("text",)
+    ),
     "large": Recipe(
-        "student of the larger teacher", f"{TEXT_ONLY} --teachers text={LARGE_TEACHER}", FROM_LARGE
+        "student of the larger teacher", f"{TEXT_ONLY} --teachers text={LARGE_TEACHER}", FROM_LARGE, ("text",)
     ),
 }
 REFERENCES = {
@@ -130,11 +136,13 @@ REFERENCES = {
         {"base": "full teacher: every weight of the base fine-tuned"},
         f"--model {FULL_TEACHER} --adapters --guidance 1",
         (*FROM_FULL, FULL_TEACHER),
+        ("text",),
     ),
     "large-teacher": Reference(
         {"base": "larger teacher: 6 blocks, text encoders of its own"},
         f"--model {LARGE_TEACHER} --adapters --guidance 1",
         FROM_LARGE,
+        ("text",),
     ),
 }
 # Table -> its rows.
@@ -195,12 +203,11 @@ def run(args: Arguments, name: str, seed: int) -> None:
     if name in REFERENCES:
         reference = REFERENCES[name]
         prepare(reference.needs)
-        rows = scored(args, folder, reference.flags)
+        rows = scored(args, folder, reference.flags, reference.tasks)
         result = {"flags": reference.flags, "held_out": {row: rows[row] for row in reference.titles}}
     else:
-        recipe = RECIPES[name]
-        prepare(recipe.needs)
-        result = trained(args, folder, recipe.flags, seed)
+        prepare(RECIPES[name].needs)
+        result = trained(args, folder, RECIPES[name], seed)
     about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
     write_json(result_file(name, seed), about | result)
 
@@ -211,34 +218,37 @@ def prepare(needs: tuple[str, ...]) -> None:
             call(shlex.split(PREPARED[place]))
 
 
-def trained(args: Arguments, folder: Path, flags: str, seed: int) -> dict:
+def trained(args: Arguments, folder: Path, recipe: Recipe, seed: int) -> dict:
     """Train a recipe and score its student on held-out prompts."""
-    cfg = parse(["mini", *shlex.split(flags)], PRESETS)
+    flags = shlex.split(recipe.flags)
+    cfg = parse(["mini", *flags], PRESETS)
     started = time.monotonic()
     alone = ["--no-evaluate", "--sample-every", "0", "--seed", str(seed), "--out", str(folder)]
-    call(["train.py", "mini", *shlex.split(flags), *alone, *shlex.split(args.train)])
+    call(["train.py", "mini", *flags, *alone, *shlex.split(args.train)])
     seconds = time.monotonic() - started
+    student = f"--adapters student={shlex.quote(str(folder / 'student'))}"
     result = {
-        "flags": flags,
+        "flags": recipe.flags,
         "iterations": cfg.iterations,
         "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
-        "held_out": scored(args, folder, f"--adapters student={shlex.quote(str(folder / 'student'))}")[
-            "student"
-        ],
+        "held_out": scored(args, folder, student, recipe.tasks)["student"],
     }
     if cfg.diagnose_every > 0:
         result["gap_closed"] = gap_closed((folder / "metrics.jsonl").read_text())
     return result
 
 
-def scored(args: Arguments, folder: Path, flags: str) -> dict[str, dict[str, float]]:
+def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
     """Row of opd.evaluate -> task -> score on held-out prompts."""
     file = folder / "heldout.json"
-    only_heldout = ["--prompts", "--count", str(args.count), "--out", str(file)]
-    call(["-m", "opd.evaluate", *shlex.split(flags), *only_heldout])
+    prompts = [f"{task}={MINI_HELDOUT[task]}" for task in tasks]
+    call(
+        ["-m", "opd.evaluate", *shlex.split(flags), "--prompts", "--heldout", *prompts]
+        + ["--count", str(args.count), "--out", str(file)]
+    )
     rows = read_json(file)["scores"]
-    return {row: {task: splits["held-out"][task] for task in TASKS} for row, splits in rows.items()}
+    return {row: {task: splits["held-out"][task] for task in tasks} for row, splits in rows.items()}
 
 
 def gap_closed(metrics: str) -> dict[str, float]:
@@ -324,9 +334,12 @@ def rows_of(name: str) -> list[tuple[str, list[dict]]]:
 
 
 def cells_of(results: list[dict]) -> list[str]:
-    columns = [[result["held_out"][task] for result in results] for task in TASKS]
-    columns.append([statistics.fmean(result["held_out"].values()) for result in results])
-    return [spread(values) for values in columns]
+    """A cell per task and the mean; empty where the tasks are not all scored."""
+    cells = []
+    for task in TASKS:
+        cells.append(spread([result["held_out"][task] for result in results if task in result["held_out"]]))
+    whole = [result["held_out"].values() for result in results if len(result["held_out"]) == len(TASKS)]
+    return [*cells, spread([statistics.fmean(scores) for scores in whole])]
 
 
 def gap_cells(results: list[dict]) -> list[str]:
@@ -336,7 +349,9 @@ def gap_cells(results: list[dict]) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """.345 ± .008, or the value alone."""
+    """.345 ± .008, the value alone, or nothing."""
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.3f}".removeprefix("0")
     if len(values) < 2:
         return mean
