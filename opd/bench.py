@@ -4,6 +4,7 @@
     python -m opd.bench --size sd35-medium --structure both      # and our emulation of the released loop
     python -m opd.bench --size mini --json runs/bench.json --picture runs/bench.png
     python -m opd.bench --compare HEAD~1                         # this checkout against another commit
+    python -m opd.bench --size mini --queries 2 --query-range 0 4 --against-all   # fewer states against all
 
 Per structure: seconds per update and trajectories per second (median, without instruments), where the time
 goes, forward and backward passes counted by adapter, FLOPs as a share of a large matrix product's rate in the
@@ -26,6 +27,7 @@ from opd import compiled
 from opd.bench_clock import PHASES, forget_peak, matmul_rate, measure
 from opd.bench_compare import compare
 from opd.bench_model import SIZES, Work, make_world, our_stage
+from opd.bench_queries import compare_queries, in_words
 from opd.bench_released import Released
 from opd.files import write_json
 from opd.flags import require
@@ -64,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         if args.device == "cuda" and not torch.cuda.is_available():
             print("error: --device cuda, but there is none: nothing was measured", file=sys.stderr)
             return 2
+        if args.against_all:
+            result = compare_queries(work, device_of(args.device), args.rounds, args.updates)
+            print(in_words(result))
+            return 0
         result = run(args, work)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     about.add_argument("--micro-batch", type=int, help="samples per forward pass")
     about.add_argument("--states", "--steps", type=int, help="of a trajectory")
     about.add_argument("--queries", type=int, default=0, help="states that are trained on; 0 = all")
+    about.add_argument("--query-range", type=int, nargs=2, default=(0, 0), help="the states to draw from")
+    about.add_argument("--against-all", action="store_true", help="time them and all states, taking turns")
     about.add_argument("--dtype", default="auto", help="auto, bfloat16, float32")
     about.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     about.add_argument("--compile", action="store_true", help="our structure, or this checkout, compiled")
@@ -100,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     about.add_argument("--picture", help="draw the phases into this PNG (needs matplotlib)")
     about.add_argument("--compare", metavar="COMMIT", help="time train.py mini here and at that commit")
     about.add_argument("--iterations", type=int, default=8, help="with --compare: updates per run")
-    about.add_argument("--rounds", type=int, default=2, help="with --compare: runs of each, taking turns")
+    about.add_argument("--rounds", type=int, default=2, help="with --compare, --against-all: turns of each")
     about.add_argument("flags", nargs="*", help="with --compare, after --: flags of train.py for both")
     return about
 
@@ -114,6 +122,7 @@ def work_of(args: argparse.Namespace) -> Work:
         if value is None:
             value = SIZES[args.size].work[setting.name]
         values[setting.name] = value
+    values["query_range"] = tuple(values["query_range"])
     return Work(**values)
 
 

@@ -125,6 +125,7 @@ class Work:
     micro_batch: int
     states: int
     queries: int
+    query_range: tuple[int, int]
     dtype: str
     checkpointing: bool
     compile: bool
@@ -161,11 +162,14 @@ class Work:
             teachers[FURTHER] = "random"
         if self.anchor == "none":
             weight = 0.0
-        settings = self.shared() | {"queries": self.queries, "weight": "uniform", "cold_start": "base"}
+        queried = {"queries": self.queries, "query_range": self.query_range}
+        settings = self.shared() | queried | {"weight": "uniform", "cold_start": "base"}
         return Distil(teachers=teachers, anchor=anchor, anchor_weight=weight, **settings)
 
     def growing(self) -> Grow:
         require(self.queries == 0, f"--queries {self.queries} is for --stage opd; leave it out")
+        ours = f"--query-range {self.query_range} is for --stage opd; leave it out"
+        require(self.query_range == (0, 0), ours)
         return Grow(train_rewards=dict.fromkeys(self.tasks(), REWARD), **self.shared())
 
     def shared(self) -> dict:

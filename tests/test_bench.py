@@ -12,6 +12,7 @@ import torch
 from opd import bench, bench_compare, compiled
 from opd.bench_clock import LiveTensors, Stopwatch, flop_counter, matmul_rate
 from opd.bench_model import SIZES, shifted_levels
+from opd.bench_queries import compare_queries
 from opd.families import sd3
 
 ROOT = Path(__file__).parents[1]
@@ -232,6 +233,28 @@ def test_levels_fall_to_zero():
     assert levels[2] == pytest.approx(0.75)  # at s = 1/2 the odds are the shift
 
 
+# ---- fewer states against all ------------------------------------------------------------------------------
+
+
+def test_fewer_states_take_turns_with_all_of_them():
+    """Counted by hand: with all of 10 states a sample has 10 student rows forward and backward, 10 of its
+    teacher and 10 of the anchor; the first 2 states cost a fifth, and the walk ends after them."""
+    work = bench.work_of(bench.parser().parse_args([*FLAGS, "--states", "10", "--query-range", "0", "2"]))
+    result = compare_queries(work, CPU, rounds=2, updates=1)
+    assert result["all"]["rows_per_update"] == TRAJECTORIES * 40
+    assert result["queried"]["rows_per_update"] == TRAJECTORIES * 8
+    assert result["share_of_rows_per_update"] == pytest.approx(0.2)
+    assert len(result["all"]["seconds"]) == len(result["queried"]["seconds"]) == 2
+    assert result["share_of_seconds_per_update"] > 0
+
+
+def test_two_of_ten_states_cost_at_most_their_share_and_the_walk_to_them(capsys):
+    flags = ["--states", "10", "--queries", "2", "--query-range", "0", "4", "--against-all", "--rounds", "1"]
+    assert bench.main([*FLAGS, "--updates", "2", *flags]) == 0
+    *_, shares = capsys.readouterr().out.strip().split("\n")
+    assert float(shares.split()[-4]) <= 0.35 and shares.endswith("of the rows")
+
+
 # ---- two commits -------------------------------------------------------------------------------------------
 
 STUB = """
@@ -312,6 +335,10 @@ def test_compare_tells_what_failed_and_cleans_up(repository):
         ("--stage grpo --structure both", "--structure both emulates distillation"),
         ("--stage grpo --queries 1", "--queries 1 is for --stage opd"),
         ("--stage grpo --group 1", "--group 1: an advantage compares"),
+        ("--against-all", "--against-all compares with fewer states"),
+        ("--queries 1 --against-all --rounds 0", "--rounds is 0"),
+        ("--query-range 2 9", "--query-range 2 9 does not lie within the 3 states"),
+        ("--stage grpo --query-range 0 1", "--query-range (0, 1) is for --stage opd"),
         ("surplus", "unknown arguments ['surplus']"),
     ],
 )

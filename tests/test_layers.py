@@ -48,7 +48,7 @@ opd.mini.world
 opd.mini.rewards opd.mini.build
 train sample
 opd.bench_clock opd.bench_compare opd.bench_model
-opd.bench_released
+opd.bench_released opd.bench_queries
 opd.bench
 opd.bench_visit
 """
