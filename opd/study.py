@@ -68,7 +68,10 @@ TEXT_DATA = "runs/mini-data/text/metadata.jsonl"
 LARGE = "runs/mini-large/model_index.json"
 FULL, LARGE_TEXT = "runs/mini-full-text/student", "runs/mini-large-text/student"
 FULL_TEACHER, LARGE_TEACHER = "runs/mini-full-teacher", "runs/mini-large-teacher"
-TUNE = "train.py mini-sft-text --full --lr 5e-4 --iterations 200 --sample-every 0"
+TUNE = (
+    "train.py mini-sft-text --full --lr 5e-4 --iterations 120 --prompts-per-step 32 --micro-batch 32"
+    " --sample-every 0"
+)
 BASE = "opd/mini/weights/base"
 INSTALL = "-m opd.mini.build base"
 # What some runs start or learn from -> the command that makes it, run in the repository's root.
@@ -90,7 +93,7 @@ PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
 # One teacher of one task, from the base, with the share of the way from base to teacher in the log.
 TEXT_ONLY = (
     "--prompts text=opd/mini/prompts/text.train.txt --mix text=1 --cold-start base --teacher-guidance 1"
-    " --iterations 30 --diagnose-every 30 --diagnose-prompts 32"
+    " --prompts-per-step 20 --micro-batch 20 --iterations 25 --diagnose-every 25 --diagnose-prompts 32"
 )
 RECIPES = {
     "plain": Recipe("plain: at the teachers' own guidance 1", "--teacher-guidance 1"),
