@@ -4,10 +4,10 @@
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
 
-A run is the preset `mini` with fields and a seed, or a model that exists and is scored alike. Its result is
-one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over machines. The
-tables in opd/mini/RESULTS.md and README.md are written from these files alone, between the lines that name
-them.
+A run (opd/mini/runs.py) is the preset `mini` with fields and a seed, or a model that is scored as it is. Its
+result is one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over
+machines. The tables in opd/mini/RESULTS.md and README.md are written from these files alone, between the
+lines that name them.
 """
 
 import json
@@ -23,141 +23,15 @@ import tyro
 
 from opd.files import read_json, replace, write_json
 from opd.flags import require
+from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
 from opd.presets import MINI_HELDOUT, PRESETS
 from opd.settings import parse
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "opd/mini/results"
-TASKS = ("compose", "text", "quality")
-
-
-# ---- the runs, as data -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training run."""
-
-    title: str
-    """What a table calls it."""
-    flags: str = ""
-    """On top of `train.py mini`."""
-    needs: tuple[str, ...] = ()
-    """Of PREPARED, in the order in which they are made."""
-    tasks: tuple[str, ...] = TASKS
-    """What is scored."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Models that are scored as they are."""
-
-    titles: dict[str, str]
-    """Row of `opd.evaluate` -> what a table calls it."""
-    flags: str
-    """Of `opd.evaluate`."""
-    needs: tuple[str, ...] = ()
-    """Of PREPARED, in the order in which they are made."""
-    tasks: tuple[str, ...] = TASKS
-    """What is scored."""
-
-
-SAMPLES = "runs/mini-samples/latents.safetensors"
-SFT_START = "runs/mini-sft-start/student"
-TEXT_DATA = "runs/mini-data/text/metadata.jsonl"
-LARGE = "runs/mini-large/model_index.json"
-FULL, LARGE_TEXT = "runs/mini-full-text/student", "runs/mini-large-text/student"
-FULL_TEACHER, LARGE_TEACHER = "runs/mini-full-teacher", "runs/mini-large-teacher"
-TUNE = (
-    "train.py mini-sft-text --full --lr 5e-4 --iterations 120 --prompts-per-step 32 --micro-batch 32"
-    " --sample-every 0"
-)
-BASE = "opd/mini/weights/base"
-INSTALL = "-m opd.mini.build base"
-# What some runs start or learn from -> the command that makes it, run in the repository's root.
-PREPARED = {
-    SAMPLES: "sample.py --save latents --out runs/mini-samples",
-    SFT_START: "train.py mini-sft-start --sample-every 0",
-    TEXT_DATA: f"-m opd.mini.build data runs/mini-data {BASE} text",
-    FULL: f"{TUNE} --out runs/mini-full-text",
-    FULL_TEACHER: f"{INSTALL} {BASE} {FULL} {FULL_TEACHER}",
-    LARGE: f"-m opd.mini.build larger {BASE} runs/mini-large",
-    LARGE_TEXT: f"{TUNE} --model runs/mini-large --out runs/mini-large-text",
-    LARGE_TEACHER: f"{INSTALL} runs/mini-large {LARGE_TEXT} {LARGE_TEACHER}",
-}
-STARTS = (SAMPLES, SFT_START)
-FROM_FULL = (TEXT_DATA, FULL)
-FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
-
-PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
-# One teacher of one task, from the base, with the share of the way from base to teacher in the log.
-TEXT_ONLY = (
-    "--prompts text=opd/mini/prompts/text.train.txt --mix text=1 --cold-start base --teacher-guidance 1"
-    " --prompts-per-step 20 --micro-batch 20 --iterations 25 --diagnose-every 25 --diagnose-prompts 32"
-)
-RECIPES = {
-    "plain": Recipe("plain: at the teachers' own guidance 1", "--teacher-guidance 1"),
-    "extrapolated": Recipe("targets past the teachers, l = 1.3", f"--teacher-guidance 1 {PAST}"),
-    "folded": Recipe("**folded: teachers at guidance 2.5 (the default)**"),
-    "both": Recipe("folded and l = 1.3", PAST),
-    "base-10": Recipe("base, 10 steps", "--cold-start base --iterations 10"),
-    "sft-10": Recipe("SFT start, 10 steps", f"--cold-start {SFT_START} --iterations 10", STARTS),
-    "merge-10": Recipe("merged teachers, 10 steps", "--iterations 10"),
-    "base-25": Recipe("base, 25 steps", "--cold-start base --iterations 25"),
-    "sft-25": Recipe("SFT start, 25 steps", f"--cold-start {SFT_START} --iterations 25", STARTS),
-    "merge-25": Recipe("merged teachers, 25 steps", "--iterations 25"),
-    "full": Recipe(
-        "student of the full teacher", f"{TEXT_ONLY} --teachers text={FULL}", FROM_FULL, ("text",)
-    ),
-    "large": Recipe(
-        "student of the larger teacher", f"{TEXT_ONLY} --teachers text={LARGE_TEACHER}", FROM_LARGE, ("text",)
-    ),
-}
-REFERENCES = {
-    "shipped": Reference(
-        {
-            "base": "base",
-            "compose": "compose teacher",
-            "text": "text teacher",
-            "quality": "quality teacher",
-        },
-        "--guidance 1",
-    ),
-    "shipped-guided": Reference(
-        {
-            "base": "base at guidance 2.5",
-            "compose": "compose teacher at guidance 2.5",
-            "text": "text teacher at guidance 2.5",
-            "quality": "quality teacher at guidance 2.5",
-        },
-        "--guidance 2.5",
-    ),
-    "sft-start": Reference(
-        {"start": "SFT start, 0 steps"}, f"--adapters start={SFT_START} --guidance 1", STARTS
-    ),
-    "full-teacher": Reference(
-        {"base": "full teacher: every weight of the base fine-tuned"},
-        f"--model {FULL_TEACHER} --adapters --guidance 1",
-        (*FROM_FULL, FULL_TEACHER),
-        ("text",),
-    ),
-    "large-teacher": Reference(
-        {"base": "larger teacher: 6 blocks, text encoders of its own"},
-        f"--model {LARGE_TEACHER} --adapters --guidance 1",
-        FROM_LARGE,
-        ("text",),
-    ),
-}
-# Table -> its rows.
-TABLES = {
-    "recipes": ("plain", "extrapolated", "folded", "both"),
-    "references": ("shipped", "shipped-guided"),
-    "starts": ("sft-start", "base-10", "sft-10", "merge-10", "base-25", "sft-25", "merge-25"),
-    "other teachers": ("full-teacher", "full", "large-teacher", "large"),
-}
 # Page -> the tables in it.
 PAGES = {
-    ROOT / "opd/mini/RESULTS.md": tuple(TABLES),
+    ROOT / "opd/mini/RESULTS.md": ("recipes", "references", "starts", "other teachers"),
     ROOT / "README.md": ("recipes",),
 }
 

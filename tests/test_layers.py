@@ -42,10 +42,10 @@ opd.runfolder opd.grpo opd.sft opd.probe
 opd.judging opd.page
 opd.report
 opd.setup
-opd.study
 opd.mini
-opd.mini.world
+opd.mini.world opd.mini.runs
 opd.mini.rewards opd.mini.build
+opd.study
 train sample
 opd.bench_clock opd.bench_compare opd.bench_model
 opd.bench_released opd.bench_queries

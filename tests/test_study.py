@@ -9,6 +9,7 @@ import pytest
 import tyro
 
 from opd import evaluate, study
+from opd.mini import runs
 from opd.presets import PRESETS
 from opd.settings import parse
 
@@ -68,17 +69,17 @@ def test_references_are_settings_of_evaluation_and_name_its_rows():
         assert set(reference.titles) <= {"base", *args.adapters}
 
 
-def test_every_run_is_in_one_table_and_knows_what_it_needs():
-    runs = study.RECIPES | study.REFERENCES
+def test_every_run_is_in_a_table_and_knows_what_it_needs():
+    every = study.RECIPES | study.REFERENCES
     listed = [name for names in study.TABLES.values() for name in names]
-    assert sorted(listed) == sorted(runs)
-    for run in runs.values():
+    assert set(listed) == set(every)
+    for run in every.values():
         # What a flag names below runs/ is made before; what makes it finds its own needs made.
         for place in re.findall(r"runs/[\w/-]+", run.flags):
             assert place in run.needs, (run, place)
         for number, place in enumerate(run.needs):
             made = " ".join([place, *run.needs[:number]])
-            for used in re.findall(r"runs/[\w/-]+", study.PREPARED[place]):
+            for used in re.findall(r"runs/[\w/-]+", runs.PREPARED[place]):
                 assert used in made, (place, used)
 
 
@@ -152,13 +153,13 @@ def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch
     monkeypatch.setattr(study, "call", call)
     monkeypatch.setattr(study, "write_tables", lambda: None)
     (tmp_path / "runs/mini-samples").mkdir(parents=True)
-    (tmp_path / study.SAMPLES).write_text("")
+    (tmp_path / runs.SAMPLES).write_text("")
     study.main(
         ["--runs", "sft-10", "--seeds", "1", "--out", str(tmp_path / "out"), "--train=--dtype float32"]
     )
     assert [arguments[0] for arguments in calls] == ["train.py", "train.py", "-m"]
     assert calls[0][1] == "mini-sft-start"
-    assert calls[1][:6] == ["train.py", "mini", "--cold-start", study.SFT_START, "--iterations", "10"]
+    assert calls[1][:6] == ["train.py", "mini", "--cold-start", runs.SFT_START, "--iterations", "10"]
     assert calls[1][-2:] == ["--dtype", "float32"]
     result = json.loads((tmp_path / "results/sft-10-1.json").read_text())
     assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
