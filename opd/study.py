@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "opd/mini/results"
 # Page -> the tables in it.
 PAGES = {
-    ROOT / "opd/mini/RESULTS.md": ("recipes", "references", "starts", "other teachers"),
+    ROOT / "opd/mini/RESULTS.md": ("recipes",),
     ROOT / "README.md": ("recipes",),
 }
 
@@ -77,6 +77,7 @@ def missing(args: Arguments) -> list[tuple[str, int]]:
 def run(args: Arguments, name: str, seed: int) -> None:
     """Make a result, and what it needs before."""
     folder = Path(args.out).absolute() / f"{name}-{seed}"
+    about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
     if name in REFERENCES:
         reference = REFERENCES[name]
         prepare(reference.needs)
@@ -85,7 +86,6 @@ def run(args: Arguments, name: str, seed: int) -> None:
     else:
         prepare(RECIPES[name].needs)
         result = trained(args, folder, RECIPES[name], seed)
-    about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
     write_json(result_file(name, seed), about | result)
 
 
