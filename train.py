@@ -70,7 +70,7 @@ def run(cfg: Run) -> None:
     """Set up, train, score."""
     with errors.in_one_line(ValueError, OSError):
         check_login(cfg.push)
-        device = ranks.start(cfg.rank_timeout)
+        device = ranks.start(cfg.rank_timeout, cfg.deterministic)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
         if folder.active:

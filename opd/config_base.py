@@ -77,6 +77,9 @@ class Logistics:
     """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid."""
     rank_timeout: float = 1800.0
     """Seconds after which ranks give up one that does not answer, and end."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, on a GPU slower ones; an operation without one ends
+    the run with its name. On a CPU runs are the same bits without it."""
     max_bad_steps: int = 5
     """Stop after so many steps in a row that change nothing: a non-finite gradient, or no reward at all."""
     log_every: int = 1

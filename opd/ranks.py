@@ -17,10 +17,14 @@ PATIENCE = timedelta(hours=24)
 _patient = None  # the group that waits so long; made by `start`
 
 
-def start(timeout: float = 1800.0) -> torch.device:
+def start(timeout: float = 1800.0, deterministic: bool = False) -> torch.device:
     """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on
-    GPU. `timeout`: seconds after which a rank that does not answer is given up."""
+    GPU. `timeout`: seconds after which a rank that does not answer is given up. `deterministic`: torch
+    refuses what has no deterministic algorithm."""
     global _patient
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(deterministic)
     cuda = torch.cuda.is_available()
     for name, value in {
         "RANK": "0",
@@ -41,6 +45,8 @@ def start(timeout: float = 1800.0) -> torch.device:
             timeout=timedelta(seconds=timeout),
         )
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if deterministic:
+        say("deterministic algorithms alone, as --deterministic asks")
     return device
 
 

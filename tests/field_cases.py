@@ -94,6 +94,8 @@ LOGISTICS = {
     "compile": Case([True], changes=("rows",), keeps=("losses", "passes", "samples")),
     "shard_size": Case([2], refused="--shard-size 2 does not divide the 1 ranks"),
     "rank_timeout": Case([0.0, -1.0], refused="it must be positive"),
+    # What it refuses: tests/test_faults.py.
+    "deterministic": Case([True], changes=("printed",), keeps=(*WEIGHTS, "rows")),
     "max_bad_steps": Case([1], changes=("error",), under=THREE | {"lr": 1e30}),
     "log_every": Case([2, 3], changes=("rows",), keeps=WEIGHTS, under=THREE),
     "keep_last": Case([1, 2], changes=("files",), keeps=(*WEIGHTS, "rows"), under=THREE | SAVING),

@@ -128,6 +128,22 @@ def test_grpo_without_any_reward_stops(world, tmp_path, capsys, iterations, step
     assert not (tmp_path / "student").exists()
 
 
+def uncertain(images, prompts, metadata):
+    """What has no deterministic algorithm, on a CPU either."""
+    return images.mean((1, 2, 3)).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+
+def test_deterministic_runs_refuse_what_is_not(world, tmp_path):
+    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:uncertain")
+    settings = {"out": str(tmp_path), "train_rewards": rewards, "iterations": 1}
+    try:
+        with pytest.raises(SystemExit, match="put_.* does not have a deterministic implementation"):
+            train.run(tiny.grpo_config(world, deterministic=True, **settings))
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        train.run(tiny.grpo_config(world, **settings))
+
+
 # ---- the disk ----------------------------------------------------------------------------------------------
 
 
