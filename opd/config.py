@@ -242,8 +242,15 @@ class Distil(Rollout):
     def merged(self) -> dict[str, str]:
         if self.merge_from:
             return self.merge_from
-        # At the start the average is the start itself.
-        return {name: source for name, source in self.teachers.items() if source != "ema"}
+        taught = set()
+        for task in self.prompts:
+            taught |= routing.shares(self.route(task), f"--routes {task}").keys()
+        merged = {}
+        for name, source in self.teachers.items():
+            # At the start the average is the start itself; a teacher that only anchors is no task's expert.
+            if source != "ema" and (name in taught or name != self.anchor):
+                merged[name] = source
+        return merged
 
     def guidance_of(self, teacher: str) -> float:
         if teacher in self.teacher_guidances:

@@ -193,7 +193,7 @@ class Run(Logistics):
     merge: Merges = "svd"
     """How --cold-start merge makes one adapter of several: opd/merging.py has the formulas."""
     merge_from: Texts = field(default_factory=dict)
-    """Name -> adapter to merge; none, in stage opd, = the teachers."""
+    """Name -> adapter to merge; none, in stage opd, = the teachers, but for one that only anchors."""
     merge_weights: Numbers = field(default_factory=dict)
     """Name -> weight of its update in the merge; none = equal weights that add up to 1."""
     merge_density: float = 0.5

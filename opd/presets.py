@@ -84,6 +84,7 @@ def finetune(task: str, iterations: int) -> Finetune:
 
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
+SD35_LARGE = "stabilityai/stable-diffusion-3.5-large"
 SD35_TEACHERS = {
     "geneval": "jieliu/SD3.5M-FlowGRPO-GenEval",
     "ocr": "jieliu/SD3.5M-FlowGRPO-Text",
@@ -118,8 +119,9 @@ MINI_OPD = Distil(
     save_every=40,
     eval_prompts=64,
 )
-# The paper's: SDE with a = 0.7 and T = 10, every state, KL weights, 3:1:1, merged start, lambda 0.02 of the
-# quality teacher that saw the prompts of all tasks, 512 px, guidance 4.5, LoRA 32/64, 40 evaluation steps.
+# The paper's: SDE with a = 0.7 and T = 10, every state, KL weights, 3:1:1, a start merged from the tasks'
+# teachers, lambda 0.02 of the quality teacher that saw the prompts of all tasks, 512 px, guidance 4.5, LoRA
+# 32/64, 40 evaluation steps.
 # Not the paper's: all tasks in every step, loss by the mean over dimensions, one forward pass (README, "Where
 # we differ"); 160 samples a step, for few GPUs.
 SD35_OPD = Distil(
@@ -305,6 +307,30 @@ PRESETS: dict[str, Run] = {
     # The paper deploys the folded student at guidance 2.
     "sd35-gfd-opd": replace(
         gfd_opd(SD35_OPD, "runs/sd35-gfd-opd", teacher_guidance=4.5), deploy_guidance=2.0
+    ),
+    # What does best in the miniature, for GFD-OPD's number of trained states: guidance folded, states weighed
+    # alike, two of them per trajectory, more of them early.
+    "sd35-fold": replace(
+        SD35_OPD,
+        out="runs/sd35-fold",
+        guidance=1.0,
+        weight="uniform",
+        queries=2,
+        query_beta=(1.0, 1.5),
+        skip_last=True,
+    ),
+    # A larger transformer with encoders of its own teaches on the same latents, each guided as its card says.
+    # It is 16 GB in bfloat16: --teacher-devices large=offload where that does not fit beside the student.
+    "sd35-large-to-medium": replace(
+        SD35_OPD,
+        out="runs/sd35-large-to-medium",
+        teachers={"large": SD35_LARGE},
+        routes=dict.fromkeys(SD35_PROMPTS, "large"),
+        teacher_guidance=3.5,
+        cold_start="base",
+        anchor="",
+        anchor_weight=0.0,
+        micro_batch=2,
     ),
     "flux": base_without_teachers("flux", "black-forest-labs/FLUX.1-dev", 3.5, 28),
     "flux2": base_without_teachers("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 4.0, 50),

@@ -76,7 +76,8 @@ def read_teachers(cfg: Distil, model: Model) -> dict[str, Lora | Whole]:
         if source not in (BASE, EMA):
             teachers[name] = read_teacher(cfg, name, source, model)
     if cfg.cold_start == "merge" and not cfg.merge_from:
-        whole = [name for name, teacher in teachers.items() if isinstance(teacher, Whole)]
+        merged = cfg.merged().keys() & teachers.keys()
+        whole = [name for name in teachers if name in merged and isinstance(teachers[name], Whole)]
         way_out = "name adapters with --merge-from, or use --cold-start base"
         no_adapters = f"--cold-start merge: the teachers {whole} are no adapters, which alone can be merged"
         require(not whole, f"{no_adapters}; {way_out}")

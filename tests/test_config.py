@@ -372,6 +372,18 @@ def test_routes_and_shares():
     assert replace(GROW, mix={"red": 2}).share() == {"red": 2, "green": 1, "blue": 1}
 
 
+def test_a_start_merges_the_teachers_of_the_tasks_and_not_one_that_only_anchors():
+    """The paper's merge: the experts of the tasks, and not the quality teacher that anchors them."""
+    cfg = replace(DISTIL, cold_start="merge", teachers=COLOURS | {"quality": "q"}, anchor="quality")
+    assert cfg.merged() == COLOURS and cfg.merge_weight("red") == 1 / 3
+    shared = replace(cfg, routes={"red": "0.5*red+0.5*quality"})
+    assert shared.merged() == COLOURS | {"quality": "q"}
+    assert replace(cfg, merge_from={"x": "y"}).merged() == {"x": "y"}
+    assert replace(cfg, anchor="blue").merged().keys() == {"red", "green", "blue", "quality"}
+    assert PRESETS["sd35"].merged().keys() == {"geneval", "ocr", "pickscore"}
+    assert PRESETS["mini"].merged().keys() == {"compose", "text", "quality"}
+
+
 # ---- presets -------------------------------------------------------------------------------------
 
 
@@ -416,6 +428,12 @@ def test_the_sd35_teachers_know_their_rewards(name):
     if name == "sd35-grpo-quality":
         shares = [term.weight * reward.about[term.name].divisor for term in reward.terms]
         assert shares == pytest.approx([0.8, 0.2], abs=1e-3)  # of PickScore / 26 and of DeQA / 5
+
+
+def test_the_folding_preset_trains_two_states_of_ten_to_the_guided_velocity():
+    fold = PRESETS["sd35-fold"]
+    assert (fold.guidance, fold.teacher_guidance, fold.states_per_sample(), fold.steps) == (1.0, 4.5, 2, 10)
+    assert (fold.teachers, fold.anchor) == (PRESETS["sd35"].teachers, "deqa")
 
 
 def test_presets_name_the_package_relative_to_its_folder():
