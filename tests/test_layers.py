@@ -24,7 +24,7 @@ opd.config_base
 opd.config opd.signals opd.errors
 opd.presets opd.settings
 opd.families opd.vae opd.schedule opd.lora opd.compiled opd.sd3_names
-opd.text_cache
+opd.text_cache opd.patches
 opd.rewards.scoring opd.rewards.about opd.rewards.inputs opd.rewards.jpeg opd.rewards.geneval_rules
 opd.rewards.endpoint opd.rewards.clip opd.rewards.openclip opd.rewards.worker
 opd.rewards.ocr opd.rewards.geneval opd.rewards.preference opd.rewards.judge opd.rewards.remote opd.prompts

@@ -20,6 +20,19 @@ from opd.flags import require
 Condition = dict[str, Tensor]
 """The text of ONE sample: named tensors without a batch axis, as long as the text is."""
 
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""The projections of image and text stream where both attend together, by diffusers' names: what Flow-GRPO
+adapts."""
+
 CONTRACT = {
     "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it",
     "LORA_TARGETS": "ends of the names of the linear layers that a fresh LoRA adapts; * stands for anything",

@@ -11,29 +11,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from einops import rearrange
 from torch import Tensor
 
-from opd import schedule
-from opd.families import Condition
+from opd.families import JOINT_ATTENTION, Condition
+from opd.patches import PATCH, log_shift, pack, patches_per_side, sigmas, unpack  # noqa: F401 (the contract's)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "FluxPipeline"
-# The joint attention's projections of image and text stream, and those of the single blocks.
-LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
+# The single blocks have some of them too.
+LORA_TARGETS = JOINT_ATTENTION
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 NEGATIVE = ""
 T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
-PATCH = 2  # the pipeline takes no other
 
 
 # ---------------------------------------------------------------- weights
@@ -126,15 +115,6 @@ def velocity(
 guide = None
 
 
-def pack(x_BCHW: Tensor) -> Tensor:
-    """A token per 2 x 2 patch (B, T, 4 C)."""
-    return rearrange(x_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def unpack(tokens_BTC: Tensor, rows: int) -> Tensor:
-    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
-
-
 def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """(T, 3): 0, row, column of every patch; text stands at 0, 0, 0."""
     zero = torch.arange(1, device=device)
@@ -142,35 +122,13 @@ def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(zero, down, across).float()
 
 
-# ---------------------------------------------------------------- noise levels
-
-
-def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
-    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
-    mu = schedule.linear_mu(folder, image_tokens(shape_CHW))
-    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps))
-
-
-def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
-
-
-def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
-    """Number of patches."""
-    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
-
-
 # ---------------------------------------------------------------- images and latents
 
 
 def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
     """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
-    factor = pixels(folder)
-    unit = factor * PATCH
-    if resolution <= 0 or resolution % unit != 0:
-        raise ValueError(f"resolution {resolution} does not fit this model: use a multiple of {unit}")
-    channels = transformer_config(folder)["in_channels"] // PATCH**2
-    return channels, resolution // factor, resolution // factor
+    side = PATCH * patches_per_side(resolution, PATCH * pixels(folder))
+    return transformer_config(folder)["in_channels"] // PATCH**2, side, side
 
 
 def default_resolution(folder: Path) -> int:

@@ -17,19 +17,13 @@ from einops import rearrange
 from torch import Tensor
 
 from opd import flow, schedule
-from opd.families import Condition
+from opd.families import JOINT_ATTENTION, Condition
+from opd.patches import PATCH, patches_per_side
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
 LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
+    *JOINT_ATTENTION,
     "attn.to_qkv_mlp_proj",
     "single_transformer_blocks.*.attn.to_out",
 )
@@ -37,7 +31,6 @@ TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 TOKENS = 512  # the pipeline's own: it pads every prompt, and the transformer sees the padding
 NEGATIVE = ""
-PATCH = 2  # the pipeline takes no other
 STEPS = 50  # the pipeline's default: its shift depends on the number of steps
 
 
@@ -179,10 +172,8 @@ def statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
 
 def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
     """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
-    unit = pixels(folder)
-    if resolution <= 0 or resolution % unit != 0:
-        raise ValueError(f"resolution {resolution} does not fit this model: use a multiple of {unit}")
-    return transformer_config(folder)["in_channels"], resolution // unit, resolution // unit
+    side = patches_per_side(resolution, pixels(folder))
+    return transformer_config(folder)["in_channels"], side, side
 
 
 def default_resolution(folder: Path) -> int:

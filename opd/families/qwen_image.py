@@ -10,30 +10,19 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from opd import flow, schedule
-from opd.families import Condition
+from opd import flow
+from opd.families import JOINT_ATTENTION, Condition
+from opd.patches import PATCH, log_shift, pack, patches_per_side, sigmas, unpack  # noqa: F401 (the contract's)
 
 PIPELINE = "QwenImagePipeline"
-# The joint attention's projections of image and text stream.
-LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
+LORA_TARGETS = JOINT_ATTENTION
 TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 NEGATIVE = " "  # what the model's card asks for
 TOKENS = 512  # the pipeline cuts longer prompts off
-PATCH = 2  # the pipeline takes no other
 SIZE = 1024  # pixels per side; no config says so
 
 
@@ -122,33 +111,6 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
     return unpack(rescaled_BTC, v.shape[2] // PATCH)
 
 
-def pack(x_BCHW: Tensor) -> Tensor:
-    """A token per 2 x 2 patch (B, T, 4 C)."""
-    return rearrange(x_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def unpack(tokens_BTC: Tensor, rows: int) -> Tensor:
-    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
-
-
-# ---------------------------------------------------------------- noise levels
-
-
-def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
-    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
-    mu = schedule.linear_mu(folder, image_tokens(shape_CHW))
-    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps))
-
-
-def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
-
-
-def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
-    """Number of patches."""
-    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
-
-
 # ---------------------------------------------------------------- images and latents
 
 
@@ -188,12 +150,8 @@ def statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
 
 def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
     """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
-    factor = pixels(folder)
-    unit = factor * PATCH
-    if resolution <= 0 or resolution % unit != 0:
-        raise ValueError(f"resolution {resolution} does not fit this model: use a multiple of {unit}")
-    channels = transformer_config(folder)["in_channels"] // PATCH**2
-    return channels, resolution // factor, resolution // factor
+    side = PATCH * patches_per_side(resolution, PATCH * pixels(folder))
+    return transformer_config(folder)["in_channels"] // PATCH**2, side, side
 
 
 def default_resolution(folder: Path) -> int:

@@ -12,22 +12,13 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from opd import flow, schedule
-from opd.families import Condition
+from opd.families import JOINT_ATTENTION, Condition
+from opd.patches import patches_per_side
 from opd.sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "StableDiffusion3Pipeline"
-# The joint attention's projections of image and text stream: what Flow-GRPO adapts.
-LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
+LORA_TARGETS = JOINT_ATTENTION
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 NEGATIVE = ""
 T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
@@ -151,14 +142,10 @@ def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
 
 def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
     """(C, H, W) of a square image. ValueError where its patches do not fit the model."""
-    config, factor = transformer_config(folder), pixels(folder)
-    unit = factor * config["patch_size"]
-    limit = unit * config["pos_embed_max_size"]
-    if resolution <= 0 or resolution % unit != 0 or resolution > limit:
-        raise ValueError(
-            f"resolution {resolution} does not fit this model: use a multiple of {unit} up to {limit}"
-        )
-    return config["in_channels"], resolution // factor, resolution // factor
+    config = transformer_config(folder)
+    patch = config["patch_size"]
+    side = patch * patches_per_side(resolution, patch * pixels(folder), config["pos_embed_max_size"])
+    return config["in_channels"], side, side
 
 
 def default_resolution(folder: Path) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opd import flow, schedule
 from opd.families import Condition
+from opd.patches import PATCH, image_tokens, log_shift, patches_per_side  # noqa: F401 (the contract's, shared)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "ZImagePipeline"
@@ -29,7 +30,6 @@ LORA_TARGETS = (
 TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 NEGATIVE = ""
-PATCH = 2  # the pipeline and its transformer take no other
 
 
 # ---------------------------------------------------------------- weights
@@ -107,29 +107,15 @@ def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[fl
     return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps, torch.float32))
 
 
-def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
-
-
-def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
-    """Number of patches."""
-    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
-
-
 # ---------------------------------------------------------------- images and latents
 
 
 def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
     """(C, H, W) of a square image. ValueError where its patches do not fit the model."""
-    config, factor = transformer_config(folder), pixels(folder)
-    unit = factor * PATCH
+    config = transformer_config(folder)
     _, rows, columns = config["axes_lens"]  # positions that the model knows: text, down, across
-    limit = unit * min(rows, columns)
-    if resolution <= 0 or resolution % unit != 0 or resolution > limit:
-        raise ValueError(
-            f"resolution {resolution} does not fit this model: use a multiple of {unit} up to {limit}"
-        )
-    return config["in_channels"], resolution // factor, resolution // factor
+    side = PATCH * patches_per_side(resolution, PATCH * pixels(folder), min(rows, columns))
+    return config["in_channels"], side, side
 
 
 def default_resolution(folder: Path) -> int:
