@@ -134,7 +134,11 @@ def locate_part(what: str, source: str, patterns: list[str]) -> Path:
     repo, _, subfolder = source.partition(":")
     if resolve(source).exists() or not subfolder:
         return locate(what, source, patterns)
-    return locate(what, repo, [f"{subfolder}/{pattern}" for pattern in patterns]) / subfolder
+    path = locate(what, repo, [f"{subfolder}/{pattern}" for pattern in patterns]) / subfolder
+    if not path.is_dir():
+        wanted = f"no folder {subfolder!r} with {' or '.join(patterns)} in it"
+        raise FileNotFoundError(f"{what} {source!r}: {repo} holds {wanted}; check the part after the colon")
+    return path
 
 
 def is_hub_id(source: str) -> bool:
@@ -203,16 +207,19 @@ def pipeline_class(source: str, folder: Path) -> str:
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
-def check_tokenizers(folder: Path, all_of_them: bool) -> None:
-    """FileNotFoundError for a tokenizer that a pipeline names and whose vocabulary is missing: transformers
-    would make an empty one without a word, and every prompt would be the same. Unless `all_of_them` are used,
-    one may lack its directory."""
+def check_encoders(folder: Path, all_of_them: bool) -> None:
+    """FileNotFoundError for a text encoder or tokenizer that a pipeline names and that is missing, and for a
+    tokenizer without its vocabulary: transformers would make an empty one without a word, and every prompt
+    would be the same. Unless `all_of_them` are used, one may lack its directory."""
     for name, kind in read_json(folder / "model_index.json").items():
-        if not all_of_them and not (folder / name).is_dir():
+        named = isinstance(kind, list) and kind[:1] not in ([], [None])
+        if not named or not name.startswith(("text_encoder", "tokenizer")):
             continue
-        used = name.startswith("tokenizer") and isinstance(kind, list) and kind[:1] not in ([], [None])
-        if used and not any((folder / name / file).is_file() for file in VOCABULARIES):
-            raise FileNotFoundError(
-                f"{folder / name} holds none of {', '.join(VOCABULARIES)}, and model_index.json names a "
-                "tokenizer there; download the pipeline again"
-            )
+        part, problem = folder / name, ""
+        if not part.is_dir() and all_of_them:
+            problem = f"{folder} lacks its folder {name}"
+        if part.is_dir() and name.startswith("tokenizer"):
+            if not any((part / file).is_file() for file in VOCABULARIES):
+                problem = f"{part} holds none of {', '.join(VOCABULARIES)}"
+        if problem:
+            raise FileNotFoundError(f"{problem}, which model_index.json names; download the pipeline again")

@@ -15,7 +15,7 @@ from opd import adapters, flow, kernels, lora_files, trajectory
 from opd.conditioning import CACHE_GB, Conditioning
 from opd.data import seed_of
 from opd.families import Condition, load_family
-from opd.files import check_tokenizers, find_pipeline, reading
+from opd.files import check_encoders, find_pipeline, reading
 from opd.lora_files import Lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -73,7 +73,7 @@ class Model:
         FileNotFoundError / ValueError: no such source, another pipeline, a resolution that does not fit.
         """
         folder = find_pipeline(source, family.PIPELINE)
-        check_tokenizers(folder, all_of_them=t5)
+        check_encoders(folder, all_of_them=t5)
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
             check_complete(folder / "transformer", skeleton)

@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 
 from opd import adapters, lora_files
 from opd.families import sd3
+from opd.model import Model
 from tests.tiny_lora import (
     CONFIG,
     MODULES,
@@ -152,6 +153,31 @@ def test_a_directory_saved_by_peft_is_read_right(base, tmp_path):
     expected = velocity(model)
     assert (expected - velocity(base)).abs().max() > 1e-3
     assert (under(transformer, "x") - expected).abs().max() < 1e-5
+
+
+PUBLISHED = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_out.0 to_q to_v".split()
+
+
+def test_a_published_teacher_loads_unchanged(base, world, tmp_path):
+    """As Flow-GRPO saves its adapters, which the published teachers are: PEFT's save_pretrained of LoRAs of
+    rank 32 and alpha 64 on the eight projections, without a hint at the task or at the base."""
+    settings = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian"}
+    wrapped = get_peft_model(
+        copy.deepcopy(base), LoraConfig(target_modules=[f"attn.{name}" for name in PUBLISHED], **settings)
+    ).eval()
+    torch.manual_seed(0)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    wrapped.save_pretrained(tmp_path)
+    cpu = torch.device("cpu")
+    model = Model.plan(sd3, str(world / "pipeline"), "float32", 0, str(tmp_path / "cache"), cpu, True)
+    lora = model.read_lora(str(tmp_path))
+    assert {a.shape[0] for a in lora.A.values()} == {32} and set(lora.scale.values()) == {2.0}
+    transformer = copy.deepcopy(base)
+    adapters.attach(transformer, "x", lora, torch.float32)
+    assert (velocity(wrapped) - velocity(base)).abs().max() > 1e-2
+    assert (under(transformer, "x") - velocity(wrapped)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("metadata", [True, False])
@@ -500,6 +526,14 @@ def test_hub_ids_with_and_without_subfolder(world, monkeypatch, tmp_path):
         ("owner/plain", ["*.json", "*.safetensors"]),
         ("owner/sub", ["blue/*.json", "blue/*.safetensors"]),
     ]
+
+
+def test_a_subfolder_that_the_repository_lacks_is_named(world, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(world))
+    with pytest.raises(
+        FileNotFoundError, match="adapter 'owner/name:gone': owner/name holds no folder 'gone'"
+    ):
+        lora_files.read_lora("owner/name:gone")
 
 
 def test_an_unreachable_hub_id_is_named(monkeypatch):
