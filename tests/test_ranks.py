@@ -156,6 +156,30 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     assert counted["alive"] - counted["parameters"] < 0.6 * counted["whole"]
 
 
+# One `srun` for each node's torchrun, both of them here.
+SLURM = {"srun": '"$@" & other=$!; "$@" && wait $other', "scontrol": "echo localhost"}
+
+
+def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(world, tmp_path, alone):
+    """Each node holds the weights once, sharded over its two ranks, as --shard-size 2 of four ranks says."""
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = torchrun(world, tmp_path / "run", 1, *distil(world), "--shard-size", "2", "--micro-batch", "1")
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x"}
+    done = subprocess.run(
+        ["bash", "cluster.sbatch", *settings[settings.index("train.py") + 1 :]],
+        cwd=ROOT,
+        env=os.environ | slurm | {"PATH": path, "PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(alone[1], rel=1e-4)
+
+
 def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, alone):
     args = torchrun(world, tmp_path, 1, *distil(world), "--save-every", "1", "--iterations", "3")
     process = subprocess.Popen(
