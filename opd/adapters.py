@@ -5,12 +5,13 @@ K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base its
 too.
 """
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from opd.files import replace, write_json, write_safetensors
+from opd.files import write_json, write_safetensors
 from opd.lora import LoraLinear
 from opd.lora_files import Lora, is_target
 
@@ -135,5 +136,8 @@ def save_transformer(
     tensors |= {
         n: b.cpu().contiguous() for n, b in transformer.named_buffers() if n in transformer.state_dict()
     }
-    replace(folder / "config.json", lambda p: p.write_text(transformer.to_json_string()))
+    settings = json.loads(transformer.to_json_string())
+    # FSDP gives a module that it shards a class of its own, which no other program knows.
+    settings["_class_name"] = settings["_class_name"].removeprefix("FSDP")
+    write_json(folder / "config.json", settings)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)

@@ -177,6 +177,9 @@ def read_transformer(source: str, path: Path, model: Model) -> list[Path]:
 def check_config(source: str, config: dict, model: Model) -> None:
     """ValueError where the configs disagree on what shapes cannot tell, like the number of heads."""
     base = dict(model.skeleton.config) | {"_class_name": type(model.skeleton).__name__}
+    if "_class_name" in config:
+        # What was saved while FSDP had it sharded may be called so.
+        config = config | {"_class_name": config["_class_name"].removeprefix("FSDP")}
     for key in config.keys() & base.keys():
         matters = key == "_class_name" or not key.startswith("_") and key != "sample_size"
         same = config[key] == base[key] or isinstance(config[key], list) and config[key] == list(base[key])

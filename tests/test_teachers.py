@@ -359,6 +359,16 @@ def test_a_config_of_another_architecture_is_refused(values, message, world, pla
         built(world, tmp_path, teacher)
 
 
+def test_a_full_teacher_that_was_saved_while_sharded_is_read(world, place, tmp_path):
+    """FSDP renames the class, and so did the config of what a full fine-tuning saved."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "full", teacher)
+    edited("config.json", _class_name="FSDPSD3Transformer2DModel")(teacher)
+    cfg, model, *_ = built(world, tmp_path, teacher)
+    expected = answer(*built(world, tmp_path, world / "red", out=str(tmp_path / "other"))[:2], "red")
+    assert (answer(cfg, model, "red") - expected).abs().max() < 1e-5
+
+
 def test_a_full_teacher_without_weights_is_named(world, place, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(place / "shards", teacher)

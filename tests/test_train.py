@@ -496,6 +496,10 @@ def test_sft_learns_what_the_caption_says(world, tmp_path, latents, full, share,
             text = model.family.collate(model.text(captions))
             again = model.family.velocity(reloaded, x, sigma, text)
         assert torch.allclose(again, v, atol=1e-5)
+        # As diffusers knows it, although the run's class is FSDP's: so it can teach (--teachers).
+        named = json.loads((tmp_path / "student" / "config.json").read_text())
+        assert named["_class_name"] == "SD3Transformer2DModel"
+        assert type(model.transformer).__name__ == "FSDPSD3Transformer2DModel"
 
 
 def test_sft_gradient_is_that_of_equation_1(world, latents):
