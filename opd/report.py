@@ -82,11 +82,14 @@ class Report:
         return gallery.made(self.model, rows, batch)
 
     def restore(self, trained: Trained, done: int) -> None:
-        """Draw the grid of the saved step if a run was killed between saving and drawing it."""
+        """Grid, cards and page of the saved step: a run may have been killed between saving and these."""
+        if done == 0:
+            return
         file = self.folder.path / "samples" / f"{done:06d}.png"
         lacking = torch.tensor(float(self.folder.active and not file.is_file()), device=self.model.device)
-        if done > 0 and due(done, self.cfg.sample_every, self.cfg.iterations) and ranks.largest(lacking) > 0:
+        if due(done, self.cfg.sample_every, self.cfg.iterations) and ranks.largest(lacking) > 0:
             self.sample_grid(trained, done)
+        self.show(done)
 
     def sample_grid(self, trained: Trained, done: int) -> None:
         """The student's images of fixed prompts from fixed noise: samples/STEP.png."""
