@@ -169,7 +169,7 @@ def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(worl
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x"}
     done = subprocess.run(
-        ["bash", "cluster.sbatch", *settings[settings.index("train.py") + 1 :]],
+        ["bash", "opd/cluster.sbatch", *settings[settings.index("train.py") + 1 :]],
         cwd=ROOT,
         env=os.environ | slurm | {"PATH": path, "PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
         capture_output=True,
