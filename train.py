@@ -39,6 +39,7 @@ from opd.estimators import ESTIMATORS, reinforce
 from opd.families import Condition
 from opd.grpo import Growing
 from opd.judging import Judges
+from opd.memory import forecast
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
@@ -59,9 +60,10 @@ def main() -> None:
     with errors.in_one_line(ValueError, OSError):
         cfg = parse(sys.argv[1:], PRESETS)
         cfg.check(ranks.declared_world())
-    if cfg.dry_run:
-        print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]))
-        return
+        if cfg.dry_run:
+            print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]), flush=True)
+            print(forecast(cfg))
+            return
     with signals.heard():
         run(cfg)
 

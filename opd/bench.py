@@ -26,7 +26,7 @@ import torch
 from opd import compiled
 from opd.bench_clock import PHASES, forget_peak, matmul_rate, measure
 from opd.bench_compare import compare
-from opd.bench_model import SIZES, Work, make_world, our_stage
+from opd.bench_model import SIZES, Work, make_world, our_stage, predicted
 from opd.bench_queries import compare_queries, in_words
 from opd.bench_released import Released
 from opd.files import write_json
@@ -168,9 +168,13 @@ def measure_structure(name: str, work: Work, device: torch.device, updates: int,
     try:
         stage = build(name, work, device)
         forget_peak(device)  # building is not measured
-        return measure(stage, updates, rate, before)
+        numbers = measure(stage, updates, rate, before)
     except torch.OutOfMemoryError as error:
         return {"error": str(error).split("\n")[0]}
+    numbers["predicted"] = {}
+    if name == "ours":
+        numbers["predicted"] = predicted(work, device)
+    return numbers
 
 
 def build(name: str, work: Work, device: torch.device) -> Distillation | Growing | Released:
@@ -272,8 +276,11 @@ def rows(numbers: dict) -> list[str]:
         lines.append(f"  {name:24}{passes['calls']:10} passes{passes['rows']:8} rows")
     scale, unit = scale_of(memory["peak"])
     for name, size in memory.items():
+        line = f"  {LABELS[name]:24}{size / scale:11.3f} {unit}"
+        if name in numbers["predicted"]:
+            line += f"   predicted {numbers['predicted'][name] / scale:.3f}"
         if size != 0:
-            lines.append(f"  {LABELS[name]:24}{size / scale:11.3f} {unit}")
+            lines.append(line)
     return lines
 
 

@@ -6,7 +6,6 @@ import gc
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,12 +13,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from opd import adapters, compiled, kernels
 from opd.flags import require
+from opd.memory import LiveTensors
 from opd.model import Model
 
 PHASES = ("student forward", "student backward", "teachers", "kernels", "optimizer", "rest")
@@ -48,9 +46,9 @@ def measure(stage, updates: int, matmul_rate: float, before: int) -> dict:
     peak, resident = peak_bytes(model.device, before)
     phases = measure_phases(stage, updates)
     later = compiled.graphs() - settled
-    passes, flops, live = count(stage, updates + 1)
+    passes, flops = count(stage, updates + 1)
     if model.device.type == "cpu":
-        peak = live
+        peak = live_peak(stage, updates + 2)
     return {
         "loss": first["loss"],
         "grad_norm": norm,
@@ -186,23 +184,28 @@ def constant(name: str) -> Callable[[], str]:
 # ---- counts ------------------------------------------------------------------------------------------------
 
 
-def count(stage, step: int) -> tuple[dict, int, int]:
-    """Of one update: passes by adapter, FLOPs of matrix products and attention, peak bytes of live tensors
-    (0 on an accelerator, which counts them itself)."""
+def count(stage, step: int) -> tuple[dict, int]:
+    """Of one update: passes by adapter, FLOPs of matrix products and attention."""
     passes, flops = {}, flop_counter()
     with ExitStack() as stack:
         for name, model in models_of(stage).items():
             hook = model.transformer.register_forward_hook(counting(passes, name), with_kwargs=True)
             stack.callback(hook.remove)
-        live = LiveTensors()
-        if stage.model.device.type == "cpu":
-            live.add(alive())
-            stack.enter_context(live)
         stack.enter_context(flops)
-        # The counters see operators, which a compiled kernel has none of.
+        # The counter sees operators, which a compiled kernel has none of.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stage.step(step)
-    return passes, flops.get_total_flops(), live.peak
+    return passes, flops.get_total_flops()
+
+
+def live_peak(stage, step: int) -> int:
+    """Peak bytes of live tensors in one update. Not in the one whose FLOPs are counted: PyTorch's counter
+    holds on to activations that are recomputed."""
+    live = LiveTensors()
+    live.add(alive())
+    with live, torch.compiler.set_stance("force_eager"):
+        stage.step(step)
+    return live.peak
 
 
 def counting(passes: dict, owner: str) -> Callable:
@@ -240,34 +243,6 @@ def attention_flop(query, key, value, *arguments, out_shape=None, **keywords) ->
 
 def attention_backward_flop(gradient, query, key, value, *arguments, out_shape=None, **keywords) -> int:
     return sdpa_backward_flop(gradient, query, key, value)
-
-
-class LiveTensors(TorchDispatchMode):
-    """The bytes of all tensors that are alive, and their peak: what torch.cuda.max_memory_allocated is for a
-    CPU. Scratch memory inside an operator is not seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.known = {}
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        self.add([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
-        return output
-
-    def add(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self.known:
-                self.known[key] = storage.nbytes()
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.forget, key)
-        self.peak = max(self.peak, self.bytes)
-
-    def forget(self, key: int) -> None:
-        self.bytes -= self.known.pop(key)
 
 
 def alive() -> list[Tensor]:

@@ -3,13 +3,14 @@ run, made without any file. The stages on top of it are the real ones."""
 
 import copy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from opd import adapters, compiled
+from opd import adapters, compiled, memory
 from opd.adapters import START, STUDENT, Lora
 from opd.config import Distil, Grow, Run
 from opd.data import Prompt, seed_of
@@ -215,29 +216,67 @@ def make_world(work: Work, device: torch.device) -> World:
     """The same numbers at every call with the same arguments."""
     size = SIZES[work.size]
     cfg = work.config()
-    dtype = compute_dtype(work.dtype, device)
-    with torch.device("meta"):
-        skeleton = SD3Transformer2DModel(patch_size=PATCH, **size.transformer)
-    side = work.pixels // size.factor
-    shape = (size.transformer["in_channels"], side, side)
-    model = Model(sd3, Path("no-folder"), skeleton, shape, RandomText(size, dtype, device), dtype, device)
+    model = planned(work, device)
     model.grids[cfg.steps] = shifted_levels(cfg.steps, size.shift)
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(patch_size=PATCH, **size.transformer)
-    model.transformer = in_dtype(transformer, dtype).requires_grad_(False).eval()
+    model.transformer = random_transformer(size, model.dtype)
     teachers = {}
     if isinstance(cfg, Distil):
         names = enumerate(cfg.teachers, start=1)
-        teachers = {name: random_lora(skeleton, cfg, number) for number, name in names}
+        teachers = {name: random_lora(model.skeleton, cfg, number) for number, name in names}
     pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(64)] for task in cfg.prompts}
-    return World(cfg, model, pools, teachers, random_lora(skeleton, cfg, 0))
+    return World(cfg, model, pools, teachers, random_lora(model.skeleton, cfg, 0))
+
+
+def random_transformer(size: Size, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """Frozen; drawn in `dtype`, as a large one in float32 would take twice the memory to make."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        transformer = SD3Transformer2DModel(patch_size=PATCH, **size.transformer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return in_dtype(transformer, dtype).requires_grad_(False).eval()
+
+
+def planned(work: Work, device: torch.device) -> Model:
+    """The model before its weights."""
+    size = SIZES[work.size]
+    dtype = compute_dtype(work.dtype, device)
+    side = work.pixels // size.factor
+    shape = (size.transformer["in_channels"], side, side)
+    text = RandomText(text_shapes(size), dtype, device)
+    return Model(sd3, Path("no-folder"), skeleton_of(work.size), shape, text, dtype, device)
+
+
+@cache
+def skeleton_of(size: str) -> SD3Transformer2DModel:
+    """The transformer without storage; made once, as its table of positions takes seconds."""
+    with torch.device("meta"):
+        return SD3Transformer2DModel(patch_size=PATCH, **SIZES[size].transformer)
+
+
+def text_shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    """Shapes of a Condition's tensors."""
+    width, pooled = (size.transformer[name] for name in ("joint_attention_dim", "pooled_projection_dim"))
+    return {"embeds": (size.tokens, width), "pooled": (pooled,)}
+
+
+def predicted(work: Work, device: torch.device) -> dict[str, int]:
+    """What opd.memory predicts of our structure, by the names under which memory is measured."""
+    cfg, model = work.config(), planned(work, device)
+    text = text_shapes(SIZES[work.size])
+    found = memory.predict(cfg, model, text, memory.assumed_teachers(cfg, model), world=1)
+    parts = {name: found[name] for name in ("base", "optimizer", "gradients")}
+    parts["adapters"] = found["adapters"] + found["teachers"]
+    parts["activations"] = found["activations"] + found["trajectories"]
+    return parts | {"peak": memory.peak(found)}
 
 
 @dataclass(eq=False)
 class RandomText:
     """In the place of text encoders and their cache: random conditions of the right shape, on the device."""
 
-    size: Size
+    shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
     made: dict[str, Condition] = field(default_factory=dict)
@@ -250,10 +289,7 @@ class RandomText:
 
     def make(self, prompt: str) -> Condition:
         generator = torch.Generator().manual_seed(seed_of(prompt))
-        shapes = self.size.transformer
-        embeds_LD = torch.randn(self.size.tokens, shapes["joint_attention_dim"], generator=generator)
-        pooled_P = torch.randn(shapes["pooled_projection_dim"], generator=generator)
-        values = {"embeds": embeds_LD, "pooled": pooled_P}
+        values = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
         return {name: value.to(self.device, self.dtype) for name, value in values.items()}
 
 

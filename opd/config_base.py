@@ -103,8 +103,10 @@ class Logistics:
     """Where metrics go besides metrics.jsonl."""
     push: str = ""
     """Hub repository OWNER/NAME that gets the student's folder when the run ends; private if it is new."""
+    gpu_memory: float = 0.0
+    """GiB of a GPU: a run that is predicted not to fit is refused before weights load. 0 = do not ask."""
     dry_run: bool = False
-    """Print the resolved configuration and stop."""
+    """Print the resolved configuration and the predicted memory, and stop."""
 
     def check(self, world: int) -> None:
         """ValueError, naming flag and value, unless the settings suit each other and the `world` ranks."""
@@ -119,7 +121,7 @@ class Logistics:
         positive(self, "cache_gb")
         named = self.push == "" or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push) is not None
         require(named, f"--push {self.push!r}: write a Hub repository as OWNER/NAME")
-        not_negative(self, "sample_every", "keep_last", "keep_every")
+        not_negative(self, "sample_every", "keep_last", "keep_every", "gpu_memory")
         time_limit(self, "rank_timeout")
         at_most(self, 10**9, "micro_batch", "max_bad_steps", "log_every", "save_every")
         at_most(self, 10**6, "iterations")

@@ -3,7 +3,7 @@ shard."""
 
 import torch
 
-from opd import adapters, compiled, merging, ranks
+from opd import adapters, compiled, memory, merging, ranks
 from opd.adapters import BASE, EMA, START, STUDENT
 from opd.config import Distil, Finetune, Run
 from opd.data import Prompt, load_tasks, prompts_of_step
@@ -37,6 +37,7 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     teachers = {}
     if isinstance(cfg, Distil):
         teachers = read_teachers(cfg, model)
+    memory.check(cfg, model, teachers)
     student = student_start(cfg, model)
     data, shown, steps = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)

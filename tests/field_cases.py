@@ -107,6 +107,7 @@ LOGISTICS = {
     "deploy_guidance": Case([2.0], changes=("pictures",), keeps=(*WEIGHTS, "rows"), under=PICTURES),
     "tracker": Case(["tensorboard"], changes=("files",), keeps=(*WEIGHTS, "rows")),
     "push": Case(["nonsense"], refused="--push 'nonsense': write a Hub repository as OWNER/NAME"),
+    "gpu_memory": Case([1e-6], refused="--gpu-memory 1e-06 GiB is too small"),
     "dry_run": Case([True], changes=("printed", "files", "student", "passes")),
 }
 EVERY_RUN = LOGISTICS | {

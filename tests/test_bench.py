@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from opd import bench, bench_compare, compiled
-from opd.bench_clock import LiveTensors, Stopwatch, flop_counter, matmul_rate
+from opd.bench_clock import Stopwatch, flop_counter, matmul_rate
 from opd.bench_model import SIZES, shifted_levels
 from opd.bench_queries import compare_queries
 from opd.families import sd3
+from opd.memory import LiveTensors
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -104,6 +105,16 @@ def test_memory_by_part(both):
         parts = ("base", "copies", "adapters", "optimizer", "gradients", "activations")
         assert sum(memory[part] for part in parts) == memory["peak"]
         assert 0 < memory["activations"] < 3 * 2**20
+    assert_predicted(ours)
+    assert both[0].count("   predicted ") == 6  # the peak and five parts, of ours alone
+
+
+def assert_predicted(numbers):
+    """Within a tenth of the peak, found before the model was built; what is counted to the byte or nearly."""
+    measured, predicted = numbers["memory"], numbers["predicted"]
+    assert predicted["peak"] == pytest.approx(measured["peak"], rel=0.1)
+    for part in ("base", "adapters", "gradients", "optimizer"):
+        assert predicted[part] == pytest.approx(measured[part], rel=0.01), part
 
 
 def test_phases_are_of_one_update(both):
@@ -125,6 +136,7 @@ def test_queries_guidance_and_a_teacher_that_anchors(tmp_path):
     assert rows(numbers, "task0") == 2 * TRAJECTORIES
     assert rows(numbers, "task1") == 2 * TRAJECTORIES // 2
     assert "further" not in numbers["passes"]
+    assert_predicted(numbers)
 
 
 @pytest.mark.parametrize("anchor", ["teacher", "base", "none"])
@@ -145,6 +157,7 @@ def test_bfloat16_and_checkpointing(tmp_path):
     memory = result["structures"]["released"]["memory"]
     assert memory["copies"] == 4 * 2 * memory["base"]
     assert result["ratio"]["loss_difference"] < 0.05
+    assert_predicted(result["structures"]["ours"])
 
 
 def test_stage_grpo_says_what_it_leaves_out(tmp_path, capsys):
@@ -153,6 +166,7 @@ def test_stage_grpo_says_what_it_leaves_out(tmp_path, capsys):
     assert "without a VAE" in capsys.readouterr().out
     for name in ("student, no gradient", "student, forward", "student, backward", "base"):
         assert rows(numbers, name) == 2 * TRAJECTORIES
+    assert_predicted(numbers)
 
 
 def test_work_doubles_with_the_group(tmp_path):

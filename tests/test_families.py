@@ -5,6 +5,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,7 +16,8 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from safetensors.torch import save_file
 
-from opd import adapters, families, kernels, lora_files, trajectory
+from opd import adapters, families, kernels, lora_files, memory, trajectory
+from opd.config import Distil
 from opd.data import seed_of
 from opd.families import load_family
 from opd.model import Model
@@ -467,3 +469,18 @@ def test_a_family_that_breaks_the_contract_is_refused_by_name(missing, own_famil
     (own_families / f"without_{missing}.py").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=rf"without_{missing}\.py lacks {missing}: "):
         load_family(f"without_{missing}")
+
+
+def test_memory_is_predicted_of_every_family(case):
+    """A Condition has the shapes that are assumed, or is shorter; a guided pass runs without a weight."""
+    model = ours(case)
+    shapes = case.family.text_shapes(case.pipeline, True)
+    for condition in model.text(PROMPTS):
+        assert condition.keys() == shapes.keys()
+        for name, tensor in condition.items():
+            assert tensor.shape[-1] == shapes[name][-1] and len(tensor) <= shapes[name][0]
+    cfg = Distil(teachers={"a": "base"}, prompts_per_step=2, group=1, rank=2)
+    parts = memory.predict_run(cfg, model, 0)
+    guided = memory.predict_run(replace(cfg, guidance=3.0), model, 0)
+    assert guided["activations"] >= parts["activations"] > 0
+    assert parts["base"] == sum(t.nbytes for t in model.transformer.state_dict().values())

@@ -35,7 +35,7 @@ opd.model
 opd.deployment opd.teacher_files
 opd.records
 opd.gallery opd.statistics
-opd.identity opd.shards opd.images opd.teachers opd.optim opd.layouts opd.tables opd.diagnostics
+opd.identity opd.shards opd.images opd.teachers opd.optim opd.layouts opd.tables opd.diagnostics opd.memory
 opd.evaluate opd.card
 opd.samples
 opd.runfolder opd.grpo opd.sft opd.probe

@@ -43,6 +43,7 @@ CONTRACT = {
     "load_transformer": "(folder, dtype) -> the frozen base on the CPU, in eval mode",
     "load_vae": "(folder) -> the frozen VAE in float32 on the CPU",
     "load_text": "(folder, dtype, device, t5) -> what encode_prompts needs; t5 = False: without a T5 encoder",
+    "text_shapes": "(folder, t5) -> shape by name of a Condition's tensors, at their longest",
     "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
     "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list",
     "velocity": "(transformer, x_BCHW, sigma_B, collate's result) -> dx/dsigma (B, C, H, W), any dtype; "

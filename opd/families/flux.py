@@ -68,6 +68,14 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     return pipe
 
 
+def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
+    config = transformer_config(folder)
+    return {
+        "embeds": (T5_TOKENS, config["joint_attention_dim"]),
+        "pooled": (config["pooled_projection_dim"],),
+    }
+
+
 @torch.no_grad()
 def encode_prompts(text: FluxPipeline, prompts: list[str], device: torch.device) -> list[Condition]:
     embeds_BLD, pooled_BP, _ = text.encode_prompt(prompts, device=device, max_sequence_length=T5_TOKENS)

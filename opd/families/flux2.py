@@ -66,6 +66,10 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     return pipe
 
 
+def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
+    return {"embeds": (TOKENS, transformer_config(folder)["joint_attention_dim"])}
+
+
 @torch.no_grad()
 def encode_prompts(text: Flux2KleinPipeline, prompts: list[str], device: torch.device) -> list[Condition]:
     embeds_BLD, _ = text.encode_prompt(prompts, device=device, max_sequence_length=TOKENS)

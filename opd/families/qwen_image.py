@@ -58,6 +58,10 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     return pipe
 
 
+def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
+    return {"embeds": (TOKENS, transformer_config(folder)["joint_attention_dim"])}
+
+
 @torch.no_grad()
 def encode_prompts(text: QwenImagePipeline, prompts: list[str], device: torch.device) -> list[Condition]:
     """L_b = tokens of the prompt and of the template after it."""
@@ -73,10 +77,10 @@ def collate(conditions: list[Condition]) -> dict[str, Tensor | None]:
     """`embeds` (B, L, D), padded, and `mask` (B, L), true where there is text; None where there is no
     padding."""
     embeds = [condition["embeds"] for condition in conditions]
-    lengths = torch.tensor([len(embeds_LD) for embeds_LD in embeds])
+    lengths = [len(embeds_LD) for embeds_LD in embeds]
     mask_BL = None
-    if lengths.min() < lengths.max():
-        mask_BL = (torch.arange(lengths.max()) < lengths[:, None]).to(embeds[0].device)
+    if min(lengths) < max(lengths):
+        mask_BL = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(embeds[0].device)
     return {"embeds": pad_sequence(embeds, batch_first=True), "mask": mask_BL}
 
 

@@ -70,6 +70,19 @@ def has_t5(folder: Path) -> bool:
     return "text_encoder_3" in index and index["text_encoder_3"][0] is not None
 
 
+def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
+    """CLIP's 77 tokens, and T5's or as many zeros as CLIP has."""
+    config = transformer_config(folder)
+    clip = json.loads((folder / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    third = clip
+    if t5 and has_t5(folder):
+        third = T5_TOKENS
+    return {
+        "embeds": (clip + third, config["joint_attention_dim"]),
+        "pooled": (config["pooled_projection_dim"],),
+    }
+
+
 @torch.no_grad()
 def encode_prompts(
     text: StableDiffusion3Pipeline, prompts: list[str], device: torch.device

@@ -30,6 +30,7 @@ LORA_TARGETS = (
 TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 NEGATIVE = ""
+TOKENS = 512  # where the pipeline cuts a prompt off
 
 
 # ---------------------------------------------------------------- weights
@@ -63,6 +64,10 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     pipe = ZImagePipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
     pipe.text_encoder.to(device)
     return pipe
+
+
+def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
+    return {"embeds": (TOKENS, transformer_config(folder)["cap_feat_dim"])}
 
 
 @torch.no_grad()

@@ -1,0 +1,321 @@
+"""What a run will hold in memory, predicted from its settings and the model's shapes before a weight is read.
+
+Parameters, gradients and moments are counted. Activations are found by running one micro-batch forward and
+backward, and one decoding, on tensors without storage and adding up what is alive: what autograd keeps hangs
+on many small decisions of the model, which no formula would follow.
+"""
+
+import copy
+import weakref
+from dataclasses import replace
+from math import prod
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opd import adapters, ranks
+from opd.adapters import BASE, EMA, STUDENT, Lora
+from opd.config import Distil, Grow, Rollout, Run
+from opd.data import micro_batches
+from opd.families import Condition, load_family
+from opd.files import read_json, resolve
+from opd.flags import require
+from opd.lora_files import is_target
+from opd.model import Model
+from opd.teacher_files import Whole
+
+IN_TURN = ("activations", "decoding")
+"""Parts of which only the larger counts: pictures are decoded between the passes of training."""
+SPARE = 0.1
+"""Share of a GPU that is left for its own context, the libraries' scratch memory and fragmentation."""
+GRID = 9
+"""Pictures of a sample grid, decoded together."""
+GIB = 2**30
+
+
+# ---- what a user sees --------------------------------------------------------------------------------------
+
+
+def forecast(cfg: Run) -> str:
+    """The prediction for one rank in words, as comment lines under the printed settings. Nothing is
+    downloaded for it, and no teacher read: each is taken for a LoRA of --rank.
+
+    --gpu-memory speaks of a GPU, where --dtype auto is bfloat16, whatever this machine has.
+    ValueError where the run would be refused as too large.
+    """
+    if not resolve(cfg.model).exists():
+        return f"# memory: not predicted, as model {cfg.model!r} is not on this disk"
+    device = torch.device("cpu")
+    if cfg.gpu_memory > 0 or torch.cuda.is_available():
+        device = torch.device("cuda")
+    family = load_family(cfg.family)
+    model = Model.plan(family, cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb)
+    parts = predict_run(cfg, model, assumed_teachers(cfg, model))
+    world = ranks.declared_world()
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [
+        f"# predicted memory of one of {world} ranks, {dtype}, every teacher a LoRA of --rank {cfg.rank}:"
+    ]
+    for name, size in {**parts, "peak": peak(parts)}.items():
+        if size > 0:
+            lines.append(f"#   {name:13}{in_words(size):>12}")
+    if cfg.gpu_memory > 0:
+        check_fits(cfg, parts)
+        lines.append(f"# fits into --gpu-memory {cfg.gpu_memory} GiB, of which a tenth stays spare")
+    return "\n".join(lines)
+
+
+def check(cfg: Run, model: Model, teachers: dict[str, Lora | Whole]) -> None:
+    """ValueError, before weights load, where the run is predicted not to fit into --gpu-memory."""
+    if cfg.gpu_memory > 0:
+        check_fits(cfg, predict_run(cfg, model, held_by_teachers(model, teachers)))
+
+
+def check_fits(cfg: Run, parts: dict[str, int]) -> None:
+    largest = sorted((size, name) for name, size in parts.items())[-3:]
+    named = ", ".join(f"{name} {in_words(size)}" for size, name in reversed(largest))
+    need = f"{in_words(peak(parts))} are predicted ({named}) and a tenth stays spare"
+    way_out = "lower --micro-batch, add --checkpointing or raise --shard-size"
+    fits = peak(parts) <= (1 - SPARE) * cfg.gpu_memory * GIB
+    require(fits, f"--gpu-memory {cfg.gpu_memory} GiB is too small: {need}; {way_out}")
+
+
+def in_words(size: int) -> str:
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / 2**20:.2f} MiB"
+
+
+# ---- the prediction ----------------------------------------------------------------------------------------
+
+
+def predict_run(cfg: Run, model: Model, teachers: int) -> dict[str, int]:
+    """Bytes by what they hold, on one of the declared ranks; `teachers`: bytes of what teachers load."""
+    config = read_json(model.folder / "vae" / "config.json")
+    with torch.device("meta"):
+        vae = getattr(diffusers, config["_class_name"]).from_config(config)
+    text = model.family.text_shapes(model.folder, cfg.t5)
+    pixels = model.family.pixels(model.folder) ** 2 * prod(model.shape[1:])
+    images = min(max(cfg.micro_batch, GRID), max(1, model.decode_pixels // pixels))
+    parts = predict(cfg, model, text, teachers, ranks.declared_world())
+    return parts | {"vae": 4 * numbers(vae.parameters()), "decoding": decoding(model, vae, images)}
+
+
+def predict(
+    cfg: Run, model: Model, text: dict[str, tuple[int, ...]], teachers: int, world: int
+) -> dict[str, int]:
+    """Bytes by what they hold, on one of `world` ranks, but for the VAE. `text`: shapes of a Condition."""
+    weights, buffers = numbers(model.skeleton.parameters()), numbers(model.skeleton.buffers())
+    width, share = model.dtype.itemsize, cfg.shard_size
+    trained = lora_numbers(cfg, model)
+    base, loras = width * weights, (4 + width) * trained  # the student, and the memory of its start
+    if cfg.full:
+        trained, base, loras = weights, 4 * weights, 0
+    return {
+        "base": base // share + width * (buffers + gathered(cfg, model)),
+        "adapters": loras // share,
+        "teachers": teachers // share,
+        "gradients": 4 * trained // share,
+        "optimizer": 8 * trained // share,
+        "average": 4 * trained // share * (cfg.ema > 0),
+        "trajectories": trajectories(cfg, model, world),
+        "activations": activations(cfg, model, text, world),
+    }
+
+
+def peak(parts: dict[str, int]) -> int:
+    """Bytes on the device at once."""
+    steady = [size for name, size in parts.items() if name not in IN_TURN]
+    return sum(steady) + max(parts[name] for name in IN_TURN if name in parts)
+
+
+def assumed_teachers(cfg: Run, model: Model) -> int:
+    """Bytes of the teachers if each that is not made of base and student is a LoRA of --rank."""
+    if not isinstance(cfg, Distil):
+        return 0
+    own = [source for source in cfg.teachers.values() if source not in (BASE, EMA)]
+    return len(own) * model.dtype.itemsize * lora_numbers(cfg, model)
+
+
+def held_by_teachers(model: Model, teachers: dict[str, Lora | Whole]) -> int:
+    """Bytes that these teachers take on the student's device."""
+    size = 0
+    for teacher in teachers.values():
+        if isinstance(teacher, Lora):
+            size += model.dtype.itemsize * numbers([*teacher.A.values(), *teacher.B.values()])
+        elif not teacher.offload and teacher.model.device == model.device:
+            skeleton = teacher.model.skeleton
+            size += model.dtype.itemsize * numbers([*skeleton.parameters(), *skeleton.buffers()])
+    return size
+
+
+def lora_numbers(cfg: Run, model: Model) -> int:
+    """How many numbers one LoRA of --rank has."""
+    return sum(cfg.rank * sum(weight.shape) for weight in targets(model).values())
+
+
+def targets(model: Model) -> dict[str, Tensor]:
+    """The weights that a fresh LoRA adapts, by module."""
+    found = {}
+    for name, module in model.skeleton.named_modules():
+        if isinstance(module, nn.Linear) and is_target(name, model.family.LORA_TARGETS):
+            found[name] = module.weight
+    return found
+
+
+def gathered(cfg: Run, model: Model) -> int:
+    """Numbers of sharded weights that stand whole on a rank: two blocks, one of them on its way, and what is
+    in no block; all of them where they are only replicated by FSDP."""
+    whole = numbers(model.skeleton.parameters())
+    if cfg.shard_size == 1:
+        return whole * cfg.full
+    blocks = [numbers(block.parameters()) for block in model.family.blocks(model.skeleton)]
+    return whole - sum(blocks) + sum(sorted(blocks)[-2:])
+
+
+def trajectories(cfg: Run, model: Model, world: int) -> int:
+    """Bytes of the states that are kept, in float32, from the rollout to the update."""
+    states = 0
+    if isinstance(cfg, Grow):
+        states = cfg.states_per_sample() + 1
+    elif isinstance(cfg, Distil) and (cfg.judged() or not cfg.single_pass):
+        states = cfg.steps + 1
+    return 4 * states * sum(rows(cfg, world)) * prod(model.shape)
+
+
+def rows(cfg: Run, world: int) -> list[int]:
+    """Samples of this rank's micro-batches."""
+    samples = dict.fromkeys(range(cfg.samples_per_step()), "any")
+    return [len(batch.samples) for batch in micro_batches(samples, cfg.micro_batch, world, rank=0)]
+
+
+def numbers(tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+# ---- tensors without storage -------------------------------------------------------------------------------
+
+
+def activations(cfg: Run, model: Model, text: dict[str, tuple[int, ...]], world: int) -> int:
+    """Bytes of one micro-batch's forward and backward pass beyond weights and gradients, a teacher's forward
+    pass in between."""
+    with FakeTensorMode():
+        fake, trained = without_weights(cfg, model, text)
+        if cfg.checkpointing:
+            fake.transformer.enable_gradient_checkpointing()
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        live = LiveTensors()
+        transformer = fake.transformer
+        live.add([*transformer.parameters(), *transformer.buffers(), *(p.grad for p in trained)])
+        before = live.bytes
+        samples, guidance = max(rows(cfg, world)), 1.0
+        if isinstance(cfg, Rollout):
+            guidance = cfg.guidance
+        with live:
+            v = velocity(fake, samples, text, guidance)
+            if isinstance(cfg, Distil):
+                with torch.no_grad():
+                    velocity(fake, samples, text, max(map(cfg.guidance_of, cfg.teachers)))
+            v.square().mean().backward()
+        return live.peak - before
+
+
+def without_weights(
+    cfg: Run, model: Model, text: dict[str, tuple[int, ...]]
+) -> tuple[Model, list[nn.Parameter]]:
+    """The model with a transformer without storage under the student's adapter, and what is trained of it.
+    Call it under FakeTensorMode."""
+    transformer = without_storage(model.skeleton, model.dtype)
+    fake = replace(model, transformer=transformer, device=torch.device("cpu"))
+    fake.negative = condition(model, text)
+    if cfg.full:
+        return fake, list(transformer.requires_grad_(True).parameters())
+    A, B, scale = {}, {}, {}
+    for module, weight in targets(model).items():
+        A[module] = torch.empty(cfg.rank, weight.shape[1])
+        B[module] = torch.empty(weight.shape[0], cfg.rank)
+        scale[module] = 1.0
+    adapters.attach(transformer, STUDENT, Lora("empty", "", A, B, scale), torch.float32)
+    for layer in adapters.lora_layers(transformer):
+        layer.switch(STUDENT)
+    trained = list(adapters.parameters_of(transformer, STUDENT).values())
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return fake, trained
+
+
+def velocity(fake: Model, samples: int, text: dict[str, tuple[int, ...]], guidance: float) -> Tensor:
+    conditions = [condition(fake, text) for _ in range(samples)]
+    return fake.velocity(torch.empty(samples, *fake.shape), torch.empty(samples), conditions, guidance)
+
+
+def condition(model: Model, text: dict[str, tuple[int, ...]]) -> Condition:
+    return {name: torch.empty(shape, dtype=model.dtype) for name, shape in text.items()}
+
+
+def decoding(model: Model, vae: nn.Module, images: int) -> int:
+    """Bytes beyond the VAE's weights while it decodes so many images at once."""
+    with FakeTensorMode():
+        fake = without_storage(vae, torch.float32)
+        live = LiveTensors()
+        live.add([*fake.parameters(), *fake.buffers()])
+        before = live.bytes
+        with live:
+            model.family.decode(fake, torch.empty(images, *model.shape))
+        return live.peak - before
+
+
+def without_storage(skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A frozen copy that computes shapes only, as a CPU would. Call it under FakeTensorMode."""
+    modules = list(skeleton.modules())
+    # Tables that a module keeps as mere attributes.
+    tables = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+    # Not copied, as they are replaced anyway.
+    shared = {id(tensor): tensor for tensor in (*skeleton.parameters(), *skeleton.buffers(), *tables)}
+    copied = copy.deepcopy(skeleton, shared).eval()
+    for module in copied.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            empty = torch.empty(weight.shape, dtype=dtype)
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            kind = buffer.dtype
+            if buffer.is_floating_point():
+                kind = dtype
+            setattr(module, name, torch.empty(buffer.shape, dtype=kind))
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
+    return copied
+
+
+class LiveTensors(TorchDispatchMode):
+    """The bytes of all tensors that are alive, and their peak: what torch.cuda.max_memory_allocated is for a
+    CPU. Scratch memory inside an operator is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = {}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.add([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+        return output
+
+    def add(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                self.known[key] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.forget, key)
+        self.peak = max(self.peak, self.bytes)
+
+    def forget(self, key: int) -> None:
+        self.bytes -= self.known.pop(key)

@@ -1,0 +1,139 @@
+"""The predicted memory against measurement and closed forms; tests/test_bench.py compares it with what is
+alive in real updates of tiny models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from opd import bench, bench_model, memory
+from opd.families import load_family
+from opd.memory import LiveTensors, peak
+from opd.model import Model
+from opd.teacher_files import read_teachers
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """(settings, bytes of teachers) -> the parts; those that are found by running are left out."""
+    monkeypatch.setattr(memory, "activations", lambda *arguments: 0)
+    monkeypatch.setattr(memory, "decoding", lambda *arguments: 0)
+    return lambda cfg, teachers=0: memory.predict_run(cfg, planned_run(cfg), teachers)
+
+
+def planned_run(cfg):
+    family = load_family(cfg.family)
+    return Model.plan(family, cfg.model, cfg.dtype, cfg.resolution, cfg.cache, CPU, cfg.t5)
+
+
+# ---- against measurement -----------------------------------------------------------------------------------
+
+
+def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
+    """opd/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
+    flags = """--size sd35-medium --pixels 128 --states 1 --prompts-per-step 1 --group 1 --micro-batch 1
+        --teachers 1 --dtype bfloat16"""
+    parts = bench_model.predicted(bench.work_of(bench.parser().parse_args(flags.split())), CPU)
+    measured = {"peak": 5.31, "base": 4.60, "adapters": 0.175, "optimizer": 0.140, "gradients": 0.070}
+    for part, size in measured.items():
+        assert parts[part] / 2**30 == pytest.approx(size, rel=0.1 if part == "peak" else 0.01), part
+
+
+def test_decoding_is_what_a_decoding_takes(world):
+    cfg = tiny.config(world)
+    model = planned_run(cfg)
+    vae = model.family.load_vae(model.folder)
+    live = LiveTensors()
+    live.add([*vae.parameters(), *vae.buffers()])
+    before = live.bytes
+    with live:
+        model.family.decode(vae, torch.zeros(9, *model.shape))
+    parts = memory.predict_run(cfg, planned_run(cfg), 0)
+    assert parts["decoding"] == pytest.approx(live.peak - before, rel=0.1)
+    assert parts["vae"] == 4 * sum(p.numel() for p in vae.parameters())
+    assert peak(parts) == sum(parts.values()) - min(parts["decoding"], parts["activations"])
+
+
+# ---- closed forms ------------------------------------------------------------------------------------------
+
+
+def test_what_autograd_keeps_of_a_chain_is_counted_without_storage():
+    """exp keeps its result: after n of them n results are alive, of which backward needs all."""
+    with FakeTensorMode():
+        live = LiveTensors()
+        x = torch.empty(1000, requires_grad=True)
+        with live:
+            y = x
+            for _ in range(5):
+                y = y.exp()
+        assert live.peak == 5 * 4000
+
+
+def test_sharding_divides_what_is_held_and_gathers_blocks(world, counted, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    whole = counted(tiny.config(world, ema=0.9), teachers=4000)
+    half = counted(tiny.config(world, ema=0.9, shard_size=2), teachers=4000)
+    for part in ("adapters", "teachers", "gradients", "optimizer", "average"):
+        assert half[part] == whole[part] // 2 > 0
+    # Both blocks, all that there are, are gathered at some time, beside the half that is held.
+    assert half["base"] == pytest.approx(1.5 * whole["base"], rel=0.01)
+    assert whole["optimizer"] == 2 * whole["gradients"] == 2 * whole["average"]
+
+
+def test_training_all_weights_keeps_float32_masters_and_a_copy(world, counted):
+    parts = counted(tiny.grpo_config(world, full=True, dtype="bfloat16"))
+    weights = parts["gradients"] // 4
+    assert parts["base"] == pytest.approx((4 + 2) * weights, rel=0.01)
+    assert parts["optimizer"] == 8 * weights and parts["adapters"] == 0
+
+
+def test_stages_that_store_trajectories_hold_their_states(world, counted):
+    """Float32 latents of 4 x 4 x 4 numbers, one more than the states, of every sample of the step."""
+    state = 4 * 4 * 4 * 4
+    cfg = tiny.grpo_config(world)
+    assert counted(cfg)["trajectories"] == cfg.samples_per_step() * (cfg.steps + 1) * state
+    cfg = replace(cfg, window=2, window_range=(0, 3))
+    assert counted(cfg)["trajectories"] == cfg.samples_per_step() * 3 * state
+    cfg = tiny.config(world, single_pass=False)
+    assert counted(cfg)["trajectories"] == cfg.samples_per_step() * (cfg.steps + 1) * state
+    assert counted(tiny.config(world))["trajectories"] == 0
+
+
+def test_teachers_count_for_what_they_load(world, counted, tmp_path):
+    """Adapters of rank 4 as they are; a transformer of its own whole, unless it stays on the CPU."""
+    red, blue = (str(world / name) for name in ("red", "blue"))
+    cfg = tiny.config(world, rank=16)
+    model = planned_run(cfg)
+    read = memory.held_by_teachers(model, read_teachers(cfg, model))
+    assert read == memory.assumed_teachers(cfg, model) // 4 > 0
+    full = str(tiny.fold(world, "red", tmp_path / "full"))
+    one = read_teachers(replace(cfg, teachers={"red": full, "blue": blue}), model)
+    assert memory.held_by_teachers(model, one) == read // 2 + counted(cfg)["base"]
+    away = replace(cfg, teachers={"red": full, "blue": red}, teacher_devices={"red": "offload"})
+    assert memory.held_by_teachers(model, read_teachers(away, model)) == read // 2
+
+
+# ---- what a user sees --------------------------------------------------------------------------------------
+
+
+def test_dry_run_lists_the_parts_and_says_whether_they_fit(world):
+    text = memory.forecast(tiny.config(world, dtype="auto", gpu_memory=80.0))
+    assert "bfloat16" in text  # a GPU's, whatever this machine multiplies
+    for part in ("base", "adapters", "teachers", "activations", "vae", "decoding", "peak"):
+        assert f"#   {part}" in text
+    assert "# fits into --gpu-memory 80.0 GiB" in text
+    assert "not predicted" in memory.forecast(tiny.config(world, model="owner/absent"))
+
+
+def test_what_cannot_fit_is_refused_before_weights_load(world, monkeypatch):
+    """The words name the largest parts. Loading would be another error."""
+    monkeypatch.setattr(Model, "load", None)
+    refusal = r"--gpu-memory 1e-05 GiB is too small: .* are predicted \(.* MiB, .*\).*lower --micro-batch"
+    with pytest.raises(ValueError, match=refusal):
+        tiny.build(tiny.config(world, gpu_memory=1e-5))
+    with pytest.raises(ValueError, match=refusal):
+        memory.forecast(tiny.config(world, gpu_memory=1e-5))
