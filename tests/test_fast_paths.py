@@ -1,0 +1,76 @@
+"""Every fast path finds the losses and gradients of the plain one: a sample at a time, eager, on one rank.
+
+float32: sums in another order, a relative 1e-5. bfloat16: the same sums may end in another last bit of a
+number, which has 8 of them, a difference of 2^-8. A loss is a mean over hundreds of squared differences of
+two such numbers, about as large as these; a gradient is made of products of two of them: 2^-7 bounds both.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from opd import compiled, ranks
+from opd.optim import Trained
+from opd.setup import set_up
+from tests import tiny
+from tests.test_ranks import free_port
+
+ROOT = Path(__file__).parents[1]
+DTYPES = {"float32": 1e-5, "bfloat16": 2**-7}
+PATHS = {
+    "batched": {"micro_batch": 8},
+    "recomputed": {"checkpointing": True},
+    "stored": {"micro_batch": 8, "single_pass": False},
+}
+
+
+def numbers(world, dtype, **changes):
+    """[loss and gradient norm of two steps]; 5 samples of two teachers and an anchor, 3 states, guided."""
+    settings = {"prompts_per_step": 5, "group": 1, "steps": 3, "guidance": 2.0, "micro_batch": 1}
+    cfg = tiny.config(world, dtype=dtype, **settings | changes)
+    cfg.check(ranks.declared_world())
+    model, data, rewards = set_up(cfg, ranks.start())
+    stage = train.choose_stage(cfg, model, data, rewards, Trained(cfg, model))
+    found = []
+    for step in range(2):
+        metrics, norm = stage.step(step)
+        found += [metrics["loss"], norm]
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    return {dtype: numbers(world, dtype) for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", PATHS)
+def test_on_one_rank(world, plain, path, dtype):
+    assert numbers(world, dtype, **PATHS[path]) == pytest.approx(plain[dtype], rel=DTYPES[dtype])
+
+
+def test_compiled_in_bfloat16(world, plain, monkeypatch):
+    """In float32: tests/test_compiled.py. The graphs are those of --compile, run as they are."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    found = numbers(world, "bfloat16", micro_batch=8, checkpointing=True, compile=True)
+    torch._dynamo.reset()
+    assert found == pytest.approx(plain["bfloat16"], rel=DTYPES["bfloat16"])
+
+
+def test_on_two_ranks_replicated_and_sharded(world, plain):
+    launcher = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher.split(), "tests/fast_paths_run.py", str(world)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    for key, found in json.loads(line.removeprefix("FOUND ")).items():
+        dtype = key.partition(",")[0]
+        assert found == pytest.approx(plain[dtype], rel=DTYPES[dtype]), key
