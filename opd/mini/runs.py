@@ -47,8 +47,8 @@ BASE = "opd/mini/weights/base"
 INSTALL = "-m opd.mini.build base"
 # What some runs start or learn from -> the command that makes it, run in the repository's root.
 PREPARED = {
-    SAMPLES: "sample.py --save latents --out runs/mini-samples",
-    SFT_START: "train.py mini-sft-start --sample-every 0",
+    SAMPLES: "sample.py --save latents --count 128 --steps 10 --out runs/mini-samples",
+    SFT_START: "train.py mini-sft-start --iterations 80 --sample-every 0",
     TEXT_DATA: f"-m opd.mini.build data runs/mini-data {BASE} text",
     FULL: f"{TUNE} --out runs/mini-full-text",
     FULL_TEACHER: f"{INSTALL} {BASE} {FULL} {FULL_TEACHER}",
