@@ -48,7 +48,7 @@ opd.mini.rewards opd.mini.build
 opd.study
 train sample
 opd.bench_clock opd.bench_compare opd.bench_model
-opd.bench_released opd.bench_queries opd.bench_text opd.bench_paper
+opd.bench_released opd.bench_queries opd.bench_text opd.fullsize opd.bench_paper
 opd.bench
 opd.bench_visit
 """
