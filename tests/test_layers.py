@@ -45,6 +45,7 @@ opd.setup
 opd.mini
 opd.mini.world opd.mini.runs
 opd.mini.rewards opd.mini.build
+opd.mini.signs
 opd.study
 train sample
 opd.bench_clock opd.bench_compare opd.bench_model

@@ -128,11 +128,18 @@ def make_vae(channels: tuple[int, int] = (16, 32)) -> AutoencoderKL:
     )
 
 
-def make_transformer(width: int = 192, layers: int = 4, text_width: int = WIDTH) -> SD3Transformer2DModel:
-    """An MMDiT whose adaLN modulations and output start at zero; diffusers leaves them random."""
+def make_transformer(
+    width: int = 192,
+    layers: int = 4,
+    text_width: int = WIDTH,
+    latent: int = RESOLUTION // 2,
+    patch: int = 2,
+) -> SD3Transformer2DModel:
+    """An MMDiT whose adaLN modulations and output start at zero; diffusers leaves them random. `latent`:
+    latent pixels per side."""
     model = SD3Transformer2DModel(
-        sample_size=RESOLUTION // 2,
-        patch_size=2,
+        sample_size=latent,
+        patch_size=patch,
         in_channels=8,
         out_channels=8,
         num_layers=layers,
@@ -141,7 +148,7 @@ def make_transformer(width: int = 192, layers: int = 4, text_width: int = WIDTH)
         joint_attention_dim=2 * text_width,
         caption_projection_dim=width,
         pooled_projection_dim=2 * text_width,
-        pos_embed_max_size=RESOLUTION // 2,
+        pos_embed_max_size=latent // patch * 2,
         qk_norm="rms_norm",
     )
     zero = [model.norm_out.linear, model.proj_out]
@@ -204,18 +211,29 @@ def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
     images, _ = draw(12_000, seed=1, mix=BASE_MIX)
     train_vae(vae, images, vae_steps)
     torch.manual_seed(1)
-    pipe = StableDiffusion3Pipeline(
-        transformer=make_transformer(),
+    transformer = make_transformer()
+    encoders = [make_text_encoder(tokenizer, seed) for seed in (2, 3)]
+    assembled(transformer, vae, tokenizer, encoders).to(torch.bfloat16).save_pretrained(folder)
+
+
+def assembled(
+    transformer: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    encoders: list[CLIPTextModelWithProjection],
+) -> StableDiffusion3Pipeline:
+    """A pipeline without T5 of these parts."""
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
         vae=vae.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        text_encoder=make_text_encoder(tokenizer, 2),
+        text_encoder=encoders[0],
         tokenizer=tokenizer,
-        text_encoder_2=make_text_encoder(tokenizer, 3),
+        text_encoder_2=encoders[1],
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    pipe.to(torch.bfloat16).save_pretrained(folder)
 
 
 def build_data(folder: Path, pipeline: Path, *names: Path) -> None:
@@ -243,17 +261,9 @@ def build_larger(pipeline: Path, folder: Path, layers: int = 6, width: int = 96)
     small = sd3.load_text(pipeline, torch.float32, torch.device("cpu"), t5=False)
     tokenizer = small.tokenizer
     torch.manual_seed(4)
-    pipe = StableDiffusion3Pipeline(
-        transformer=make_transformer(layers=layers, text_width=width),
-        vae=sd3.load_vae(pipeline),
-        scheduler=small.scheduler,
-        text_encoder=make_text_encoder(tokenizer, 5, width),
-        tokenizer=tokenizer,
-        text_encoder_2=make_text_encoder(tokenizer, 6, width),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
+    transformer = make_transformer(layers=layers, text_width=width)
+    encoders = [make_text_encoder(tokenizer, seed, width) for seed in (5, 6)]
+    pipe = assembled(transformer, sd3.load_vae(pipeline), tokenizer, encoders)
     old = sd3.load_transformer(pipeline, torch.float32)
     carry_over(old, pipe.transformer)
     prompts = ["", *(prompt for task in world.TASKS for prompt in world.split(task)[0][::3])]

@@ -1,0 +1,112 @@
+"""A larger miniature for the OCR reward: 64 px signs in a real font, which PP-OCR reads without a mistake.
+
+    python -m opd.mini.signs runs/mini-signs        # pipeline (untrained), data, prompts
+    torchrun train.py mini-ocr-base                 # pretrain the base
+    python -m opd.mini.build base runs/mini-signs/pipeline runs/mini-ocr-base/student runs/mini-signs/base
+    torchrun train.py mini-ocr                      # grow its text teacher by the real reward; .[ocr]
+
+A prompt asks for a letter, a digit and a letter, as the small miniature's signs do. The base learns from
+captions of which a third of the characters are wrong, so it knows what to draw but not when.
+"""
+
+import hashlib
+import json
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+
+from opd.families import sd3
+from opd.files import replace, write_safetensors
+from opd.mini import build
+
+SIZE = 64
+LETTERS, DIGITS = "ACEHKLNRTX", "2345679"  # no two of them look alike
+STRINGS = ["".join(characters) for characters in product(LETTERS, DIGITS, LETTERS)]
+HELD_OUT, CAPTION_ERROR = 140, 0.35
+IMAGES = 24_000
+
+
+def prompt_of(string: str) -> str:
+    return f'a sign that says "{string}"'
+
+
+def split() -> tuple[list[str], list[str]]:
+    """(train, test) strings, in an order that depends on no library's random generator."""
+    order = sorted(STRINGS, key=lambda string: hashlib.sha256(string.encode()).hexdigest())
+    return order[HELD_OUT:], order[:HELD_OUT]
+
+
+def draw(string: str, rng: np.random.Generator) -> np.ndarray:
+    """A sign, (64, 64, 3) uint8: dark letters on a light panel before a tinted wall; size, weight and place
+    vary a little."""
+    wall = tuple(rng.integers(110, 250, 3).tolist())
+    picture = Image.new("RGB", (SIZE, SIZE), wall)
+    pen = ImageDraw.Draw(picture)
+    font, weight = ImageFont.load_default(int(rng.integers(23, 27))), int(rng.integers(2))
+    left, top, right, bottom = pen.textbbox((0, 0), string, font=font, stroke_width=weight)
+    width, height = int(right - left), int(bottom - top)
+    x = int(rng.integers(4, max(5, SIZE - width - 3)))
+    y = (SIZE - height) // 2 + int(rng.integers(-6, 7))
+    pen.rectangle((x - 3, y - 4, x + width + 2, y + height + 3), fill=(245, 245, 245))
+    pen.text((x - left, y - top), string, font=font, fill=(20, 20, 20), stroke_width=weight)
+    return np.array(picture)
+
+
+def misspelt(string: str, rng: np.random.Generator, never: set[str]) -> str:
+    """The string with each character replaced, with probability CAPTION_ERROR, by another of its kind; never
+    one of `never`, so that no held-out caption is seen in training."""
+    for _ in range(20):
+        characters = list(string)
+        for place, pool in enumerate((LETTERS, DIGITS, LETTERS)):
+            if rng.random() < CAPTION_ERROR:
+                others = pool.replace(string[place], "")
+                characters[place] = others[rng.integers(len(others))]
+        caption = "".join(characters)
+        if caption not in never:
+            return caption
+    return string
+
+
+def pairs(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Training pairs: images uint8 (count, 3, 64, 64), captions."""
+    rng = np.random.default_rng(seed)
+    train, test = split()
+    images, captions = [], []
+    for number in rng.integers(len(train), size=count):
+        images.append(draw(train[number], rng))
+        captions.append(prompt_of(misspelt(train[number], rng, set(test))))
+    return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions
+
+
+def make(folder: Path, images: int = IMAGES) -> None:
+    """Pipeline, data and prompts below `folder`. Text encoders and VAE are the small miniature's: the VAE is
+    convolutional, and what it makes of a sign is read as well as the sign."""
+    torch.manual_seed(0)
+    transformer = build.make_transformer(latent=SIZE // 2, patch=4)
+    nothing = {"text_encoder_3": None, "tokenizer_3": None}
+    shipped = StableDiffusion3Pipeline.from_pretrained(
+        build.WEIGHTS / "base", transformer=transformer, **nothing
+    )
+    shipped.to(torch.bfloat16).save_pretrained(folder / "pipeline")
+    vae = sd3.load_vae(folder / "pipeline")
+    pictures, captions = pairs(images, seed=0)
+    latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in pictures.split(256)])
+    write_safetensors(folder / "data/latents.safetensors", {"latents": latents})
+    lines = {"data/metadata.jsonl": [json.dumps({"prompt": caption}) for caption in captions]}
+    for name, strings in zip(("train", "test"), split(), strict=True):
+        lines[f"{name}.txt"] = [prompt_of(string) for string in strings]
+    for name, content in lines.items():
+        replace(folder / name, partial(Path.write_text, data="\n".join(content) + "\n"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    make(Path(sys.argv[1]))
