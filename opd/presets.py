@@ -276,8 +276,8 @@ PRESETS: dict[str, Run] = {
         save_every=500,
         sample_every=500,
     ),
-    # 64 px signs and the real OCR reward (opd/mini/signs.py). No result yet: the base is still to be trained to
-    # its end, and the settings of both to be found.
+    # 64 px signs and the real OCR reward (opd/mini/signs.py). No result yet: the base is still to be trained
+    # to its end, and the settings of both to be found.
     "mini-ocr-base": replace(
         FINETUNE,
         out="runs/mini-ocr-base",
