@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from opd import bench, bench_compare, compiled
-from opd.bench_clock import Stopwatch, flop_counter, matmul_rate
+from opd import bench, bench_clock, bench_compare, compiled
+from opd.bench_clock import Stopwatch, alive, flop_counter, matmul_rate
 from opd.bench_model import SIZES, shifted_levels
 from opd.bench_queries import compare_queries
 from opd.families import sd3
@@ -36,8 +37,15 @@ def both(tmp_path_factory):
 
 
 def measured(tmp_path, *flags):
-    """What one structure measured, in this process."""
-    assert bench.main([*FLAGS, "--updates", "2", "--json", str(tmp_path / "b.json"), *flags]) == 0
+    """What one structure measured, in this process, without the tensors that earlier tests left in it."""
+    strangers = alive()
+    keys = {tensor.untyped_storage()._cdata for tensor in strangers}
+
+    def own() -> list[torch.Tensor]:
+        return [tensor for tensor in alive() if tensor.untyped_storage()._cdata not in keys]
+
+    with patch.object(bench_clock, "alive", own):
+        assert bench.main([*FLAGS, "--updates", "2", "--json", str(tmp_path / "b.json"), *flags]) == 0
     return json.loads((tmp_path / "b.json").read_text())
 
 
