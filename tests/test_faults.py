@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -147,9 +149,15 @@ def test_deterministic_runs_refuse_what_is_not(world, tmp_path):
 # ---- the disk ----------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_alone(world, tmp_path, monkeypatch, capsys):
-    """The third state does not fit: one line, exit status 1, the second state whole; with room again, the run
-    ends with the files of one that never stopped."""
+FULL, READ_ONLY = (errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("number, reason", [FULL, READ_ONLY])
+def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
+    world, tmp_path, monkeypatch, capsys, number, reason
+):
+    """The third state is not written: one line, exit status 1, the second whole; once it can be, it ends
+    with the files of a run that never stopped. The clock, meanwhile, jumps a day back at every look."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     settings = {"iterations": 4, "save_every": 1, "sample_every": 0}
     train.run(tiny.config(world, out=str(tmp_path / "whole"), **settings))
@@ -161,11 +169,13 @@ def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save_alone(world, t
             written.append(path)
         if len(written) == 3:
             path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, reason)
         write(tensors, path, metadata)
 
+    days = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 - 86400 * next(days))
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(SystemExit, match="error: .*No space left on device"):
+    with pytest.raises(SystemExit, match=f"error: .*{reason}"):
         train.run(cfg)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     monkeypatch.setattr(files, "save_file", write)
