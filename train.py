@@ -254,7 +254,9 @@ class Distillation:
             gradients = TaskGradients(list(self.trained.parameters.values()))
             for number, (batch, states) in enumerate(zip(batches, walks, strict=True)):
                 squares_BTK = self.learn(plan, batch, states)
-                squares.add(squares_BTK, plan.routed_NK[batch.samples], batch.real, plan.queried)
+                prompts_B = [plan.prompts_N[n] for n in batch.samples]
+                routed_BK = plan.routed_NK[batch.samples]
+                squares.add(squares_BTK, prompts_B, routed_BK, batch.real, plan.queried)
                 if compare and self.task_ends(plan, batches[number:]):
                     gradients.note(plan.prompts_N[batch.samples[0]].task)
         if compare:

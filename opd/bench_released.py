@@ -52,7 +52,8 @@ class Released:
             stored.append((batch, self.sample(plan, batch)))
         for batch, states in stored:
             squares_BTK = self.learn(plan, batch, states)
-            squares.add(squares_BTK, plan.routed_NK[batch.samples], batch.real, plan.queried)
+            prompts_B = [plan.prompts_N[n] for n in batch.samples]
+            squares.add(squares_BTK, prompts_B, plan.routed_NK[batch.samples], batch.real, plan.queried)
         squares.collect()
         norm = self.trained.update(step)
         return squares.metrics(), norm

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opd import flow, ranks
 from opd.config import Distil, Grow
+from opd.data import Prompt
 from opd.model import Model
 from opd.ranks import say
 
@@ -25,12 +26,22 @@ class Squares:
         self.counts_RT = torch.zeros_like(self.sums_RT)
         self.seen_T = torch.zeros(cfg.steps, device=model.device)
         """Samples trained on at each state, whoever taught them."""
+        self.parts: list[tuple[list[Prompt], Tensor]] = []
+        """The micro-batches: whose samples, and their squares (B, T, K)."""
         self.beside: dict = {}
         """What else the step measured."""
 
-    def add(self, squares_BTK: Tensor, routed_BK: Tensor, real: list[int], queried: list[int]) -> None:
+    def add(
+        self,
+        squares_BTK: Tensor,
+        prompts_B: list[Prompt],
+        routed_BK: Tensor,
+        real: list[int],
+        queried: list[int],
+    ) -> None:
         """Squares of one micro-batch; `routed_BK` says whose samples they are, `real` which are not
         padding."""
+        self.parts.append((prompts_B, squares_BTK))
         real_B = torch.tensor(real, dtype=torch.float32)
         own_BK = (routed_BK * real_B[:, None]).to(squares_BTK.device)
         # Chosen, not multiplied: the NaN of another's sample times 0 would be NaN.
@@ -58,7 +69,18 @@ class Squares:
         if bad:
             state, row = bad[0]
             name = [*self.teachers, "anchor"][row]
-            say(f"step {step}: non-finite velocity difference to {name} at state {state}")
+            # The table is the same on all ranks, so all of them are here.
+            prompts = [prompt for part in ranks.gather(self.bad_prompts()) for prompt in part]
+            where = f"step {step}: non-finite velocity difference to {name} at state {state}"
+            say("; ".join([where, *prompts[:1]]))
+
+    def bad_prompts(self) -> list[str]:
+        """Task and prompt of this rank's samples that have a distance which is not a number."""
+        words = []
+        for prompts_B, squares_BTK in self.parts:
+            bad_B = ~squares_BTK.isfinite().flatten(1).all(1)
+            words += [f"task {prompts_B[b].task!r}, prompt {prompts_B[b].text!r}" for b in bad_B.nonzero()]
+        return words
 
     def metrics(self) -> dict:
         """The loss (eq. 16), and per teacher and anchor its weighted loss and its KL per sigma.

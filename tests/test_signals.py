@@ -55,7 +55,7 @@ def steps_saved(out) -> int:
 
 @pytest.mark.parametrize(
     "number, world_size",
-    [(signal.SIGTERM, 1), (signal.SIGINT, 2)],
+    [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGINT, 2)],
 )
 def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on(
     world, tmp_path, number, world_size
@@ -111,6 +111,16 @@ def test_a_signal_before_training_ends_it_in_a_line(world, tmp_path):
     assert run.ended(5) == 0
     assert f"stopped by SIGTERM; {GO_ON} after the last checkpoint" in run.printed()
     assert "Traceback" not in run.printed()
+
+
+def test_ranks_skip_a_non_finite_step_together_and_end_together(world, tmp_path):
+    arguments = distillation(world, tmp_path / "run", iterations=9, lr=1e30, max_bad_steps=2)
+    runs = forked.ranks(tmp_path, 2, arguments)
+    assert [run.ended() for run in runs] == [1, 1]
+    for run in runs:
+        assert "error: 2 steps in a row with a non-finite gradient; lower --lr" in run.printed()
+    assert runs[0].printed().count("a non-finite gradient; step skipped") == 2
+    assert not (tmp_path / "run/student").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

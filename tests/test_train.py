@@ -2,6 +2,7 @@
 effect."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from opd import adapters, kernels, lora_files, ranks
-from opd.data import prompts_of_step, seed_of
+from opd.data import Prompt, prompts_of_step, seed_of
 from opd.report import Report
 from opd.runfolder import RunFolder
 from tests import tiny
@@ -430,7 +431,9 @@ def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, cap
     with pytest.raises(FloatingPointError, match="2 steps in a row with a non-finite gradient; lower --lr"):
         train.train(cfg, stage, trained, folder, Report(cfg, model, data, {}, folder))
     printed = capsys.readouterr().out
-    assert "step 0: non-finite velocity difference to red at state 3" in printed and "skipped" in printed
+    where = "step 0: non-finite velocity difference to red at state 3; task 'red', prompt '(.*)'"
+    named = re.search(where, printed)
+    assert named[1] in tiny.PROMPTS["red"] and "step 0: a non-finite gradient; step skipped" in printed
     assert not (tmp_path / "student").exists()
 
 
@@ -442,10 +445,12 @@ def test_the_first_bad_state_is_named_with_its_own_teacher(world, capsys):
     squares = Squares(cfg, model, ["red", "blue"], [0.1] * 4)
     squares_BTK = torch.ones(2, 4, 2)
     squares_BTK[1, 2:] = float("nan")
-    squares.add(squares_BTK, torch.eye(2), [1, 1], [0, 1, 2, 3])
+    prompts = [Prompt("a red dot", "red"), Prompt("a blue dot", "blue")]
+    squares.add(squares_BTK, prompts, torch.eye(2), [1, 1], [0, 1, 2, 3])
     squares.collect()
     squares.name_non_finite(7)
-    assert "step 7: non-finite velocity difference to blue at state 2" in capsys.readouterr().out
+    where = "step 7: non-finite velocity difference to blue at state 2; task 'blue', prompt 'a blue dot'"
+    assert where in capsys.readouterr().out
     assert squares.sums_RT[0].isfinite().all()
 
 
