@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from opd import errors, prompts
-from opd.bench_model import SIZES
+from opd.bench_model import SIZES, text_shapes
 from opd.conditioning import Conditioning
 from opd.data import load_tasks, prompts_of_step
 from opd.families import Condition
@@ -72,16 +72,12 @@ CPU = torch.device("cpu")
 
 def stand_in(size: str) -> SimpleNamespace:
     """What a family has of text encoders."""
-    shapes = SIZES[size].transformer
-    sizes = {
-        "embeds": (SIZES[size].tokens, shapes["joint_attention_dim"]),
-        "pooled": (shapes["pooled_projection_dim"],),
-    }
+    shapes = text_shapes(SIZES[size])
 
     def encode_prompts(text, texts: list[str], device: torch.device) -> list[Condition]:
         made = []
         for _ in texts:
-            made.append({name: torch.randn(shape).bfloat16() for name, shape in sizes.items()})
+            made.append({name: torch.randn(shape).bfloat16() for name, shape in shapes.items()})
         return made
 
     return SimpleNamespace(TEXT=(), load_text=lambda *_: None, encode_prompts=encode_prompts)

@@ -1,6 +1,5 @@
 """A student's model card, README.md in its folder with the front matter that the Hub reads; its upload."""
 
-import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from opd.adapters import BASE, STUDENT
 from opd.config import Distil, Grow, Run
 from opd.deployment import deployment_of
-from opd.files import replace, resolve
+from opd.files import digest, replace, resolve
 from opd.model import Model
 from opd.settings import stage_of
 from opd.statistics import ALL, DIVERSITY, Cell
@@ -138,22 +137,17 @@ def digest_text(source: str) -> str:
     path = resolve(source.partition(":")[0])
     if source == BASE or not path.exists():
         return ""
-    return f", sha256 `{digest(path)}`"
+    return f", sha256 `{digest_of_weights(path)}`"
 
 
 @cache
-def digest(path: Path) -> str:
+def digest_of_weights(path: Path) -> str:
     """sha256 of an adapter: of the file that is read, or of all weights of a directory in the order of their
     names."""
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("adapter_model.safetensors")) or sorted(path.rglob("*.safetensors"))
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            while piece := opened.read(2**24):
-                total.update(piece)
-    return total.hexdigest()
+    return digest(*files)
 
 
 def student_cells(cells: list[Cell]) -> list[Cell]:

@@ -11,7 +11,6 @@ asks only scorers that are new. Scorers are rewards: opd/rewards/__init__.py say
 are named. What the numbers of a table are: opd/statistics.py.
 """
 
-import hashlib
 import math
 import sys
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from torch import Tensor
 from opd import adapters, gallery, layouts, ranks, tables
 from opd.data import Prompt, load_tasks
 from opd.deployment import guidance_of
-from opd.files import write_json
+from opd.files import check_folder, digest, write_json
 from opd.flags import Texts, at_least_one, not_negative, require, time_limit
 from opd.gallery import Batch, Judge, Row, Sampling, Splits
 from opd.lora_files import find_adapter
@@ -124,10 +123,7 @@ def check_writable(out: str) -> None:
     path = Path(out)
     regular = path.is_file() or not path.exists()
     require(regular, f"--out {out!r} exists and is not a regular file; name a file such as scores.json")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    require(folder.is_dir(), f"--out {out!r}: {str(folder)!r} is not a directory; name another place")
+    check_folder(out, above=True)
 
 
 def read_splits(args: Arguments) -> Splits:
@@ -227,8 +223,7 @@ def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
         settings[name] = shared
         if row.adapter != adapters.BASE:
             source = args.adapters[row.adapter]
-            digest = hashlib.sha256(find_adapter(source).read_bytes()).hexdigest()
-            settings[name] = shared | {"source": source, "sha256": digest}
+            settings[name] = shared | {"source": source, "sha256": digest(find_adapter(source))}
     return settings
 
 

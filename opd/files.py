@@ -55,11 +55,12 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def digest(*files: Path) -> str:
-    """sha256 of the files, one after the other."""
+    """sha256 of what the files hold, one after the other; of one file, what sha256sum prints."""
     whole = hashlib.sha256()
     for file in files:
         with open(file, "rb") as content:
-            whole.update(hashlib.file_digest(content, "sha256").digest())
+            while piece := content.read(2**24):
+                whole.update(piece)
     return whole.hexdigest()
 
 
@@ -147,10 +148,13 @@ def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) is not None
 
 
-def check_folder(out: str) -> None:
-    """ValueError where no folder can be made: the nearest thing on the way that exists must be one."""
-    path = Path(out).expanduser().absolute()
+def check_folder(out: str, above: bool = False) -> None:
+    """ValueError where --out, or the folder above it, can be no folder: the nearest thing on the way that
+    exists must be one."""
     require_path(out)
+    path = Path(out).expanduser().absolute()
+    if above:
+        path = path.parent
     while not path.exists():
         path = path.parent
     if not path.is_dir():

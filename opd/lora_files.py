@@ -9,7 +9,6 @@ LAYER is the transformer's own name, perhaps behind one of PREFIXES; behind one 
 tool's name, which the model family translates (`convert_lora` of opd/families).
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.files import locate_part, read_json
+from opd.files import digest, locate_part, read_json
 from opd.flags import require
 from opd.ranks import say
 
@@ -98,9 +97,7 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
             scale[module] = 1.0
             if module in alpha:
                 scale[module] = alpha[module] / a_RI.shape[0]
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return translated(Lora(source, sha256, A, B, scale), convert)
+        return translated(Lora(source, digest(path), A, B, scale), convert)
     except ValueError as error:
         raise ValueError(f"adapter {source!r}: {error}") from error
 

@@ -75,6 +75,7 @@ FINETUNE = Finetune(
     save_every=200,
     sample_every=200,
 )
+PRETRAIN = replace(FINETUNE, full=True, lr=1e-3, weight_decay=0.01)
 
 
 def finetune(task: str, iterations: int) -> Finetune:
@@ -263,33 +264,27 @@ PRESETS: dict[str, Run] = {
     "mini-dance-opd": dance_opd(MINI_OPD, "runs/mini-dance-opd"),
     "mini-gfd-opd": gfd_opd(MINI_OPD, "runs/mini-gfd-opd", teacher_guidance=2.5),
     "mini-base": replace(
-        FINETUNE,
+        PRETRAIN,
         out="runs/mini-base",
-        full=True,
         model="runs/mini-pipeline",
         data="runs/mini-data/base",
         iterations=8700,
-        lr=1e-3,
         warmup=200,
         ema=0.999,
-        weight_decay=0.01,
         save_every=500,
         sample_every=500,
     ),
     # 64 px signs and the real OCR reward (opd/mini/signs.py). No result yet: the base is still to be trained
     # to its end, and the settings of both to be found.
     "mini-ocr-base": replace(
-        FINETUNE,
+        PRETRAIN,
         out="runs/mini-ocr-base",
-        full=True,
         model="runs/mini-signs/pipeline",
         data="runs/mini-signs/data",
         iterations=2500,
-        lr=1e-3,
         warmup=100,
         decay="cosine",
         ema=0.99,
-        weight_decay=0.01,
     ),
     "mini-ocr": replace(
         grow("text", beta=0.01, lr=2e-3, iterations=60),

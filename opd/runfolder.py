@@ -49,8 +49,6 @@ class RunFolder:
             ) from error
         if not active:
             return
-        folder_or_nothing = self.path.is_dir() or not self.path.exists()
-        require(folder_or_nothing, f"--out {cfg.out!r} is a file; name a folder")
         check_folder(cfg.out)
         self.refuse_strangers()
         self.check_same_run(cfg)

@@ -21,12 +21,14 @@ GO_ON = "the same command goes on"
 class Ear:
     """What this process has heard. Python calls `note` in the main thread, between two of its steps."""
 
-    def __init__(self):
-        self.number = 0
-        """The first signal; 0 = none yet."""
-        self.since = 0.0
-        self.saves = False
-        """Whether somebody will ask, and save before the end."""
+    number: int = 0
+    """The first signal; 0 = none yet."""
+    since: float = 0.0
+    saves: bool = False
+    """Whether somebody will ask, and save before the end."""
+
+    def forget(self) -> None:
+        self.number, self.since, self.saves = 0, 0.0, False
 
     def note(self, number: int, frame) -> None:
         # What is saved is renamed into place when it is whole, so leaving at any moment does no harm. An
@@ -50,7 +52,7 @@ _ear = Ear()  # signals belong to the process, and so does this
 def heard() -> Iterator[None]:
     """Inside, a signal of HEARD ends the process with one line and status 0, or waits for `asked` where that
     is called; a later one ends it at once."""
-    _ear.__init__()
+    _ear.forget()
     before = {number: signal.signal(number, _ear.note) for number in HEARD}
     try:
         yield

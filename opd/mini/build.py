@@ -21,7 +21,6 @@ A larger base that computes nearly the same, with text encoders of its own, and 
     python -m opd.mini.build base runs/mini-large runs/mini-large-text/student runs/mini-large-teacher
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -44,7 +43,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from opd.families import sd3
-from opd.files import replace, write_safetensors
+from opd.files import digest, replace, write_safetensors
 from opd.mini import world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -323,7 +322,7 @@ def install_teacher(source: Path, folder: Path) -> None:
 def sums(folder: Path = WEIGHTS) -> str:
     """sha256 of every shipped weights file, in sha256sum's format."""
     files = sorted(p for p in folder.rglob("*.safetensors"))
-    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in files)
+    return "".join(f"{digest(p)}  {p.relative_to(folder)}\n" for p in files)
 
 
 def main(arguments: list[str]) -> None:
