@@ -27,7 +27,8 @@ opd.families opd.vae opd.schedule opd.lora opd.compiled opd.sd3_names
 opd.text_cache opd.patches
 opd.rewards.scoring opd.rewards.about opd.rewards.inputs opd.rewards.jpeg opd.rewards.geneval_rules
 opd.rewards.endpoint opd.rewards.clip opd.rewards.openclip opd.rewards.worker
-opd.rewards.ocr opd.rewards.geneval opd.rewards.preference opd.rewards.judge opd.rewards.remote opd.prompts
+opd.rewards.ocr opd.rewards.geneval opd.rewards.preference opd.rewards.blip opd.rewards.judge
+opd.rewards.remote opd.prompts
 opd.rewards
 opd.adapters opd.conditioning opd.families.sd3 opd.families.z_image
 opd.families.flux opd.families.flux2 opd.families.qwen_image

@@ -82,3 +82,30 @@ def save_detector(folder: Path, seen: str) -> Path:
     model.save_pretrained(folder)
     Processor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
+
+
+def save_blip(folder: Path, words: list[str]) -> Path:
+    """A BLIP for questions whose vocabulary is `words`, yes and no."""
+    from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
+
+    try:
+        from transformers import BlipImageProcessorPil as Processor
+    except ImportError:
+        from transformers import BlipImageProcessor as Processor
+    folder.mkdir(parents=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", "yes", "no", *words, "[DEC]", "[ENC]"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    start = len(vocabulary) - 2
+    layers = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(layers, vocab_size=len(vocabulary), encoder_hidden_size=32, max_position_embeddings=48)
+    text |= dict(bos_token_id=start, pad_token_id=0, sep_token_id=3, eos_token_id=3, is_decoder=True)
+    torch.manual_seed(0)
+    config = BlipConfig(text_config=text, vision_config=dict(layers, image_size=SIZE, patch_size=14))
+    model = BlipForQuestionAnswering(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    BlipProcessor(Processor(size={"height": SIZE, "width": SIZE}), tokenizer).save_pretrained(folder)
+    return folder

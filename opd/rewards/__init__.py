@@ -54,6 +54,7 @@ SHORT = {
     "clipscore": "opd.rewards.preference:ClipScore",
     "aesthetic": "opd.rewards.preference:Aesthetic",
     "hpsv2": "opd.rewards.preference:HPSv2",
+    "blip_vqa": "opd.rewards.blip:BlipVqa",
     "unified_reward": "opd.rewards.judge:UnifiedReward",
     "qwenvl": "opd.rewards.judge:QwenVL",
     "qwenvl_released": "opd.rewards.judge:QwenVLReleased",

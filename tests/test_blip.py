@@ -1,0 +1,143 @@
+"""T2I-CompBench's BLIP-VQA: its formula on what the model itself would generate, on random weights."""
+
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from opd import evaluate, rewards
+from opd.pictures import to_pil
+from opd.rewards.blip import MOST_PHRASES, BlipVqa
+from tests.tiny_scorers import save_blip
+
+WORDS = "a the red green dog cat bowl apple small".split()
+PROMPTS = ["a red apple and a green bowl", "a small dog"]
+PHRASES = [["a red apple", "a green bowl"], ["a small dog"]]
+METADATA = [{"noun_phrases": phrases} for phrases in PHRASES]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_blip(tmp_path_factory.mktemp("blip") / "vqa", WORDS)
+
+
+@pytest.fixture(scope="module")
+def images_BCHW():
+    return torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def reward(folder):
+    found = rewards.find_reward(f"blip_vqa@{folder}")
+    found.load(CPU)
+    return found
+
+
+def yes_of_generation(folder, image_CHW, phrase):
+    """P(yes) / (P(yes) + P(no)) of the first token that `generate` weighs, [ENC] in front."""
+    from transformers import BlipForQuestionAnswering, BlipProcessor
+
+    model = BlipForQuestionAnswering.from_pretrained(folder).eval()
+    processor = BlipProcessor.from_pretrained(folder)
+    inputs = processor(images=to_pil(image_CHW, 0), text=f"{phrase}?", return_tensors="pt")
+    vocabulary = processor.tokenizer.get_vocab()
+    inputs["input_ids"][:, 0] = vocabulary["[ENC]"]
+    out = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    odds = out.logits[0][0].double().exp()
+    return (odds[vocabulary["yes"]] / (odds[vocabulary["yes"]] + odds[vocabulary["no"]])).item()
+
+
+def test_the_score_is_the_product_over_the_phrases(folder, reward, images_BCHW):
+    wanted = []
+    for image_CHW, phrases in zip(images_BCHW, PHRASES, strict=True):
+        product = 1.0
+        for phrase in phrases:
+            product *= yes_of_generation(folder, image_CHW, phrase)
+        wanted.append(product)
+    scores_B = reward(images_BCHW, PROMPTS, METADATA)
+    assert torch.allclose(scores_B.double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-5)
+    other_B = reward(images_BCHW.flip(0), PROMPTS, METADATA)
+    assert (scores_B - other_B).abs().min() > 1e-3
+
+
+def test_the_ninth_phrase_is_not_asked_for(reward, images_BCHW):
+    nine = [{"noun_phrases": ["a red dog"] * MOST_PHRASES + ["the green cat"]}]
+    eight = [{"noun_phrases": ["a red dog"] * MOST_PHRASES}]
+    assert torch.equal(
+        reward(images_BCHW[:1], PROMPTS[:1], nine), reward(images_BCHW[:1], PROMPTS[:1], eight)
+    )
+
+
+def spacy_that_knows(models):
+    """A package spacy whose models split a text at its " and "."""
+
+    def load(name):
+        if name not in models:
+            raise OSError(f"[E050] Can't find model {name!r}")
+
+        def parse(text):
+            chunks = [types.SimpleNamespace(text=part) for part in text.split(" and ")]
+            return types.SimpleNamespace(noun_chunks=iter(chunks))
+
+        return parse
+
+    module = types.ModuleType("spacy")
+    module.load = load
+    module.__spec__ = types.SimpleNamespace()
+    return module
+
+
+def test_without_a_list_the_phrases_are_spacys_noun_chunks(reward, images_BCHW, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", spacy_that_knows({"en_core_web_sm"}))
+    assert torch.equal(reward(images_BCHW, PROMPTS, [{}, {}]), reward(images_BCHW, PROMPTS, METADATA))
+
+
+@pytest.mark.parametrize(
+    "metadata, models, words",
+    [
+        ({}, None, r"flow-opd\[compbench\]"),
+        ({}, set(), "python -m spacy download en_core_web_sm"),
+        ({"noun_phrases": "a dog"}, None, "must be a list of texts, got 'a dog'"),
+        ({"noun_phrases": []}, None, "no noun phrase was found"),
+    ],
+)
+def test_a_prompt_that_cannot_be_scored_says_why(folder, monkeypatch, metadata, models, words):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    if models is not None:
+        monkeypatch.setitem(sys.modules, "spacy", spacy_that_knows(models))
+    fault = BlipVqa(str(folder)).prompt_fault("a dog", metadata)
+    assert re.search(words, fault), fault
+
+
+def test_a_model_that_does_not_know_yes_and_no_is_refused(tmp_path):
+    other = save_blip(tmp_path / "other", WORDS)
+    lines = (other / "vocab.txt").read_text().replace("\nyes\n", "\nyep\n")
+    (other / "vocab.txt").write_text(lines)
+    for file in other.glob("tokenizer*.json"):
+        file.write_text(file.read_text().replace('"yes"', '"yep"'))
+    with pytest.raises(ValueError, match="no words yes and no"):
+        rewards.find_reward(f"blip_vqa@{other}").load(CPU)
+
+
+def to_tensor(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def test_a_folder_as_compbench_lays_it_out_is_scored(folder, tmp_path, images_BCHW, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", spacy_that_knows({"en_core_web_sm"}))
+    (tmp_path / "samples").mkdir()
+    for number, (prompt, image_CHW) in enumerate(zip(PROMPTS, images_BCHW, strict=True)):
+        to_pil(image_CHW, 0).save(tmp_path / "samples" / f"{prompt}_{number:06d}.png")
+    evaluate.main(["--pictures", str(tmp_path), "--scorers", f"blip_vqa@{folder}"])
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    reward = rewards.find_reward(f"blip_vqa@{folder}")
+    reward.load(CPU)
+    in_8_bits = torch.stack([to_tensor(to_pil(image_CHW, 0)) for image_CHW in images_BCHW])
+    expected = reward(in_8_bits, PROMPTS, METADATA).tolist()
+    found = {row["index"]: row["scores"][f"blip_vqa@{folder}"] for row in map(json.loads, lines)}
+    assert [found[0], found[1]] == pytest.approx(expected, abs=1e-5)
