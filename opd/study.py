@@ -4,10 +4,10 @@
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
 
-A run (opd/mini/runs.py) is the preset `mini` with fields and a seed, or a model that is scored as it is. Its
-result is one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over
-machines. The tables in opd/mini/RESULTS.md and README.md are written from these files alone, between the
-lines that name them.
+A run (opd/mini/runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result
+is one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over machines. The
+tables in opd/mini/RESULTS.md and README.md are written from these files alone, between the lines that name
+them.
 """
 
 import json
@@ -23,11 +23,14 @@ import tyro
 
 from opd.files import read_json, replace, write_json
 from opd.flags import require
-from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
-from opd.presets import MINI_HELDOUT, PRESETS
+from opd.mini.runs import EVERYWHERE, PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
+from opd.presets import MINI_HELDOUT, MINI_SCORERS, PRESETS
 from opd.settings import parse
+from opd.statistics import ALL
 
 ROOT = Path(__file__).parents[1]
+QUALITY = MINI_SCORERS["quality"]
+SCORES = ("held_out", "errors", "quality_of")
 RESULTS = ROOT / "opd/mini/results"
 # Page -> the tables in it.
 PAGES = {
@@ -81,8 +84,10 @@ def run(args: Arguments, name: str, seed: int) -> None:
     if name in REFERENCES:
         reference = REFERENCES[name]
         prepare(reference.needs)
-        rows = scored(args, folder, reference.flags, reference.tasks)
-        result = {"flags": reference.flags, "held_out": {row: rows[row] for row in reference.titles}}
+        found = scored(args, folder, reference.flags, reference.tasks)
+        result = {"flags": reference.flags}
+        for what, rows in found.items():
+            result[what] = {row: rows[row] for row in reference.titles}
     else:
         prepare(RECIPES[name].needs)
         result = trained(args, folder, RECIPES[name], seed)
@@ -98,10 +103,10 @@ def prepare(needs: tuple[str, ...]) -> None:
 def trained(args: Arguments, folder: Path, recipe: Recipe, seed: int) -> dict:
     """Train a recipe and score its student on held-out prompts."""
     flags = shlex.split(recipe.flags)
-    cfg = parse(["mini", *flags], PRESETS)
+    cfg = parse([recipe.preset, *flags], PRESETS)
     started = time.monotonic()
     alone = ["--no-evaluate", "--sample-every", "0", "--seed", str(seed), "--out", str(folder)]
-    call(["train.py", "mini", *flags, *alone, *shlex.split(args.train)])
+    call(["train.py", recipe.preset, *flags, *alone, *shlex.split(args.train)])
     seconds = time.monotonic() - started
     student = f"--adapters student={shlex.quote(str(folder / 'student'))}"
     result = {
@@ -109,23 +114,34 @@ def trained(args: Arguments, folder: Path, recipe: Recipe, seed: int) -> dict:
         "iterations": cfg.iterations,
         "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
-        "held_out": scored(args, folder, student, recipe.tasks)["student"],
     }
+    for what, rows in scored(args, folder, student, recipe.tasks).items():
+        result[what] = rows["student"]
     if cfg.diagnose_every > 0:
         result["gap_closed"] = gap_closed((folder / "metrics.jsonl").read_text())
     return result
 
 
 def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
-    """Row of opd.evaluate -> task -> score on held-out prompts."""
+    """{what: {row of opd.evaluate: {task: number}}} on held-out prompts: "held_out", each task's own score;
+    "errors", the standard errors of these; "quality_of", the quality of every task's pictures."""
     file = folder / "heldout.json"
     prompts = [f"{task}={MINI_HELDOUT[task]}" for task in tasks]
     call(
         ["-m", "opd.evaluate", *shlex.split(flags), "--prompts", "--heldout", *prompts]
-        + ["--count", str(args.count), "--out", str(file)]
+        + ["--count", str(args.count), "--scorers", QUALITY, "--out", str(file)]
     )
-    rows = read_json(file)["scores"]
-    return {row: {task: splits["held-out"][task] for task in tasks} for row, splits in rows.items()}
+    found = {what: {} for what in SCORES}
+    for cell in read_json(file)["cells"]:
+        row, task = cell["row"], cell["task"]
+        if cell["tag"] != ALL:
+            continue
+        if cell["scorer"] == MINI_SCORERS[task]:
+            found["held_out"].setdefault(row, {})[task] = cell["mean"]
+            found["errors"].setdefault(row, {})[task] = cell["error"]
+        if cell["scorer"] == QUALITY:
+            found["quality_of"].setdefault(row, {})[task] = cell["mean"]
+    return found
 
 
 def gap_closed(metrics: str) -> dict[str, float]:
@@ -185,6 +201,8 @@ def with_table(page: str, name: str, table: str) -> str:
 def table(name: str) -> str:
     """A row per recipe or model: mean and standard deviation over the seeds that have a result."""
     rows = [row for run in TABLES[name] for row in rows_of(run)]
+    if name in EVERYWHERE:
+        return everywhere(rows)
     columns = ["seeds", *TASKS, "mean"]
     with_gap = any("gap_closed" in result for _, results in rows for result in results)
     if with_gap:
@@ -198,6 +216,37 @@ def table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
+    """A table with the quality of every task's pictures: its mean over the three is `quality of all`, which
+    the mean of three takes instead of the quality of landscapes."""
+    columns = [
+        "seeds",
+        *TASKS,
+        "quality of shapes",
+        "of signs",
+        "of all",
+        "mean of compose, text, quality of all",
+    ]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for title, results in rows:
+        cells = [str(len(results)), *cells_of(results)[: len(TASKS)]]
+        for task in ("compose", "text"):
+            cells.append(spread([result["quality_of"][task] for result in results]))
+        cells.append(spread([quality_of_all(result) for result in results]))
+        cells.append(spread([mean_of_three(result) for result in results]))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def quality_of_all(result: dict) -> float:
+    return statistics.fmean(result["quality_of"].values())
+
+
+def mean_of_three(result: dict) -> float:
+    own = result["held_out"]
+    return statistics.fmean([own["compose"], own["text"], quality_of_all(result)])
+
+
 def rows_of(name: str) -> list[tuple[str, list[dict]]]:
     """(title, results) of each row that has a result."""
     results = [read_json(file) for file in sorted(RESULTS.glob("*.json"))]
@@ -206,8 +255,10 @@ def rows_of(name: str) -> list[tuple[str, list[dict]]]:
         return []
     if name in RECIPES:
         return [(RECIPES[name].title, results)]
-    scores = results[0]["held_out"]
-    return [(title, [{"held_out": scores[row]}]) for row, title in REFERENCES[name].titles.items()]
+    found = []
+    for row, title in REFERENCES[name].titles.items():
+        found.append((title, [{what: results[0][what][row] for what in SCORES if what in results[0]}]))
+    return found
 
 
 def cells_of(results: list[dict]) -> list[str]:

@@ -9,8 +9,9 @@ import pytest
 import tyro
 
 from opd import evaluate, study
+from opd.config import Distil
 from opd.mini import runs
-from opd.presets import PRESETS
+from opd.presets import MINI_SCORERS, PRESETS
 from opd.settings import parse
 
 RESULTS = study.ROOT / "opd/mini/RESULTS.md"
@@ -36,6 +37,10 @@ def test_the_students_row_of_the_readme_is_that_of_its_recipe():
     assert sorted(result["seed"] for result in results) == [0, 1, 2]
 
 
+def config(recipe):
+    return parse([recipe.preset, *recipe.flags.split()], PRESETS)
+
+
 def test_every_committed_result_is_of_a_run_as_it_is_now():
     files = list(study.RESULTS.glob("*.json"))
     assert len(files) > 0
@@ -48,15 +53,15 @@ def test_every_committed_result_is_of_a_run_as_it_is_now():
             assert list(result["held_out"]) == list(study.REFERENCES[name].titles)
             assert all(list(row) == list(study.REFERENCES[name].tasks) for row in result["held_out"].values())
         else:
-            cfg = parse(["mini", *study.RECIPES[name].flags.split()], PRESETS)
+            cfg = config(study.RECIPES[name])
             assert result["flags"] == study.RECIPES[name].flags
             assert result["iterations"] == cfg.iterations
-            assert ("gap_closed" in result) == (cfg.diagnose_every > 0)
+            assert ("gap_closed" in result) == (isinstance(cfg, Distil) and cfg.diagnose_every > 0)
             assert list(result["held_out"]) == list(study.RECIPES[name].tasks)
 
 
 def test_no_two_recipes_are_the_same_and_all_are_settings_of_the_preset():
-    configs = [parse(["mini", *recipe.flags.split()], PRESETS) for recipe in study.RECIPES.values()]
+    configs = [config(recipe) for recipe in study.RECIPES.values()]
     for cfg in configs:
         cfg.check(1)
         assert configs.count(cfg) == 1 and replace(cfg, seed=1) not in configs
@@ -109,6 +114,18 @@ def test_a_table_with_teachers_beside_students_shows_the_gap_of_these_alone(tmp_
     assert teacher.endswith("| 1 |  | .700 |  |  |  |  |")
 
 
+def test_the_quality_of_all_is_that_of_every_tasks_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    result = {
+        "recipe": "mix",
+        "held_out": {"compose": 0.3, "text": 0.9, "quality": 0.8},
+        "quality_of": {"compose": 0.6, "text": 0.4, "quality": 0.8},
+    }
+    (tmp_path / "mix-0.json").write_text(json.dumps(result))
+    *_, row = study.table("rivals").strip().split("\n")
+    assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 |"
+
+
 def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_comparison():
     early = {"step": 2, "fixed": {"a": {"gap": {"1.0": 0.0}}}, "visited": {"a": {"gap": {"1.0": 0.0}}}}
     late = {
@@ -133,6 +150,20 @@ def test_only_missing_runs_are_made(tmp_path, monkeypatch):
         study.main(["--runs", "golden"])
 
 
+def cells():
+    """What opd.evaluate says of two rows: the own score of a task, its quality, a tag that is neither."""
+    own = {"compose": (0.1, 0.4), "text": (0.2, 0.5), "quality": (0.3, 0.3)}
+    found = []
+    for row in ("base", "student"):
+        for task, (score, quality) in own.items():
+            place = {"row": row, "task": task, "error": 0.01}
+            found.append(place | {"scorer": MINI_SCORERS[task], "tag": "", "mean": score})
+            found.append(place | {"scorer": MINI_SCORERS[task], "tag": "counting", "mean": 0.9})
+            if task != "quality":
+                found.append(place | {"scorer": study.QUALITY, "tag": "", "mean": quality})
+    return found
+
+
 def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch):
     """Every command in its order, and a result of what they left."""
     calls = []
@@ -141,12 +172,8 @@ def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch
         calls.append(arguments)
         folder = tmp_path / "out" / "sft-10-1"
         if "opd.evaluate" in arguments:
-            scores = {
-                task: {"held-out": {"compose": 0.1, "text": 0.2, "quality": 0.3, "mean": 0.2}}
-                for task in ("base", "student")
-            }
             folder.mkdir(parents=True)
-            (folder / "heldout.json").write_text(json.dumps({"scores": scores}))
+            (folder / "heldout.json").write_text(json.dumps({"cells": cells()}))
 
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
@@ -163,4 +190,6 @@ def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch
     assert calls[1][-2:] == ["--dtype", "float32"]
     result = json.loads((tmp_path / "results/sft-10-1.json").read_text())
     assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
+    assert result["quality_of"] == {"compose": 0.4, "text": 0.5, "quality": 0.3}
+    assert result["errors"] == {"compose": 0.01, "text": 0.01, "quality": 0.01}
     assert (result["iterations"], result["seed"], result["recipe"]) == (10, 1, "sft-10")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 TASKS = ("compose", "text", "quality")
+KINDS = {"compose": "jsonl", "text": "txt", "quality": "txt"}
 
 
 @dataclass(frozen=True)
@@ -12,11 +13,12 @@ class Recipe:
     title: str
     """What a table calls it."""
     flags: str = ""
-    """On top of `train.py mini`."""
+    """On top of `train.py PRESET`."""
     needs: tuple[str, ...] = ()
     """Of PREPARED, in the order in which they are made."""
     tasks: tuple[str, ...] = TASKS
     """What is scored."""
+    preset: str = "mini"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ PREPARED = {
     LARGE_TEACHER: f"{INSTALL} runs/mini-large {LARGE_TEXT} {LARGE_TEACHER}",
 }
 STARTS = (SAMPLES, SFT_START)
+# Teachers on the mix's terms: its beta, and as many images of their task. The compose teacher that is shipped
+# has them already. The quality teacher sees the prompts of every task, as the paper's anchor does.
+EQUAL_TEXT, ALL_QUALITY = "runs/study/equal-text-0/student", "runs/study/all-quality-0/student"
+PREPARED |= {
+    EQUAL_TEXT: "-m opd.study --runs equal-text --seeds 0",
+    ALL_QUALITY: "-m opd.study --runs all-quality --seeds 0",
+}
+EQUAL = (EQUAL_TEXT, ALL_QUALITY)
 FROM_FULL = (TEXT_DATA, FULL)
 FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
 
@@ -103,6 +113,36 @@ QUESTIONS = {
     "pg_live": Recipe("estimator pg_live", f"{SHORT} --estimator pg_live"),
 }
 RECIPES |= QUESTIONS
+PROMPTS = " ".join(f"{task}=opd/mini/prompts/{task}.train.{kind}" for task, kind in KINDS.items())
+REWARDED = " ".join(f"{task}=opd.mini.rewards:quality" for task in TASKS)
+TERMS = "--beta 0.002 --iterations 80"
+ALL_TEACHERS = (
+    f"--teachers compose=opd/mini/weights/compose text={EQUAL_TEXT} quality={ALL_QUALITY} --anchor quality"
+)
+# One student from teachers on equal terms against one model by GRPO on all rewards.
+RIVALS = {
+    "equal-text": Recipe("text teacher", TERMS, preset="mini-text"),
+    "all-quality": Recipe(
+        "quality teacher, prompts of all tasks",
+        f"{TERMS} --lr 2e-3 --prompts {PROMPTS} --train-rewards {REWARDED}",
+        preset="mini-quality",
+    ),
+    "mix": Recipe("GRPO-mix", preset="mini-grpo-mix"),
+    "anchor-0": Recipe("distilled, no anchor", f"{ALL_TEACHERS} --anchor-weight 0", EQUAL),
+}
+# The anchor (MAR): a weight for all noise levels, one for the low ones, one that holds a target.
+ANCHORS = {
+    "anchor-0.02": Recipe("anchor .02", f"{ALL_TEACHERS} --anchor-weight 0.02", EQUAL),
+    "anchor-0.1": Recipe("anchor .1", f"{ALL_TEACHERS} --anchor-weight 0.1", EQUAL),
+    "anchor-0.5": Recipe("anchor .5", f"{ALL_TEACHERS} --anchor-weight 0.5", EQUAL),
+    "anchor-2": Recipe("anchor 2", f"{ALL_TEACHERS} --anchor-weight 2", EQUAL),
+    "anchor-late": Recipe(
+        "anchor .02 above noise level .6, 2 below",
+        f"{ALL_TEACHERS} --anchor-weight 0.02 --anchor-levels 0.6=2",
+        EQUAL,
+    ),
+}
+RECIPES |= RIVALS | ANCHORS
 REFERENCES = {
     "shipped": Reference(
         {
@@ -145,4 +185,8 @@ TABLES = {
     "starts": ("sft-start", "base-10", "sft-10", "merge-10", "base-25", "sft-25", "merge-25"),
     "other teachers": ("full-teacher", "full", "large-teacher", "large"),
     "questions": ("merge-25", *QUESTIONS),
+    "rivals": ("shipped", *RIVALS, "anchor-late"),
+    "anchors": ("anchor-0", *ANCHORS),
 }
+# Those that score the quality of every task's pictures.
+EVERYWHERE = ("rivals", "anchors")
