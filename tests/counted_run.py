@@ -1,7 +1,4 @@
-"""train.py counted: one line of JSON from rank 0 with the sizes of what was reduced and the bytes held.
-
-torchrun tests/counted_run.py PRESET --field value ...
-"""
+"""train.py counted: one line of JSON from rank 0 with the sizes of what was reduced and the bytes held."""
 
 import gc
 import json
@@ -14,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from opd import ranks
 from opd.runfolder import RunFolder
+from tests import forked
 
 reduced = []
 original = dist.all_reduce
@@ -57,10 +55,6 @@ def measured(name, call):
     return counted
 
 
-RunFolder.save_state_of = measured("largest_saved", RunFolder.save_state_of)
-RunFolder.export = measured("largest_exported", RunFolder.export)
-
-
 def counted_train(cfg, stage, trained, folder, report):
     finished = loop(cfg, stage, trained, folder, report)
     parameters = list(trained.model.transformer.parameters())
@@ -76,8 +70,6 @@ def counted_train(cfg, stage, trained, folder, report):
 
 
 loop = train.train
-train.train = counted_train
-dist.all_reduce = all_reduce
 stop = ranks.stop
 
 
@@ -87,5 +79,17 @@ def report_and_stop():
     stop()
 
 
-ranks.stop = report_and_stop
-train.main()
+def main():
+    """train.py PRESET --field value ..., counted."""
+    RunFolder.save_state_of = measured("largest_saved", RunFolder.save_state_of)
+    RunFolder.export = measured("largest_exported", RunFolder.export)
+    train.train = counted_train
+    dist.all_reduce = all_reduce
+    ranks.stop = report_and_stop
+    train.main()
+
+
+def counted_by(runs: list[forked.Command]) -> dict:
+    """What rank 0 of this module's runs has counted."""
+    (line,) = [line for line in forked.finished(runs).splitlines() if line.startswith("COUNTED ")]
+    return json.loads(line.removeprefix("COUNTED "))

@@ -1,6 +1,7 @@
 """Commands in processes of their own, forked from a server that has imported torch and diffusers already: a
-run that is to be signalled or killed starts in a fraction of a second."""
+run that is to be signalled or killed, or one of several ranks, starts in a fraction of a second."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "sample", "opd.mini.rewards"])
+# The tiny pipelines import what each command would: diffusers and transformers import a model's code at its
+# first use.
+TINY = ["tests.tiny", "tests.tiny_flux", "tests.tiny_qwen_image", "tests.tiny_z_image"]
+SERVER.set_forkserver_preload(["train", "sample", "opd.mini.rewards", *TINY, "tests.frozen"])
 
 
 @dataclass
@@ -37,24 +41,35 @@ class Command:
         return self.log.read_text()
 
 
-def train(log: Path, arguments: list[str], **environment: str) -> Command:
-    """`python train.py ARGUMENTS`, its output in the file `log`."""
-    process = SERVER.Process(target=_train, args=(log, arguments, environment))
+def main(module: str, log: Path, arguments: list[str], **environment: str) -> Command:
+    """`main()` of a module that takes its arguments from sys.argv, its output in the file `log`."""
+    process = SERVER.Process(target=_main, args=(module, log, arguments, environment))
     process.start()
     return Command(process, log)
 
 
-def ranks(folder: Path, count: int, arguments: list[str]) -> list[Command]:
-    """`train.py` on several ranks without a launcher; outputs in `folder`."""
+def train(log: Path, arguments: list[str], **environment: str) -> Command:
+    """`python train.py ARGUMENTS`."""
+    return main("train", log, arguments, **environment)
+
+
+def ranks(folder: Path, count: int, arguments: list[str], module: str = "train") -> list[Command]:
+    """`main()` of a module on several ranks without a launcher; outputs in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
         shared["MASTER_PORT"] = str(free.getsockname()[1])
     return [
-        train(folder / f"rank{rank}.log", arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        main(module, folder / f"rank{rank}.log", arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(count)
     ]
+
+
+def finished(runs: list[Command]) -> str:
+    """What rank 0 printed, once all ranks have ended well; AssertionError where one has not."""
+    assert [run.ended() for run in runs] == [0] * len(runs), "".join(run.printed()[-3000:] for run in runs)
+    return runs[0].printed()
 
 
 def wait_for(condition, seconds: float = 300.0) -> None:
@@ -65,17 +80,15 @@ def wait_for(condition, seconds: float = 300.0) -> None:
         time.sleep(0.005)
 
 
-def _train(log: Path, arguments: list[str], environment: dict[str, str]) -> None:
+def _main(module: str, log: Path, arguments: list[str], environment: dict[str, str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [f"{module}.py", *arguments]
     sys.modules["matplotlib.figure"] = None  # to draw the curves would take longer than the run
     import torch
 
-    import train
-
     torch.set_num_threads(1)
-    train.main()
+    importlib.import_module(module).main()

@@ -6,10 +6,6 @@ two such numbers, about as large as these; a gradient is made of products of two
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +14,8 @@ import train
 from opd import compiled, ranks
 from opd.optim import Trained
 from opd.setup import set_up
-from tests import tiny
-from tests.test_ranks import free_port
+from tests import forked, tiny
 
-ROOT = Path(__file__).parents[1]
 DTYPES = {"float32": 1e-5, "bfloat16": 2**-7}
 PATHS = {
     "batched": {"micro_batch": 8},
@@ -64,13 +58,9 @@ def test_compiled_in_bfloat16(world, plain, monkeypatch):
     assert found == pytest.approx(plain["bfloat16"], rel=DTYPES["bfloat16"])
 
 
-def test_on_two_ranks_replicated_and_sharded(world, plain):
-    launcher = f"{sys.executable} -m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher.split(), "tests/fast_paths_run.py", str(world)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+def test_on_two_ranks_replicated_and_sharded(world, tmp_path, plain):
+    printed = forked.finished(forked.ranks(tmp_path, 2, [str(world)], "tests.fast_paths_run"))
+    (line,) = [line for line in printed.splitlines() if line.startswith("FOUND ")]
     for key, found in json.loads(line.removeprefix("FOUND ")).items():
         dtype = key.partition(",")[0]
         assert found == pytest.approx(plain[dtype], rel=DTYPES[dtype]), key

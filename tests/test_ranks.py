@@ -1,17 +1,15 @@
-"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded; kill
-and resume."""
+"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import forked, tiny
+from tests.counted_run import counted_by
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,21 +23,27 @@ def distil(world):
 
 def grow():
     """GRPO on the tiny world, from two rewards."""
-    flags = """--group 4 --micro-batch 5 --beta 0.1 --epochs 2 --clip-range 1e-3 --cosine-every 1 --window 0
+    flags = """--group 4 --micro-batch 5 --beta 0.1 --epochs 2 --iterations 2 --clip-range 1e-3
+        --cosine-every 1 --window 0
         --no-shared-start --ema 0 --decay cosine --watch-every 0 --train-rewards
         red=tests.tiny_grpo:brightness blue=tests.tiny_grpo:brightness"""
     return ["mini-grpo-mix", *flags.split()]
 
 
-def torchrun(world, out, processes, *arguments, script="train.py"):
+def flags(world, out, *arguments):
+    """The command line of a run on the tiny world: preset, what all of them share, and `arguments`."""
     preset, *own = arguments
     prompts = ["--prompts", f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}"]
     folders = ["--model", str(world / "pipeline"), "--cache", str(world / "cache"), "--out", str(out)]
-    flags = """--dtype float32 --rank 4 --alpha 8 --prompts-per-step 5 --steps 3 --mix --iterations 3
+    shared = """--dtype float32 --rank 4 --alpha 8 --prompts-per-step 5 --steps 3 --mix --iterations 3
         --lr 1e-2 --warmup 0 --no-evaluate --sample-every 3"""
+    return [preset, *prompts, *folders, *shared.split(), *own]
+
+
+def torchrun(world, out, processes, *arguments):
     launcher = f"{sys.executable} -m torch.distributed.run --nproc_per_node {processes}"
-    port = ["--master_port", str(free_port())]
-    return [*launcher.split(), *port, script, preset, *prompts, *folders, *flags.split(), *own]
+    port = f"--master_port {free_port()} train.py"
+    return [*launcher.split(), *port.split(), *flags(world, out, *arguments)]
 
 
 def free_port() -> int:
@@ -51,16 +55,8 @@ def free_port() -> int:
 
 
 def launch(world, out, processes, *arguments):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        torchrun(world, out, processes, *arguments),
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Without a launcher, which tests/test_signals.py and the SLURM script start."""
+    forked.finished(forked.ranks(Path(f"{out}-logs"), processes, flags(world, out, *arguments)))
     return losses(out)
 
 
@@ -125,22 +121,10 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     """Counted in the real command on two ranks. Replicated: plain weights, per step one reduction of the
     LoRA's gradients, one of the log's table and one of the wish to stop. Sharded: a rank holds its half, and
     what was gathered is gone again."""
-    arguments = torchrun(
-        world,
-        tmp_path,
-        2,
-        *distil(world),
-        "--shard-size",
-        str(shard_size),
-        "--sample-every",
-        "0",
-        script="tests/counted_run.py",
+    given = flags(
+        world, tmp_path / "run", *distil(world), "--shard-size", str(shard_size), "--sample-every", "0"
     )
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
-    counted = json.loads(line.removeprefix("COUNTED "))
+    counted = counted_by(forked.ranks(tmp_path, 2, given, "tests.counted_run"))
     trained, table = (
         counted["trained"],
         (2 * 3 + 1) * 3,
@@ -165,11 +149,11 @@ def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(worl
     for name, body in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    settings = torchrun(world, tmp_path / "run", 1, *distil(world), "--shard-size", "2", "--micro-batch", "1")
+    given = flags(world, tmp_path / "run", *distil(world), "--shard-size", "2", "--micro-batch", "1")
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x"}
     done = subprocess.run(
-        ["bash", "opd/cluster.sbatch", *settings[settings.index("train.py") + 1 :]],
+        ["bash", "opd/cluster.sbatch", *given],
         cwd=ROOT,
         env=os.environ | slurm | {"PATH": path, "PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -180,42 +164,12 @@ def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(worl
     assert losses(tmp_path / "run") == pytest.approx(alone[1], rel=1e-4)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, alone):
-    args = torchrun(world, tmp_path, 1, *distil(world), "--save-every", "1", "--iterations", "3")
-    process = subprocess.Popen(
-        args,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+def test_bad_input_is_one_line(tmp_path):
+    run = forked.train(
+        tmp_path / "log", ["mini", "--model", "/no/such/model", "--out", str(tmp_path / "run")]
     )
-    deadline = time.time() + 200
-    while not (tmp_path / "state.safetensors").exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (tmp_path / "state.safetensors").exists()
-    assert launch(world, tmp_path, 1, *distil(world), "--save-every", "1") == alone[1]
-    ours, theirs = (
-        (folder / "student/adapter_model.safetensors").read_bytes() for folder in (tmp_path, alone[0])
-    )
-    assert ours == theirs
-
-
-def test_bad_input_is_one_line(world, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train.py", "mini", "--model", "/no/such/model", "--out", str(tmp_path / "run")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert (
-        done.returncode == 1
-        and "error: model '/no/such/model'" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert run.ended() == 1
+    assert "error: model '/no/such/model'" in run.printed() and "Traceback" not in run.printed()
 
 
 def test_no_option_of_ours_collides_with_torchrun():

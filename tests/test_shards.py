@@ -1,16 +1,14 @@
 """A full fine-tuning, sharded over two ranks, goes on on one, and the other way round; what a rank holds."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests import forked, tiny
-from tests.test_ranks import ROOT, free_port, losses
+from tests.counted_run import counted_by
+from tests.test_ranks import losses
 from tests.test_signals import flags
 
 
@@ -56,18 +54,7 @@ def test_no_rank_holds_more_than_its_share_and_a_block_and_saving_gathers_nothin
     """Weights, gradients, two moments and the average are float32 and sharded; only the files of the student,
     which are whole, gather weights, one at a time."""
     given = arguments(world, tmp_path / "run", latents, iterations=2, shard_size=2, sample_every=0)
-    launcher = f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}".split()
-    done = subprocess.run(
-        [sys.executable, *launcher, "tests/counted_run.py", *given],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
-    counted = json.loads(line.removeprefix("COUNTED "))
+    counted = counted_by(forked.ranks(tmp_path, 2, given, "tests.counted_run"))
     share, block = counted["whole"] / 2, counted["whole"] / 2  # of two blocks
     assert counted["parameters"] <= 1.02 * share
     assert counted["alive"] <= 5 * 1.02 * share + block
