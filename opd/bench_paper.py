@@ -33,7 +33,7 @@ WORK = Work(
     queries=0,
     query_range=(0, 0),
     dtype="bfloat16",
-    checkpointing=True,
+    checkpointing=False,
     compile=False,
 )
 ROWS = {
@@ -48,15 +48,15 @@ ROWS = {
     "group of 8": {"group": 8},
     "rank 128": {"rank": 128},
     "without guidance": {"guidance": 1.0},
-    "without recomputation": {"checkpointing": False},
+    "with recomputation": {"checkpointing": True},
     "1024 px": {"pixels": 1024},
 }
 FITS = {
     "sd35": {},
-    "sd35-24gb": {"micro_batch": 2},
-    "sd35 without recomputation": {"checkpointing": False},
-    "sd35 at 1024 px": {"pixels": 1024},
-    "sd35-24gb at 1024 px": {"micro_batch": 2, "pixels": 1024},
+    "sd35 with recomputation": {"checkpointing": True},
+    "sd35-24gb": {"micro_batch": 2, "checkpointing": True},
+    "sd35 at 1024 px, with recomputation": {"pixels": 1024, "checkpointing": True},
+    "sd35-24gb at 1024 px": {"micro_batch": 2, "pixels": 1024, "checkpointing": True},
 }
 STEPS = 1000
 """The paper's."""
