@@ -37,15 +37,26 @@ def stranger(tmp_path):
     return tmp_path
 
 
+FORKS = """
+import os, sys, torch
+for code in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(code)
+        sys.exit()
+    assert os.wait()[1] == 0, code
+"""
+
+
+def forks(*codes, path=""):
+    """What each of them prints, in a process of its own that has imported torch and nothing else."""
+    return run("-u", "-c", FORKS, *codes, path=path)
+
+
 def test_the_stranger_keeps_its_name_and_ours_is_below_opd(stranger):
-    code = (
-        "import kernels; from opd import kernels as ours; print(kernels.WHOSE, '|', ours.sde_step.__module__)"
-    )
-    assert run("-c", code, path=stranger) == "the stranger | opd.kernels.ops\n"
-    code = (
-        "from opd import kernels as ours; import kernels; print(kernels.WHOSE, '|', ours.sde_step.__module__)"
-    )
-    assert run("-c", code, path=stranger) == "the stranger | opd.kernels.ops\n"
+    imports = ["import kernels", "from opd import kernels as ours"]
+    shown = "print(kernels.WHOSE, '|', ours.sde_step.__module__)"
+    codes = ["; ".join([*order, shown]) for order in (imports, reversed(imports))]
+    assert forks(*codes, path=stranger) == "the stranger | opd.kernels.ops\n" * 2
 
 
 LIBRARIES = """
@@ -56,27 +67,24 @@ from transformers import CLIPTextModelWithProjection
 t.is_kernels_available()
 print(d.is_kernels_available())
 """
+COMMANDS = """
+import runpy
+for command in ["train.py", "--dry-run"], ["sample.py", "--help"]:
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+"""
 
 
-def test_the_libraries_find_the_stranger(stranger):
+def test_the_libraries_find_the_stranger_and_the_commands_run_beside_it(stranger):
     """diffusers takes any version for available."""
-    assert run("-c", LIBRARIES, path=stranger) == "True\n"
+    printed = forks(LIBRARIES + COMMANDS, path=stranger)
+    assert printed.startswith("True\n") and "teachers" in printed and "usage: sample.py" in printed
 
 
 @pytest.mark.skipif(REAL, reason="the real one is installed")
 def test_the_libraries_do_not_take_our_folder_for_it():
     """In the repository, the folder alone imports as an empty namespace `kernels`."""
     assert run("-c", LIBRARIES + "assert not t.is_kernels_available()") == "False\n"
-
-
-@pytest.mark.parametrize("command", [("train.py", "--dry-run"), ("sample.py", "--help")], ids=" ".join)
-def test_the_commands_run_beside_the_stranger(stranger, command):
-    assert run(*command, path=stranger)
-
-
-def test_equations_and_kernels_import_torch_only():
-    heavy = "{'diffusers', 'transformers', 'peft'}"
-    assert run("-c", f"import opd.flow, opd.kernels, sys; print({heavy} & sys.modules.keys())") == "set()\n"
 
 
 # ---------------------------------------------------------------- the wheel
@@ -111,17 +119,20 @@ def test_the_wheel_has_the_miniature(installed):
 
 
 A_STEP = """
+import sys
 import torch, opd.kernels.fused
 from opd import flow, kernels
 z = torch.zeros(1, 4)
 transition = flow.ode_transition(torch.tensor(0.5), torch.tensor(0.4), 0.0)
 x_next, _ = kernels.sde_step(z, z + 1, transition, seed=1)
 print(kernels.__file__, opd.kernels.fused.__file__, x_next[0, 0].item())
+print({"diffusers", "transformers", "peft"} & sys.modules.keys())
 """
 
 
-def test_the_installed_kernels_step(installed, tmp_path):
-    module, submodule, value = run("-c", A_STEP, cwd=tmp_path, path=installed).split()
+def test_the_installed_kernels_step_and_need_torch_only(installed, tmp_path):
+    module, submodule, value, heavy = run("-c", A_STEP, cwd=tmp_path, path=installed).split()
     assert module == str(installed / "opd/kernels.py")
     assert submodule == str(installed / "opd/kernels/fused.py")
     assert float(value) == pytest.approx(-0.1)
+    assert heavy == "set()"

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,9 @@ from PIL import Image
 
 from opd import evaluate, gallery
 from opd.records import Record, RecordFolder, in_8_bits, read_picture
+from tests import forked
 
 HERE = "tests.test_records"
-ROOT = Path(__file__).parents[1]
 ASKED = "FLOW_OPD_TEST_ASKED"  # names a file in which the scorers note what they were asked
 
 
@@ -145,28 +144,14 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
     assert written["guidance"] == {"base": 1.0, "red": 1.0}
 
 
-def command(world, folder, *more, ranks=1, **environment):
-    python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    settings = os.environ | {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [*python, "-m", "opd.evaluate", *flags(world, folder, *more)],
-        cwd=ROOT,
-        env=settings,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, tmp_path):
     """The process dies in the fifth batch, the fourth's line is cut, as if in the middle of a write. What was
     finished is not made again."""
     resumed = tmp_path / "resumed"
     more = ["--rewards", f"red={HERE}:kills", f"blue={HERE}:bright"]
-    killed = command(world, resumed, *more, **{ASKED: str(tmp_path / "asked")})
-    assert killed.returncode == -signal.SIGKILL
+    asked_for = {ASKED: str(tmp_path / "asked")}
+    killed = forked.main("opd.evaluate", tmp_path / "log", flags(world, resumed, *more), **asked_for)
+    assert killed.ended() == -signal.SIGKILL
     [part] = resumed.glob("records.part-*")
     part.write_text(part.read_text()[:-20])
     finished = len(part.read_text().splitlines()) - 1
@@ -185,8 +170,8 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
 
 
 def test_two_ranks_write_the_same_records_and_the_same_table(world, folder, tmp_path):
-    done = command(world, tmp_path / "two", "--out", str(tmp_path / "two.json"), ranks=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    given = flags(world, tmp_path / "two", "--out", str(tmp_path / "two.json"))
+    forked.finished(forked.ranks(tmp_path / "logs", 2, given, "opd.evaluate"))
     assert (tmp_path / "two/records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     for file in folder.rglob("*.png"):
         other = tmp_path / "two" / file.relative_to(folder)

@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -295,11 +293,3 @@ def test_bad_settings_end_in_one_line(arguments, message, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, *arguments.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-def test_the_settings_need_no_model_library():
-    """`--help` and `--dry-run` stay quick, and settings can be read where no model can."""
-    heavy = "sorted({'diffusers', 'transformers', 'peft', 'huggingface_hub'} & set(sys.modules))"
-    code = f"import sys, opd.presets, opd.settings; print({heavy})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
