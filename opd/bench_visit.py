@@ -108,7 +108,7 @@ def distil(out: Path, rehearse: bool) -> Part:
     """The miniature, as the README's first command makes it."""
     flags = ["--out", str(out / "mini"), "--cache", str(out / "cache")]
     if rehearse:
-        flags += ["--iterations", "2", "--no-evaluate", "--sample-every", "0"]
+        flags += ["--iterations", "2", "--prompts-per-step", "3", "--no-evaluate", "--sample-every", "0"]
     return Part("distil", ["train.py", "mini", *flags], 480, {})
 
 
