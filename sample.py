@@ -73,8 +73,8 @@ class Arguments:
     """Deterministic, or with the noise of training rollouts."""
     noise_level: float = 0.7
     """a, for sde and cps."""
-    resolution: int = 0
-    """Pixels per side; 0 = what the model was made for."""
+    resolution: str = ""
+    """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
     family: str = "sd3"
@@ -238,10 +238,9 @@ def write_latents(args: Arguments) -> None:
     filters = samples.find_filters(args, pools)
     scales = guidance_of(args.adapters, args.guidance)
     model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
-    pixels = args.resolution or model.family.default_resolution(model.folder)
     for task, chosen in filters.items():
         chosen.reward.load(model.device)
-        chosen.reward.check(task, pools[task], pixels)
+        chosen.reward.check(task, pools[task], model.pixels)
     samples.save_latents(args, model, pools, scales, filters)
 
 

@@ -93,21 +93,23 @@ def run(cfg: Run) -> None:
 def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> bool:
     """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
     checkpoint. Returns whether it came to its end: a signal stops it between two steps."""
-    first = folder.resume(trained)
+    first, model = folder.resume(trained), trained.model
     report.restore(trained, first)
     bad_steps = 0
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
     for step in bar:
-        signal = signals.asked(trained.model.device)
+        signal = signals.asked(model.device)
         if signal:
             bar.close()
             folder.save_to_go_on(trained, step)
             say(f"stopped by {signal} after step {step} of {cfg.iterations}; the same command goes on there")
             return False
-        trained.model.ahead(step)
+        model.ahead(step)
         started = time.perf_counter()
-        metrics, norm = stage.step(step)
+        shape = model.shape_of_step(cfg.seed, step)
+        with model.at(shape):
+            metrics, norm = stage.step(step)
         seconds = time.perf_counter() - started
         done = step + 1
 
@@ -127,6 +129,8 @@ def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report:
             metrics |= {"states_per_second": cfg.states_per_sample() * samples / seconds}
             if cfg.compile:
                 metrics |= {"graphs": compiled.graphs()}
+            if len(model.shapes) > 1:
+                metrics |= {"resolution": model.resolutions[model.shapes.index(shape)]}
             folder.log({"step": done} | metrics)
             bar.set_postfix_str(f"loss={metrics['loss']:.4g}")
         if "watch" in metrics:
@@ -170,6 +174,8 @@ class Plan:
     """Each sample's teacher, or weighted sum of teachers."""
     routed_NK: Tensor
     """The same as weights over the teachers."""
+    weight_T: list[float]
+    """w at each state: it depends on the noise levels, and they on the size of the pictures."""
     anchor_T: list[float]
     """The anchor's weight at each state."""
     queried: list[int]
@@ -195,8 +201,6 @@ class Distillation:
         self.branch_teachers = {}
         if cfg.branch_weight > 0:
             self.branch_teachers = load_teachers(cfg, model, pools, guidance=1.0)
-        sigmas = model.sigmas(cfg.steps)
-        self.weights = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
         self.estimate = ESTIMATORS[cfg.estimator]
         self.judges = None
         if cfg.judged():
@@ -230,9 +234,10 @@ class Distillation:
         weight = cfg.anchor_weight
         if "anchor_weight" in self.trained.carried:
             weight = float(self.trained.carried["anchor_weight"])
-        sigmas = self.model.sigmas(cfg.steps)[:-1]
-        anchor_T = routing.anchor_weights(sigmas, weight, cfg.anchor_levels)
-        return Plan(step, prompts_N, route_N, routed_NK, anchor_T, queried_states(cfg, step))
+        sigmas = self.model.sigmas(cfg.steps)
+        weight_T = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
+        anchor_T = routing.anchor_weights(sigmas[:-1], weight, cfg.anchor_levels)
+        return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, queried_states(cfg, step))
 
     def accumulate(self, plan: Plan) -> Squares:
         """The gradient of one optimizer step over this rank's micro-batches, left in the student's .grad."""
@@ -335,13 +340,12 @@ class Distillation:
         for state in states:
             if state.i not in plan.queried:
                 continue
-            anchor = plan.anchor_T[state.i]
+            anchor, weight = plan.anchor_T[state.i], plan.weight_T[state.i]
             v, v_branch = model.branches(state.x, state.sigma_B, text, cfg.guidance)
-            loss_B, squares_BTK[:, state.i] = self.distance(state, v, panels[anchor])
+            loss_B, squares_BTK[:, state.i] = self.distance(state, v, panels[anchor], weight)
             if cfg.branch_weight > 0:
-                loss_B = loss_B + cfg.branch_weight * self.between_branches(
-                    state, v_branch, branch_panels[anchor]
-                )
+                apart_B = self.between_branches(state, v_branch, branch_panels[anchor], weight)
+                loss_B = loss_B + cfg.branch_weight * apart_B
             if cfg.normalise > 0:
                 loss_B = flow.self_normalised(loss_B, cfg.normalise)
             if plan.advantage_N is not None:
@@ -350,14 +354,14 @@ class Distillation:
             (loss_B.sum() * scale).backward()
         return squares_BTK
 
-    def distance(self, state: State, v: Tensor, panel: Panel) -> tuple[Tensor, Tensor]:
+    def distance(self, state: State, v: Tensor, panel: Panel, weight: float) -> tuple[Tensor, Tensor]:
         """Eq. 16 at one state: (loss (B,), |v_b - v_k,b|^2 (B, K)). Sets the next state, a constant."""
-        w_B = torch.full_like(state.sigma_B, self.weights[state.i])
+        w_B = torch.full_like(state.sigma_B, weight)
         return self.estimate(state, v, panel.targets(state), panel.alpha_BK, w_B)
 
-    def between_branches(self, state: State, v_branch: Tensor, panel: Panel) -> Tensor:
+    def between_branches(self, state: State, v_branch: Tensor, panel: Panel, weight: float) -> Tensor:
         """The same distance (B,) between the conditional branches, before guidance."""
-        w_B = torch.full_like(state.sigma_B, self.weights[state.i])
+        w_B = torch.full_like(state.sigma_B, weight)
         return kernels.velocity_mse(v_branch, panel.targets(state), panel.alpha_BK, w_B)[0]
 
     def panels(

@@ -104,7 +104,7 @@ class Released:
                     targets.append(self.anchor()(state.x, state.sigma_B, texts))
                     weights.append(cfg.anchor_weight)
                 alpha_BK = torch.tensor([weights] * len(text), device=model.device)
-                w_B = torch.full_like(state.sigma_B, self.ours.weights[i])
+                w_B = torch.full_like(state.sigma_B, plan.weight_T[i])
                 loss_B, squares_BK = kernels.velocity_mse(v, targets, alpha_BK, w_B)
                 (loss_B.sum() * scale).backward()
             for k, column in enumerate(columns):

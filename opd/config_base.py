@@ -14,6 +14,7 @@ from opd.flags import (
     at_least_one,
     at_most,
     below_one,
+    check_resolutions,
     check_seed,
     dashed,
     finite,
@@ -37,6 +38,7 @@ METRICS = (
     "samples_per_second",
     "states_per_second",
     "graphs",
+    "resolution",
     "seconds",
     "watch",
     "cosine",
@@ -184,8 +186,9 @@ class Run(Logistics):
     LoRA masters, states and losses are float32, schedules float64, anyway."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
-    resolution: int = 0
-    """Pixels per side; 0 = what the model was made for."""
+    resolution: tuple[str, ...] = ()
+    """Pixels per side, or HEIGHTxWIDTH; several: an optimizer step has one of them, in turn, and grids and
+    scores have the first. None = what the model was made for."""
     rank: int = 16
     """Rank of the LoRA that is trained."""
     alpha: float = 32.0
@@ -226,10 +229,11 @@ class Run(Logistics):
         require(self.model != "", "--model is empty: name a pipeline directory or a Hub id owner/name")
         require(self.cold_start != "", "--cold-start is empty: use base or an adapter")
         at_least_one(self, "rank", "prompts_per_step", "ema_every")
-        at_most(self, MOST, "rank", "resolution")
+        at_most(self, MOST, "rank")
+        check_resolutions(self.resolution)
         at_most(self, 10**6, "prompts_per_step")
         positive(self, "lr", "alpha", "clip")
-        not_negative(self, "resolution", "warmup", "weight_decay")
+        not_negative(self, "warmup", "weight_decay")
         check_seed(self)
         finite(self, "guidance")
         below_one(self, "ema")

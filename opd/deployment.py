@@ -29,8 +29,8 @@ class Deployment:
     """The base: pipeline directory or Hub id."""
     family: str
     guidance: float
-    resolution: int
-    """Pixels per side."""
+    resolution: str
+    """Pixels per side, or HEIGHTxWIDTH; of a student that was trained on several all, spaces between."""
     steps: int
     """ODE steps."""
     t5: bool
@@ -55,7 +55,7 @@ def deployment_of(cfg: Run, model: Model) -> Deployment:
         model=cfg.model,
         family=cfg.family,
         guidance=cfg.deployed_guidance(),
-        resolution=cfg.resolution or model.family.default_resolution(model.folder),
+        resolution=" ".join(model.resolutions),
         steps=cfg.eval_steps,
         t5=cfg.t5,
         t5_tokens=tokens,
@@ -91,8 +91,8 @@ def from_json(values: dict, file: Path) -> Deployment:
         name = setting.name
         require(name in values, f"{file}: {name!r} is missing; see README, deployment.json")
         value = values[name]
-        if setting.type is float and type(value) is int:
-            value = float(value)
+        if setting.type in (float, str) and type(value) is int:
+            value = setting.type(value)
         kind = setting.type.__name__
         require(type(value) is setting.type, f"{file}: {name!r} is {value!r}; expected {kind}")
         known[name] = value

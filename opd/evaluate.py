@@ -66,8 +66,8 @@ class Arguments:
     nothing is."""
     seed: int = 0
     """Seed of the noise."""
-    resolution: int = 0
-    """Pixels per side; 0 = what the model was made for."""
+    resolution: str = ""
+    """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware
     multiplies it)."""
@@ -172,7 +172,7 @@ def check_prompts(scorers: dict[str, list[Reward]], prompts: list[Prompt]) -> No
             scorer.check_metadata(task, pool)
 
 
-def try_scorers(scorers: dict[str, list[Reward]], prompts: list[Prompt], pixels: int) -> None:
+def try_scorers(scorers: dict[str, list[Reward]], prompts: list[Prompt], pixels: tuple[int, int]) -> None:
     """Call every scorer once per task on grey images, before hours are spent on better ones."""
     for task, own in scorers.items():
         pool = [prompt for prompt in prompts if prompt.task == task]
@@ -201,7 +201,7 @@ def score_models(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]
     model = None
     if any(not record.thumbnail for batch in batches for record in batch):
         model = Model.ready(args, device, list(dict.fromkeys(prompt.text for prompt in prompts)))
-        try_scorers(scorers, prompts, args.resolution or model.family.default_resolution(model.folder))
+        try_scorers(scorers, prompts, model.pixels)
 
     def pictures(batch: Batch) -> Tensor:
         if batch[0].thumbnail:
@@ -249,7 +249,7 @@ def score_folder(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]
     check_prompts(scorers, prompts)
     load(scorers, device)
     batches = layouts.batches_of(path, records, args.batch)
-    try_scorers(scorers, prompts, folder.pictures(batches[0][:1]).shape[-1])
+    try_scorers(scorers, prompts, tuple(folder.pictures(batches[0][:1]).shape[-2:]))
     judge = Judge(scorers, args.reward_timeout, strict=True)
     return judge.records(batches, folder.pictures, folder), scorers
 

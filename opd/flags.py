@@ -8,6 +8,8 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+LARGEST = 10_000  # pixels of a side
+
 
 def pairs(kind: type) -> PrimitiveConstructorSpec:
     """A flag of NAME=VALUE pairs that replace the default as a whole (tyro alone allows its names only)."""
@@ -36,6 +38,38 @@ def pairs(kind: type) -> PrimitiveConstructorSpec:
 Texts = Annotated[dict[str, str], pairs(str)]
 Shares = Annotated[dict[str, int], pairs(int)]
 Numbers = Annotated[dict[str, float], pairs(float)]
+
+
+def pixels_of(text: str) -> tuple[int, int]:
+    """(height, width) of a --resolution, "512" or "768x512". ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    require(match is not None, f"--resolution {text!r}: write pixels per side, or HEIGHTxWIDTH")
+    height, width = match.groups()
+    return int(height), int(width or height)
+
+
+def in_pixels(height: int, width: int) -> str:
+    """The inverse of `pixels_of`."""
+    if height == width:
+        return str(height)
+    return f"{height}x{width}"
+
+
+def check_resolutions(texts: tuple[str, ...]) -> None:
+    """ValueError for one that is none, and for one that is given twice."""
+    sizes = [pixels_of(text) for text in texts]
+    for text, size in zip(texts, sizes, strict=True):
+        most = f"--resolution {text!r}: a side has 1 to {LARGEST} pixels"
+        require(1 <= min(size) and max(size) <= LARGEST, most)
+        require(sizes.count(size) == 1, f"--resolution {text} is given twice")
+
+
+def at_most_one(resolution: str) -> tuple[str, ...]:
+    """The --resolution of those who sample at one size; "" is the model's own. ValueError for no size."""
+    if resolution == "":
+        return ()
+    check_resolutions((resolution,))
+    return (resolution,)
 
 
 def at_least_one(cfg, *names: str) -> None:

@@ -35,7 +35,7 @@ import train
 from opd import adapters, errors, lora_files, memory, prompts
 from opd.bench_clock import alive, parts, resident
 from opd.bench_model import PATCH, SIZES, in_dtype, random_lora
-from opd.config import Run
+from opd.config import Grow, Run
 from opd.families import sd3
 from opd.files import write_json
 from opd.flags import require
@@ -81,10 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
     alone(make, out, args.size)
     lines = [f"{args.size}, {pixels} px, random weights"]
     for preset in ("sd35-24gb", "sd35-grpo-geneval"):
-        given = command(out, pixels, preset)
-        shutil.rmtree(out / preset, ignore_errors=True)  # a run that is done would do nothing
-        alone(measured_run, given, out / "measured.json")
-        lines += update_table(given, usual, json.loads((out / "measured.json").read_text()))
+        given, file = command(out, pixels, preset), out / f"{preset}-{pixels}.json"
+        if not file.exists():
+            shutil.rmtree(out / preset, ignore_errors=True)  # a run that is done would do nothing
+            alone(measured_run, given, file)
+        lines += update_table(given, usual, json.loads(file.read_text()))
     for step in (take_pictures, load_into_diffusers):
         started = time.perf_counter()
         alone(step, out, pixels)
@@ -246,8 +247,9 @@ def update_table(arguments: list[str], usual: int, measured: dict) -> list[str]:
     `usual` pixels in bfloat16."""
     cfg = parse(arguments, PRESETS)
     own = PRESETS[arguments[0]]
-    whole = replace(cfg, dtype="bfloat16", resolution=usual, steps=own.steps, micro_batch=own.micro_batch)
+    whole = replace(cfg, dtype="bfloat16", resolution=(str(usual),), steps=own.steps)
     whole = replace(whole, prompts_per_step=own.prompts_per_step, group=own.group)
+    whole = replace(whole, micro_batch=own.micro_batch)
     here, there = predicted(cfg), predicted(whole)
     seconds = f"start {measured['start']:.0f} s, update {measured['update']:.0f} s"
     lines = [f"\n`train.py {arguments[0]}`: {seconds}\n"]
@@ -270,6 +272,9 @@ def predicted(cfg: Run) -> dict[str, int]:
             name = INSIDE[name]
         if name != "decoding":  # a grid's, and no picture is shown
             sizes[name] += size
+    if isinstance(cfg, Grow):  # in turn with training it decodes its own pictures, not a grid's
+        own = found["decoding"] * cfg.micro_batch // max(cfg.micro_batch, memory.GRID)
+        sizes["activations"] = max(sizes["activations"], own)
     return sizes | {"peak": sum(sizes.values())}
 
 
@@ -292,7 +297,7 @@ def take_pictures(out: Path, pixels: int) -> None:
 def load_into_diffusers(out: Path, pixels: int) -> None:
     """AssertionError unless the student's file does in diffusers' pipeline what it does here."""
     place = torch.device("cpu")
-    model = Model.plan(sd3, str(out / "pipeline"), "float32", pixels, str(out / "cache"), place, True)
+    model = Model.plan(sd3, str(out / "pipeline"), "float32", (str(pixels),), str(out / "cache"), place, True)
     model.prepare(["a photo of a dog"])
     model.load()
     x, sigma = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from opd.data import numbered_lines, require_prompt, seed_of
 from opd.files import reading, replace, write_safetensors
+from opd.flags import require
 
+Shape = tuple[int, int, int]
 CAPTION_KEYS = ("prompt", "text", "caption")
 
 
 @dataclass
 class Images:
-    latents: Tensor
-    """(N, C, H, W), scaled as the transformer sees them."""
+    latents: dict[Shape, Tensor]
+    """(C, H, W) of every --resolution -> (N, C, H, W), scaled as the transformer sees them."""
     captions: list[str]
-    log_shift: float
+    log_shift: dict[Shape, float]
     """Mean of logit(sigma) in training: log of the family's shift."""
 
     def of_step(self, count: int, seed: int, step: int) -> list[int]:
@@ -44,11 +46,16 @@ def load_images(source: str, model) -> Images:
     """
     folder = Path(source).expanduser()
     captions, rows = read_metadata(folder)
-    log_shift = model.family.log_shift(model.folder, model.shape)
+    log_shift = {shape: model.family.log_shift(model.folder, shape) for shape in model.shapes}
     if (folder / "latents.safetensors").is_file():
+        several = f"--resolution {' '.join(model.resolutions)}: {folder} holds latents of one size"
+        require(len(model.shapes) == 1, f"{several}; give that alone, or images")
         latents = read_latents(folder / "latents.safetensors", (len(rows), *model.shape))
-    else:
-        latents = encode_files(find_files(folder, rows), model)
+        return Images({model.shape: latents}, captions, log_shift)
+    latents, files = {}, find_files(folder, rows)
+    for shape in model.shapes:
+        with model.at(shape):
+            latents[shape] = encode_files(files, model)
     return Images(latents, captions, log_shift)
 
 
@@ -142,27 +149,26 @@ def require_inside(folder: Path, name, number: int) -> None:
 def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
     """Image files -> latents (N, C, H, W) in the model's dtype.
 
-    The shorter side is resized to the resolution, the longer one cropped at the centre.
+    An image is resized until it just covers the picture, and what stands out is cropped on both sides alike.
     """
     vae = model.family.load_vae(model.folder).to(model.device)
-    side = model.shape[1] * model.family.pixels(model.folder)
     latents = []
     for i in range(0, len(files), batch):
-        images = torch.stack([read_image(file, side) for file in files[i : i + batch]])
+        images = torch.stack([read_image(file, *model.pixels) for file in files[i : i + batch]])
         encoded = model.family.encode_images(vae, images.to(model.device))
         latents.append(encoded.to("cpu", model.dtype))
     return torch.cat(latents)
 
 
-def read_image(file: Path, side: int) -> Tensor:
-    """RGB (3, side, side) float32 in [0, 1]."""
+def read_image(file: Path, height: int, width: int) -> Tensor:
+    """RGB (3, height, width) float32 in [0, 1]."""
     with reading(f"image {str(file)!r}"):
         image = Image.open(file).convert("RGB")
-    scale = side / min(image.size)
+    scale = max(height / image.height, width / image.width)
     if scale != 1:
-        width, height = (max(side, round(scale * length)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
+        across, down = max(width, round(scale * image.width)), max(height, round(scale * image.height))
+        image = image.resize((across, down), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
     array_HWC = np.asarray(image, dtype=np.float32) / 255
     return rearrange(torch.from_numpy(array_HWC), "h w c -> c h w")

@@ -99,7 +99,8 @@ def predict_run(cfg: Run, model: Model, teachers: int) -> dict[str, int]:
     with torch.device("meta"):
         vae = getattr(diffusers, config["_class_name"]).from_config(config)
     text = model.family.text_shapes(model.folder, cfg.t5)
-    pixels = model.family.pixels(model.folder) ** 2 * prod(model.shape[1:])
+    model = at_its_largest(model)
+    pixels = prod(model.pixels)
     images = min(max(cfg.micro_batch, GRID), max(1, model.decode_pixels // pixels))
     parts = predict(cfg, model, text, teachers, ranks.declared_world())
     return parts | {"vae": 4 * numbers(vae.parameters()), "decoding": decoding(model, vae, images)}
@@ -109,6 +110,7 @@ def predict(
     cfg: Run, model: Model, text: dict[str, tuple[int, ...]], teachers: int, world: int
 ) -> dict[str, int]:
     """Bytes by what they hold, on one of `world` ranks, but for the VAE. `text`: shapes of a Condition."""
+    model = at_its_largest(model)
     weights, buffers = numbers(model.skeleton.parameters()), numbers(model.skeleton.buffers())
     width, share = model.dtype.itemsize, cfg.shard_size
     trained = lora_numbers(cfg, model)
@@ -125,6 +127,11 @@ def predict(
         "trajectories": trajectories(cfg, model, world),
         "activations": activations(cfg, model, text, world),
     }
+
+
+def at_its_largest(model: Model) -> Model:
+    """Of several --resolution the one with most pixels."""
+    return replace(model, shapes=[max(model.shapes, key=prod)])
 
 
 def peak(parts: dict[str, int]) -> int:

@@ -1,5 +1,7 @@
 """One model at work: a frozen base with its adapters, its text conditions, its velocity and its images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from opd import adapters, flow, kernels, lora_files, trajectory
 from opd.conditioning import CACHE_GB, Conditioning
-from opd.data import seed_of
+from opd.data import permutation, seed_of
 from opd.families import Condition, load_family
 from opd.files import check_encoders, find_pipeline, reading
+from opd.flags import at_most_one, in_pixels, pixels_of
 from opd.lora_files import Lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,8 +37,8 @@ class Model:
     """The pipeline's directory."""
     skeleton: torch.nn.Module
     """The transformer on the meta device: names and shapes to check adapters against, before weights load."""
-    shape: tuple[int, int, int]
-    """(C, H, W) of the latents."""
+    shapes: list[tuple[int, int, int]]
+    """(C, H, W) of the latents at every --resolution."""
     conditioning: Conditioning
     """The cache of encoded prompts."""
     dtype: torch.dtype
@@ -49,10 +52,14 @@ class Model:
     vae: torch.nn.Module = None
     teachers: dict[str, "Model"] = field(default_factory=dict)
     """The teachers with a transformer of their own."""
-    grids: dict[int, list[float]] = field(default_factory=dict)
-    """The noise levels by number of steps."""
+    grids: dict[tuple, list[float]] = field(default_factory=dict)
+    """The noise levels by (shape, steps)."""
     coefficients: dict[tuple, list[flow.Transition]] = field(default_factory=dict)
-    """The transitions by (steps, rollout, noise_level)."""
+    """The transitions by (shape, steps, rollout, noise_level)."""
+
+    def __post_init__(self):
+        self.shape = self.shapes[0]
+        """That of the latents at work: of a training step, and else of the first --resolution."""
 
     # ---- from a name to a loaded model ----
 
@@ -62,13 +69,13 @@ class Model:
         family: ModuleType,
         source: str,
         dtype: str,
-        resolution: int,
+        resolution: tuple[str, ...],
         cache: str,
         device: torch.device,
         t5: bool,
         cache_gb: float = CACHE_GB,
     ) -> "Model":
-        """Everything that can be known, and refused, before weights load. `resolution` 0 is the model's own.
+        """Everything that can be known, and refused, before weights load. `resolution` () is the model's own.
 
         FileNotFoundError / ValueError: no such source, another pipeline, a resolution that does not fit.
         """
@@ -77,10 +84,12 @@ class Model:
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
             check_complete(folder / "transformer", skeleton)
-            shape = family.latent_shape(folder, resolution or family.default_resolution(folder))
+            own = family.default_resolution(folder)
+            sizes = [pixels_of(text) for text in resolution] or [(own, own)]
+            shapes = [family.latent_shape(folder, *size) for size in sizes]
         compute = compute_dtype(dtype, device)
         conditioning = Conditioning(family, folder, cache, compute, device, t5, cache_gb)
-        model = cls(family, folder, skeleton, shape, conditioning, compute, device)
+        model = cls(family, folder, skeleton, shapes, conditioning, compute, device)
         with reading(f"{folder / 'scheduler'}"):
             model.sigmas(2)
         return model
@@ -121,7 +130,8 @@ class Model:
         """A model to sample from, frozen adapters attached and prompts encoded; `args` are those of sample.py
         or opd.evaluate. Whatever can be refused is refused before weights load."""
         family = load_family(args.family)
-        model = cls.plan(family, args.model, args.dtype, args.resolution, args.cache, device, args.t5)
+        size = at_most_one(args.resolution)
+        model = cls.plan(family, args.model, args.dtype, size, args.cache, device, args.t5)
         loras = {}
         for name, source in args.adapters.items():
             if name != adapters.BASE:
@@ -132,6 +142,37 @@ class Model:
             adapters.attach(model.transformer, name, lora, model.dtype)
         model.transformer.to(device)
         return model
+
+    # ---- the size of pictures ----
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the pictures at work."""
+        unit = self.family.pixels(self.folder)
+        return unit * self.shape[1], unit * self.shape[2]
+
+    @property
+    def resolutions(self) -> list[str]:
+        """Of every shape, as --resolution has it."""
+        found = []
+        for shape in self.shapes:
+            with self.at(shape):
+                found.append(in_pixels(*self.pixels))
+        return found
+
+    def shape_of_step(self, seed: int, step: int) -> tuple[int, int, int]:
+        """One of `shapes`, the same on all ranks: a round of steps has each once, in shuffled order."""
+        rounds, place = divmod(step, len(self.shapes))
+        return self.shapes[permutation(len(self.shapes), seed, "resolution", rounds)[place]]
+
+    @contextmanager
+    def at(self, shape: tuple[int, int, int]) -> Iterator[None]:
+        """Noise, noise levels and pictures are of this shape inside."""
+        before, self.shape = self.shape, shape
+        try:
+            yield
+        finally:
+            self.shape = before
 
     # ---- the velocity ----
 
@@ -170,14 +211,15 @@ class Model:
 
     def sigmas(self, steps: int) -> list[float]:
         """The pipeline's noise levels, `steps` + 1 of them, from 1 down to 0."""
-        if steps not in self.grids:
-            self.grids[steps] = self.family.sigmas(self.folder, self.shape, steps)
-        return self.grids[steps]
+        key = (self.shape, steps)
+        if key not in self.grids:
+            self.grids[key] = self.family.sigmas(self.folder, self.shape, steps)
+        return self.grids[key]
 
     def path(self, steps: int, rollout: str, noise_level: float, seeds: list[int]) -> trajectory.Path:
         """The pipeline's noise levels with each step's transition and seed. `rollout` names one of
         flow.TRANSITIONS. Coefficients are 0-dim float64 tensors on the CPU."""
-        key = (steps, rollout, noise_level)
+        key = (self.shape, steps, rollout, noise_level)
         if key not in self.coefficients:
             sigma = torch.tensor(self.sigmas(steps), dtype=torch.float64)
             every = flow.TRANSITIONS[rollout](sigma[:-1], sigma[1:], noise_level)

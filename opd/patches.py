@@ -35,13 +35,13 @@ def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
     return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(shape_CHW)))
 
 
-def patches_per_side(resolution: int, unit: int, most: int | None = None) -> int:
-    """Of a square image, `unit` pixels to a patch. ValueError where it is not made of whole patches, or of
-    more than `most`."""
+def patches_along(side: int, unit: int, most: int | None = None) -> int:
+    """Of one side of an image, `unit` pixels to a patch. ValueError where it is not made of whole patches, or
+    of more than `most`."""
     way_out = f"use a multiple of {unit}"
     if most is not None:
         way_out = f"{way_out} up to {unit * most}"
-    count, rest = divmod(resolution, unit)
+    count, rest = divmod(side, unit)
     if rest != 0 or count < 1 or (most is not None and count > most):
-        raise ValueError(f"resolution {resolution} does not fit this model: {way_out}")
+        raise ValueError(f"resolution {side} does not fit this model: {way_out}")
     return count

@@ -128,7 +128,7 @@ MINI_OPD = Distil(
 SD35_OPD = Distil(
     out="runs/sd35-flow-opd",
     model=SD35,
-    resolution=512,
+    resolution=("512",),
     rank=32,
     alpha=64.0,
     teachers=SD35_TEACHERS,
@@ -158,7 +158,7 @@ def base_without_teachers(family: str, model: str, guidance: float, eval_steps: 
         out=f"runs/{family}",
         family=family,
         model=model,
-        resolution=1024,
+        resolution=("1024",),
         rank=32,
         alpha=64.0,
         cold_start="base",
@@ -206,7 +206,7 @@ SD35_QUALITY = "0.0308*pickscore+0.04*deqa@http://localhost:8000"
 # Flow-GRPO's numbers. A rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
 SD35_GROW = Grow(
     model=SD35,
-    resolution=512,
+    resolution=("512",),
     rank=32,
     alpha=64.0,
     prompts_per_step=48,

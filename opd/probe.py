@@ -48,11 +48,12 @@ class Probe:
         """{"fixed": {teacher: {measure: {sigma: value}}}, "visited": the same}."""
         walkers = {"fixed": START, "visited": self.model.trained}
         found = {}
-        for label, walker in walkers.items():
-            found[label] = {}
-            for name, prompts in self.prompts_of.items():
-                measures_MT = self.measure(name, prompts, walker)
-                found[label][name] = self.readable(measures_MT)
+        with self.model.at(self.model.shapes[0]):  # whatever this step has, rows compare
+            for label, walker in walkers.items():
+                found[label] = {}
+                for name, prompts in self.prompts_of.items():
+                    measures_MT = self.measure(name, prompts, walker)
+                    found[label][name] = self.readable(measures_MT)
         return found
 
     def measure(self, name: str, prompts: list[Prompt], walker: str) -> Tensor:

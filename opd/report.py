@@ -67,7 +67,8 @@ class Report:
         """`count` pictures per row, split and task, made and scored; no picture is kept (collectives)."""
         cfg = self.cfg
         sampling = Sampling(count, cfg.eval_steps, cfg.seed, batch=cfg.micro_batch)
-        shared = {"model": cfg.model, "resolution": cfg.resolution, "dtype": cfg.dtype, "t5": cfg.t5}
+        shared = {"model": cfg.model, "dtype": cfg.dtype, "t5": cfg.t5}
+        shared["resolution"] = self.model.resolutions[0]
         batches = gallery.planned(rows, splits, sampling, dict.fromkeys(rows, shared))
         judge = Judge(self.scorers, cfg.reward_timeout, strict=False)
         return judge.records(batches, lambda batch: self.pictures(rows, batch), None)

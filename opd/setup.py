@@ -146,7 +146,6 @@ def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
                         rewards[spec].check_metadata(task, pool)
     for reward in rewards.values():
         reward.load(model.device)
-    pixels = cfg.resolution or model.family.default_resolution(model.folder)
     for task, spec in cfg.training_rewards().items():
-        rewards[spec].check(task, data[task], pixels)
+        rewards[spec].check(task, data[task], model.pixels)
     return rewards

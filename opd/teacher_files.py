@@ -213,10 +213,10 @@ def read_pipeline(cfg: Distil, name: str, path: Path, student: Model) -> Model:
     """The planned model. ValueError unless its latents and its velocity mean what the student's do."""
     family = family_of(path)
     source = cfg.teachers[name]
-    pixels = student.shape[1] * student.family.pixels(student.folder)
+    sizes = tuple(student.resolutions)
     device = device_of(cfg.teacher_device(name), student)
     try:
-        teacher = Model.plan(family, source, cfg.dtype, pixels, cfg.cache, device, cfg.t5, cfg.cache_gb)
+        teacher = Model.plan(family, source, cfg.dtype, sizes, cfg.cache, device, cfg.t5, cfg.cache_gb)
     except ValueError as error:
         raise ValueError(f"teacher {name!r}: {error}") from error
     check_same_space(source, teacher, student)
@@ -226,7 +226,7 @@ def read_pipeline(cfg: Distil, name: str, path: Path, student: Model) -> Model:
 def check_same_space(source: str, teacher: Model, student: Model) -> None:
     cannot = f"teacher {source!r} works on other latents than the student's base"
     shapes = f"{teacher.shape} instead of {student.shape} at the same resolution"
-    require(teacher.shape == student.shape, f"{cannot}: {shapes}")
+    require(teacher.shapes == student.shapes, f"{cannot}: {shapes}")
     vaes = [part_config(model, "vae", "config.json") for model in (teacher, student)]
     for key in LATENTS:
         theirs, ours = (vae[key] if key in vae else None for vae in vaes)

@@ -115,7 +115,7 @@ EVERY_RUN = LOGISTICS | {
     "model": Case(["place/other_pipeline"]),
     "dtype": Case(["bfloat16"], changes=("student", "rows")),
     "t5": Case([False], under={"model": "place/pipeline_with_t5"}),
-    "resolution": Case([16]),
+    "resolution": Case([("16",), ("8x16",), ("8", "16x8")]),
     "rank": Case([2]),
     "alpha": Case([4.0]),
     "cold_start": Case(["place/red"]),

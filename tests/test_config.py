@@ -41,6 +41,14 @@ def refused(bases, names, values, message):
     return rows
 
 
+def wrong_sizes(texts, message):
+    rows = []
+    for base in EVERY:
+        for text in texts:
+            rows.append((base, {"resolution": ("8", text)}, f"--resolution {text!r}: {message}"))
+    return rows
+
+
 COUNTS = ["prompts_per_step", "micro_batch", "iterations", "rank", "shard_size", "log_every", "save_every"]
 COUNTS += ["max_bad_steps", "eval_steps", "ema_every"]
 TAKEN = "student start anchor loss lr step grad_norm seconds watch train type keys training".split()
@@ -66,9 +74,10 @@ REFUSED = [
     *refused(ON_POLICY, ["noise_level", "reward_timeout"], [NAN, INF], "it must be finite"),
     *refused([DISTIL], ["anchor_weight", "teacher_guidance"], [NAN, INF, -INF], "it must be finite"),
     *refused([GROW], ["beta", "clip_range"], [NAN, INF], "it must be finite"),
-    *refused(
-        EVERY, ["weight_decay", "warmup", "sample_every", "resolution"], [-1], "it must not be negative"
-    ),
+    *refused(EVERY, ["weight_decay", "warmup", "sample_every"], [-1], "it must not be negative"),
+    *wrong_sizes(["-1", "768*512", "x8", "512x", ""], "write pixels per side, or HEIGHTxWIDTH"),
+    *wrong_sizes(["0", "8x10001"], "a side has 1 to 10000 pixels"),
+    *[(base, {"resolution": ("16", "8", "16x16")}, "--resolution 16 is given twice") for base in EVERY],
     *refused(ON_POLICY, ["noise_level", "watch_every"], [-1], "it must not be negative"),
     *refused([DISTIL], ["anchor_weight", "queries"], [-1], "it must not be negative"),
     *refused([GROW], ["beta", "window", "cosine_every"], [-1], "it must not be negative"),

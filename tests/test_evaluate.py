@@ -25,7 +25,7 @@ HERE = "tests.test_evaluate"
 @pytest.fixture(scope="module")
 def model(world):
     family, cpu = load_family("sd3"), torch.device("cpu")
-    model = Model.plan(family, str(world / "pipeline"), "float32", 0, str(world / "cache"), cpu, True)
+    model = Model.plan(family, str(world / "pipeline"), "float32", (), str(world / "cache"), cpu, True)
     model.conditioning.prepare(["a red circle", "a blue circle", "two red circles", ""])
     model.load()
     for name in ("red", "blue"):

@@ -20,6 +20,7 @@ from opd import adapters, families, kernels, lora_files, memory, trajectory
 from opd.config import Distil
 from opd.data import seed_of
 from opd.families import load_family
+from opd.flags import in_pixels
 from opd.model import Model
 from tests import tiny, tiny_flux, tiny_qwen_image, tiny_z_image
 from tests.tiny_grpo import run
@@ -60,7 +61,7 @@ class Fixture(NamedTuple):
     """Our guidance -> arguments of the pipeline's call beside those that every family has."""
     absent: dict = {}
     """Components that from_pretrained must be told are missing."""
-    resolution: int = 0
+    resolution: tuple[str, ...] = ()
     """What a run must be told where the pipeline's own size is large."""
     pack: Callable = as_it_is
     """Latents (B, C, H, W) as the pipeline takes them."""
@@ -116,7 +117,7 @@ FIXTURES = {
         "qwen_image",
         tiny_qwen_image.make_pipeline,
         negative(" ", true_cfg_scale=1.0),
-        resolution=8,
+        resolution=("8",),
         pack=packed,
         unpack=unpacked_qwen,
         foreign=("diffusion_model.", "lora_unet_"),
@@ -144,8 +145,8 @@ def case(request, tmp_path_factory):
         )
 
 
-def ours(case) -> Model:
-    resolution = case.fixture.resolution
+def ours(case, *sizes: str) -> Model:
+    resolution = sizes or case.fixture.resolution
     model = Model.plan(case.family, str(case.pipeline), "float32", resolution, str(case.cache), CPU, True)
     model.prepare(PROMPTS)
     model.load()
@@ -174,13 +175,13 @@ class Theirs:
         self.steps.append((unpack(x, self.shape), sigma, unpack(velocity, self.shape)))
         return self.scheduler_step(velocity, timestep, x, **options)
 
-    def run(self, start, steps: int, guidance: float, resolution: int = 8):
+    def run(self, start, steps: int, guidance: float, size: tuple[int, int] = (8, 8)):
         """Its images (B, 3, H, W) in [0, 1]."""
         self.shape = tuple(start.shape[1:])
         result = self.pipe(
             prompt=list(PROMPTS),  # some pipelines write into it
-            height=resolution,
-            width=resolution,
+            height=size[0],
+            width=size[1],
             num_inference_steps=steps,
             latents=self.case.fixture.pack(start),
             output_type="pt",
@@ -228,24 +229,26 @@ def test_every_family_has_a_row_in_fixtures_and_the_whole_contract():
         assert all(hasattr(load_family(name), part) for part in families.CONTRACT)
 
 
-@pytest.mark.parametrize("resolution", [8, 16])
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (16, 8)])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_sigmas_are_the_pipelines(scheduler, resolution, case, tmp_path):
+def test_sigmas_are_the_pipelines(scheduler, size, case, tmp_path):
     pipeline = tiny.with_scheduler(case.pipeline, tmp_path / "pipeline", SCHEDULERS[scheduler])
-    shape = case.family.latent_shape(pipeline, resolution)
+    shape = case.family.latent_shape(pipeline, *size)
     theirs = Theirs(case, pipeline)
     for steps in (1, 4, 10, 28):
         theirs.steps.clear()
-        theirs.run(torch.randn(3, *shape), steps, 1.0, resolution)
+        theirs.run(torch.randn(3, *shape), steps, 1.0, size)
         levels = case.family.sigmas(pipeline, shape, steps)
         assert levels == theirs.pipe.scheduler.sigmas.tolist()
         assert len(levels) == steps + 1 and levels[0] == 1 and levels[-1] == 0
 
 
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (8, 16)])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_velocities_and_images_are_the_pipelines(guidance, case):
-    model, theirs = ours(case), Theirs(case)
-    images = theirs.run(noise(model), 7, guidance)
+def test_velocities_and_images_are_the_pipelines(guidance, size, case):
+    model, theirs = ours(case, in_pixels(*size)), Theirs(case)
+    images = theirs.run(noise(model), 7, guidance, size)
+    assert images.shape[2:] == size == model.pixels
     text = model.text(PROMPTS)
     with torch.no_grad():
         for x, sigma, velocity in theirs.steps:
@@ -387,7 +390,7 @@ def test_lora_targets_and_blocks_are_parts_of_the_transformer(case):
 
 def test_shapes_and_scale_of_latents_and_images_fit_each_other(case):
     family, vae = case.family, case.family.load_vae(case.pipeline)
-    shape = family.latent_shape(case.pipeline, 8)
+    shape = family.latent_shape(case.pipeline, 8, 8)
     assert shape[1] * family.pixels(case.pipeline) == 8
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     latents = family.encode_images(vae, images)

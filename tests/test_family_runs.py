@@ -108,9 +108,9 @@ def refused(own, tmp_path, monkeypatch, message, **changes):
 
 
 def test_a_resolution_that_does_not_divide_is_refused(own, tmp_path, monkeypatch):
-    refused(
-        own, tmp_path, monkeypatch, "resolution 7 does not fit this model: use a multiple of 4", resolution=7
-    )
+    for size in ("7", "8x7", "7x8"):
+        message = "resolution 7 does not fit this model: use a multiple of 4"
+        refused(own, tmp_path, monkeypatch, message, resolution=("8", size))
 
 
 def test_the_pipeline_of_another_family_is_refused(own, tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def leaves(images, prompts, metadata):
 def test_a_reward_cannot_end_the_run_without_a_word(tmp_path):
     reward = find_reward(f"{__name__}:leaves")
     with pytest.raises(ValueError, match=r"raised SystemExit on grey images of .*os._exit\(0\)"):
-        reward.check("red", [Prompt("a dot", "red")], 8)
+        reward.check("red", [Prompt("a dot", "red")], (8, 8))
     scores_B, reasons, _ = reward.start(torch.zeros(1, 3, 8, 8), ["a dot"], [{}], 60.0).result()
     assert scores_B.isnan().all() and reasons[0].endswith("raised SystemExit: os._exit(0)")
     child = os.fork()

@@ -204,7 +204,7 @@ def test_parts_of_pipelines(world, tmp_path_factory, part, data):
     content = data.draw(st.sampled_from([with_junk(whole, data), damaged(whole, data.draw(damage))]))
     cache = str(folder.with_name("fuzzed_cache"))
     with broken(folder / part, content):
-        refused("pipelines", lambda: Model.plan(sd3, str(folder), "float32", 0, cache, CPU, True))
+        refused("pipelines", lambda: Model.plan(sd3, str(folder), "float32", (), cache, CPU, True))
 
 
 @fuzz(40)

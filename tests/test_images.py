@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,18 +12,18 @@ from safetensors.torch import save_file
 
 from opd import images
 from opd.families import sd3
+from opd.model import Model
 
 
 @pytest.fixture(scope="module")
 def model(world):
-    """What `load_images` needs of a model: 8 pixel images, 4 x 4 x 4 latents."""
-    return SimpleNamespace(
-        family=sd3,
-        folder=world / "pipeline",
-        shape=(4, 4, 4),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    """Of 8 pixel images, 4 x 4 x 4 latents."""
+    return planned(world)
+
+
+def planned(world, *sizes):
+    cpu, cache = torch.device("cpu"), str(world / "cache")
+    return Model.plan(sd3, str(world / "pipeline"), "float32", sizes, cache, cpu, True)
 
 
 def metadata(folder, rows):
@@ -60,14 +59,14 @@ def test_images_are_encoded_as_by_hand(model, world, tmp_path):
     ]
     data = images.load_images(metadata(tmp_path, rows), model)
     assert data.captions == [f"image {i}" for i in range(count)]
-    torch.testing.assert_close(data.latents, by_hand(world, arrays), rtol=0, atol=1e-5)
-    assert data.log_shift == pytest.approx(np.log(3.0))
+    torch.testing.assert_close(data.latents[model.shape], by_hand(world, arrays), rtol=0, atol=1e-5)
+    assert data.log_shift[model.shape] == pytest.approx(np.log(3.0))
 
 
 @pytest.mark.parametrize("size", [(12, 8), (8, 13), (24, 16), (4, 4), (5, 9), (300, 8)])
 def test_other_sizes_are_resized_and_cropped_in_the_middle(size, tmp_path):
     array = picture(tmp_path, "x.png", size)
-    x = images.read_image(tmp_path / "x.png", 8)
+    x = images.read_image(tmp_path / "x.png", 8, 8)
     assert x.shape == (3, 8, 8) and 0 <= x.min() and x.max() <= 1
     scale = 8 / min(size)
     if scale == 1:
@@ -93,8 +92,28 @@ def test_other_sizes_are_resized_and_cropped_in_the_middle(size, tmp_path):
 def test_every_colour_mode_becomes_rgb(mode, tmp_path):
     array = picture(tmp_path, "x.png", mode=mode)
     assert np.array_equal(
-        (images.read_image(tmp_path / "x.png", 8) * 255).round().byte().permute(1, 2, 0).numpy(), array
+        (images.read_image(tmp_path / "x.png", 8, 8) * 255).round().byte().permute(1, 2, 0).numpy(), array
     )
+
+
+def test_several_sizes_each_crop_every_image(world, tmp_path):
+    """What stands out is cut off on both sides; latents that are made already have one size."""
+    array = picture(tmp_path, "x.png", (16, 8))
+    folder = metadata(tmp_path, [{"file_name": "x.png", "prompt": "x"}])
+    data = images.load_images(folder, planned(world, "8x16", "8", "16x8"))
+    assert [tuple(latents.shape) for latents in data.latents.values()] == [
+        (1, 4, 4, 8),
+        (1, 4, 4, 4),
+        (1, 4, 8, 4),
+    ]
+    for shape, kept in (((4, 4, 8), array), ((4, 4, 4), array[:, 4:12])):
+        torch.testing.assert_close(data.latents[shape], by_hand(world, [kept]), rtol=0, atol=1e-5)
+    tall = images.read_image(tmp_path / "x.png", 16, 8)
+    twice = Image.fromarray(array).resize((32, 16), Image.Resampling.LANCZOS).crop((12, 0, 20, 16))
+    assert np.array_equal((tall * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(twice))
+    save_file({"latents": torch.ones(1, 4, 4, 4)}, tmp_path / "latents.safetensors")
+    with pytest.raises(ValueError, match=r"--resolution 8 8x16: .* holds latents of one size"):
+        images.load_images(folder, planned(world, "8", "8x16"))
 
 
 def test_latents_are_taken_as_they_are(model, tmp_path):
@@ -102,7 +121,7 @@ def test_latents_are_taken_as_they_are(model, tmp_path):
     latents = torch.randn(3, 4, 4, 4).half()
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
     data = images.load_images(folder, model)
-    assert torch.equal(data.latents, latents) and data.captions == ["p0", "p1", "p2"]
+    assert torch.equal(data.latents[model.shape], latents) and data.captions == ["p0", "p1", "p2"]
 
 
 BAD_METADATA = [
@@ -165,7 +184,7 @@ def test_wrong_latents_are_refused(content, message, model, tmp_path):
 
 @pytest.mark.parametrize("size, count", [(5, 3), (7, 7), (3, 8), (1, 2)])
 def test_every_image_once_per_epoch(size, count):
-    data = images.Images(torch.zeros(size, 1), ["x"] * size, 0.0)
+    data = images.Images({}, ["x"] * size, {})
     chosen = [n for step in range(40) for n in data.of_step(count, 0, step)]
     assert len(chosen) == 40 * count
     epochs = [tuple(chosen[i : i + size]) for i in range(0, len(chosen) - size + 1, size)]

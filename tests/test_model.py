@@ -16,7 +16,7 @@ PROMPTS = ["a red circle", "two blue squares", "a dot"]
 @pytest.fixture(scope="module")
 def model(world, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    model = Model.plan(sd3, str(world / "pipeline"), "float32", 0, str(cache), CPU, True)
+    model = Model.plan(sd3, str(world / "pipeline"), "float32", (), str(cache), CPU, True)
     model.prepare(PROMPTS)
     model.load()
     return model

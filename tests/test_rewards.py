@@ -337,7 +337,7 @@ def pool(*metadata):
     "spec", ["jpeg_compressibility", f"{HERE}:brightness", f"{HERE}:not_a_number", f"0.5*{HERE}:brightness"]
 )
 def test_good_rewards_pass(spec, prompts):
-    rewards.find_reward(spec).check("task", prompts, 16)
+    rewards.find_reward(spec).check("task", prompts, (16, 16))
 
 
 def test_the_probe_is_two_grey_images_of_the_size_asked_for():
@@ -347,7 +347,7 @@ def test_the_probe_is_two_grey_images_of_the_size_asked_for():
         seen.append((*batch, torch.is_grad_enabled()))
         return torch.zeros(2)
 
-    spy(reward).check("task", pool({"n": 0}, {"n": 1}, {"n": 2}), 24)
+    spy(reward).check("task", pool({"n": 0}, {"n": 1}, {"n": 2}), (24, 24))
     ((images, prompts, metadata, grad),) = seen
     assert images.shape == (2, 3, 24, 24) and images.dtype == torch.float32 and bool((images == 0.5).all())
     assert (prompts, metadata, grad) == (["prompt 0", "prompt 1"], [{"n": 0}, {"n": 1}], False)
@@ -359,9 +359,9 @@ def test_missing_metadata_is_found_in_any_prompt(spec):
     with pytest.raises(
         ValueError, match=r"needs 'target'.*'prompt 3' has none; add the field 'target'.*jsonl"
     ) as error:
-        rewards.find_reward(spec).check("mytask", prompts, 8)
+        rewards.find_reward(spec).check("mytask", prompts, (8, 8))
     assert "'mytask'" in str(error.value) and repr(spec) in str(error.value)
-    rewards.find_reward(spec).check("mytask", prompts[:3], 8)
+    rewards.find_reward(spec).check("mytask", prompts[:3], (8, 8))
 
 
 @pytest.mark.parametrize(
@@ -377,14 +377,14 @@ def test_missing_metadata_is_found_in_any_prompt(spec):
 )
 def test_misbehaving_rewards_are_refused(name, message):
     with pytest.raises(ValueError, match=message) as error:
-        rewards.find_reward(f"{HERE}:{name}").check("mytask", pool({}, {}), 8)
+        rewards.find_reward(f"{HERE}:{name}").check("mytask", pool({}, {}), (8, 8))
     assert "'mytask'" in str(error.value) and f"'{HERE}:{name}'" in str(error.value)
     assert name != "broken" or isinstance(error.value.__cause__, KeyError)
 
 
 def test_a_reward_that_would_end_the_program_is_refused():
     with pytest.raises(ValueError, match="task 'mytask': reward 'spy' raised SystemExit on grey images.*bye"):
-        spy(lambda *batch: sys.exit("bye")).check("mytask", pool({}), 8)
+        spy(lambda *batch: sys.exit("bye")).check("mytask", pool({}), (8, 8))
 
 
 # ---- classes --------------------------------------------
@@ -408,8 +408,8 @@ def test_one_object_serves_the_check_the_training_and_the_reports():
     reward = rewards.find_reward(spec)
     reward.load(torch.device("cpu"))
     with pytest.raises(ValueError, match="needs 'target'.*'prompt 1' has none"):
-        reward.check("task", pool({"target": 1}, {}), 8)
-    reward.check("task", pool({"target": 1}, {"target": 2}, {"target": 3}), 8)
+        reward.check("task", pool({"target": 1}, {}), (8, 8))
+    reward.check("task", pool({"target": 1}, {"target": 2}, {"target": 3}), (8, 8))
     for target in (4, 5):
         scores, reasons, _ = reward.start(images_of(3), TEXTS[:3], [{"target": target}] * 3, 30.0).result()
         assert torch.equal(scores, 2 * brightness(images_of(3), None, None)) and reasons == {}

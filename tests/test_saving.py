@@ -140,7 +140,7 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(world, tmp_path, prepare, mes
 
 
 def planned(cfg):
-    return Model.plan(sd3, cfg.model, cfg.dtype, 0, cfg.cache, torch.device("cpu"), True)
+    return Model.plan(sd3, cfg.model, cfg.dtype, (), cfg.cache, torch.device("cpu"), True)
 
 
 def test_a_run_resumes_with_the_same_contents_wherever_they_lie_or_says_which_changed(

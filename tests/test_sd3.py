@@ -133,18 +133,19 @@ def test_latents_are_scaled_as_diffusers_scales_them(world):
     torch.testing.assert_close(sd3.decode(vae, latents), theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("resolution, shape", [(8, (4, 4, 4)), (4, (4, 2, 2)), (16, (4, 8, 8))])
-def test_latent_shape(resolution, shape, world):
-    assert sd3.latent_shape(world / "pipeline", resolution) == shape
-    assert sd3.image_tokens(world / "pipeline", shape) == (shape[1] // 2) ** 2
+@pytest.mark.parametrize("size, shape", [((8, 8), (4, 4, 4)), ((4, 16), (4, 2, 8)), ((16, 8), (4, 8, 4))])
+def test_latent_shape(size, shape, world):
+    assert sd3.latent_shape(world / "pipeline", *size) == shape
+    assert sd3.image_tokens(world / "pipeline", shape) == (shape[1] // 2) * (shape[2] // 2)
     assert sd3.pixels(world / "pipeline") == 2
 
 
 @pytest.mark.parametrize("resolution", [-8, 6, 9, 20])
 def test_resolutions_that_do_not_fit_are_refused(resolution, world):
     message = f"resolution {resolution} does not fit this model: use a multiple of 4 up to 16"
-    with pytest.raises(ValueError, match=message):
-        sd3.latent_shape(world / "pipeline", resolution)
+    for size in ((resolution, 8), (8, resolution)):
+        with pytest.raises(ValueError, match=message):
+            sd3.latent_shape(world / "pipeline", *size)
 
 
 def test_the_default_resolution_is_the_models(world):

@@ -517,7 +517,7 @@ def test_sft_gradient_is_that_of_equation_1(world, latents):
     sigma = torch.sigmoid(u)
     sigma = 3 * sigma / (1 + 2 * sigma)  # the scheduler's shift of 3
     eps = kernels.normal((6, 4, 4, 4), seed_of(0, 0, "eps"), index)
-    data, b = images.latents[chosen], (slice(None), None, None, None)
+    data, b = images.latents[model.shape][chosen], (slice(None), None, None, None)
     for p in trained.parameters.values():
         p.grad = None
     with adapters.use(model.transformer, "student"):

@@ -79,8 +79,8 @@ def test_a_text_is_as_long_as_its_prompt_in_the_chat_template(pipeline):
 @pytest.mark.parametrize("resolution, message", [(0, ""), (10, ""), (36, "multiple of 4 up to 32")])
 def test_resolutions_that_do_not_fit_are_refused(resolution, message, pipeline):
     with pytest.raises(ValueError, match=f"resolution {resolution} does not fit.*{message}"):
-        z_image.latent_shape(pipeline, resolution)
-    assert z_image.latent_shape(pipeline, 32) == (4, 16, 16)
+        z_image.latent_shape(pipeline, 8, resolution)
+    assert z_image.latent_shape(pipeline, 32, 32) == (4, 16, 16)
     assert z_image.default_resolution(pipeline) == 8
 
 

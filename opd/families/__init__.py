@@ -52,7 +52,7 @@ CONTRACT = {
     "None where the network is told the scale, in one pass",
     "sigmas": "(folder, shape_CHW, steps) -> the pipeline's steps + 1 noise levels, strictly from 1 to 0",
     "log_shift": "(folder, shape_CHW) -> log of the factor on sigma / (1 - sigma) in training",
-    "latent_shape": "(folder, resolution in pixels) -> (C, H, W); ValueError where it does not fit the model",
+    "latent_shape": "(folder, height, width in pixels) -> (C, H, W); ValueError where they do not fit",
     "default_resolution": "(folder) -> pixels per side that the model was made for",
     "pixels": "(folder) -> pixels of the image per pixel of the latents, along a side",
     "decode": "(vae, latents_BCHW) -> images (B, 3, height, width) float32 in [0, 1]",

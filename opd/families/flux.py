@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import PATCH, log_shift, pack, patches_per_side, sigmas, unpack  # noqa: F401 (the contract's)
+from opd.patches import PATCH, log_shift, pack, patches_along, sigmas, unpack  # noqa: F401 (the contract's)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "FluxPipeline"
@@ -133,10 +133,11 @@ def positions(rows: int, columns: int, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- images and latents
 
 
-def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
-    side = PATCH * patches_per_side(resolution, PATCH * pixels(folder))
-    return transformer_config(folder)["in_channels"] // PATCH**2, side, side
+def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
+    """ValueError where a side is not made of whole patches."""
+    unit = PATCH * pixels(folder)
+    rows, columns = patches_along(height, unit), patches_along(width, unit)
+    return transformer_config(folder)["in_channels"] // PATCH**2, PATCH * rows, PATCH * columns
 
 
 def default_resolution(folder: Path) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd import flow, schedule
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import PATCH, patches_per_side
+from opd.patches import PATCH, patches_along
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
@@ -174,10 +174,10 @@ def statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
     return mean_C[:, None, None], (var_C[:, None, None] + vae.config.batch_norm_eps).sqrt()
 
 
-def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
-    side = patches_per_side(resolution, pixels(folder))
-    return transformer_config(folder)["in_channels"], side, side
+def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
+    """ValueError where a side is not made of whole patches."""
+    rows, columns = (patches_along(side, pixels(folder)) for side in (height, width))
+    return transformer_config(folder)["in_channels"], rows, columns
 
 
 def default_resolution(folder: Path) -> int:

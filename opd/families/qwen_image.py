@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import PATCH, log_shift, pack, patches_per_side, sigmas, unpack  # noqa: F401 (the contract's)
+from opd.patches import PATCH, log_shift, pack, patches_along, sigmas, unpack  # noqa: F401 (the contract's)
 
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION
@@ -152,10 +152,11 @@ def statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
     return mean_C11, std_C11
 
 
-def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image. ValueError where it is not made of whole patches."""
-    side = PATCH * patches_per_side(resolution, PATCH * pixels(folder))
-    return transformer_config(folder)["in_channels"] // PATCH**2, side, side
+def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
+    """ValueError where a side is not made of whole patches."""
+    unit = PATCH * pixels(folder)
+    rows, columns = patches_along(height, unit), patches_along(width, unit)
+    return transformer_config(folder)["in_channels"] // PATCH**2, PATCH * rows, PATCH * columns
 
 
 def default_resolution(folder: Path) -> int:

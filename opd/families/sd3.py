@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd import flow, schedule
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import patches_per_side
+from opd.patches import patches_along
 from opd.sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
@@ -153,12 +153,13 @@ def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
 # ---------------------------------------------------------------- images and latents
 
 
-def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image. ValueError where its patches do not fit the model."""
+def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
+    """ValueError where the patches of a side do not fit the model."""
     config = transformer_config(folder)
     patch = config["patch_size"]
-    side = patch * patches_per_side(resolution, patch * pixels(folder), config["pos_embed_max_size"])
-    return config["in_channels"], side, side
+    unit, most = patch * pixels(folder), config["pos_embed_max_size"]
+    rows, columns = patches_along(height, unit, most), patches_along(width, unit, most)
+    return config["in_channels"], patch * rows, patch * columns
 
 
 def default_resolution(folder: Path) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd import flow, schedule
 from opd.families import Condition
-from opd.patches import PATCH, image_tokens, log_shift, patches_per_side  # noqa: F401 (the contract's, shared)
+from opd.patches import PATCH, image_tokens, log_shift, patches_along  # noqa: F401 (the contract's, shared)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
 PIPELINE = "ZImagePipeline"
@@ -115,12 +115,13 @@ def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[fl
 # ---------------------------------------------------------------- images and latents
 
 
-def latent_shape(folder: Path, resolution: int) -> tuple[int, int, int]:
-    """(C, H, W) of a square image. ValueError where its patches do not fit the model."""
+def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
+    """ValueError where the patches of a side do not fit the model."""
     config = transformer_config(folder)
-    _, rows, columns = config["axes_lens"]  # positions that the model knows: text, down, across
-    side = PATCH * patches_per_side(resolution, PATCH * pixels(folder), min(rows, columns))
-    return config["in_channels"], side, side
+    _, most_rows, most_columns = config["axes_lens"]  # positions that the model knows: text, down, across
+    unit = PATCH * pixels(folder)
+    rows, columns = patches_along(height, unit, most_rows), patches_along(width, unit, most_columns)
+    return config["in_channels"], PATCH * rows, PATCH * columns
 
 
 def default_resolution(folder: Path) -> int:

@@ -135,14 +135,14 @@ class Reward:
             total_B += term.weight * scores_B.detach().to("cpu", torch.float32)
         return total_B
 
-    def check(self, task: str, prompts: list[Prompt], pixels: int) -> None:
-        """Look for the metadata it needs, then call it once, on grey images of `pixels` per side. ValueError
-        naming task, reward and fix. There is no time-out: a first call may have much to prepare."""
+    def check(self, task: str, prompts: list[Prompt], pixels: tuple[int, int]) -> None:
+        """Look for the metadata it needs, then call it once, on grey images of `pixels` (height, width).
+        ValueError naming task, reward and fix. There is no time-out: a first call may prepare much."""
         self.check_metadata(task, prompts)
         reward = f"task {task!r}: reward {self.spec!r}"
         probe = prompts[:2]
         texts = [prompt.text for prompt in probe]
-        grey_BCHW = torch.full((len(probe), 3, pixels, pixels), 0.5)
+        grey_BCHW = torch.full((len(probe), 3, *pixels), 0.5)
         try:
             with torch.no_grad(), no_exit():
                 scores = self(grey_BCHW, texts, [prompt.metadata for prompt in probe])
