@@ -20,3 +20,15 @@ def test_windows_of_many_prompts_stay_within_the_cache(tmp_path, capsys):
     out.mkdir()
     with pytest.raises(SystemExit, match="exists, and would be deleted"):
         bench_text.main([*flags.split(), str(out)])
+
+
+def test_a_kill_in_the_middle_and_two_at_once(tmp_path, capsys):
+    bench_text.main([*"--company --size tiny --prompts 800 --out".split(), str(tmp_path / "made")])
+    shown = capsys.readouterr().out
+    found = re.search(r"killed: (\d+) .* (\d+) are kept, in (\d+) packs", shown)
+    encoded, kept, packs = map(int, found.groups())
+    assert 400 <= kept <= encoded <= kept + bench_text.PER_PACK and kept == packs * bench_text.PER_PACK
+    found = re.search(r"; (\d+) prompts were .* encoded (\d+) and (\d+)", shown)
+    lacked, *counts = map(int, found.groups())
+    assert lacked == 800 - kept and lacked <= sum(counts) <= 2 * lacked
+    assert "all 800 are right" in shown and " 0 half files" in shown
