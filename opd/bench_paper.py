@@ -140,15 +140,14 @@ def replicated(gpus: int) -> float:
 
 def sharded(gpus: int) -> float:
     """Per state and micro-batch: the weights for the student's forward pass, again for its backward pass and
-    for every teacher (with many samples per step each is asked somewhere), and gradients reduced."""
-    return turns() * (weights_sent(gpus) + (gpus - 1) / gpus * lora_gradients())
+    for every teacher (with many samples per step each is asked somewhere). The LoRA is on every rank."""
+    return turns() * weights_sent(gpus) + replicated(gpus)
 
 
 def hybrid(gpus: int) -> tuple[float, float]:
-    """(within nodes of NODE GPUs, between them): a shard's gradients are summed over nodes at each
-    backward."""
-    inside = turns() * (weights_sent(NODE) + (NODE - 1) / NODE * lora_gradients())
-    return inside, turns() * all_reduce(lora_gradients() / NODE, gpus // NODE)
+    """(within nodes of NODE GPUs, between them). Between nodes go the LoRA's gradients alone, summed in the
+    node before."""
+    return turns() * weights_sent(NODE) + replicated(NODE), all_reduce(lora_gradients(), gpus // NODE)
 
 
 def turns() -> int:

@@ -113,17 +113,18 @@ def predict(
     model = at_its_largest(model)
     weights, buffers = numbers(model.skeleton.parameters()), numbers(model.skeleton.buffers())
     width, share = model.dtype.itemsize, cfg.shard_size
+    # The student, which every rank holds whole, and the memory of its start, which is frozen.
     trained = lora_numbers(cfg, model)
-    base, loras = width * weights, (4 + width) * trained  # the student, and the memory of its start
+    base, loras = width * weights, 4 * trained + width * trained // share
     if cfg.full:
-        trained, base, loras = weights, 4 * weights, 0
+        trained, base, loras = weights // share, 4 * weights, 0
     return {
         "base": base // share + width * (buffers + gathered(cfg, model)),
-        "adapters": loras // share,
+        "adapters": loras,
         "teachers": teachers // share,
-        "gradients": 4 * trained // share,
-        "optimizer": 8 * trained // share,
-        "average": 4 * trained // share * (cfg.ema > 0),
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "average": 4 * trained * (cfg.ema > 0),
         "trajectories": trajectories(cfg, model, world),
         "activations": activations(cfg, model, text, world),
     }

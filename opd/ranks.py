@@ -145,21 +145,27 @@ def shard(
     shard_size: int,
     compute: torch.dtype,
     device: torch.device,
+    whole: set[torch.nn.Parameter],
 ) -> None:
     """FSDP2 from outside, block by block. Parameters keep their dtype (float32 masters), compute runs in
     `compute`, gradients are reduced in float32. Inputs are not cast: a timestep of 1000 sigma would not
-    survive bf16."""
+    survive bf16. Every rank keeps the parameters `whole` as they are: the gradients of a trained adapter are
+    then reduced once per step, and not in every backward pass of every block."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     grid = mesh(shard_size, device)
     for module in [*blocks, model]:
         fully_shard(
-            module, mesh=grid, mp_policy=policy, reshard_after_forward=shard_size > 1 and module is not model
+            module,
+            mesh=grid,
+            mp_policy=policy,
+            reshard_after_forward=shard_size > 1 and module is not model,
+            ignored_params=whole,
         )
 
 
 def average_gradients(parameters: list[torch.Tensor]) -> None:
     """Mean over ranks of the gradients of plain parameters, in one reduction. FSDP averages those of sharded
-    parameters in every backward."""
+    parameters (--full) in every backward."""
     if world() == 1 or isinstance(parameters[0], DTensor):
         return
     used = [parameter for parameter in parameters if parameter.grad is not None]

@@ -59,9 +59,10 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
         compiled.compile_blocks(blocks)
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
+        adapter = set(adapters.parameters_of(model.transformer, STUDENT).values())
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
-            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device)
+            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapter)
     return model, data, rewards
 
 

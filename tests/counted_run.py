@@ -15,12 +15,20 @@ from tests import forked
 
 reduced = []
 original = dist.all_reduce
-held = {}
+held = {"scattered": 0}
 
 
 def all_reduce(tensor, *arguments, **keywords):
     reduced.append(tensor.numel())
     return original(tensor, *arguments, **keywords)
+
+
+class Scatters(TorchDispatchMode):
+    """How often gradients are reduced into shards, by FSDP."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        held["scattered"] += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 def storage_bytes(tensors) -> int:
@@ -56,7 +64,8 @@ def measured(name, call):
 
 
 def counted_train(cfg, stage, trained, folder, report):
-    finished = loop(cfg, stage, trained, folder, report)
+    with Scatters():
+        finished = loop(cfg, stage, trained, folder, report)
     parameters = list(trained.model.transformer.parameters())
     held["parameters"] = storage_bytes(parameters)
     held["whole"] = sum(p.numel() * p.element_size() for p in parameters)

@@ -77,8 +77,14 @@ def test_sharding_divides_what_is_held_and_gathers_blocks(world, counted, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     whole = counted(tiny.config(world, ema=0.9), teachers=4000)
     half = counted(tiny.config(world, ema=0.9, shard_size=2), teachers=4000)
-    for part in ("adapters", "teachers", "gradients", "optimizer", "average"):
-        assert half[part] == whole[part] // 2 > 0
+    for part in ("gradients", "optimizer", "average"):
+        assert half[part] == whole[part] > 0
+    assert half["teachers"] == whole["teachers"] // 2 > 0
+    # The start's share is halved, the student's, of the gradients' size, is not.
+    assert whole["adapters"] - half["adapters"] == (whole["adapters"] - whole["gradients"]) // 2 > 0
+    fully, alone = (counted(tiny.grpo_config(world, full=True, shard_size=size)) for size in (2, 1))
+    for part in ("gradients", "optimizer"):
+        assert fully[part] == alone[part] // 2 > 0
     # Both blocks, all that there are, are gathered at some time, beside the half that is held.
     assert half["base"] == pytest.approx(1.5 * whole["base"], rel=0.01)
     assert whole["optimizer"] == 2 * whole["gradients"] == 2 * whole["average"]
