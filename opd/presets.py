@@ -273,26 +273,28 @@ PRESETS: dict[str, Run] = {
         save_every=500,
         sample_every=500,
     ),
-    # 64 px signs and the real OCR reward (opd/mini/signs.py). No result yet: the base is still to be trained
-    # to its end, and the settings of both to be found.
+    # 64 px signs and the real OCR reward (opd/mini/signs.py).
     "mini-ocr-base": replace(
         PRETRAIN,
         out="runs/mini-ocr-base",
         model="runs/mini-signs/pipeline",
         data="runs/mini-signs/data",
-        iterations=2500,
+        iterations=2000,
+        prompts_per_step=32,
+        micro_batch=32,
+        lr=1.5e-3,
         warmup=100,
-        decay="cosine",
         ema=0.99,
     ),
     "mini-ocr": replace(
-        grow("text", beta=0.01, lr=2e-3, iterations=60),
+        grow("text", beta=0.002, lr=4e-3, iterations=100),
         out="runs/mini-ocr",
         model="runs/mini-signs/base",
         prompts={"text": "runs/mini-signs/train.txt"},
         heldout={"text": "runs/mini-signs/test.txt"},
         train_rewards={"text": "ocr"},
         rewards={"text": "ocr"},
+        window_range=(0, 2),
     ),
     "mini-compose": grow("compose", beta=0.002, lr=1.3e-3, iterations=240),
     "mini-text": grow("text", beta=0.04, lr=2e-3, iterations=60),
