@@ -72,10 +72,12 @@ FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
 
 PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
 # One teacher of one task, from the base, with the share of the way from base to teacher in the log.
-TEXT_ONLY = (
+ONE_TEACHER = (
     "--prompts text=opd/mini/prompts/text.train.txt --mix text=1 --cold-start base --teacher-guidance 1"
-    " --prompts-per-step 20 --micro-batch 20 --iterations 25 --diagnose-every 25 --diagnose-prompts 32"
+    " --prompts-per-step 20 --micro-batch 20"
 )
+TEXT_ONLY = f"{ONE_TEACHER} --iterations 25 --diagnose-every 25 --diagnose-prompts 32"
+EVERY_STATE = f"{ONE_TEACHER} --iterations 100 --queries 0 --diagnose-every 50 --diagnose-prompts 32"
 RECIPES = {
     "plain": Recipe("plain: at the teachers' own guidance 1", "--teacher-guidance 1"),
     "extrapolated": Recipe("targets past the teachers, l = 1.3", f"--teacher-guidance 1 {PAST}"),
@@ -92,6 +94,12 @@ RECIPES = {
     ),
     "large": Recipe(
         "student of the larger teacher", f"{TEXT_ONLY} --teachers text={LARGE_TEACHER}", FROM_LARGE, ("text",)
+    ),
+    "large-100": Recipe(
+        "the same, 100 steps on all nine states",
+        f"{EVERY_STATE} --teachers text={LARGE_TEACHER}",
+        FROM_LARGE,
+        ("text",),
     ),
 }
 SHORT = "--iterations 25"
@@ -183,7 +191,7 @@ TABLES = {
     "recipes": ("plain", "extrapolated", "folded", "both"),
     "references": ("shipped", "shipped-guided"),
     "starts": ("sft-start", "base-10", "sft-10", "merge-10", "base-25", "sft-25", "merge-25"),
-    "other teachers": ("full-teacher", "full", "large-teacher", "large"),
+    "other teachers": ("full-teacher", "full", "large-teacher", "large", "large-100"),
     "questions": ("merge-25", *QUESTIONS),
     "rivals": ("shipped", *RIVALS, "anchor-late"),
     "anchors": ("anchor-0", *ANCHORS),
