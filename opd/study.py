@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tyro
 
+from opd.config import Distil
 from opd.files import read_json, replace, write_json
 from opd.flags import require
 from opd.mini.runs import EVERYWHERE, PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
@@ -117,7 +118,7 @@ def trained(args: Arguments, folder: Path, recipe: Recipe, seed: int) -> dict:
     }
     for what, rows in scored(args, folder, student, recipe.tasks).items():
         result[what] = rows["student"]
-    if cfg.diagnose_every > 0:
+    if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
         result["gap_closed"] = gap_closed((folder / "metrics.jsonl").read_text())
     return result
 

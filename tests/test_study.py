@@ -164,6 +164,25 @@ def cells():
     return found
 
 
+def test_a_run_of_another_stage_is_scored_alike(tmp_path, monkeypatch):
+    """GRPO has neither a teacher to compare with nor that setting."""
+    calls = []
+
+    def call(arguments):
+        calls.append(arguments)
+        folder = tmp_path / "mix-0"
+        folder.mkdir(exist_ok=True)
+        (folder / "heldout.json").write_text(json.dumps({"cells": cells()}))
+
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "call", call)
+    study.run(study.Arguments(out=str(tmp_path)), "mix", 0)
+    assert calls[0][:2] == ["train.py", "mini-grpo-mix"]
+    result = json.loads((tmp_path / "results/mix-0.json").read_text())
+    assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
+    assert "gap_closed" not in result and result["iterations"] == 320
+
+
 def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch):
     """Every command in its order, and a result of what they left."""
     calls = []
