@@ -76,7 +76,8 @@ class Logistics:
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps."""
     shard_size: int = 1
-    """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid."""
+    """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid. A
+    trained adapter is whole on every rank."""
     rank_timeout: float = 1800.0
     """Seconds after which ranks give up one that does not answer, and end."""
     deterministic: bool = False

@@ -55,7 +55,8 @@ class BlipVqa:
         self.model.requires_grad_(False)
         processor = BlipProcessor.from_pretrained(folder)
         self.resized, self.tokenizer, self.device = processor.image_processor, processor.tokenizer, device
-        self.yes, self.no = (self.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+        self.yes = self.tokenizer.convert_tokens_to_ids("yes")
+        self.no = self.tokenizer.convert_tokens_to_ids("no")
         unknown = self.tokenizer.unk_token_id
         require(unknown not in (self.yes, self.no), f"{self.source}: its vocabulary has no words yes and no")
 
