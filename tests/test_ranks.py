@@ -138,6 +138,14 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     assert counted["alive"] - counted["parameters"] < 0.6 * counted["whole"]
 
 
+def test_two_processes_take_the_same_sizes(world, tmp_path):
+    several = [*distil(world), "--resolution", "8", "8x16"]
+    one, two = (launch(world, tmp_path / str(count), count, *several) for count in (1, 2))
+    assert two == pytest.approx(one, rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "2/metrics.jsonl").read_text().splitlines()]
+    assert {row["resolution"] for row in rows} == {"8", "8x16"}
+
+
 # One `srun` for each node's torchrun, both of them here.
 SLURM = {"srun": '"$@" & other=$!; "$@" && wait $other', "scontrol": "echo localhost"}
 
