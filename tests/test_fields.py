@@ -61,7 +61,7 @@ def test_a_changed_field_changes_what_it_should_or_is_refused(outcome_of, stage,
 def kept(outcome: "Outcome", part: str):
     """What a part must equal that stays as it was; another order of summation may change the last digits."""
     if part == "losses":
-        return pytest.approx(outcome.losses, rel=1e-4)
+        return pytest.approx(outcome.losses, rel=1e-4, abs=2e-7)  # GRPO's at ratio 1 are the last digit of 1
     return getattr(outcome, part)
 
 

@@ -47,6 +47,40 @@ def test_output_and_gradients_are_pefts(dtype, tolerance):
         assert theirs.float().norm() > 1e-2
 
 
+# The sum of the weights and every product round once, to 2^-8 in bfloat16; the random adapter is as large as
+# the base, so that half of an output may cancel.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+def test_the_sum_of_the_weights_says_what_the_products_say(dtype, tolerance):
+    ours, _ = pair(dtype)
+    ours.switch("a")
+    base, a, b = ours.base_layer, ours.lora_A["a"].weight, ours.lora_B["a"].weight
+    x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    w, bias, x64 = base.weight.double(), base.bias.double(), x.double()
+    expected = x64 @ (w + 1.5 * b.to(dtype).double() @ a.to(dtype).double()).T + bias
+    for weight in (a, b):
+        weight.requires_grad_(False)
+    with torch.no_grad():
+        at_once, few = ours(x), ours(x[:1])
+    products = ours(x)
+    assert at_once.dtype == dtype and not torch.equal(at_once, products)
+    assert torch.equal(few, ours(x[:1]))  # 7 rows, 24 inputs: the products are cheaper
+    for y in (at_once, products):
+        assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0)])
+def test_the_trained_adapter_says_the_same_with_and_without_gradients(dtype, tolerance):
+    """GRPO compares log-probabilities of both: in bfloat16 a weight that is summed first would move them."""
+    ours, _ = pair(dtype)
+    ours.switch("a")
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        walked = ours(x)
+    products = ours(x)
+    assert torch.equal(walked, products) == (dtype == torch.bfloat16)
+    assert (walked - products).norm() <= tolerance * products.norm()
+
+
 def test_an_empty_slot_is_the_base_to_the_bit():
     ours, _ = pair(torch.float32)
     x = torch.randn(3, 24)

@@ -221,7 +221,7 @@ def test_the_moving_average_of_the_student_teaches(world, tmp_path):
         with trained.averaged():
             averaged = model.velocity(*states(), model.text(PROMPTS), 1.0)
     after = answer(cfg, model, "self")
-    assert torch.equal(after, averaged)
+    torch.testing.assert_close(after, averaged)  # a frozen adapter is summed with the weights first
     assert min((after - other).abs().max() for other in (before, now)) > 1e-3
     # And it is saved and resumed as before.
     state = trained.state()
