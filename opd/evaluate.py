@@ -43,7 +43,9 @@ class Arguments:
     family: str = "sd3"
     """Model family: the module opd/families/FAMILY.py."""
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
-    """Name and source of each adapter; the base is always scored too."""
+    """Name and source of each adapter."""
+    base: bool = True
+    """Score the base too."""
     prompts: Texts = field(default_factory=lambda: dict(DEFAULT.prompts))
     """Task -> file of prompts that were trained on."""
     heldout: Texts = field(default_factory=lambda: dict(DEFAULT.heldout))
@@ -112,6 +114,7 @@ def check(args: Arguments) -> None:
     time_limit(args, "reward_timeout")
     named = bool(args.prompts) or bool(args.heldout) or bool(args.pictures)
     require(named, "--prompts and --heldout are both empty: give at least one TASK=FILE pair")
+    require(args.base or len(args.adapters) > 0, "--no-base without --adapters leaves nothing to score")
     both = bool(args.records) and bool(args.pictures)
     require(not both, "--records makes pictures, --pictures scores some that exist; give one of them")
     if args.out:
@@ -138,11 +141,14 @@ def read_splits(args: Arguments) -> Splits:
 
 def rows_of(args: Arguments) -> dict[str, Row]:
     """Base and adapters, each with its guidance; where --guidance names several, each with all of them."""
+    names = dict.fromkeys([adapters.BASE, *args.adapters])
+    if not args.base:
+        names = args.adapters
     if len(args.guidance) < 2:
         scales = guidance_of(args.adapters, *args.guidance)
-        return {name: Row(name, scale) for name, scale in scales.items()}
+        return {name: Row(name, scales[name]) for name in names}
     rows = {}
-    for name in dict.fromkeys([adapters.BASE, *args.adapters]):
+    for name in names:
         for scale in args.guidance:
             rows[f"{name} g={scale:g}"] = Row(name, scale)
     return rows

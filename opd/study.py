@@ -1,133 +1,190 @@
-"""The miniature's study of recipes: every run of a table as data, run where its result is missing.
+"""The miniature's study: every run of a table as data, run where its result is missing.
 
-    python -m opd.study                        # what is missing, run by run; then the tables anew
+    python -m opd.study                        # what is missing, run by run; then tables and plots anew
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
+    python -m opd.study --quick                # the main table's runs, a twenty-fifth as long, in minutes
+    python -m opd.study --runs mix anchor-late --seeds 3 --heldout compose=FILE text=FILE quality=FILE \\
+        --results runs/other                   # other seeds and prompts, beside the committed results
 
 A run (opd/mini/runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result
 is one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over machines. The
-tables in opd/mini/RESULTS.md and README.md are written from these files alone, between the lines that name
-them.
+tables and plots of opd/mini/RESULTS.md and README.md are made from these files alone (opd/study_pages.py).
 """
 
 import json
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
+from opd import study_pages
 from opd.config import Distil
-from opd.files import read_json, replace, write_json
-from opd.flags import require
-from opd.mini.runs import EVERYWHERE, PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
+from opd.files import read_json, write_json
+from opd.flags import Texts, require
+from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, Recipe
 from opd.presets import MINI_HELDOUT, MINI_SCORERS, PRESETS
 from opd.settings import parse
-from opd.statistics import ALL
+from opd.statistics import ALL, DIVERSITY
+from opd.study_pages import RESULTS, ROOT, SCORES
 
-ROOT = Path(__file__).parents[1]
 QUALITY = MINI_SCORERS["quality"]
-SCORES = ("held_out", "errors", "quality_of")
-RESULTS = ROOT / "opd/mini/results"
-# Page -> the tables in it.
-PAGES = {
-    ROOT / "opd/mini/RESULTS.md": ("recipes", "starts", "rivals", "other teachers"),
-    ROOT / "README.md": ("recipes",),
-}
-
-
-# ---- running ---------------------------------------------------------------------------------------------
+QUICK = "rivals"
+QUICKER = 25
+"""What --quick divides the iterations by."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    runs: tuple[str, ...] = (*RECIPES, *REFERENCES)
-    """What to run."""
+    runs: tuple[str, ...] = ()
+    """What to run. None: everything, or the main table's with --quick."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A training run of each recipe per seed; what is only scored has seed 0."""
+    """A training run of each recipe per seed; what is only scored has seed 0. With --quick: the first."""
     out: str = "runs/study"
     """Where the run folders lie."""
+    results: str = str(RESULTS)
+    """Where the results lie. The pages are written from the committed ones only; of others, the tables of
+    these runs are printed."""
+    heldout: Texts = field(default_factory=lambda: dict(MINI_HELDOUT))
+    """Task -> file of prompts to score; others than the default's need other --results."""
     count: int = 256
     """Images per task, of prompts held out."""
+    quick: bool = False
+    """A twenty-fifth of the iterations, 24 images per task, in runs/study-quick."""
     tables: bool = False
     """Run nothing; write the tables."""
     train: str = ""
     """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
 
+    def check(self) -> None:
+        """ValueError for an unknown run, a task without its prompts, and results that would be mixed with
+        those of other prompts or lengths."""
+        known = [*RECIPES, *REFERENCES]
+        unknown = [name for name in self.runs if name not in known]
+        require(not unknown, f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
+        require(len(self.seeds) > 0, "--seeds is empty")
+        lacking = [task for task in MINI_HELDOUT if task not in self.heldout]
+        require(
+            not lacking, f"--heldout has no prompts for {', '.join(lacking)}; give TASK=FILE for each task"
+        )
+        for task, file in self.heldout.items():
+            require((ROOT / file).is_file(), f"--heldout {task}={file}: there is no such file")
+        committed = Path(self.results).resolve() == RESULTS.resolve()
+        alone = self.quick or self.heldout != MINI_HELDOUT
+        reason = "--quick and --heldout make results that do not belong to the committed ones"
+        require(not (committed and alone), f"{reason}; give another folder to --results")
+
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    known = [*RECIPES, *REFERENCES]
-    unknown = [name for name in args.runs if name not in known]
-    if unknown:
-        sys.exit(f"error: --runs names {unknown[0]!r}; known: {', '.join(known)}")
+    if args.quick:
+        args = quickened(args)
+    try:
+        args.check()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not args.runs:
+        args = replace(args, runs=(*RECIPES, *REFERENCES))
     if not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)
-    write_tables()
+    results = study_pages.load(Path(args.results))
+    if Path(args.results).resolve() == RESULTS.resolve():
+        study_pages.write(results)
+        return
+    for name, rows in TABLES.items():
+        if set(rows) & set(args.runs):
+            print(f"{name}\n{study_pages.table(name, results)}")
+
+
+def quickened(args: Arguments) -> Arguments:
+    """Every step of the study in minutes, in places of its own; the scores say nothing."""
+    args = replace(args, out="runs/study-quick", results="runs/study-quick/results", seeds=args.seeds[:1])
+    return replace(args, runs=args.runs or TABLES[QUICK], count=24)
 
 
 def missing(args: Arguments) -> list[tuple[str, int]]:
     """(name, seed) of what has no result."""
     wanted = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
     wanted += [(name, 0) for name in args.runs if name in REFERENCES]
-    return [(name, seed) for name, seed in wanted if not result_file(name, seed).is_file()]
+    return [(name, seed) for name, seed in wanted if not result_file(args, name, seed).is_file()]
 
 
 def run(args: Arguments, name: str, seed: int) -> None:
     """Make a result, and what it needs before."""
-    folder = Path(args.out).absolute() / f"{name}-{seed}"
     about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
     if name in REFERENCES:
         reference = REFERENCES[name]
-        prepare(reference.needs)
-        found = scored(args, folder, reference.flags, reference.tasks)
+        prepare(args, reference.needs, seed)
+        found = scored(args, folder_of(args, name, seed), reference.flags, reference.tasks)
         result = {"flags": reference.flags}
         for what, rows in found.items():
             result[what] = {row: rows[row] for row in reference.titles}
     else:
-        prepare(RECIPES[name].needs)
-        result = trained(args, folder, RECIPES[name], seed)
-    write_json(result_file(name, seed), about | result)
+        prepare(args, RECIPES[name].needs, seed)
+        result = trained(args, name, seed)
+    write_json(result_file(args, name, seed), about | result)
 
 
-def prepare(needs: tuple[str, ...]) -> None:
-    for place in needs:
-        if not (ROOT / place).exists():
-            call(shlex.split(PREPARED[place]))
+def prepare(args: Arguments, needs: tuple[str, ...], seed: int) -> None:
+    """Make what is not there: places by their commands, recipes by their runs."""
+    for need in needs:
+        if need in RECIPES:
+            if not result_file(args, need, seed).is_file():
+                run(args, need, seed)
+        elif not (ROOT / need).exists():
+            call(shlex.split(PREPARED[need]))
 
 
-def trained(args: Arguments, folder: Path, recipe: Recipe, seed: int) -> dict:
+def trained(args: Arguments, name: str, seed: int) -> dict:
     """Train a recipe and score its student on held-out prompts."""
-    flags = shlex.split(recipe.flags)
-    cfg = parse([recipe.preset, *flags], PRESETS)
+    recipe, folder = RECIPES[name], folder_of(args, name, seed)
+    flags = filled(args, recipe, seed)
+    cfg = parse([recipe.preset, *shlex.split(flags)], PRESETS)
+    command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
+    command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
+    if args.quick:
+        command += ["--iterations", str(max(2, cfg.iterations // QUICKER))]
     started = time.monotonic()
-    alone = ["--no-evaluate", "--sample-every", "0", "--seed", str(seed), "--out", str(folder)]
-    call(["train.py", recipe.preset, *flags, *alone, *shlex.split(args.train)])
+    call(command)
     seconds = time.monotonic() - started
-    student = f"--adapters student={shlex.quote(str(folder / 'student'))}"
+    student = f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base"
     result = {
-        "flags": recipe.flags,
+        "flags": flags,
         "iterations": cfg.iterations,
         "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
     }
     for what, rows in scored(args, folder, student, recipe.tasks).items():
         result[what] = rows["student"]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result |= curve(metrics)
     if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
-        result["gap_closed"] = gap_closed((folder / "metrics.jsonl").read_text())
+        result["gap_closed"] = gap_closed(metrics)
     return result
+
+
+def filled(args: Arguments, recipe: Recipe, seed: int) -> str:
+    """The recipe's flags with the places of other recipes' students."""
+
+    def place(found: re.Match) -> str:
+        return shlex.quote(str(Path(args.out) / f"{found[1]}-{seed}" / "student"))
+
+    return re.sub(r"\{of ([\w.-]+)\}", place, recipe.flags)
 
 
 def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
     """{what: {row of opd.evaluate: {task: number}}} on held-out prompts: "held_out", each task's own score;
-    "errors", the standard errors of these; "quality_of", the quality of every task's pictures."""
+    "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
+    apart the pictures of one prompt are, where a task has several of one."""
     file = folder / "heldout.json"
-    prompts = [f"{task}={MINI_HELDOUT[task]}" for task in tasks]
+    prompts = [f"{task}={args.heldout[task]}" for task in tasks]
     call(
         ["-m", "opd.evaluate", *shlex.split(flags), "--prompts", "--heldout", *prompts]
         + ["--count", str(args.count), "--scorers", QUALITY, "--out", str(file)]
@@ -142,14 +199,30 @@ def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) ->
             found["errors"].setdefault(row, {})[task] = cell["error"]
         if cell["scorer"] == QUALITY:
             found["quality_of"].setdefault(row, {})[task] = cell["mean"]
-    return found
+        if cell["scorer"] == DIVERSITY:
+            found[DIVERSITY].setdefault(row, {})[task] = cell["mean"]
+    return {what: rows for what, rows in found.items() if rows}
 
 
-def gap_closed(metrics: str) -> dict[str, float]:
-    """{"fixed": share, "visited": share} of the way from base to teacher, in the last line of metrics.jsonl
+def curve(metrics: list[dict]) -> dict:
+    """{"curve": scores that the run watched, with the samples and seconds of training before each}, {} where
+    it watched none. Seconds: the median step's, times steps, since other work may stop a run for a while."""
+    points = []
+    step_seconds = statistics.median(line["effective_batch"] / line["samples_per_second"] for line in metrics)
+    for line in metrics:
+        if "watch" in line:
+            step = line["step"]
+            samples, seconds = step * line["effective_batch"], step * step_seconds
+            points.append({"step": step, "samples": samples, "seconds": round(seconds)} | line["watch"])
+    if not points:
+        return {}
+    return {"curve": points}
+
+
+def gap_closed(metrics: list[dict]) -> dict[str, float]:
+    """{"fixed": share, "visited": share} of the way from base to teacher, in the last line of the metrics
     that has it: the mean over teachers and noise levels."""
-    lines = [json.loads(line) for line in metrics.splitlines()]
-    last = [line for line in lines if "fixed" in line][-1]
+    last = [line for line in metrics if "fixed" in line][-1]
     shares = {}
     for states in ("fixed", "visited"):
         levels = [share for teacher in last[states].values() for share in teacher["gap"].values()]
@@ -170,121 +243,12 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def result_file(name: str, seed: int) -> Path:
-    return RESULTS / f"{name}-{seed}.json"
+def folder_of(args: Arguments, name: str, seed: int) -> Path:
+    return Path(args.out).absolute() / f"{name}-{seed}"
 
 
-# ---- tables ----------------------------------------------------------------------------------------------
-
-
-def write_tables() -> None:
-    for page, names in PAGES.items():
-        text = with_tables(page.read_text(), names)
-        replace(page, lambda path, text=text: path.write_text(text))
-
-
-def with_tables(page: str, names: tuple[str, ...]) -> str:
-    for name in names:
-        page = with_table(page, name, table(name))
-    return page
-
-
-def with_table(page: str, name: str, table: str) -> str:
-    """`page` with another table between `<!-- table NAME -->` and `<!-- end -->`. ValueError where it has no
-    place for one."""
-    begin, end = f"<!-- table {name} -->\n", "<!-- end -->\n"
-    before, found, rest = page.partition(begin)
-    require(bool(found) and end in rest, f"the page has no lines {begin.strip()} and {end.strip()}")
-    _, _, after = rest.partition(end)
-    return before + begin + table + end + after
-
-
-def table(name: str) -> str:
-    """A row per recipe or model: mean and standard deviation over the seeds that have a result."""
-    rows = [row for run in TABLES[name] for row in rows_of(run)]
-    if name in EVERYWHERE:
-        return everywhere(rows)
-    columns = ["seeds", *TASKS, "mean"]
-    with_gap = any("gap_closed" in result for _, results in rows for result in results)
-    if with_gap:
-        columns += ["gap closed, fixed states", "visited states"]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for title, results in rows:
-        cells = [str(len(results)), *cells_of(results)]
-        if with_gap:
-            cells += gap_cells(results)
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
-    """A table with the quality of every task's pictures: its mean over the three is `quality of all`, which
-    the mean of three takes instead of the quality of landscapes."""
-    columns = [
-        "seeds",
-        *TASKS,
-        "quality of shapes",
-        "of signs",
-        "of all",
-        "mean of compose, text, quality of all",
-    ]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for title, results in rows:
-        cells = [str(len(results)), *cells_of(results)[: len(TASKS)]]
-        for task in ("compose", "text"):
-            cells.append(spread([result["quality_of"][task] for result in results]))
-        cells.append(spread([quality_of_all(result) for result in results]))
-        cells.append(spread([mean_of_three(result) for result in results]))
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def quality_of_all(result: dict) -> float:
-    return statistics.fmean(result["quality_of"].values())
-
-
-def mean_of_three(result: dict) -> float:
-    own = result["held_out"]
-    return statistics.fmean([own["compose"], own["text"], quality_of_all(result)])
-
-
-def rows_of(name: str) -> list[tuple[str, list[dict]]]:
-    """(title, results) of each row that has a result."""
-    results = [read_json(file) for file in sorted(RESULTS.glob("*.json"))]
-    results = [result for result in results if result["recipe"] == name]
-    if not results:
-        return []
-    if name in RECIPES:
-        return [(RECIPES[name].title, results)]
-    found = []
-    for row, title in REFERENCES[name].titles.items():
-        found.append((title, [{what: results[0][what][row] for what in SCORES if what in results[0]}]))
-    return found
-
-
-def cells_of(results: list[dict]) -> list[str]:
-    """A cell per task and the mean; empty where the tasks are not all scored."""
-    cells = []
-    for task in TASKS:
-        cells.append(spread([result["held_out"][task] for result in results if task in result["held_out"]]))
-    whole = [result["held_out"].values() for result in results if len(result["held_out"]) == len(TASKS)]
-    return [*cells, spread([statistics.fmean(scores) for scores in whole])]
-
-
-def gap_cells(results: list[dict]) -> list[str]:
-    if "gap_closed" not in results[0]:
-        return ["", ""]
-    return [spread([result["gap_closed"][states] for result in results]) for states in ("fixed", "visited")]
-
-
-def spread(values: list[float]) -> str:
-    """.345 ± .008, the value alone, or nothing."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.3f}".removeprefix("0")
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.3f}".replace("± 0", "± ")
+def result_file(args: Arguments, name: str, seed: int) -> Path:
+    return Path(args.results) / f"{name}-{seed}.json"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,68 @@ def chart(title: str, curves: list[Curve], logarithmic: bool) -> str:
     return frame(WIDTH, max(HEIGHT, TOP + 20 + 16 * len(curves)), body)
 
 
+@dataclass(frozen=True)
+class Mark:
+    x: float
+    y: float
+    label: str
+    x_spread: float = 0.0
+    y_spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Marked:
+    name: str
+    marks: list[Mark]
+    """In the order in which a line joins them."""
+
+
+def plane(title: str, x_name: str, y_name: str, curves: list[Marked]) -> str:
+    """A file of its own: marks in a plane, with their spreads, joined by lines. Empty without marks."""
+    curves = [curve for curve in curves if curve.marks]
+    marks = [mark for curve in curves for mark in curve.marks]
+    xs = [end for mark in marks for end in (mark.x - mark.x_spread, mark.x + mark.x_spread)]
+    ys = [end for mark in marks for end in (mark.y - mark.y_spread, mark.y + mark.y_spread)]
+    right, bottom = WIDTH - LEFT, HEIGHT + 60
+    if not marks:
+        xs = ys = [0.0]
+    x_of = axis(min(xs), max(xs), LEFT + 10, right - 10)
+    y_of = axis(min(ys), max(ys), bottom - 10, TOP + 10)
+    whole, high = WIDTH + 2 * RIGHT, bottom + 50  # with room for the legend
+    body = [f'<rect width="{whole}" height="{high}" fill="#fff"/>']
+    body += [text(LEFT, 16, title), text(right, 16, y_name, "end")]
+    body.append(text((LEFT + right) / 2, bottom + 34, x_name, "middle"))
+    for value in ticks(min(ys), max(ys)):
+        line = f'x1="{LEFT}" x2="{right}" y1="{y_of(value):.1f}" y2="{y_of(value):.1f}"'
+        body += [f'<line {line} stroke="#ddd"/>', text(LEFT - 6, y_of(value) + 4, f"{value:.4g}", "end")]
+    for value in ticks(min(xs), max(xs)):
+        body.append(text(x_of(value), bottom + 14, f"{value:.4g}", "middle"))
+    for number, curve in enumerate(curves):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(f"{x_of(mark.x):.1f},{y_of(mark.y):.1f}" for mark in curve.marks)
+        body.append(f'<polyline fill="none" stroke="{colour}" points="{points}"/>')
+        for mark in curve.marks:
+            body += marked(mark, colour, x_of, y_of)
+        y = TOP + 20 + 18 * number
+        body.append(f'<rect x="{right + 8}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+        body.append(text(right + 22, y, curve.name))
+    inside = "\n".join(body)
+    size = f'width="{whole}" height="{high}" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{inside}\n</svg>\n'
+
+
+def marked(mark: Mark, colour: str, x_of, y_of) -> list[str]:
+    """A dot, its spreads as a cross, and its label."""
+    x, y = x_of(mark.x), y_of(mark.y)
+    left, right = x_of(mark.x - mark.x_spread), x_of(mark.x + mark.x_spread)
+    low, high = y_of(mark.y - mark.y_spread), y_of(mark.y + mark.y_spread)
+    across = f'x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+    upright = f'x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"'
+    lines = [f'<line {line} stroke="{colour}" opacity="0.5"/>' for line in (across, upright)]
+    dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+    return [*lines, dot, text(x + 7, y - 5, mark.label)]
+
+
 def heat_map(title: str, columns: list[tuple[int, dict[str, float]]]) -> str:
     """`columns`: (step, {sigma: value}). Steps that share a column are averaged; colours are logarithmic,
     from light (small) to dark."""

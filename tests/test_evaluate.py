@@ -341,6 +341,15 @@ def test_bad_arguments_are_refused_before_the_model(world, flag, value, message)
     assert message in refused(world, "--model", "/nowhere", flag, value)
 
 
+def test_without_the_base_the_adapters_scores_are_the_same(world, tmp_path):
+    out = tmp_path / "scores.json"
+    command(world, "--out", str(out))
+    both = json.loads(out.read_text())["scores"]
+    command(world, "--out", str(out), "--no-base")
+    assert json.loads(out.read_text())["scores"] == {"red": both["red"]} != both
+    assert "--no-base without --adapters" in refused(world, "--model", "/nowhere", "--no-base", "--adapters")
+
+
 def test_no_prompts_at_all_are_refused(world):
     assert "both empty" in refused(world, "--prompts", "--heldout")
 

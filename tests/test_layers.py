@@ -47,6 +47,7 @@ opd.mini
 opd.mini.world opd.mini.runs
 opd.mini.rewards opd.mini.build
 opd.mini.signs
+opd.study_pages
 opd.study
 train sample
 opd.bench_clock opd.bench_compare opd.bench_model

@@ -1,28 +1,38 @@
-"""The study: tables come from committed results alone, and a run that has a result is not made again."""
+"""The study: pages come from committed results alone, and a run that has a result is not made again."""
 
 import json
 import re
 import statistics
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import tyro
 
-from opd import evaluate, study
+from opd import evaluate, study, study_pages, svg
 from opd.config import Distil
 from opd.mini import runs
 from opd.presets import MINI_SCORERS, PRESETS
 from opd.settings import parse
 
-RESULTS = study.ROOT / "opd/mini/RESULTS.md"
 README = study.ROOT / "README.md"
+COMMITTED = study_pages.load(study.RESULTS)
+ARGUMENTS = study.Arguments()
 
 
-@pytest.mark.parametrize("page", study.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", study_pages.PAGES, ids=lambda page: page.name)
 def test_the_committed_tables_are_those_of_the_committed_results(page):
     text = page.read_text()
-    assert study.with_tables(text, study.PAGES[page]) == text
-    assert len(study.PAGES[page]) == text.count("<!-- table ")
+    assert study_pages.with_tables(text, study_pages.PAGES[page], COMMITTED) == text
+    assert len(study_pages.PAGES[page]) == text.count("<!-- table ")
+
+
+@pytest.mark.parametrize("file", study_pages.PLOTS, ids=lambda file: file.name)
+def test_the_committed_plots_are_those_of_the_committed_results(file):
+    assert study_pages.PLOTS[file](COMMITTED) == file.read_text()
+    root = ElementTree.fromstring(file.read_text())
+    assert root.tag.endswith("svg") and len(root.findall("{*}circle")) > 3
 
 
 def readme_row(start: str) -> list[str]:
@@ -32,13 +42,13 @@ def readme_row(start: str) -> list[str]:
 
 
 def test_the_students_row_of_the_readme_is_that_of_its_recipe():
-    ((_, results),) = study.rows_of("folded")
-    assert readme_row("**student** (guidance folded in), 3 seeds") == study.cells_of(results)
+    ((_, results),) = study_pages.rows_of("folded", COMMITTED)
+    assert readme_row("**student** (guidance folded in), 3 seeds") == study_pages.cells_of(results)
     assert sorted(result["seed"] for result in results) == [0, 1, 2]
 
 
 def config(recipe):
-    return parse([recipe.preset, *recipe.flags.split()], PRESETS)
+    return parse([recipe.preset, *study.filled(ARGUMENTS, recipe, 0).split()], PRESETS)
 
 
 def test_every_committed_result_is_of_a_run_as_it_is_now():
@@ -47,14 +57,14 @@ def test_every_committed_result_is_of_a_run_as_it_is_now():
     for file in files:
         result = json.loads(file.read_text())
         name = result["recipe"]
-        assert file == study.result_file(name, result["seed"])
+        assert file == study.result_file(ARGUMENTS, name, result["seed"])
         if name in study.REFERENCES:
             assert result["flags"] == study.REFERENCES[name].flags
             assert list(result["held_out"]) == list(study.REFERENCES[name].titles)
             assert all(list(row) == list(study.REFERENCES[name].tasks) for row in result["held_out"].values())
         else:
             cfg = config(study.RECIPES[name])
-            assert result["flags"] == study.RECIPES[name].flags
+            assert result["flags"] == study.filled(ARGUMENTS, study.RECIPES[name], result["seed"])
             assert result["iterations"] == cfg.iterations
             assert ("gap_closed" in result) == (isinstance(cfg, Distil) and cfg.diagnose_every > 0)
             assert list(result["held_out"]) == list(study.RECIPES[name].tasks)
@@ -80,50 +90,93 @@ def test_every_run_is_in_a_table_and_knows_what_it_needs():
     assert set(listed) == set(every)
     for run in every.values():
         # What a flag names below runs/ is made before; what makes it finds its own needs made.
+        places = [need for need in run.needs if need in runs.PREPARED]
         for place in re.findall(r"runs/[\w/-]+", run.flags):
-            assert place in run.needs, (run, place)
-        for number, place in enumerate(run.needs):
-            made = " ".join([place, *run.needs[:number]])
+            assert place in places, (run, place)
+        assert set(re.findall(r"{of ([\w.-]+)}", run.flags)) == set(run.needs) - set(places)
+        assert set(run.needs) - set(places) <= set(study.RECIPES)
+        for number, place in enumerate(places):
+            made = " ".join([place, *places[:number]])
             for used in re.findall(r"runs/[\w/-]+", runs.PREPARED[place]):
                 assert used in made, (place, used)
 
 
-def test_spread_and_table_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+def test_spread_and_table_by_hand():
+    results = []
     for seed, compose in enumerate((0.3, 0.4, 0.5)):
         scores = {"compose": compose, "text": 0.9, "quality": 0.8}
-        result = {"recipe": "folded", "seed": seed, "held_out": scores}
-        (tmp_path / f"folded-{seed}.json").write_text(json.dumps(result))
-    *_, row = study.table("recipes").strip().split("\n")
+        results.append({"recipe": "folded", "seed": seed, "held_out": scores})
+    *_, row = study_pages.table("recipes", results).strip().split("\n")
     assert row.endswith("| 3 | .400 ± .100 | .900 ± .000 | .800 ± .000 | .700 ± .033 |")
-    assert study.spread([0.25]) == ".250" and study.spread([]) == ""
+    assert study_pages.spread([0.25]) == ".250" and study_pages.spread([]) == ""
     with pytest.raises(ValueError, match="has no lines <!-- table missing -->"):
-        study.with_table("text", "missing", row)
+        study_pages.with_table("text", "missing", row)
 
 
-def test_a_table_with_teachers_beside_students_shows_the_gap_of_these_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+def test_a_table_with_teachers_beside_students_shows_the_gap_of_these_alone():
     scores = {"text": 0.7}
     student = {"recipe": "full", "held_out": scores, "gap_closed": {"fixed": 0.625, "visited": 0.5}}
-    (tmp_path / "full-0.json").write_text(json.dumps(student))
-    (tmp_path / "full-teacher-0.json").write_text(
-        json.dumps({"recipe": "full-teacher", "held_out": {"base": scores}})
-    )
-    _, _, teacher, row = study.table("other teachers").strip().split("\n")
-    assert row.endswith("| 1 |  | .700 |  |  | .625 | .500 |")
-    assert teacher.endswith("| 1 |  | .700 |  |  |  |  |")
+    teacher = {"recipe": "full-teacher", "held_out": {"base": scores}}
+    _, _, first, second = study_pages.table("other teachers", [student, teacher]).strip().split("\n")
+    assert second.endswith("| 1 |  | .700 |  |  | .625 | .500 |")
+    assert first.endswith("| 1 |  | .700 |  |  |  |  |")
 
 
-def test_the_quality_of_all_is_that_of_every_tasks_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    result = {
-        "recipe": "mix",
-        "held_out": {"compose": 0.3, "text": 0.9, "quality": 0.8},
-        "quality_of": {"compose": 0.6, "text": 0.4, "quality": 0.8},
-    }
-    (tmp_path / "mix-0.json").write_text(json.dumps(result))
-    *_, row = study.table("rivals").strip().split("\n")
-    assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 |"
+def rival(name, seed, compose, text, qualities, **more):
+    """A result with the quality of the three tasks' pictures."""
+    held_out = {"compose": compose, "text": text, "quality": qualities[2]}
+    quality_of = dict(zip(runs.TASKS, qualities, strict=True))
+    return {"recipe": name, "seed": seed, "held_out": held_out, "quality_of": quality_of} | more
+
+
+def test_the_quality_of_all_is_that_of_every_tasks_pictures():
+    result = rival("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), diversity={"quality": 0.125})
+    *_, row = study_pages.table("rivals", [result]).strip().split("\n")
+    assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 |"
+
+
+def test_the_plot_of_anchors_has_a_mark_per_recipe_and_a_cross_as_wide_as_its_spread():
+    results = [rival("anchor-0", seed, 0.2 + seed / 5, 0.9, (0.5, 0.5, 0.5)) for seed in (0, 1)]
+    results.append(rival("anchor-late", 0, 0.3, 0.9, (0.9, 0.9, 0.9)))
+    (mark,) = study_pages.marks({"anchor-0": "0"}, results)
+    assert mark == svg.Mark(pytest.approx(0.6), 0.5, "0", pytest.approx(0.1 / 2**0.5), 0.0)
+    root = ElementTree.fromstring(study_pages.trade(results))
+    first, second = root.findall("{*}circle")
+    assert float(first.get("cx")) == float(second.get("cx"))
+    assert float(first.get("cy")) > float(second.get("cy"))  # down is less
+    across = root.findall("{*}line[@opacity='0.5']")[0]
+    width = float(across.get("x2")) - float(across.get("x1"))
+    assert width == pytest.approx(svg.WIDTH - 2 * svg.LEFT - 20)  # the only spread spans the frame
+
+
+def test_the_student_is_drawn_after_the_seconds_of_its_teachers():
+    def watching(seconds, value):
+        return {"curve": [{"step": 1, "samples": 2, "seconds": seconds} | dict.fromkeys(runs.TASKS, value)]}
+
+    teachers = [rival(name, 0, 0, 0, (0, 0, 0), **watching(10, 0.1)) for name in runs.TEACHERS]
+    students = [
+        rival("student", 0, 0, 0, (0, 0, 0), **watching(4, 0.5)),
+        rival("student", 1, 0, 0, (0, 0, 0), **watching(6, 0.7)),
+    ]
+    assert study_pages.watched("student", students, 30.0) == [
+        svg.Mark(35.0, pytest.approx(0.6), "", 0.0, pytest.approx(0.2 / 2**0.5))
+    ]
+    root = ElementTree.fromstring(study_pages.progress([*teachers, *students]))
+    assert "35" in [text.text for text in root.findall("{*}text")]
+
+
+def test_a_plot_of_no_results_is_an_empty_frame():
+    root = ElementTree.fromstring(study_pages.progress([]))
+    assert root.findall("{*}circle") == [] and len(root.findall("{*}text")) > 3
+
+
+def test_a_curve_counts_the_samples_and_seconds_before_each_score():
+    speeds = (15.0, 0.01, 15.0)  # the second step was held up
+    lines = [{"step": n + 1, "effective_batch": 30, "samples_per_second": s} for n, s in enumerate(speeds)]
+    lines[1]["watch"] = {"compose": 0.3, "text": 0.9, "quality": 0.8}
+    (point,) = study.curve(lines)["curve"]
+    assert point == {"step": 2, "samples": 60, "seconds": 4, "compose": 0.3, "text": 0.9, "quality": 0.8}
+    assert study.curve(lines[:1]) == {}
 
 
 def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_comparison():
@@ -133,21 +186,34 @@ def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_compa
         "fixed": {"a": {"gap": {"1.0": 0.2, "0.5": 0.4}}, "b": {"gap": {"1.0": 0.6, "0.5": 0.8}}},
         "visited": {"a": {"gap": {"1.0": 0.1, "0.5": 0.3}}},
     }
-    lines = "\n".join(json.dumps(line) for line in (early, late, {"step": 5}))
-    assert study.gap_closed(lines) == {"fixed": 0.5, "visited": 0.2}
+    assert study.gap_closed([early, late, {"step": 5}]) == {"fixed": 0.5, "visited": 0.2}
     assert statistics.fmean((0.2, 0.4, 0.6, 0.8)) == pytest.approx(0.5)
 
 
 def test_only_missing_runs_are_made(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "run", lambda args, name, seed: made.append((name, seed)))
-    monkeypatch.setattr(study, "write_tables", lambda: None)
-    (tmp_path / "plain-1.json").write_text("{}")
-    study.main(["--runs", "plain", "folded", "shipped", "--seeds", "0", "1"])
+    (tmp_path / "plain-1.json").write_text(json.dumps({"recipe": "of no table"}))
+    elsewhere = ["--results", str(tmp_path)]
+    study.main(["--runs", "plain", "folded", "shipped", "--seeds", "0", "1", *elsewhere])
     assert made == [("plain", 0), ("folded", 0), ("folded", 1), ("shipped", 0)]
-    with pytest.raises(SystemExit, match="--runs names 'golden'"):
-        study.main(["--runs", "golden"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--runs", "golden"], "--runs names golden; known: plain,"),
+        (["--seeds"], "--seeds is empty"),
+        (["--heldout", "text=README.md"], "--heldout has no prompts for compose, quality"),
+        (["--heldout", "compose=a", "text=b", "quality=c"], "--heldout compose=a: there is no such file"),
+        (["--heldout", *(f"{t}=README.md" for t in runs.TASKS)], "give another folder to --results"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(flags, words, monkeypatch):
+    monkeypatch.setattr(study, "call", None)
+    monkeypatch.setattr(study_pages, "write", None)
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        study.main(flags)
 
 
 def cells():
@@ -161,48 +227,51 @@ def cells():
             found.append(place | {"scorer": MINI_SCORERS[task], "tag": "counting", "mean": 0.9})
             if task != "quality":
                 found.append(place | {"scorer": study.QUALITY, "tag": "", "mean": quality})
+        quality = {"row": row, "task": "quality", "scorer": "diversity", "tag": "", "mean": 0.15}
+        found.append(quality)
     return found
 
 
-def test_a_run_of_another_stage_is_scored_alike(tmp_path, monkeypatch):
-    """GRPO has neither a teacher to compare with nor that setting."""
-    calls = []
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """The programs that the study runs, by their arguments; every run leaves scores and metrics."""
+    made = []
 
     def call(arguments):
-        calls.append(arguments)
-        folder = tmp_path / "mix-0"
-        folder.mkdir(exist_ok=True)
-        (folder / "heldout.json").write_text(json.dumps({"cells": cells()}))
-
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(study, "call", call)
-    study.run(study.Arguments(out=str(tmp_path)), "mix", 0)
-    assert calls[0][:2] == ["train.py", "mini-grpo-mix"]
-    result = json.loads((tmp_path / "results/mix-0.json").read_text())
-    assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
-    assert "gap_closed" not in result and result["iterations"] == 320
-
-
-def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch):
-    """Every command in its order, and a result of what they left."""
-    calls = []
-
-    def call(arguments):
-        calls.append(arguments)
-        folder = tmp_path / "out" / "sft-10-1"
-        if "opd.evaluate" in arguments:
-            folder.mkdir(parents=True)
-            (folder / "heldout.json").write_text(json.dumps({"cells": cells()}))
+        made.append(arguments)
+        out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else tmp_path
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if arguments[0] == "train.py":
+            out.mkdir(exist_ok=True)
+            (out / "metrics.jsonl").write_text(
+                '{"step": 1, "effective_batch": 30, "samples_per_second": 15.0}\n'
+            )
+        elif "opd.evaluate" in arguments:
+            out.write_text(json.dumps({"cells": cells()}))
 
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "call", call)
-    monkeypatch.setattr(study, "write_tables", lambda: None)
+    for file in study.MINI_HELDOUT.values():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("")
+    return made
+
+
+def test_a_run_of_another_stage_is_scored_alike(tmp_path, calls):
+    """GRPO has neither a teacher to compare with nor that setting."""
+    study.main(["--runs", "mix", "--seeds", "0", "--out", str(tmp_path), "--results", str(tmp_path)])
+    assert calls[0][:2] == ["train.py", "mini-grpo-mix"]
+    result = json.loads((tmp_path / "mix-0.json").read_text())
+    assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
+    assert "gap_closed" not in result and "curve" not in result and result["iterations"] == 550
+
+
+def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, calls):
+    """Every command in its order, and a result of what they left."""
     (tmp_path / "runs/mini-samples").mkdir(parents=True)
     (tmp_path / runs.SAMPLES).write_text("")
-    study.main(
-        ["--runs", "sft-10", "--seeds", "1", "--out", str(tmp_path / "out"), "--train=--dtype float32"]
-    )
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    study.main(["--runs", "sft-10", "--seeds", "1", *places, "--train=--dtype float32"])
     assert [arguments[0] for arguments in calls] == ["train.py", "train.py", "-m"]
     assert calls[0][1] == "mini-sft-start"
     assert calls[1][:6] == ["train.py", "mini", "--cold-start", runs.SFT_START, "--iterations", "10"]
@@ -211,4 +280,31 @@ def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, monkeypatch
     assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
     assert result["quality_of"] == {"compose": 0.4, "text": 0.5, "quality": 0.3}
     assert result["errors"] == {"compose": 0.01, "text": 0.01, "quality": 0.01}
+    assert result["diversity"] == {"quality": 0.15}
     assert (result["iterations"], result["seed"], result["recipe"]) == (10, 1, "sft-10")
+
+
+def test_a_student_learns_from_the_teachers_of_its_own_seed_on_the_prompts_asked_for(tmp_path, calls):
+    """Each teacher is a run with a result of its own, made once."""
+    other = tmp_path / "other.txt"
+    other.write_text("")
+    heldout = ["--heldout", *(f"{task}={other}" for task in runs.TASKS)]
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    study.main(["--runs", "anchor-late", "anchor-0", "--seeds", "5", *heldout, *places])
+    trained = [arguments for arguments in calls if arguments[0] == "train.py"]
+    names = [Path(arguments[arguments.index("--out") + 1]).name for arguments in trained]
+    assert names == ["equal-compose-5", "equal-text-5", "all-quality-5", "anchor-late-5", "anchor-0-5"]
+    assert all(arguments[arguments.index("--seed") + 1] == "5" for arguments in trained)
+    assert f"text={tmp_path / 'out/equal-text-5/student'}" in trained[3]
+    assert all(f"text={other}" in arguments for arguments in calls if "opd.evaluate" in arguments)
+    assert (tmp_path / "results/all-quality-5.json").is_file()
+
+
+def test_quick_divides_the_steps_and_keeps_out_of_the_committed_results(tmp_path, monkeypatch, calls):
+    monkeypatch.chdir(tmp_path)
+    study.main(["--quick", "--runs", "mix"])
+    assert [arguments[0] for arguments in calls] == ["train.py", "-m"]
+    assert calls[0][-2:] == ["--iterations", "22"]
+    assert calls[1][calls[1].index("--count") + 1] == "24"
+    assert (tmp_path / "runs/study-quick/results/mix-0.json").is_file()
+    assert study.quickened(ARGUMENTS).runs == runs.TABLES["rivals"]

@@ -13,9 +13,9 @@ class Recipe:
     title: str
     """What a table calls it."""
     flags: str = ""
-    """On top of `train.py PRESET`."""
+    """On top of `train.py PRESET`. {of NAME} is the student of another recipe with this run's seed."""
     needs: tuple[str, ...] = ()
-    """Of PREPARED, in the order in which they are made."""
+    """Of PREPARED, or recipes (of the same seed), in the order in which they are made."""
     tasks: tuple[str, ...] = TASKS
     """What is scored."""
     preset: str = "mini"
@@ -59,14 +59,10 @@ PREPARED = {
     LARGE_TEACHER: f"{INSTALL} runs/mini-large {LARGE_TEXT} {LARGE_TEACHER}",
 }
 STARTS = (SAMPLES, SFT_START)
-# Teachers on the mix's terms: its beta, and as many images of their task. The compose teacher that is shipped
-# has them already. The quality teacher sees the prompts of every task, as the paper's anchor does.
-EQUAL_TEXT, ALL_QUALITY = "runs/study/equal-text-0/student", "runs/study/all-quality-0/student"
-PREPARED |= {
-    EQUAL_TEXT: "-m opd.study --runs equal-text --seeds 0",
-    ALL_QUALITY: "-m opd.study --runs all-quality --seeds 0",
-}
-EQUAL = (EQUAL_TEXT, ALL_QUALITY)
+# Teachers on the mix's terms, one set per seed: its beta, and images in proportion to its tasks' shares. The
+# quality teacher sees the prompts of every task, as the paper's anchor does.
+EQUAL = {"compose": "equal-compose", "text": "equal-text", "quality": "all-quality"}
+TEACHERS = tuple(EQUAL.values())
 FROM_FULL = (TEXT_DATA, FULL)
 FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
 
@@ -102,56 +98,143 @@ RECIPES = {
         ("text",),
     ),
 }
-SHORT = "--iterations 25"
-# The field's open questions, each one setting beside "merge-25"; nine states are trained on there.
-QUESTIONS = {
-    "early": Recipe("states 1 to 3 (noise)", f"{SHORT} --queries 3 --query-range 0 3"),
-    "middle": Recipe("states 4 to 6", f"{SHORT} --queries 3 --query-range 3 6"),
-    "late": Recipe("states 7 to 9 (data)", f"{SHORT} --queries 3 --query-range 6 9"),
-    "anywhere": Recipe("three states, drawn from all", f"{SHORT} --queries 3 --query-beta 1 1"),
-    "kl": Recipe("weight kl", f"{SHORT} --weight kl"),
-    "ode": Recipe("deterministic walks", f"{SHORT} --rollout ode"),
-    "soft": Recipe(
-        "soft routing: .8 of the task's teacher, .1 of each other",
-        f"{SHORT} --routes compose=0.8*compose+0.1*text+0.1*quality"
-        " text=0.1*compose+0.8*text+0.1*quality quality=0.1*compose+0.1*text+0.8*quality",
-    ),
-    "alternate": Recipe("one task per step", f"{SHORT} --alternate"),
-    "pg": Recipe("estimator pg", f"{SHORT} --estimator pg"),
-    "pg_live": Recipe("estimator pg_live", f"{SHORT} --estimator pg_live"),
-}
-RECIPES |= QUESTIONS
 PROMPTS = " ".join(f"{task}=opd/mini/prompts/{task}.train.{kind}" for task, kind in KINDS.items())
+OWN_REWARDS = " ".join(f"{task}=opd.mini.rewards:{task}" for task in TASKS)
+STRICT_REWARDS = OWN_REWARDS.replace(":compose", ":compose_strict")
 REWARDED = " ".join(f"{task}=opd.mini.rewards:quality" for task in TASKS)
+# The prompts of shapes and signs again, as tasks of their own, rewarded by the quality of their pictures.
+LOOKS = "shapes=opd/mini/prompts/compose.train.jsonl signs=opd/mini/prompts/text.train.txt"
+LOOKED_AT = "shapes=opd.mini.rewards:quality signs=opd.mini.rewards:quality"
 TERMS = "--beta 0.002 --iterations 80"
-ALL_TEACHERS = (
-    f"--teachers compose=opd/mini/weights/compose text={EQUAL_TEXT} quality={ALL_QUALITY} --anchor quality"
-)
-# One student from teachers on equal terms against one model by GRPO on all rewards.
+QUALITY_OF_ALL = f"{TERMS} --lr 2e-3 --prompts {PROMPTS} --train-rewards {REWARDED}"
+LEARNED = "".join(f" {task}={{of {name}}}" for task, name in EQUAL.items())
+LEARN = f"--teachers{LEARNED} --anchor quality"
+WATCHED = "--watch-every 20 --watch-prompts 128"
+LATE = "--anchor-weight 0.02 --anchor-levels 0.6=3 --iterations 100"
+LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
+# One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
+# see as many images as the teachers; the others take the seconds of distillation.
 RIVALS = {
+    "equal-compose": Recipe("compose teacher", "--iterations 320", preset="mini-compose"),
     "equal-text": Recipe("text teacher", TERMS, preset="mini-text"),
-    "all-quality": Recipe(
-        "quality teacher, prompts of all tasks",
-        f"{TERMS} --lr 2e-3 --prompts {PROMPTS} --train-rewards {REWARDED}",
+    "all-quality": Recipe("quality teacher, prompts of all tasks", QUALITY_OF_ALL, preset="mini-quality"),
+    "mix": Recipe("GRPO-mix", "--iterations 550", preset="mini-grpo-mix"),
+    "mix-all": Recipe(
+        "GRPO-mix, quality of all prompts",
+        f"--iterations 550 --prompts {PROMPTS} {LOOKS} --train-rewards {OWN_REWARDS} {LOOKED_AT}"
+        f" --rewards {STRICT_REWARDS} {LOOKED_AT} --mix compose=9 text=3",
+        preset="mini-grpo-mix",
+    ),
+    "mix-folded": Recipe("the latter, folded into itself", LEARN_FROM_MIX, ("mix-all",)),
+    "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}", TEACHERS),
+    "free-student": Recipe("distilled, no anchor", f"{LEARN} --anchor-weight 0 --iterations 100", TEACHERS),
+    "plain-student": Recipe(
+        "distilled, late anchor, nothing folded", f"{LEARN} {LATE} --teacher-guidance 1", TEACHERS
+    ),
+}
+# Other ways to one model, and what the KL term does for a teacher.
+CONTROLS = {
+    "stacked-text": Recipe(
+        "compose, then text",
+        f"{TERMS} --cold-start {{of equal-compose}}",
+        ("equal-compose",),
+        preset="mini-text",
+    ),
+    "stacked": Recipe(
+        "compose, then text, then quality",
+        f"{QUALITY_OF_ALL} --cold-start {{of stacked-text}}",
+        ("stacked-text",),
         preset="mini-quality",
     ),
-    "mix": Recipe("GRPO-mix", preset="mini-grpo-mix"),
-    "anchor-0": Recipe("distilled, no anchor", f"{ALL_TEACHERS} --anchor-weight 0", EQUAL),
+    # As long as "mix" in all, the teachers included.
+    "merge-mix": Recipe(
+        "teachers merged, then GRPO-mix",
+        "--iterations 166 --cold-start merge --merge-from" + LEARNED,
+        TEACHERS,
+        preset="mini-grpo-mix",
+    ),
+    "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
+    "slow-mix": Recipe(
+        "GRPO-mix, half the learning rate", "--iterations 550 --lr 1e-3", preset="mini-grpo-mix"
+    ),
+    "free-compose": Recipe("compose teacher, no KL", "--iterations 320 --beta 0", preset="mini-compose"),
+    "free-text": Recipe("text teacher, no KL", f"{TERMS} --beta 0", preset="mini-text"),
+    "free-quality": Recipe("quality teacher, no KL", f"{QUALITY_OF_ALL} --beta 0", preset="mini-quality"),
 }
 # The anchor (MAR): a weight for all noise levels, one for the low ones, one that holds a target.
 ANCHORS = {
-    "anchor-0.02": Recipe("anchor .02", f"{ALL_TEACHERS} --anchor-weight 0.02", EQUAL),
-    "anchor-0.1": Recipe("anchor .1", f"{ALL_TEACHERS} --anchor-weight 0.1", EQUAL),
-    "anchor-0.5": Recipe("anchor .5", f"{ALL_TEACHERS} --anchor-weight 0.5", EQUAL),
-    "anchor-2": Recipe("anchor 2", f"{ALL_TEACHERS} --anchor-weight 2", EQUAL),
+    "anchor-0": Recipe("no anchor", f"{LEARN} --anchor-weight 0", TEACHERS),
+    "anchor-0.02": Recipe("anchor .02", f"{LEARN} --anchor-weight 0.02", TEACHERS),
+    "anchor-0.1": Recipe("anchor .1", f"{LEARN} --anchor-weight 0.1", TEACHERS),
+    "anchor-0.5": Recipe("anchor .5", f"{LEARN} --anchor-weight 0.5", TEACHERS),
+    "anchor-2": Recipe("anchor 2", f"{LEARN} --anchor-weight 2", TEACHERS),
+    "anchor-held": Recipe(
+        "anchor's loss held at .8", f"{LEARN} --anchor-weight 0.1 --anchor-target 0.8", TEACHERS
+    ),
+    "anchor-late-4": Recipe(
+        "anchor .02 above noise level .6, 4 below",
+        f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.6=4",
+        TEACHERS,
+    ),
+    "anchor-late-3x80": Recipe(
+        "anchor .02, 3 below .6; 80 steps of three states",
+        f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.6=3 --queries 3 --iterations 80",
+        TEACHERS,
+    ),
+    "anchor-earlier": Recipe(
+        "anchor .02 above noise level .7, 2 below",
+        f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.7=2",
+        TEACHERS,
+    ),
     "anchor-late": Recipe(
         "anchor .02 above noise level .6, 2 below",
-        f"{ALL_TEACHERS} --anchor-weight 0.02 --anchor-levels 0.6=2",
-        EQUAL,
+        f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.6=2 --watch-every 10 --watch-prompts 128",
+        TEACHERS,
     ),
 }
-RECIPES |= RIVALS | ANCHORS
+# The field's open questions, each one setting beside "asked": folded, five of nine states trained on.
+ASKED = f"{LEARN} --anchor-weight 0 --iterations 25"
+QUESTIONS = {
+    "asked": Recipe("**the default recipe, 25 steps**", ASKED, TEACHERS),
+    "from-base": Recipe("from the base", f"{ASKED} --cold-start base", TEACHERS),
+    "unfolded": Recipe("teachers at guidance 1", f"{ASKED} --teacher-guidance 1", TEACHERS),
+    "past": Recipe("targets past the teachers, l = 1.3", f"{ASKED} {PAST}", TEACHERS),
+    "unfolded-past": Recipe(
+        "both: guidance 1, targets past them", f"{ASKED} --teacher-guidance 1 {PAST}", TEACHERS
+    ),
+    "early": Recipe("states 1 to 3 (noise)", f"{ASKED} --queries 3 --query-range 0 3", TEACHERS),
+    "middle": Recipe("states 4 to 6", f"{ASKED} --queries 3 --query-range 3 6", TEACHERS),
+    "late": Recipe("states 7 to 9 (data)", f"{ASKED} --queries 3 --query-range 6 9", TEACHERS),
+    "anywhere": Recipe("three states, drawn from all", f"{ASKED} --queries 3 --query-beta 1 1", TEACHERS),
+    "every-state": Recipe("all nine states", f"{ASKED} --queries 0", TEACHERS),
+    "kl": Recipe("weight kl", f"{ASKED} --weight kl", TEACHERS),
+    "ode": Recipe("deterministic walks", f"{ASKED} --rollout ode", TEACHERS),
+    "soft": Recipe(
+        "soft routing: .8 of the task's teacher, .1 of each other",
+        f"{ASKED} --routes compose=0.8*compose+0.1*text+0.1*quality"
+        " text=0.1*compose+0.8*text+0.1*quality quality=0.1*compose+0.1*text+0.8*quality",
+        TEACHERS,
+    ),
+    "by-reward": Recipe(
+        "routed by reward", f"{ASKED} --routing reward --train-rewards {OWN_REWARDS}", TEACHERS
+    ),
+    "alternate": Recipe("one task per step", f"{ASKED} --alternate", TEACHERS),
+    "pg": Recipe("estimator pg", f"{ASKED} --estimator pg", TEACHERS),
+    "pg_state": Recipe("estimator pg_state", f"{ASKED} --estimator pg_state", TEACHERS),
+    "pg_live": Recipe("estimator pg_live", f"{ASKED} --estimator pg_live", TEACHERS),
+}
+# The papers' settings, with as many forward passes of the student (225 to 220 states of 30 samples).
+QUESTIONS |= {
+    "flow-opd": Recipe("Flow-OPD's settings", f"{LEARN} --iterations 22", TEACHERS, preset="mini-flow-opd"),
+    "diffusion-opd": Recipe(
+        "DiffusionOPD's", f"{LEARN} --iterations 22", TEACHERS, preset="mini-diffusion-opd"
+    ),
+    "dance-opd": Recipe("DanceOPD's", f"{LEARN} --iterations 22", TEACHERS, preset="mini-dance-opd"),
+    "gfd-opd": Recipe("GFD-OPD's", f"{LEARN} --iterations 110", TEACHERS, preset="mini-gfd-opd"),
+}
+RECIPES |= RIVALS | CONTROLS | ANCHORS | QUESTIONS
 REFERENCES = {
+    "base": Reference({"base": "base"}, "--adapters --guidance 1"),
     "shipped": Reference(
         {
             "base": "base",
@@ -192,9 +275,10 @@ TABLES = {
     "references": ("shipped", "shipped-guided"),
     "starts": ("sft-start", "base-10", "sft-10", "merge-10", "base-25", "sft-25", "merge-25"),
     "other teachers": ("full-teacher", "full", "large-teacher", "large", "large-100"),
-    "questions": ("merge-25", *QUESTIONS),
-    "rivals": ("shipped", *RIVALS, "anchor-late"),
-    "anchors": ("anchor-0", *ANCHORS),
+    "questions": tuple(QUESTIONS),
+    "rivals": ("base", *RIVALS),
+    "controls": ("mix", *CONTROLS),
+    "anchors": tuple(ANCHORS),
 }
 # Those that score the quality of every task's pictures.
-EVERYWHERE = ("rivals", "anchors")
+EVERYWHERE = ("rivals", "controls", "anchors", "questions")
