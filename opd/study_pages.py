@@ -181,7 +181,7 @@ def progress(results: list[dict]) -> str:
             teaching += statistics.fmean([result["curve"][-1]["seconds"] for result in own])
     curves = [
         svg.Marked("GRPO-mix", watched("mix", results, 0.0)),
-        svg.Marked("the same, quality of all", watched("mix-all", results, 0.0)),
+        svg.Marked("GRPO-mix, quality of all", watched("mix-all", results, 0.0)),
         svg.Marked("student, after its teachers", watched("student", results, teaching)),
     ]
     return svg.plane("one core", "seconds", "mean of compose, text, quality of landscapes", curves)
