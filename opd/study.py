@@ -133,10 +133,11 @@ def run(args: Arguments, name: str, seed: int) -> None:
 
 
 def prepare(args: Arguments, needs: tuple[str, ...], seed: int) -> None:
-    """Make what is not there: places by their commands, recipes by their runs."""
+    """Make what is not there: places by their commands, recipes by their runs, whose committed results come
+    without the weights."""
     for need in needs:
         if need in RECIPES:
-            if not result_file(args, need, seed).is_file():
+            if not (folder_of(args, need, seed) / "student").exists():
                 run(args, need, seed)
         elif not (ROOT / need).exists():
             call(shlex.split(PREPARED[need]))

@@ -242,7 +242,7 @@ def calls(tmp_path, monkeypatch):
         out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else tmp_path
         out.parent.mkdir(parents=True, exist_ok=True)
         if arguments[0] == "train.py":
-            out.mkdir(exist_ok=True)
+            (out / "student").mkdir(parents=True, exist_ok=True)
             (out / "metrics.jsonl").write_text(
                 '{"step": 1, "effective_batch": 30, "samples_per_second": 15.0}\n'
             )
@@ -290,6 +290,9 @@ def test_a_student_learns_from_the_teachers_of_its_own_seed_on_the_prompts_asked
     other.write_text("")
     heldout = ["--heldout", *(f"{task}={other}" for task in runs.TASKS)]
     places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    # A result alone, as in a fresh clone, is no teacher.
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/equal-text-5.json").write_text(json.dumps({"recipe": "of no table"}))
     study.main(["--runs", "anchor-late", "anchor-0", "--seeds", "5", *heldout, *places])
     trained = [arguments for arguments in calls if arguments[0] == "train.py"]
     names = [Path(arguments[arguments.index("--out") + 1]).name for arguments in trained]
