@@ -59,8 +59,8 @@ PREPARED = {
     LARGE_TEACHER: f"{INSTALL} runs/mini-large {LARGE_TEXT} {LARGE_TEACHER}",
 }
 STARTS = (SAMPLES, SFT_START)
-# Teachers on the mix's terms, one set per seed: its beta, and images in proportion to its tasks' shares. The
-# quality teacher sees the prompts of every task, as the paper's anchor does.
+# Teachers on the mix's terms, one set per seed: its beta, and no more images in all. The quality teacher sees
+# the prompts of every task, as the paper's anchor does.
 EQUAL = {"compose": "equal-compose", "text": "equal-text", "quality": "all-quality"}
 TEACHERS = tuple(EQUAL.values())
 FROM_FULL = (TEXT_DATA, FULL)
