@@ -4,8 +4,9 @@
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
     python -m opd.study --quick                # the main table's runs, a twenty-fifth as long, in minutes
-    python -m opd.study --runs mix anchor-late --seeds 3 --heldout compose=FILE text=FILE quality=FILE \\
-        --results runs/other                   # other seeds and prompts, beside the committed results
+    python -m opd.mini.world --salt other --out runs/other/prompts
+    python -m opd.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
+        --results runs/other/results           # on another split of the prompts, and another seed
 
 A run (opd/mini/runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result
 is one small JSON file in opd/mini/results, so a study can be stopped, continued and spread over machines. The
@@ -28,12 +29,13 @@ from opd import study_pages
 from opd.config import Distil
 from opd.files import read_json, write_json
 from opd.flags import Texts, require
-from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, Recipe
-from opd.presets import MINI_HELDOUT, MINI_SCORERS, PRESETS
+from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
+from opd.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS, PRESETS
 from opd.settings import parse
 from opd.statistics import ALL, DIVERSITY
 from opd.study_pages import RESULTS, ROOT, SCORES
 
+PROMPTS = ROOT / "opd/mini/prompts"
 QUALITY = MINI_SCORERS["quality"]
 QUICK = "rivals"
 QUICKER = 25
@@ -48,11 +50,14 @@ class Arguments:
     """A training run of each recipe per seed; what is only scored has seed 0. With --quick: the first."""
     out: str = "runs/study"
     """Where the run folders lie."""
+    prompts: str = str(PROMPTS)
+    """A folder with the prompts of the three tasks, for training and held out (opd/mini/world.py writes
+    another split); others than the shipped ones need other --results."""
     results: str = str(RESULTS)
     """Where the results lie. The pages are written from the committed ones only; of others, the tables of
     these runs are printed."""
-    heldout: Texts = field(default_factory=lambda: dict(MINI_HELDOUT))
-    """Task -> file of prompts to score; others than the default's need other --results."""
+    heldout: Texts = field(default_factory=dict)
+    """Task -> file of prompts to score instead of the held-out ones of --prompts; needs other --results."""
     count: int = 256
     """Images per task, of prompts held out."""
     quick: bool = False
@@ -69,16 +74,22 @@ class Arguments:
         unknown = [name for name in self.runs if name not in known]
         require(not unknown, f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
         require(len(self.seeds) > 0, "--seeds is empty")
-        lacking = [task for task in MINI_HELDOUT if task not in self.heldout]
-        require(
-            not lacking, f"--heldout has no prompts for {', '.join(lacking)}; give TASK=FILE for each task"
-        )
+        others = [task for task in self.heldout if task not in TASKS]
+        require(not others, f"--heldout names {', '.join(others)}; known: {', '.join(TASKS)}")
         for task, file in self.heldout.items():
-            require((ROOT / file).is_file(), f"--heldout {task}={file}: there is no such file")
+            require(Path(file).is_file(), f"--heldout {task}={file}: there is no such file")
+        for file in (*MINI_PROMPTS.values(), *MINI_HELDOUT.values()):
+            found = (Path(self.prompts) / Path(file).name).is_file()
+            require(found, f"--prompts {self.prompts}: there is no {Path(file).name} in it")
         committed = Path(self.results).resolve() == RESULTS.resolve()
-        alone = self.quick or self.heldout != MINI_HELDOUT
-        reason = "--quick and --heldout make results that do not belong to the committed ones"
+        alone = self.quick or self.heldout or Path(self.prompts).resolve() != PROMPTS.resolve()
+        reason = "--quick, --prompts and --heldout make results that do not belong to the committed ones"
         require(not (committed and alone), f"{reason}; give another folder to --results")
+
+    def here(self, files: dict[str, str]) -> dict[str, str]:
+        """Task -> the file in --prompts that is called as the shipped one."""
+        folder = Path(self.prompts).absolute()
+        return {task: str(folder / Path(file).name) for task, file in files.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,6 +161,9 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     cfg = parse([recipe.preset, *shlex.split(flags)], PRESETS)
     command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
     command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
+    if Path(args.prompts).resolve() != PROMPTS.resolve():
+        command += ["--prompts", *pairs(args.here(cfg.prompts))]
+        command += ["--heldout", *pairs(args.here(cfg.heldout))]
     if args.quick:
         command += ["--iterations", str(max(2, cfg.iterations // QUICKER))]
     started = time.monotonic()
@@ -166,6 +180,8 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
         result[what] = rows["student"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result |= curve(metrics)
+    if isinstance(cfg, Distil):
+        result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
     if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
         result["gap_closed"] = gap_closed(metrics)
     return result
@@ -185,7 +201,8 @@ def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) ->
     "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
     apart the pictures of one prompt are, where a task has several of one."""
     file = folder / "heldout.json"
-    prompts = [f"{task}={args.heldout[task]}" for task in tasks]
+    files = args.here(MINI_HELDOUT) | {task: str(Path(f).absolute()) for task, f in args.heldout.items()}
+    prompts = pairs({task: files[task] for task in tasks})
     call(
         ["-m", "opd.evaluate", *shlex.split(flags), "--prompts", "--heldout", *prompts]
         + ["--count", str(args.count), "--scorers", QUALITY, "--out", str(file)]
@@ -205,6 +222,10 @@ def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) ->
     return {what: rows for what, rows in found.items() if rows}
 
 
+def pairs(files: dict[str, str]) -> list[str]:
+    return [f"{task}={file}" for task, file in files.items()]
+
+
 def curve(metrics: list[dict]) -> dict:
     """{"curve": scores that the run watched, with the samples and seconds of training before each}, {} where
     it watched none. Seconds: the median step's, times steps, since other work may stop a run for a while."""
@@ -218,6 +239,24 @@ def curve(metrics: list[dict]) -> dict:
     if not points:
         return {}
     return {"curve": points}
+
+
+def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, float]]:
+    """{teacher: {sigma: share}} of the KL at the start, on the student's own states, that is gone at the end:
+    1 - (mean of a level's last ten values) / (mean of its first two)."""
+    shares = {}
+    for name in teachers:
+        by_level = {}
+        for line in metrics:
+            if name in line:
+                for sigma, kl in line[name]["kl"].items():
+                    by_level.setdefault(sigma, []).append(kl)
+        shares[name] = {
+            sigma: round(1.0 - statistics.fmean(values[-10:]) / statistics.fmean(values[:2]), 4)
+            for sigma, values in sorted(by_level.items(), reverse=True)
+            if sum(values[:2]) > 0
+        }
+    return {name: levels for name, levels in shares.items() if levels}
 
 
 def gap_closed(metrics: list[dict]) -> dict[str, float]:

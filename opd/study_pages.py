@@ -1,7 +1,8 @@
 """The study's pages: tables and plots, from results alone. Nothing here runs a model.
 
 A result says "held_out": each task's own score, "quality_of": the quality of every task's pictures,
-"diversity": how far apart the pictures of one prompt are, and "curve": scores during training.
+"diversity": how far apart the pictures of one prompt are, "curve": scores during training, and "kl_closed":
+which share of a teacher's KL is gone, by noise level.
 """
 
 import statistics
@@ -198,6 +199,17 @@ def watched(name: str, results: list[dict], start: float) -> list[svg.Mark]:
     return found
 
 
+def closed(results: list[dict]) -> str:
+    """The share of each teacher's KL that the student closed, by noise level: the mean over its seeds."""
+    own = [result for result in results if result["recipe"] == "student" and "kl_closed" in result]
+    levels, rows = [], {}
+    if own:
+        levels = list(own[0]["kl_closed"][TASKS[0]])
+        for name in own[0]["kl_closed"]:
+            rows[name] = [statistics.fmean([r["kl_closed"][name][level] for r in own]) for level in levels]
+    return svg.grid("share of the KL closed, by noise level", [f"{float(v):.2f}" for v in levels], rows)
+
+
 def deviation(values: list[float]) -> float:
     """The standard deviation; 0 of one value."""
     if len(values) < 2:
@@ -208,4 +220,5 @@ def deviation(values: list[float]) -> float:
 PLOTS = {
     ROOT / "opd/mini/anchors.svg": trade,
     ROOT / "opd/mini/progress.svg": progress,
+    ROOT / "opd/mini/closed.svg": closed,
 }

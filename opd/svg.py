@@ -1,4 +1,4 @@
-"""Charts as SVG in text: curves over steps, and a heat map of noise level by step."""
+"""Charts as SVG in text: curves over steps, marks in a plane, heat maps."""
 
 import html
 import math
@@ -141,6 +141,27 @@ def heat_map(title: str, columns: list[tuple[int, dict[str, float]]]) -> str:
     if logs:
         body.append(text(WIDTH / 2, bottom + 16, f"{10**low:.2g} to {10**high:.2g}", "middle"))
     return frame(WIDTH, bottom + 26, body)
+
+
+def grid(title: str, columns: list[str], rows: dict[str, list[float]]) -> str:
+    """A file of its own: shares from 0 to 1, written into cells and shaded, the rows by name."""
+    side, height = 56, 28
+    whole, high = LEFT + 24 + side * len(columns) + 10, TOP + height * (len(rows) + 1)
+    body = [f'<rect width="{whole}" height="{high}" fill="#fff"/>', text(10, 18, title)]
+    for number, column in enumerate(columns):
+        body.append(text(LEFT + 24 + side * (number + 0.5), high - 8, column, "middle"))
+    for line, (name, shares) in enumerate(rows.items()):
+        y = TOP + height * line
+        body.append(text(LEFT + 18, y + 18, name, "end"))
+        for number, share in enumerate(shares):
+            x = LEFT + 24 + side * number
+            light = 95 - 45 * min(max(share, 0.0), 1.0)
+            place = f'x="{x}" y="{y}" width="{side - 2}" height="{height - 2}"'
+            body.append(f'<rect {place} fill="hsl(215 60% {light:.0f}%)"/>')
+            body.append(text(x + side / 2, y + 18, f"{share:.2f}", "middle"))
+    inside = "\n".join(body)
+    size = f'width="{whole}" height="{high}" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{inside}\n</svg>\n'
 
 
 def shade(mean: float, low: float, high: float) -> str:

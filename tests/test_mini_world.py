@@ -1,5 +1,9 @@
 """The miniature world draws what it says, and its scorers see exactly that, also through noise and blur."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ import torch.nn.functional as F
 
 from opd.mini import rewards, world
 
+ROOT = Path(__file__).parents[1]
 CONDITIONS = [(True, 0.0), (True, 0.12), (False, 0.0), (False, 0.12)]
 TEST_PROMPTS = {task: world.split(task)[1] for task in world.TASKS}
 
@@ -52,6 +57,21 @@ def test_mirrored_relations_are_one_composition():
 def test_shipped_prompt_files_are_the_generated_ones():
     on_disk = {path.name: path.read_text(encoding="utf-8") for path in world.PROMPT_DIR.iterdir()}
     assert on_disk == world.prompt_files()
+
+
+def test_a_salt_makes_another_split_of_the_same_prompts(tmp_path):
+    command = [sys.executable, "-m", "opd.mini.world", "--salt", "other"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "give another folder to --out" in refused.stderr
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    for task in world.TASKS:
+        train, test = world.split(task, "other")
+        ours, held = world.split(task)
+        assert sorted(train + test) == sorted(ours + held) and len(test) == len(held)
+        assert 0 < len(set(test) & set(held)) < len(test)
+        assert not {world._composition(p) for p in train} & {world._composition(p) for p in test}
+        (file,) = tmp_path.glob(f"{task}.test.*")
+        assert len(file.read_text().splitlines()) == len(test)
 
 
 def test_metadata_follows_geneval():

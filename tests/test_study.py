@@ -12,7 +12,7 @@ import tyro
 
 from opd import evaluate, study, study_pages, svg
 from opd.config import Distil
-from opd.mini import runs
+from opd.mini import runs, world
 from opd.presets import MINI_SCORERS, PRESETS
 from opd.settings import parse
 
@@ -32,7 +32,7 @@ def test_the_committed_tables_are_those_of_the_committed_results(page):
 def test_the_committed_plots_are_those_of_the_committed_results(file):
     assert study_pages.PLOTS[file](COMMITTED) == file.read_text()
     root = ElementTree.fromstring(file.read_text())
-    assert root.tag.endswith("svg") and len(root.findall("{*}circle")) > 3
+    assert root.tag.endswith("svg") and len(root.findall("{*}circle") + root.findall("{*}rect")) > 6
 
 
 def readme_row(start: str) -> list[str]:
@@ -165,6 +165,34 @@ def test_the_student_is_drawn_after_the_seconds_of_its_teachers():
     assert "35" in [text.text for text in root.findall("{*}text")]
 
 
+def test_kl_closed_compares_a_levels_last_values_with_its_first():
+    early = {"red": {"kl": {"1.000": 0.4, "0.500": 0.1}}, "anchor": {"kl": {"1.000": 0.0}}}
+    between = {"red": {"kl": {"1.000": 0.2}}}
+    late = {"red": {"kl": {"1.000": 0.1, "0.500": 0.05}}, "green": {"kl": {}}}
+    lines = [early, between, *[late] * 20]
+    found = study.kl_closed(lines, ["red", "green", "anchor"])
+    assert found == {
+        "red": {
+            "1.000": pytest.approx(1 - 0.1 / 0.3, abs=1e-4),
+            "0.500": pytest.approx(1 - 0.05 / 0.075, abs=1e-4),
+        }
+    }
+
+
+def test_the_heat_map_has_a_cell_per_teacher_and_level_the_darker_the_more_is_closed():
+    levels = {"1.000": 0.25, "0.500": 0.75}
+    first = rival("student", 0, 0, 0, (0, 0, 0), kl_closed=dict.fromkeys(runs.TASKS, levels))
+    second = rival(
+        "student", 1, 0, 0, (0, 0, 0), kl_closed=dict.fromkeys(runs.TASKS, levels | {"1.000": 0.5})
+    )
+    root = ElementTree.fromstring(study_pages.closed([first, second]))
+    words = [text.text for text in root.findall("{*}text")]
+    assert words.count("0.38") == words.count("0.75") == 3 and "1.00" in words and "compose" in words
+    shades = [float(re.search(r"(\d+)%\)", cell.get("fill"))[1]) for cell in root.findall("{*}rect")[1:]]
+    assert len(shades) == 6 and shades[0] > shades[1]
+    assert len(ElementTree.fromstring(study_pages.closed([])).findall("{*}rect")) == 1
+
+
 def test_a_plot_of_no_results_is_an_empty_frame():
     root = ElementTree.fromstring(study_pages.progress([]))
     assert root.findall("{*}circle") == [] and len(root.findall("{*}text")) > 3
@@ -204,9 +232,10 @@ def test_only_missing_runs_are_made(tmp_path, monkeypatch):
     [
         (["--runs", "golden"], "--runs names golden; known: plain,"),
         (["--seeds"], "--seeds is empty"),
-        (["--heldout", "text=README.md"], "--heldout has no prompts for compose, quality"),
-        (["--heldout", "compose=a", "text=b", "quality=c"], "--heldout compose=a: there is no such file"),
-        (["--heldout", *(f"{t}=README.md" for t in runs.TASKS)], "give another folder to --results"),
+        (["--heldout", "signs=a"], "--heldout names signs; known: compose, text, quality"),
+        (["--heldout", "compose=a"], "--heldout compose=a: there is no such file"),
+        (["--heldout", f"text={README}"], "give another folder to --results"),
+        (["--prompts", "nowhere"], "--prompts nowhere: there is no compose.train.jsonl in it"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(flags, words, monkeypatch):
@@ -251,9 +280,6 @@ def calls(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "call", call)
-    for file in study.MINI_HELDOUT.values():
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("")
     return made
 
 
@@ -288,7 +314,7 @@ def test_a_student_learns_from_the_teachers_of_its_own_seed_on_the_prompts_asked
     """Each teacher is a run with a result of its own, made once."""
     other = tmp_path / "other.txt"
     other.write_text("")
-    heldout = ["--heldout", *(f"{task}={other}" for task in runs.TASKS)]
+    heldout = ["--heldout", f"text={other}"]
     places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     # A result alone, as in a fresh clone, is no teacher.
     (tmp_path / "results").mkdir()
@@ -299,8 +325,29 @@ def test_a_student_learns_from_the_teachers_of_its_own_seed_on_the_prompts_asked
     assert names == ["equal-compose-5", "equal-text-5", "all-quality-5", "anchor-late-5", "anchor-0-5"]
     assert all(arguments[arguments.index("--seed") + 1] == "5" for arguments in trained)
     assert f"text={tmp_path / 'out/equal-text-5/student'}" in trained[3]
-    assert all(f"text={other}" in arguments for arguments in calls if "opd.evaluate" in arguments)
+    shipped = f"quality={study.PROMPTS / 'quality.test.txt'}"
+    scored = [arguments for arguments in calls if "opd.evaluate" in arguments]
+    assert all(f"text={other}" in arguments and shipped in arguments for arguments in scored)
+    assert not any("--prompts" in arguments[5:] for arguments in trained[3:])
     assert (tmp_path / "results/all-quality-5.json").is_file()
+
+
+def test_another_split_is_trained_on_and_scored_and_refused_among_the_committed_results(tmp_path, calls):
+    """Every prompt file of a run is that of the folder, those of its further tasks too."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name, content in world.prompt_files("other").items():
+        (folder / name).write_text(content)
+    with pytest.raises(SystemExit, match="give another folder to --results"):
+        study.main(["--runs", "mix-all", "--prompts", str(folder)])
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    study.main(["--runs", "mix-all", "--seeds", "3", "--prompts", str(folder), *places])
+    training, scoring = calls
+    cfg = parse(training[1:], PRESETS)
+    assert set(cfg.prompts) == {*runs.TASKS, "shapes", "signs"} and len(set(cfg.prompts.values())) == 3
+    for file in (*cfg.prompts.values(), *cfg.heldout.values()):
+        assert Path(file).parent == folder and Path(file).is_file()
+    assert f"text={folder / 'text.test.txt'}" in scoring
 
 
 def test_quick_divides_the_steps_and_keeps_out_of_the_committed_results(tmp_path, monkeypatch, calls):

@@ -222,14 +222,15 @@ def _composition(prompt: str) -> str:
     return min(prompt, mirrored.prompt)
 
 
-def _shuffled(keys) -> list[str]:
-    """A fixed order that depends on no library's random generator."""
-    return sorted(keys, key=lambda k: hashlib.sha256(k.encode()).hexdigest())
+def _shuffled(keys, salt: str) -> list[str]:
+    """A fixed order that depends on no library's random generator; every salt has its own."""
+    return sorted(keys, key=lambda k: hashlib.sha256((salt + k).encode()).hexdigest())
 
 
 @cache
-def split(task: str) -> tuple[list[str], list[str]]:
-    """(train, test) prompts; no composition, string or scene of test occurs in train.
+def split(task: str, salt: str = "") -> tuple[list[str], list[str]]:
+    """(train, test) prompts; no composition, string or scene of test occurs in train. The shipped split is
+    that of no salt, whose test prompts the base has never seen.
 
     compose holds out 256 prompts, a fifth to two fifths of each of its four kinds.
     """
@@ -237,19 +238,21 @@ def split(task: str) -> tuple[list[str], list[str]]:
     if task == "compose":
         quota = {"single_object": 3, "counting": 13, "two_object": 40, "position": 80}  # compositions
         tags = {_composition(p): parse(p).metadata["tag"] for p in prompts}
-        held = {k for tag, n in quota.items() for k in _shuffled(k for k in tags if tags[k] == tag)[:n]}
+        held = {
+            k for tag, n in quota.items() for k in _shuffled((k for k in tags if tags[k] == tag), salt)[:n]
+        }
     else:
-        held = set(_shuffled(prompts)[: HELD_OUT[task]])
+        held = set(_shuffled(prompts, salt)[: HELD_OUT[task]])
     test = [p for p in prompts if _composition(p) in held]
     assert len(test) == HELD_OUT[task], (task, len(test))
     return [p for p in prompts if _composition(p) not in held], test
 
 
-def prompt_files() -> dict[str, str]:
-    """File name -> content of the shipped prompt files."""
+def prompt_files(salt: str = "") -> dict[str, str]:
+    """File name -> content of the prompt files of a split."""
     files = {}
     for task in TASKS:
-        for name, prompts in zip(("train", "test"), split(task), strict=True):
+        for name, prompts in zip(("train", "test"), split(task, salt), strict=True):
             if task == "compose":
                 lines, ext = [json.dumps(parse(p).metadata) for p in prompts], "jsonl"
             else:
@@ -440,10 +443,16 @@ def contact_sheet(rng: np.random.Generator, per_row: int = 12, scale: int = 8) -
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--sheet", help="also write a contact sheet to this PNG")
+    args.add_argument("--out", type=Path, default=PROMPT_DIR, help="folder of the prompt files")
+    args.add_argument("--salt", default="", help="any word: another split into training and test prompts")
     cfg = args.parse_args()
-    PROMPT_DIR.mkdir(exist_ok=True)
-    for name, content in prompt_files().items():
-        (PROMPT_DIR / name).write_text(content, encoding="utf-8")
+    if cfg.salt and cfg.out == PROMPT_DIR:
+        args.error(
+            f"--salt {cfg.salt} makes other prompts than the shipped ones; give another folder to --out"
+        )
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for name, content in prompt_files(cfg.salt).items():
+        (cfg.out / name).write_text(content, encoding="utf-8")
         print(f"{name}: {content.count(chr(10))} prompts")
     if cfg.sheet:
         from PIL import Image
