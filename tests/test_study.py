@@ -35,18 +35,6 @@ def test_the_committed_plots_are_those_of_the_committed_results(file):
     assert root.tag.endswith("svg") and len(root.findall("{*}circle") + root.findall("{*}rect")) > 6
 
 
-def readme_row(start: str) -> list[str]:
-    """The cells after the first one of the README's table row that begins so."""
-    (line,) = [line for line in README.read_text().splitlines() if line.startswith(f"| {start}")]
-    return [cell.strip().strip("*") for cell in line.strip("|").split("|")[1:]]
-
-
-def test_the_students_row_of_the_readme_is_that_of_its_recipe():
-    ((_, results),) = study_pages.rows_of("folded", COMMITTED)
-    assert readme_row("**student** (guidance folded in), 3 seeds") == study_pages.cells_of(results)
-    assert sorted(result["seed"] for result in results) == [0, 1, 2]
-
-
 def config(recipe):
     return parse([recipe.preset, *study.filled(ARGUMENTS, recipe, 0).split()], PRESETS)
 
@@ -354,7 +342,7 @@ def test_quick_divides_the_steps_and_keeps_out_of_the_committed_results(tmp_path
     monkeypatch.chdir(tmp_path)
     study.main(["--quick", "--runs", "mix"])
     assert [arguments[0] for arguments in calls] == ["train.py", "-m"]
-    assert calls[0][-2:] == ["--iterations", "22"]
+    assert calls[0][-2:] == ["--iterations", "11"]
     assert calls[1][calls[1].index("--count") + 1] == "24"
     assert (tmp_path / "runs/study-quick/results/mix-0.json").is_file()
     assert study.quickened(ARGUMENTS).runs == runs.TABLES["rivals"]
