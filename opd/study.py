@@ -36,6 +36,7 @@ from opd.statistics import ALL, DIVERSITY
 from opd.study_pages import RESULTS, ROOT, SCORES
 
 PROMPTS = ROOT / "opd/mini/prompts"
+OUT = "runs/study"
 QUALITY = MINI_SCORERS["quality"]
 QUICK = "rivals"
 QUICKER = 50
@@ -48,11 +49,11 @@ class Arguments:
     """What to run. None: everything, or the main table's with --quick."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A training run of each recipe per seed; what is only scored has seed 0. With --quick: the first."""
-    out: str = "runs/study"
+    out: str = OUT
     """Where the run folders lie."""
     prompts: str = str(PROMPTS)
     """A folder with the prompts of the three tasks, for training and held out (opd/mini/world.py writes
-    another split); others than the shipped ones need other --results."""
+    another split); others than the shipped ones need other --out and --results."""
     results: str = str(RESULTS)
     """Where the results lie. The pages are written from the committed ones only; of others, the tables of
     these runs are printed."""
@@ -68,8 +69,8 @@ class Arguments:
     """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
 
     def check(self) -> None:
-        """ValueError for an unknown run, a task without its prompts, and results that would be mixed with
-        those of other prompts or lengths."""
+        """ValueError for an unknown run or task, prompts that are not there, and runs or results that would
+        be mixed with those of other prompts or lengths."""
         known = [*RECIPES, *REFERENCES]
         unknown = [name for name in self.runs if name not in known]
         require(not unknown, f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
@@ -81,10 +82,17 @@ class Arguments:
         for file in (*MINI_PROMPTS.values(), *MINI_HELDOUT.values()):
             found = (Path(self.prompts) / Path(file).name).is_file()
             require(found, f"--prompts {self.prompts}: there is no {Path(file).name} in it")
+        mixed = self.other_prompts() and self.out == OUT
+        reason = f"--prompts {self.prompts} makes other teachers than those of {OUT}"
+        require(not mixed, f"{reason}; give another folder to --out")
         committed = Path(self.results).resolve() == RESULTS.resolve()
-        alone = self.quick or self.heldout or Path(self.prompts).resolve() != PROMPTS.resolve()
+        alone = self.quick or self.heldout or self.other_prompts()
         reason = "--quick, --prompts and --heldout make results that do not belong to the committed ones"
         require(not (committed and alone), f"{reason}; give another folder to --results")
+
+    def other_prompts(self) -> bool:
+        """Whether --prompts is another split than the shipped one."""
+        return Path(self.prompts).resolve() != PROMPTS.resolve()
 
     def here(self, files: dict[str, str]) -> dict[str, str]:
         """Task -> the file in --prompts that is called as the shipped one."""
@@ -161,7 +169,7 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     cfg = parse([recipe.preset, *shlex.split(flags)], PRESETS)
     command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
     command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
-    if Path(args.prompts).resolve() != PROMPTS.resolve():
+    if args.other_prompts():
         command += ["--prompts", *pairs(args.here(cfg.prompts))]
         command += ["--heldout", *pairs(args.here(cfg.heldout))]
     if args.quick:

@@ -75,8 +75,7 @@ def plane(title: str, x_name: str, y_name: str, curves: list[Marked]) -> str:
     x_of = axis(min(xs), max(xs), LEFT + 10, right - 10)
     y_of = axis(min(ys), max(ys), bottom - 10, TOP + 10)
     whole, high = WIDTH + 2 * RIGHT, bottom + 50  # with room for the legend
-    body = [f'<rect width="{whole}" height="{high}" fill="#fff"/>']
-    body += [text(LEFT, 16, title), text(right, 16, y_name, "end")]
+    body = [text(LEFT, 16, title), text(right, 16, y_name, "end")]
     body.append(text((LEFT + right) / 2, bottom + 34, x_name, "middle"))
     for value in ticks(min(ys), max(ys)):
         line = f'x1="{LEFT}" x2="{right}" y1="{y_of(value):.1f}" y2="{y_of(value):.1f}"'
@@ -92,9 +91,7 @@ def plane(title: str, x_name: str, y_name: str, curves: list[Marked]) -> str:
         y = TOP + 20 + 18 * number
         body.append(f'<rect x="{right + 8}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
         body.append(text(right + 22, y, curve.name))
-    inside = "\n".join(body)
-    size = f'width="{whole}" height="{high}" font-family="sans-serif" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{inside}\n</svg>\n'
+    return document(whole, high, body)
 
 
 def marked(mark: Mark, colour: str, x_of, y_of) -> list[str]:
@@ -147,7 +144,7 @@ def grid(title: str, columns: list[str], rows: dict[str, list[float]]) -> str:
     """A file of its own: shares from 0 to 1, written into cells and shaded, the rows by name."""
     side, height = 56, 28
     whole, high = LEFT + 24 + side * len(columns) + 10, TOP + height * (len(rows) + 1)
-    body = [f'<rect width="{whole}" height="{high}" fill="#fff"/>', text(10, 18, title)]
+    body = [text(10, 18, title)]
     for number, column in enumerate(columns):
         body.append(text(LEFT + 24 + side * (number + 0.5), high - 8, column, "middle"))
     for line, (name, shares) in enumerate(rows.items()):
@@ -159,9 +156,7 @@ def grid(title: str, columns: list[str], rows: dict[str, list[float]]) -> str:
             place = f'x="{x}" y="{y}" width="{side - 2}" height="{height - 2}"'
             body.append(f'<rect {place} fill="hsl(215 60% {light:.0f}%)"/>')
             body.append(text(x + side / 2, y + 18, f"{share:.2f}", "middle"))
-    inside = "\n".join(body)
-    size = f'width="{whole}" height="{high}" font-family="sans-serif" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{inside}\n</svg>\n'
+    return document(whole, high, body)
 
 
 def shade(mean: float, low: float, high: float) -> str:
@@ -204,3 +199,10 @@ def text(x: float, y: float, words: str, anchor: str = "start") -> str:
 def frame(width: float, height: float, body: list[str]) -> str:
     inside = "\n".join(body)
     return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">{inside}</svg>'
+
+
+def document(width: float, height: float, body: list[str]) -> str:
+    """A file of its own, on white."""
+    inside = "\n".join([f'<rect width="{width}" height="{height}" fill="#fff"/>', *body])
+    size = f'width="{width}" height="{height}" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{inside}\n</svg>\n'

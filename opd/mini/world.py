@@ -238,9 +238,9 @@ def split(task: str, salt: str = "") -> tuple[list[str], list[str]]:
     if task == "compose":
         quota = {"single_object": 3, "counting": 13, "two_object": 40, "position": 80}  # compositions
         tags = {_composition(p): parse(p).metadata["tag"] for p in prompts}
-        held = {
-            k for tag, n in quota.items() for k in _shuffled((k for k in tags if tags[k] == tag), salt)[:n]
-        }
+        held = set()
+        for tag, count in quota.items():
+            held.update(_shuffled((key for key in tags if tags[key] == tag), salt)[:count])
     else:
         held = set(_shuffled(prompts, salt)[: HELD_OUT[task]])
     test = [p for p in prompts if _composition(p) in held]
