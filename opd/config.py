@@ -185,7 +185,7 @@ class Distil(Rollout):
             require(0 <= weight < math.inf, f"{flag}: a weight must not be negative, and finite")
         if self.anchored():
             known = [*self.teachers, "base"]
-            way_out = "name one of them or use --anchor-weight 0"
+            way_out = "name one of them, or have none: --anchor-weight 0 --anchor-levels"
             lost = f"--anchor {self.anchor!r} is not among the teachers {known}"
             require(self.anchor in known, f"{lost}; {way_out}")
         if self.anchor_target > 0:

@@ -31,9 +31,9 @@ MINI_REWARDS = {
 # Growing is rewarded for parts of a composition; scores count whole ones.
 MINI_SCORERS = MINI_REWARDS | {"compose": "opd.mini.rewards:compose_strict"}
 
-# The late states' gradients are tens of times larger and almost pure noise (opd/mini/RESULTS.md), so one
-# early state is trained at a time; groups share their start, so that this state is computed once for all of a
-# group, and rewards differ by the noise of its one step. Six steps are enough to roll out.
+# One early state is trained at a time, since early states decide the composition; groups share their start,
+# so that this state is computed once for all of a group, and rewards differ by the noise of its one step. Six
+# steps are enough to roll out.
 GROW = Grow(
     model=MINI,
     heldout=MINI_HELDOUT,
@@ -41,6 +41,7 @@ GROW = Grow(
     prompts_per_step=12,
     group=8,
     micro_batch=48,
+    beta=0.002,
     steps=6,
     window=1,
     window_range=(0, 3),
@@ -53,14 +54,13 @@ GROW = Grow(
 )
 
 
-def grow(task: str, beta: float, lr: float, iterations: int) -> Grow:
+def grow(task: str, lr: float, iterations: int) -> Grow:
     """The miniature's teacher of one task."""
     return replace(
         GROW,
         out=f"runs/mini-{task}",
         prompts={task: MINI_PROMPTS[task]},
         train_rewards={task: MINI_REWARDS[task]},
-        beta=beta,
         lr=lr,
         iterations=iterations,
     )
@@ -101,7 +101,7 @@ SD35_PROMPTS = {
 
 # Distillation in the miniature as the paper has it; 3:1:1 is its mix. The default, "mini", weighs states
 # alike: kl weighs the high-noise states, which decide the composition, hundreds of times less than the last
-# ones, and a hundred steps are too few to wait for them (opd/mini/RESULTS.md, "Which weight?").
+# ones, and a hundred steps are too few to wait for them (opd/mini/RESULTS.md, "Open questions").
 MINI_OPD = Distil(
     out="runs/mini-flow-opd",
     model=MINI,
@@ -243,21 +243,26 @@ def grow_sd35(task: str, beta: float) -> Grow:
     )
 
 
+# Guidance folded into the student, states weighed alike, five of them per trajectory, no anchor.
+MINI_FOLD = replace(
+    MINI_OPD,
+    out="runs/mini-fold",
+    teacher_guidance=2.5,
+    anchor_weight=0.0,
+    weight="uniform",
+    queries=5,
+    query_beta=(1.0, 1.5),
+    skip_last=True,
+    iterations=50,
+    save_every=25,
+)
+
 PRESETS: dict[str, Run] = {
-    # The recipe that does best here in five minutes: guidance folded into the student, states weighed alike,
-    # five of them per trajectory.
+    # The recipe that does best here: that, with an anchor that leaves the composition alone.
     "mini": replace(
-        MINI_OPD,
-        out="runs/mini",
-        teacher_guidance=2.5,
-        anchor_weight=0.0,
-        weight="uniform",
-        queries=5,
-        query_beta=(1.0, 1.5),
-        skip_last=True,
-        iterations=50,
-        save_every=25,
+        MINI_FOLD, out="runs/mini", anchor_weight=0.02, anchor_levels={"0.6": 3.0}, iterations=100
     ),
+    "mini-fold": MINI_FOLD,
     "mini-flow-opd": MINI_OPD,
     "mini-diffusion-opd": diffusion_opd(MINI_OPD, "runs/mini-diffusion-opd"),
     "mini-dance-opd": dance_opd(MINI_OPD, "runs/mini-dance-opd"),
@@ -287,7 +292,7 @@ PRESETS: dict[str, Run] = {
         ema=0.99,
     ),
     "mini-ocr": replace(
-        grow("text", beta=0.002, lr=4e-3, iterations=100),
+        grow("text", lr=4e-3, iterations=100),
         out="runs/mini-ocr",
         model="runs/mini-signs/base",
         prompts={"text": "runs/mini-signs/train.txt"},
@@ -296,9 +301,14 @@ PRESETS: dict[str, Run] = {
         rewards={"text": "ocr"},
         window_range=(0, 2),
     ),
-    "mini-compose": grow("compose", beta=0.002, lr=1.3e-3, iterations=240),
-    "mini-text": grow("text", beta=0.04, lr=2e-3, iterations=60),
-    "mini-quality": grow("quality", beta=0.04, lr=4e-3, iterations=30),
+    "mini-compose": grow("compose", lr=1.3e-3, iterations=320),
+    "mini-text": grow("text", lr=2e-3, iterations=80),
+    # The anchor's teacher sees the prompts of all tasks, so that it has something to say about each.
+    "mini-quality": replace(
+        grow("quality", lr=2e-3, iterations=80),
+        prompts=MINI_PROMPTS,
+        train_rewards=dict.fromkeys(MINI_PROMPTS, MINI_REWARDS["quality"]),
+    ),
     "mini-grpo-mix": replace(
         GROW,
         out="runs/mini-grpo-mix",
@@ -306,9 +316,8 @@ PRESETS: dict[str, Run] = {
         train_rewards=MINI_REWARDS,
         mix={"compose": 3},
         prompts_per_step=15,
-        beta=0.002,
         lr=2e-3,
-        iterations=320,
+        iterations=550,
         cosine_every=40,
     ),
     # An SFT start for "mini": python sample.py --save latents --out runs/mini-samples makes its data.

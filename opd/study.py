@@ -187,7 +187,7 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     for what, rows in scored(args, folder, student, recipe.tasks).items():
         result[what] = rows["student"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result |= curve(metrics)
+    result |= curve(metrics) | cosines(metrics)
     if isinstance(cfg, Distil):
         result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
     if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
@@ -247,6 +247,19 @@ def curve(metrics: list[dict]) -> dict:
     if not points:
         return {}
     return {"curve": points}
+
+
+def cosines(metrics: list[dict]) -> dict:
+    """{"cosines": {"a/b": mean cosine of two tasks' gradients (eq. 4) over the steps that compared them}}, {}
+    where none did."""
+    found = {}
+    for line in metrics:
+        if "cosine" in line:
+            for pair, cosine in line["cosine"].items():
+                found.setdefault(pair, []).append(cosine)
+    if not found:
+        return {}
+    return {"cosines": {pair: round(statistics.fmean(values), 4) for pair, values in found.items()}}
 
 
 def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ A result says "held_out": each task's own score, "quality_of": the quality of ev
 which share of a teacher's KL is gone, by noise level.
 """
 
+import re
 import statistics
 from pathlib import Path
 
@@ -16,19 +17,21 @@ from opd.statistics import DIVERSITY
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "opd/mini/results"
+SIGNS = ROOT / "opd/mini/ocr_scores.json"  # opd.evaluate of the text teacher of opd/mini/signs.py
 SCORES = ("held_out", "errors", "quality_of", DIVERSITY)
 # Page -> the tables in it.
 PAGES = {
     ROOT / "opd/mini/RESULTS.md": (
-        "references",
-        "recipes",
-        "starts",
         "rivals",
+        "cosines",
+        "references",
         "controls",
         "anchors",
+        "questions",
         "other teachers",
+        "signs",
     ),
-    ROOT / "README.md": ("rivals", "recipes"),
+    ROOT / "README.md": ("rivals",),
 }
 
 
@@ -67,9 +70,15 @@ def with_table(page: str, name: str, table: str) -> str:
 
 def table(name: str, results: list[dict]) -> str:
     """A row per recipe or model: mean and standard deviation over the seeds that have a result."""
+    if name == "signs":
+        return signs(read_json(SIGNS)["cells"])
+    if name == "cosines":
+        return cosines([result for _, own in rows_of("mix-all", results) for result in own])
     rows = [row for run in TABLES[name] for row in rows_of(run, results)]
     if name in EVERYWHERE:
         return everywhere(rows)
+    if name == "questions":
+        return questions(rows, [result for _, own in rows_of("asked", results) for result in own])
     columns = ["seeds", *TASKS, "mean"]
     with_gap = any("gap_closed" in result for _, results in rows for result in results)
     if with_gap:
@@ -104,6 +113,49 @@ def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
         cells.append(spread([mean_of_three(result) for result in results]))
         cells.append(spread([result[DIVERSITY]["quality"] for result in results if DIVERSITY in result]))
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def questions(rows: list[tuple[str, list[dict]]], default: list[dict]) -> str:
+    """A table with what each row's mean of three is above that of `default`, seed by seed."""
+    means = {result["seed"]: mean_of_three(result) for result in default}
+    columns = ["seeds", "compose", "text", "quality of all", "mean of three", "above the default's"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for title, results in rows:
+        compose, text, *_ = cells_of(results)
+        cells = [str(len(results)), compose, text]
+        cells.append(spread([quality_of_all(result) for result in results]))
+        cells.append(spread([mean_of_three(result) for result in results]))
+        paired = [result for result in results if result["seed"] in means]
+        cells.append(spread([mean_of_three(result) - means[result["seed"]] for result in paired]))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cosines(results: list[dict]) -> str:
+    """The cosine of every two tasks' gradients, its mean over a run."""
+    lines = ["| tasks | seeds | cosine |", "|---|---|---|"]
+    for pair in results[0]["cosines"]:
+        values = [result["cosines"][pair] for result in results]
+        lines.append(f"| {pair.replace('/', ', ')} | {len(values)} | {spread(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def signs(cells: list[dict]) -> str:
+    """Base and teacher of the larger signs: `cells` as opd.evaluate writes them."""
+    found = {(cell["row"], cell["split"], cell["scorer"]): cell for cell in cells}
+    columns = ["OCR, held out", "best of three", "OCR, trained strings", "diversity, held out"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row, title in {"base": "base", "teacher": "text teacher"}.items():
+        heldout, trained = found[row, "held-out", "ocr"], found[row, "train", "ocr"]
+        different = found[row, "held-out", DIVERSITY]
+        texts = [
+            plus_minus(heldout["mean"], heldout["error"]),
+            short(heldout["best"]),
+            plus_minus(trained["mean"], trained["error"]),
+            plus_minus(different["mean"], different["error"]),
+        ]
+        lines.append(f"| {title} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -145,13 +197,22 @@ def gap_cells(results: list[dict]) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """.345 ± .008, the value alone, or nothing."""
+    """Mean and standard deviation, the value alone, or nothing."""
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):.3f}".removeprefix("0")
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.3f}".replace("± 0", "± ")
+    if len(values) == 1:
+        return short(values[0])
+    return plus_minus(statistics.fmean(values), statistics.stdev(values))
+
+
+def plus_minus(mean: float, deviation: float) -> str:
+    """.345 ± .008"""
+    return f"{short(mean)} ± {short(deviation)}"
+
+
+def short(value: float) -> str:
+    """.345, 1.000 or -.008"""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
 
 
 # ---- plots -----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ PRESET_OF = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}
 def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
     assert DEFAULT == PRESETS["mini"]
     assert parse([], PRESETS) == DEFAULT and parse(["--lr", "0.5"], PRESETS) == replace(DEFAULT, lr=0.5)
-    with pytest.raises(ValueError, match="unknown preset 'mimi'; choose from mini, mini-flow-opd"):
+    with pytest.raises(ValueError, match="unknown preset 'mimi'; choose from mini, mini-fold, mini-flow-opd"):
         parse(["mimi", "--seed", "1"], PRESETS)
 
 

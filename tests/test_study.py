@@ -96,10 +96,11 @@ def test_spread_and_table_by_hand():
     results = []
     for seed, compose in enumerate((0.3, 0.4, 0.5)):
         scores = {"compose": compose, "text": 0.9, "quality": 0.8}
-        results.append({"recipe": "folded", "seed": seed, "held_out": scores})
-    *_, row = study_pages.table("recipes", results).strip().split("\n")
+        results.append({"recipe": "full", "seed": seed, "held_out": scores})
+    *_, row = study_pages.table("other teachers", results).strip().split("\n")
     assert row.endswith("| 3 | .400 ± .100 | .900 ± .000 | .800 ± .000 | .700 ± .033 |")
-    assert study_pages.spread([0.25]) == ".250" and study_pages.spread([]) == ""
+    assert study_pages.spread([0.25]) == ".250" and study_pages.spread([-0.25, -0.25]) == "-.250 ± .000"
+    assert study_pages.short(1.0) == "1.000" and study_pages.spread([]) == ""
     with pytest.raises(ValueError, match="has no lines <!-- table missing -->"):
         study_pages.with_table("text", "missing", row)
 
@@ -124,6 +125,48 @@ def test_the_quality_of_all_is_that_of_every_tasks_pictures():
     result = rival("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), diversity={"quality": 0.125})
     *_, row = study_pages.table("rivals", [result]).strip().split("\n")
     assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 |"
+
+
+def test_a_question_is_answered_seed_by_seed_against_the_default():
+    results = [
+        rival("asked", 0, 0.3, 0.9, (0.6, 0.6, 0.6)),
+        rival("asked", 1, 0.6, 0.9, (0.9, 0.9, 0.9)),
+        rival("ode", 0, 0.6, 0.9, (0.6, 0.6, 0.6)),
+        rival("ode", 1, 0.6, 0.9, (0.6, 0.6, 0.6)),
+        rival("ode", 2, 0.6, 0.9, (0.6, 0.6, 0.6)),
+    ]
+    _, _, first, row = study_pages.table("questions", results).strip().split("\n")
+    assert first.endswith("| .700 ± .141 | .000 ± .000 |")
+    assert row.endswith("| 3 | .600 ± .000 | .900 ± .000 | .600 ± .000 | .700 ± .000 | .000 ± .141 |")
+
+
+def test_the_student_of_the_study_is_the_default_preset():
+    """With teachers of its own seed, and watched."""
+    cfg = config(study.RECIPES["student"])
+    default = PRESETS["mini"]
+    same = {"teachers": default.teachers, "out": default.out}
+    assert replace(cfg, watch_every=0, watch_prompts=default.watch_prompts, **same) == default
+
+
+def test_the_shipped_teachers_are_the_studys():
+    """Their presets have the settings of the study's teachers."""
+    for task, name in runs.EQUAL.items():
+        assert config(study.RECIPES[name]) == PRESETS[f"mini-{task}"]
+
+
+def test_the_table_of_signs_takes_each_number_from_its_cell():
+    cells = []
+    for number, row in enumerate(("base", "teacher")):
+        for split, scorer, mean in (
+            ("held-out", "ocr", 0.25),
+            ("train", "ocr", 0.5),
+            ("held-out", "diversity", 0),
+        ):
+            place = {"row": row, "split": split, "scorer": scorer}
+            cells.append(place | {"mean": mean + number / 10, "error": 0.01, "best": 0.75})
+    *_, base, teacher = study_pages.signs(cells).strip().split("\n")
+    assert base == "| base | .250 ± .010 | .750 | .500 ± .010 | .000 ± .010 |"
+    assert teacher == "| text teacher | .350 ± .010 | .750 | .600 ± .010 | .100 ± .010 |"
 
 
 def test_the_plot_of_anchors_has_a_mark_per_recipe_and_a_cross_as_wide_as_its_spread():
@@ -198,6 +241,13 @@ def test_a_curve_counts_the_samples_and_seconds_before_each_score():
     assert study.curve(lines[:1]) == {}
 
 
+def test_cosines_are_the_means_over_the_steps_that_compared_gradients():
+    lines = [{"cosine": {"a/b": 0.25, "a/c": 0.0}}, {"step": 2}, {"cosine": {"a/b": -0.75, "a/c": 0.5}}]
+    assert study.cosines(lines) == {"cosines": {"a/b": -0.25, "a/c": 0.25}} and study.cosines([{}]) == {}
+    rows = study_pages.cosines([study.cosines(lines), study.cosines(lines[:1])])
+    assert rows.strip().split("\n")[2:] == ["| a, b | 2 | .000 ± .354 |", "| a, c | 2 | .125 ± .177 |"]
+
+
 def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_comparison():
     early = {"step": 2, "fixed": {"a": {"gap": {"1.0": 0.0}}}, "visited": {"a": {"gap": {"1.0": 0.0}}}}
     late = {
@@ -212,16 +262,16 @@ def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_compa
 def test_only_missing_runs_are_made(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(study, "run", lambda args, name, seed: made.append((name, seed)))
-    (tmp_path / "plain-1.json").write_text(json.dumps({"recipe": "of no table"}))
+    (tmp_path / "asked-1.json").write_text(json.dumps({"recipe": "of no table"}))
     elsewhere = ["--results", str(tmp_path)]
-    study.main(["--runs", "plain", "folded", "shipped", "--seeds", "0", "1", *elsewhere])
-    assert made == [("plain", 0), ("folded", 0), ("folded", 1), ("shipped", 0)]
+    study.main(["--runs", "asked", "ode", "base", "--seeds", "0", "1", *elsewhere])
+    assert made == [("asked", 0), ("ode", 0), ("ode", 1), ("base", 0)]
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--runs", "golden"], "--runs names golden; known: plain,"),
+        (["--runs", "golden"], "--runs names golden; known: full,"),
         (["--seeds"], "--seeds is empty"),
         (["--heldout", "signs=a"], "--heldout names signs; known: compose, text, quality"),
         (["--heldout", "compose=a"], "--heldout compose=a: there is no such file"),
@@ -288,17 +338,20 @@ def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, calls):
     (tmp_path / "runs/mini-samples").mkdir(parents=True)
     (tmp_path / runs.SAMPLES).write_text("")
     places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-    study.main(["--runs", "sft-10", "--seeds", "1", *places, "--train=--dtype float32"])
+    for teacher in runs.TEACHERS:
+        (tmp_path / f"out/{teacher}-1/student").mkdir(parents=True)
+    study.main(["--runs", "from-sft", "--seeds", "1", *places, "--train=--dtype float32"])
     assert [arguments[0] for arguments in calls] == ["train.py", "train.py", "-m"]
     assert calls[0][1] == "mini-sft-start"
-    assert calls[1][:6] == ["train.py", "mini", "--cold-start", runs.SFT_START, "--iterations", "10"]
+    assert calls[1][:3] == ["train.py", "mini-fold", "--teachers"]
+    assert calls[1][calls[1].index("--cold-start") + 1] == runs.SFT_START
     assert calls[1][-2:] == ["--dtype", "float32"]
-    result = json.loads((tmp_path / "results/sft-10-1.json").read_text())
+    result = json.loads((tmp_path / "results/from-sft-1.json").read_text())
     assert result["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
     assert result["quality_of"] == {"compose": 0.4, "text": 0.5, "quality": 0.3}
     assert result["errors"] == {"compose": 0.01, "text": 0.01, "quality": 0.01}
     assert result["diversity"] == {"quality": 0.15}
-    assert (result["iterations"], result["seed"], result["recipe"]) == (10, 1, "sft-10")
+    assert (result["iterations"], result["seed"], result["recipe"]) == (25, 1, "from-sft")
 
 
 def test_a_student_learns_from_the_teachers_of_its_own_seed_on_the_prompts_asked_for(tmp_path, calls):

@@ -18,7 +18,7 @@ class Recipe:
     """Of PREPARED, or recipes (of the same seed), in the order in which they are made."""
     tasks: tuple[str, ...] = TASKS
     """What is scored."""
-    preset: str = "mini"
+    preset: str = "mini-fold"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ TEACHERS = tuple(EQUAL.values())
 FROM_FULL = (TEXT_DATA, FULL)
 FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
 
-PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
 # One teacher of one task, from the base, with the share of the way from base to teacher in the log.
 ONE_TEACHER = (
     "--prompts text=opd/mini/prompts/text.train.txt --mix text=1 --cold-start base --teacher-guidance 1"
@@ -74,17 +73,8 @@ ONE_TEACHER = (
 )
 TEXT_ONLY = f"{ONE_TEACHER} --iterations 25 --diagnose-every 25 --diagnose-prompts 32"
 EVERY_STATE = f"{ONE_TEACHER} --iterations 100 --queries 0 --diagnose-every 50 --diagnose-prompts 32"
-RECIPES = {
-    "plain": Recipe("plain: at the teachers' own guidance 1", "--teacher-guidance 1"),
-    "extrapolated": Recipe("targets past the teachers, l = 1.3", f"--teacher-guidance 1 {PAST}"),
-    "folded": Recipe("**folded: teachers at guidance 2.5 (the default)**"),
-    "both": Recipe("folded and l = 1.3", PAST),
-    "base-10": Recipe("base, 10 steps", "--cold-start base --iterations 10"),
-    "sft-10": Recipe("SFT start, 10 steps", f"--cold-start {SFT_START} --iterations 10", STARTS),
-    "merge-10": Recipe("merged teachers, 10 steps", "--iterations 10"),
-    "base-25": Recipe("base, 25 steps", "--cold-start base --iterations 25"),
-    "sft-25": Recipe("SFT start, 25 steps", f"--cold-start {SFT_START} --iterations 25", STARTS),
-    "merge-25": Recipe("merged teachers, 25 steps", "--iterations 25"),
+# Teachers of other kinds and sizes.
+OTHERS = {
     "full": Recipe(
         "student of the full teacher", f"{TEXT_ONLY} --teachers text={FULL}", FROM_FULL, ("text",)
     ),
@@ -193,10 +183,14 @@ ANCHORS = {
     ),
 }
 # The field's open questions, each one setting beside "asked": folded, five of nine states trained on.
+PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
 ASKED = f"{LEARN} --anchor-weight 0 --iterations 25"
 QUESTIONS = {
     "asked": Recipe("**the default recipe, 25 steps**", ASKED, TEACHERS),
     "from-base": Recipe("from the base", f"{ASKED} --cold-start base", TEACHERS),
+    "from-sft": Recipe(
+        "from SFT on samples of seed 0's teachers", f"{ASKED} --cold-start {SFT_START}", (*STARTS, *TEACHERS)
+    ),
     "unfolded": Recipe("teachers at guidance 1", f"{ASKED} --teacher-guidance 1", TEACHERS),
     "past": Recipe("targets past the teachers, l = 1.3", f"{ASKED} {PAST}", TEACHERS),
     "unfolded-past": Recipe(
@@ -232,19 +226,10 @@ QUESTIONS |= {
     "dance-opd": Recipe("DanceOPD's", f"{LEARN} --iterations 22", TEACHERS, preset="mini-dance-opd"),
     "gfd-opd": Recipe("GFD-OPD's", f"{LEARN} --iterations 110", TEACHERS, preset="mini-gfd-opd"),
 }
-RECIPES |= RIVALS | CONTROLS | ANCHORS | QUESTIONS
+RECIPES = OTHERS | RIVALS | CONTROLS | ANCHORS | QUESTIONS
 REFERENCES = {
     "base": Reference({"base": "base"}, "--adapters --guidance 1"),
-    "shipped": Reference(
-        {
-            "base": "base",
-            "compose": "compose teacher",
-            "text": "text teacher",
-            "quality": "quality teacher",
-        },
-        "--guidance 1",
-    ),
-    "shipped-guided": Reference(
+    "guided": Reference(
         {
             "base": "base at guidance 2.5",
             "compose": "compose teacher at guidance 2.5",
@@ -271,9 +256,7 @@ REFERENCES = {
 }
 # Table -> its rows.
 TABLES = {
-    "recipes": ("plain", "extrapolated", "folded", "both"),
-    "references": ("shipped", "shipped-guided"),
-    "starts": ("sft-start", "base-10", "sft-10", "merge-10", "base-25", "sft-25", "merge-25"),
+    "references": ("guided", "sft-start"),
     "other teachers": ("full-teacher", "full", "large-teacher", "large", "large-100"),
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS),
@@ -281,4 +264,4 @@ TABLES = {
     "anchors": tuple(ANCHORS),
 }
 # Those that score the quality of every task's pictures.
-EVERYWHERE = ("rivals", "controls", "anchors", "questions")
+EVERYWHERE = ("rivals", "controls", "anchors", "references")
