@@ -96,7 +96,7 @@ def adapter_in_use(transformer: torch.nn.Module) -> str:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The FLOP/s of a large product in `dtype`, the best of several."""
-    side, rounds = 1024, 10
+    side, rounds = 512, 10
     if device.type == "cuda":
         side, rounds = 8192, 100
     a, b = torch.randn(2, side, side, device=device).to(dtype)
