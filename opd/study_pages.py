@@ -116,10 +116,10 @@ def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def questions(rows: list[tuple[str, list[dict]]], default: list[dict]) -> str:
-    """A table with what each row's mean of three is above that of `default`, seed by seed."""
-    means = {result["seed"]: mean_of_three(result) for result in default}
-    columns = ["seeds", "compose", "text", "quality of all", "mean of three", "above the default's"]
+def questions(rows: list[tuple[str, list[dict]]], first: list[dict]) -> str:
+    """A table with what each row's mean of three is above that of `first`, seed by seed."""
+    means = {result["seed"]: mean_of_three(result) for result in first}
+    columns = ["seeds", "compose", "text", "quality of all", "mean of three", "above the first row's"]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for title, results in rows:
         compose, text, *_ = cells_of(results)

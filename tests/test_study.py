@@ -127,7 +127,7 @@ def test_the_quality_of_all_is_that_of_every_tasks_pictures():
     assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 |"
 
 
-def test_a_question_is_answered_seed_by_seed_against_the_default():
+def test_a_question_is_answered_seed_by_seed_against_the_first_row():
     results = [
         rival("asked", 0, 0.3, 0.9, (0.6, 0.6, 0.6)),
         rival("asked", 1, 0.6, 0.9, (0.9, 0.9, 0.9)),

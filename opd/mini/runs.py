@@ -186,7 +186,7 @@ ANCHORS = {
 PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
 ASKED = f"{LEARN} --anchor-weight 0 --iterations 25"
 QUESTIONS = {
-    "asked": Recipe("**the default recipe, 25 steps**", ASKED, TEACHERS),
+    "asked": Recipe("**as asked: none of the below**", ASKED, TEACHERS),
     "from-base": Recipe("from the base", f"{ASKED} --cold-start base", TEACHERS),
     "from-sft": Recipe(
         "from SFT on samples of seed 0's teachers", f"{ASKED} --cold-start {SFT_START}", (*STARTS, *TEACHERS)
