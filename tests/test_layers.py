@@ -45,6 +45,7 @@ opd.report
 opd.setup
 opd.mini
 opd.mini.world opd.mini.runs
+opd.mini.drawing
 opd.mini.rewards opd.mini.build
 opd.mini.signs
 opd.study_pages

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opd.mini import rewards, world
+from opd.mini import drawing, rewards, world
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = [(True, 0.0), (True, 0.12), (False, 0.0), (False, 0.12)]
@@ -19,7 +19,7 @@ TEST_PROMPTS = {task: world.split(task)[1] for task in world.TASKS}
 def render_all(prompts, lively=True, noise=0.0, seed=0):
     """(B, 3, 24, 24) in [0, 1]."""
     rng = np.random.default_rng(seed)
-    images = np.stack([world.render(p, rng, lively, noise) for p in prompts])
+    images = np.stack([drawing.render(p, rng, lively, noise) for p in prompts])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
@@ -102,7 +102,7 @@ def test_prompts_outside_the_world_are_refused_by_name(prompt):
 def test_pictures_depend_on_the_seed_only():
     pairs = [
         [
-            world.training_pair(p, np.random.default_rng(s))
+            drawing.training_pair(p, np.random.default_rng(s))
             for t in world.TASKS
             for p in world.split(t)[0][:20]
         ]
@@ -133,7 +133,7 @@ def test_each_switch_of_training_pair_spoils_its_own_thing():
     def measured(**switches):
         rng, clean = np.random.default_rng(0), dict(caption_error=0.0, noise_prob=0.0, dull_prob=0.0)
         images, captions = zip(
-            *(world.training_pair(p, rng, **{**clean, **switches}) for p in prompts), strict=True
+            *(drawing.training_pair(p, rng, **{**clean, **switches}) for p in prompts), strict=True
         )
         x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
         noisy = (rewards.noise_level(x_BCHW) > 0.05).float().mean().item()
@@ -275,7 +275,7 @@ def test_textures_and_fills_get_no_credit():
         for prompt in TEST_PROMPTS[task][::16]:
             assert reward(x_BCHW, [prompt] * len(x_BCHW), [{}] * len(x_BCHW)).max() <= 0.1, prompt
     # A saturated backdrop gains nothing over a pastel one; in a palette colour it loses.
-    red, pastel = torch.tensor(world.PALETTE["red"]), torch.tensor(world._pastel(0.3, 0.9))
+    red, pastel = torch.tensor(world.PALETTE["red"]), torch.tensor(drawing._pastel(0.3, 0.9))
     x_BCHW = torch.stack([red, torch.tensor([0.0, 1.0, 0.0]), pastel.float()])[:, :, None, None].expand(
         3, 3, 24, 24
     )
@@ -290,7 +290,7 @@ def test_a_landscape_must_be_the_one_asked_for():
     by_hand = []  # numpy's correlation, one clean picture at a time
     for image, prompt in zip(drawn[::17], prompts[::17], strict=True):
         blocks = F.avg_pool2d(
-            torch.cat([image[None], torch.from_numpy(world.scenes(prompt)).permute(0, 3, 1, 2)]), 2
+            torch.cat([image[None], torch.from_numpy(drawing.scenes(prompt)).permute(0, 3, 1, 2)]), 2
         ).numpy()
         light, hue = blocks.mean(1), (blocks - blocks.mean(1, keepdims=True)).reshape(len(blocks), -1)
         by_hand.append(

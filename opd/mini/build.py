@@ -44,7 +44,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from opd.families import sd3
 from opd.files import digest, replace, write_safetensors
-from opd.mini import world
+from opd.mini import drawing, world
 
 WEIGHTS = Path(__file__).parent / "weights"
 RESOLUTION, TOKENS, WIDTH = 24, 12, 64
@@ -162,13 +162,13 @@ def make_transformer(
 def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tuple[torch.Tensor, list[str]]:
     """`count` training pairs, tasks with probabilities `mix`: images uint8 (count, 3, 24, 24), captions.
 
-    `degrade` overrides caption_error, noise_prob, dull_prob of `world.training_pair`.
+    `degrade` overrides caption_error, noise_prob, dull_prob of `drawing.training_pair`.
     """
     rng = np.random.default_rng(seed)
     pools = {task: world.split(task)[0] for task in mix}
     images, captions = [], []
     for task in rng.choice(list(mix), size=count, p=list(mix.values())).tolist():
-        image, caption = world.training_pair(pools[task][rng.integers(len(pools[task]))], rng, **degrade)
+        image, caption = drawing.training_pair(pools[task][rng.integers(len(pools[task]))], rng, **degrade)
         images.append(image)
         captions.append(caption)
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from opd.mini import world
+from opd.mini import drawing, world
 from opd.rewards.ocr import edit_distance
 
 COLOURS, SHAPES = list(world.PALETTE), list(world.SHAPES)
@@ -309,7 +309,7 @@ def _light_and_hue(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _scene_views(prompt: str) -> tuple[Tensor, Tensor]:
-    return _light_and_hue(rearrange(torch.from_numpy(world.scenes(prompt)), "b h w c -> b c h w"))
+    return _light_and_hue(rearrange(torch.from_numpy(drawing.scenes(prompt)), "b h w c -> b c h w"))
 
 
 def likeness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
