@@ -187,10 +187,9 @@ def test_stage_grpo_says_what_it_leaves_out(tmp_path, capsys):
     assert_predicted(numbers)
 
 
-def test_work_doubles_with_the_group(tmp_path):
-    once = measured(tmp_path, "--states", "2")["structures"]["ours"]["flops_per_update"]
-    twice = measured(tmp_path, "--states", "2", "--group", "4")["structures"]["ours"]["flops_per_update"]
-    assert twice == 2 * once
+def test_work_doubles_with_the_group(tmp_path, both):
+    twice = measured(tmp_path, "--group", "4")["structures"]["ours"]["flops_per_update"]
+    assert twice == 2 * both[1]["structures"]["ours"]["flops_per_update"]
 
 
 def test_compiled_blocks_are_counted_and_counted_through(tmp_path, monkeypatch):

@@ -31,10 +31,6 @@ def grow(world, out, latents):  # noqa: F811
 
 
 def finetune(world, out, latents):  # noqa: F811
-    return flags(tiny.sft_config(world, out=str(out), data=str(latents), **OFTEN), "mini-sft-text")
-
-
-def finetune_fully(world, out, latents):  # noqa: F811
     return full_fine_tuning(world, out, latents, **OFTEN)
 
 
@@ -55,7 +51,7 @@ def contents(run):
     return found
 
 
-@pytest.mark.parametrize("command", [distil, grow, finetune, finetune_fully])
+@pytest.mark.parametrize("command", [distil, grow, finetune])
 def test_a_run_that_is_killed_ends_with_the_same_files(world, tmp_path, latents, command):  # noqa: F811
     log, whole = tmp_path / "log", tmp_path / "whole/run"
     started = time.monotonic()
