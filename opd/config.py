@@ -42,7 +42,7 @@ class Distil(Rollout):
     anchor: str = ""
     """The teacher that anchors every sample (MAR): a name from --teachers, or base."""
     anchor_weight: float = 0.02
-    """lambda of eq. 16; 0 = no anchor, and no forward pass for it."""
+    """lambda of eq. 16; 0 (and no --anchor-levels) = no anchor, and no forward pass for it."""
     anchor_levels: Numbers = field(default_factory=dict)
     """Noise level -> lambda from that level down, above the first of them --anchor-weight: 0.6=2 anchors late
     states, which decide texture, more than early ones, which decide composition."""

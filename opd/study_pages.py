@@ -83,13 +83,19 @@ def table(name: str, results: list[dict]) -> str:
     with_gap = any("gap_closed" in result for _, results in rows for result in results)
     if with_gap:
         columns += ["gap closed, fixed states", "visited states"]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for title, results in rows:
         cells = [str(len(results)), *cells_of(results)]
         if with_gap:
             cells += gap_cells(results)
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *cells])
+    return markdown(columns, lines)
+
+
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    """A table whose first column, the rows' names, has no heading."""
+    rows = [["", *columns], ["---"] * (len(columns) + 1), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
@@ -104,7 +110,7 @@ def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
         "mean of compose, text, quality of all",
         "diversity",
     ]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for title, results in rows:
         cells = [str(len(results)), *cells_of(results)[: len(TASKS)]]
         for task in ("compose", "text"):
@@ -112,15 +118,15 @@ def everywhere(rows: list[tuple[str, list[dict]]]) -> str:
         cells.append(spread([quality_of_all(result) for result in results]))
         cells.append(spread([mean_of_three(result) for result in results]))
         cells.append(spread([result[DIVERSITY]["quality"] for result in results if DIVERSITY in result]))
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *cells])
+    return markdown(columns, lines)
 
 
 def questions(rows: list[tuple[str, list[dict]]], first: list[dict]) -> str:
     """A table with what each row's mean of three is above that of `first`, seed by seed."""
     means = {result["seed"]: mean_of_three(result) for result in first}
     columns = ["seeds", "compose", "text", "quality of all", "mean of three", "above the first row's"]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for title, results in rows:
         compose, text, *_ = cells_of(results)
         cells = [str(len(results)), compose, text]
@@ -128,24 +134,24 @@ def questions(rows: list[tuple[str, list[dict]]], first: list[dict]) -> str:
         cells.append(spread([mean_of_three(result) for result in results]))
         paired = [result for result in results if result["seed"] in means]
         cells.append(spread([mean_of_three(result) - means[result["seed"]] for result in paired]))
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *cells])
+    return markdown(columns, lines)
 
 
 def cosines(results: list[dict]) -> str:
     """The cosine of every two tasks' gradients, its mean over a run."""
-    lines = ["| tasks | seeds | cosine |", "|---|---|---|"]
+    lines = []
     for pair in results[0]["cosines"]:
         values = [result["cosines"][pair] for result in results]
-        lines.append(f"| {pair.replace('/', ', ')} | {len(values)} | {spread(values)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([pair.replace("/", ", "), str(len(values)), spread(values)])
+    return markdown(["seeds", "cosine"], lines)
 
 
 def signs(cells: list[dict]) -> str:
     """Base and teacher of the larger signs: `cells` as opd.evaluate writes them."""
     found = {(cell["row"], cell["split"], cell["scorer"]): cell for cell in cells}
     columns = ["OCR, held out", "best of three", "OCR, trained strings", "diversity, held out"]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for row, title in {"base": "base", "teacher": "text teacher"}.items():
         heldout, trained = found[row, "held-out", "ocr"], found[row, "train", "ocr"]
         different = found[row, "held-out", DIVERSITY]
@@ -155,8 +161,8 @@ def signs(cells: list[dict]) -> str:
             plus_minus(trained["mean"], trained["error"]),
             plus_minus(different["mean"], different["error"]),
         ]
-        lines.append(f"| {title} | {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *texts])
+    return markdown(columns, lines)
 
 
 def quality_of_all(result: dict) -> float:
