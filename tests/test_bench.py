@@ -160,17 +160,7 @@ def test_every_anchor_in_the_emulation(tmp_path, anchor):
 def test_bfloat16_and_checkpointing(tmp_path):
     """In bfloat16 the base is half as large and a float32 copy twice that; the losses still agree to that
     precision."""
-    flags = (
-        "--structure",
-        "both",
-        "--dtype",
-        "bfloat16",
-        "--checkpointing",
-        "--states",
-        "2",
-        "--prompts-per-step",
-        "3",
-    )
+    flags = "--structure both --dtype bfloat16 --checkpointing --states 2 --prompts-per-step 3".split()
     result = measured(tmp_path, *flags)
     memory = result["structures"]["released"]["memory"]
     assert memory["copies"] == 4 * 2 * memory["base"]

@@ -148,8 +148,7 @@ def test_the_student_of_the_study_is_the_default_preset():
     assert replace(cfg, watch_every=0, watch_prompts=default.watch_prompts, **same) == default
 
 
-def test_the_shipped_teachers_are_the_studys():
-    """Their presets have the settings of the study's teachers."""
+def test_presets_of_the_teachers_are_the_studys():
     for task, name in runs.EQUAL.items():
         assert config(study.RECIPES[name]) == PRESETS[f"mini-{task}"]
 
