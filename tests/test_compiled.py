@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._inductor.utils import run_and_get_code
 
 from opd import compiled
 from opd.families import z_image
@@ -96,6 +97,20 @@ def test_z_image_compiles(tmp_path, captured):
     fast, graphs = steps(world, count=2, compile=True, **changes)
     assert fast == pytest.approx(plain, rel=1e-5)
     assert graphs[0] == graphs[1] > 0
+
+
+def test_a_bias_joins_the_pass_that_follows():
+    """The one test with real kernels: of the product with a bias only the product is left outside of them."""
+    torch._dynamo.reset()
+    block = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(approximate="tanh"))
+    x = torch.randn(5, 8)
+    expected = block(x).detach()
+    compiled.compile_blocks([block])
+    with torch.no_grad():
+        y, (code,) = run_and_get_code(block, x)
+    torch.testing.assert_close(y, expected)
+    assert "extern_kernels.mm(" in code and "addmm" not in code
+    torch._dynamo.reset()
 
 
 def test_without_a_compiler_the_flag_is_refused(world, monkeypatch):
