@@ -25,7 +25,7 @@ from pathlib import Path
 
 import tyro
 
-from opd import study_pages
+from opd import study_pages, study_tables
 from opd.config import Distil
 from opd.files import read_json, write_json
 from opd.flags import Texts, require
@@ -33,7 +33,7 @@ from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
 from opd.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS, PRESETS
 from opd.settings import parse
 from opd.statistics import ALL, DIVERSITY
-from opd.study_pages import RESULTS, ROOT, SCORES
+from opd.study_tables import RESULTS, ROOT, SCORES
 
 PROMPTS = ROOT / "opd/mini/prompts"
 OUT = "runs/study"
@@ -113,13 +113,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)
-    results = study_pages.load(Path(args.results))
+    results = study_tables.load(Path(args.results))
     if Path(args.results).resolve() == RESULTS.resolve():
         study_pages.write(results)
         return
     for name, rows in TABLES.items():
         if set(rows) & set(args.runs):
-            print(f"{name}\n{study_pages.table(name, results)}")
+            print(f"{name}\n{study_tables.table(name, results)}")
 
 
 def quickened(args: Arguments) -> Arguments:
@@ -187,7 +187,7 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     for what, rows in scored(args, folder, student, recipe.tasks).items():
         result[what] = rows["student"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result |= curve(metrics) | cosines(metrics)
+    result |= curve(metrics)
     if isinstance(cfg, Distil):
         result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
     if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
@@ -247,19 +247,6 @@ def curve(metrics: list[dict]) -> dict:
     if not points:
         return {}
     return {"curve": points}
-
-
-def cosines(metrics: list[dict]) -> dict:
-    """{"cosines": {"a/b": mean cosine of two tasks' gradients (eq. 4) over the steps that compared them}}, {}
-    where none did."""
-    found = {}
-    for line in metrics:
-        if "cosine" in line:
-            for pair, cosine in line["cosine"].items():
-                found.setdefault(pair, []).append(cosine)
-    if not found:
-        return {}
-    return {"cosines": {pair: round(statistics.fmean(values), 4) for pair, values in found.items()}}
 
 
 def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, float]]:

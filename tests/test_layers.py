@@ -48,6 +48,8 @@ opd.mini.world opd.mini.runs
 opd.mini.drawing
 opd.mini.rewards opd.mini.build
 opd.mini.signs
+opd.study_tables
+opd.study_plots
 opd.study_pages
 opd.study
 train sample

@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 import pytest
 import tyro
 
-from opd import evaluate, study, study_pages, svg
+from opd import evaluate, study, study_pages, study_plots, study_tables, svg
 from opd.config import Distil
 from opd.mini import runs, world
 from opd.presets import MINI_SCORERS, PRESETS
 from opd.settings import parse
 
 README = study.ROOT / "README.md"
-COMMITTED = study_pages.load(study.RESULTS)
+COMMITTED = study_tables.load(study.RESULTS)
 ARGUMENTS = study.Arguments()
 
 
@@ -28,9 +28,9 @@ def test_the_committed_tables_are_those_of_the_committed_results(page):
     assert len(study_pages.PAGES[page]) == text.count("<!-- table ")
 
 
-@pytest.mark.parametrize("file", study_pages.PLOTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", study_plots.PLOTS, ids=lambda file: file.name)
 def test_the_committed_plots_are_those_of_the_committed_results(file):
-    assert study_pages.PLOTS[file](COMMITTED) == file.read_text()
+    assert study_plots.PLOTS[file](COMMITTED) == file.read_text()
     root = ElementTree.fromstring(file.read_text())
     marks = root.findall("{*}circle")
     if file.name == "closed.svg":
@@ -97,10 +97,10 @@ def test_spread_and_table_by_hand():
     for seed, compose in enumerate((0.3, 0.4, 0.5)):
         scores = {"compose": compose, "text": 0.9, "quality": 0.8}
         results.append({"recipe": "full", "seed": seed, "held_out": scores})
-    *_, row = study_pages.table("other teachers", results).strip().split("\n")
-    assert row.endswith("| 3 | .400 ± .100 | .900 ± .000 | .800 ± .000 | .700 ± .033 |")
-    assert study_pages.spread([0.25]) == ".250" and study_pages.spread([-0.25, -0.25]) == "-.250 ± .000"
-    assert study_pages.short(1.0) == "1.000" and study_pages.spread([]) == ""
+    *_, row = study_tables.table("other teachers", results).strip().split("\n")
+    assert row.endswith("| 3 | .400 ± .100 | .900 ± .000 | .800 ± .000 | .700 ± .033 |  |  |")
+    assert study_tables.spread([0.25]) == ".250" and study_tables.spread([-0.25, -0.25]) == "-.250 ± .000"
+    assert study_tables.short(1.0) == "1.000" and study_tables.spread([]) == ""
     with pytest.raises(ValueError, match="has no lines <!-- table missing -->"):
         study_pages.with_table("text", "missing", row)
 
@@ -109,7 +109,7 @@ def test_a_table_with_teachers_beside_students_shows_the_gap_of_these_alone():
     scores = {"text": 0.7}
     student = {"recipe": "full", "held_out": scores, "gap_closed": {"fixed": 0.625, "visited": 0.5}}
     teacher = {"recipe": "full-teacher", "held_out": {"base": scores}}
-    _, _, first, second = study_pages.table("other teachers", [student, teacher]).strip().split("\n")
+    _, _, first, second = study_tables.table("other teachers", [student, teacher]).strip().split("\n")
     assert second.endswith("| 1 |  | .700 |  |  | .625 | .500 |")
     assert first.endswith("| 1 |  | .700 |  |  |  |  |")
 
@@ -123,7 +123,7 @@ def rival(name, seed, compose, text, qualities, **more):
 
 def test_the_quality_of_all_is_that_of_every_tasks_pictures():
     result = rival("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), diversity={"quality": 0.125})
-    *_, row = study_pages.table("rivals", [result]).strip().split("\n")
+    *_, row = study_tables.table("rivals", [result]).strip().split("\n")
     assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 |"
 
 
@@ -135,7 +135,7 @@ def test_a_question_is_answered_seed_by_seed_against_the_first_row():
         rival("ode", 1, 0.6, 0.9, (0.6, 0.6, 0.6)),
         rival("ode", 2, 0.6, 0.9, (0.6, 0.6, 0.6)),
     ]
-    _, _, first, row = study_pages.table("questions", results).strip().split("\n")
+    _, _, first, row = study_tables.table("questions", results).strip().split("\n")
     assert first.endswith("| .700 ± .141 | .000 ± .000 |")
     assert row.endswith("| 3 | .600 ± .000 | .900 ± .000 | .600 ± .000 | .700 ± .000 | .000 ± .141 |")
 
@@ -163,7 +163,7 @@ def test_the_table_of_signs_takes_each_number_from_its_cell():
         ):
             place = {"row": row, "split": split, "scorer": scorer}
             cells.append(place | {"mean": mean + number / 10, "error": 0.01, "best": 0.75})
-    *_, base, teacher = study_pages.signs(cells).strip().split("\n")
+    *_, base, teacher = study_tables.signs(cells).strip().split("\n")
     assert base == "| base | .250 ± .010 | .750 | .500 ± .010 | .000 ± .010 |"
     assert teacher == "| text teacher | .350 ± .010 | .750 | .600 ± .010 | .100 ± .010 |"
 
@@ -171,9 +171,9 @@ def test_the_table_of_signs_takes_each_number_from_its_cell():
 def test_the_plot_of_anchors_has_a_mark_per_recipe_and_a_cross_as_wide_as_its_spread():
     results = [rival("anchor-0", seed, 0.2 + seed / 5, 0.9, (0.5, 0.5, 0.5)) for seed in (0, 1)]
     results.append(rival("anchor-late", 0, 0.3, 0.9, (0.9, 0.9, 0.9)))
-    (mark,) = study_pages.marks({"anchor-0": "0"}, results)
+    (mark,) = study_plots.marks({"anchor-0": "0"}, results)
     assert mark == svg.Mark(pytest.approx(0.6), 0.5, "0", pytest.approx(0.1 / 2**0.5), 0.0)
-    root = ElementTree.fromstring(study_pages.trade(results))
+    root = ElementTree.fromstring(study_plots.trade(results))
     first, second = root.findall("{*}circle")
     assert float(first.get("cx")) == float(second.get("cx"))
     assert float(first.get("cy")) > float(second.get("cy"))  # down is less
@@ -191,10 +191,10 @@ def test_the_student_is_drawn_after_the_seconds_of_its_teachers():
         rival("student", 0, 0, 0, (0, 0, 0), **watching(4, 0.5)),
         rival("student", 1, 0, 0, (0, 0, 0), **watching(6, 0.7)),
     ]
-    assert study_pages.watched("student", students, 30.0) == [
+    assert study_plots.watched("student", students, 30.0) == [
         svg.Mark(35.0, pytest.approx(0.6), "", 0.0, pytest.approx(0.2 / 2**0.5))
     ]
-    root = ElementTree.fromstring(study_pages.progress([*teachers, *students]))
+    root = ElementTree.fromstring(study_plots.progress([*teachers, *students]))
     assert "35" in [text.text for text in root.findall("{*}text")]
 
 
@@ -218,16 +218,16 @@ def test_the_heat_map_has_a_cell_per_teacher_and_level_the_darker_the_more_is_cl
     second = rival(
         "student", 1, 0, 0, (0, 0, 0), kl_closed=dict.fromkeys(runs.TASKS, levels | {"1.000": 0.5})
     )
-    root = ElementTree.fromstring(study_pages.closed([first, second]))
+    root = ElementTree.fromstring(study_plots.closed([first, second]))
     words = [text.text for text in root.findall("{*}text")]
     assert words.count("0.38") == words.count("0.75") == 3 and "1.00" in words and "compose" in words
     shades = [float(re.search(r"(\d+)%\)", cell.get("fill"))[1]) for cell in root.findall("{*}rect")[1:]]
     assert len(shades) == 6 and shades[0] > shades[1]
-    assert len(ElementTree.fromstring(study_pages.closed([])).findall("{*}rect")) == 1
+    assert len(ElementTree.fromstring(study_plots.closed([])).findall("{*}rect")) == 1
 
 
 def test_a_plot_of_no_results_is_an_empty_frame():
-    root = ElementTree.fromstring(study_pages.progress([]))
+    root = ElementTree.fromstring(study_plots.progress([]))
     assert root.findall("{*}circle") == [] and len(root.findall("{*}text")) > 3
 
 
@@ -240,11 +240,52 @@ def test_a_curve_counts_the_samples_and_seconds_before_each_score():
     assert study.curve(lines[:1]) == {}
 
 
-def test_cosines_are_the_means_over_the_steps_that_compared_gradients():
-    lines = [{"cosine": {"a/b": 0.25, "a/c": 0.0}}, {"step": 2}, {"cosine": {"a/b": -0.75, "a/c": 0.5}}]
-    assert study.cosines(lines) == {"cosines": {"a/b": -0.25, "a/c": 0.25}} and study.cosines([{}]) == {}
-    rows = study_pages.cosines([study.cosines(lines), study.cosines(lines[:1])])
-    assert rows.strip().split("\n")[2:] == ["| a, b | 2 | .000 ± .354 |", "| a, c | 2 | .125 ± .177 |"]
+def curved(name, seed, points, task):
+    """A result with a curve of one task: (samples, score)."""
+    curve = [{"samples": samples, task: score} for samples, score in points]
+    return {"recipe": name, "seed": seed, "curve": curve}
+
+
+def test_pace_reads_the_mix_where_it_has_seen_as_many_pictures_of_the_task():
+    """3,000 pictures of compose are three fifths of the mix's 5,000, half way between two points."""
+    teacher = curved("equal-compose", 0, [(1000, 0.1), (3000, 0.5)], "compose")
+    mix = curved("mix-all", 0, [(4000, 0.2), (6000, 0.4), (9000, 0.6)], "compose")
+    alone = curved("equal-compose", 1, [(3000, 0.9)], "compose")
+    (_, _, row) = study_tables.table("pace", [teacher, mix, alone]).strip().split("\n")
+    assert row == "| compose | 3000 | 1 | .500 | .300 | .600 |"
+    assert study_tables.score_after(mix["curve"], "compose", 100) == 0.2
+
+
+def test_the_mixs_shares_of_pictures_are_those_of_its_recipe():
+    cfg = config(study.RECIPES["mix-all"])
+    share = cfg.share()
+    whole = sum(share.values())
+    looks = ("quality", "shapes", "signs")  # rewarded by the quality of their pictures
+    assert study_tables.MIX_SHARE["compose"] == pytest.approx(share["compose"] / whole)
+    assert study_tables.MIX_SHARE["text"] == pytest.approx(share["text"] / whole)
+    assert study_tables.MIX_SHARE["quality"] == pytest.approx(sum(share[task] for task in looks) / whole)
+
+
+def test_claims_compare_seed_by_seed_and_the_teachers_each_on_its_own_task():
+    def of_seed(seed):
+        return [
+            rival("equal-compose", seed, 0.5, 0.6, (0.5, 0.5, 0.5)),
+            rival("equal-text", seed, 0.1, 0.9, (0.5, 0.5, 0.5)),
+            rival("all-quality", seed, 0.0, 0.4, (0.9, 1.0, 0.8)),
+            rival("mix-all", seed, 0.4, 0.8, (0.8, 0.8, 0.8)),
+            rival("student", seed, 0.5 + seed / 10, 0.9, (0.7, 0.8, 0.9)),
+        ]
+
+    base = rival("base", 0, 0.25, 0.5, (0.5, 0.5, 0.5))
+    base = {"recipe": "base", "seed": 0} | {what: {"base": base[what]} for what in ("held_out", "quality_of")}
+    lines = study_tables.claims([base, *of_seed(0), *of_seed(1)], [base, *of_seed(3)]).split("\n")
+    assert lines[0] == "|  | seed 0 | seed 1 | seed 3, other prompts |"
+    assert "| compose teacher above the base, compose | .250 | .250 | .250 |" in lines
+    assert "| quality teacher above the base, quality of all | .400 | .400 | .400 |" in lines
+    assert "| student above the compose teacher, compose | .000 | .100 | .300 |" in lines
+    assert "| student above the mix rewarded for everything, mean | .067 | .100 | .167 |" in lines
+    assert "| the teachers, each on its own task, above that mix | .100 | .100 | .100 |" in lines
+    assert "| student above the usual mix, mean of three |  |  |  |" in lines
 
 
 def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_comparison():

@@ -260,8 +260,7 @@ TABLES = {
     "other teachers": ("full-teacher", "full", "large-teacher", "large", "large-100"),
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS),
+    "pace": (*TEACHERS, "mix-all"),
     "controls": ("mix", *CONTROLS),
     "anchors": tuple(ANCHORS),
 }
-# Those that score the quality of every task's pictures.
-EVERYWHERE = ("rivals", "controls", "anchors", "references")

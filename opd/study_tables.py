@@ -1,0 +1,254 @@
+"""The study's tables, from results alone.
+
+A result says "held_out": each task's own score, "quality_of": the quality of every task's pictures,
+"diversity": how far apart the pictures of one prompt are, "curve": scores during training, and "kl_closed":
+which share of a teacher's KL is gone, by noise level.
+"""
+
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from opd.files import read_json
+from opd.mini.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACHERS
+from opd.statistics import DIVERSITY
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "opd/mini/results"
+OTHER = RESULTS / "other"  # the same runs on another split of the prompts
+SIGNS = ROOT / "opd/mini/ocr_scores.json"  # opd.evaluate of the text teacher of opd/mini/signs.py
+SCORES = ("held_out", "errors", "quality_of", DIVERSITY)
+
+
+def load(folder: Path) -> list[dict]:
+    return [read_json(file) for file in sorted(folder.glob("*.json"))]
+
+
+def table(name: str, results: list[dict]) -> str:
+    """The lines of a table."""
+    if name == "signs":
+        return signs(read_json(SIGNS)["cells"])
+    if name == "claims":
+        return claims(results, load(OTHER))
+    return LAYOUTS[name](TABLES[name], results)
+
+
+def own_scores(names: tuple[str, ...], results: list[dict]) -> str:
+    """A row per recipe or model: mean and standard deviation over the seeds that have a result."""
+    columns = ["seeds", *TASKS, "mean", "gap closed, fixed states", "visited states"]
+    lines = []
+    for title, own in rows_of(names, results):
+        lines.append([title, str(len(own)), *cells_of(own), *gap_cells(own)])
+    return markdown(columns, lines)
+
+
+def markdown(columns: list[str], lines: list[list[str]]) -> str:
+    """A table whose first column, the rows' names, has no heading."""
+    rows = [["", *columns], ["---"] * (len(columns) + 1), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def everywhere(names: tuple[str, ...], results: list[dict]) -> str:
+    """The same with the quality of every task's pictures: its mean over the three is `quality of all`, which
+    the mean of three takes instead of the quality of landscapes."""
+    columns = [
+        "seeds",
+        *TASKS,
+        "quality of shapes",
+        "of signs",
+        "of all",
+        "mean of compose, text, quality of all",
+        "diversity",
+    ]
+    lines = []
+    for title, own in rows_of(names, results):
+        cells = [str(len(own)), *cells_of(own)[: len(TASKS)]]
+        for task in ("compose", "text"):
+            cells.append(spread([result["quality_of"][task] for result in own]))
+        cells.append(spread([quality_of_all(result) for result in own]))
+        cells.append(spread([mean_of_three(result) for result in own]))
+        cells.append(spread([result[DIVERSITY]["quality"] for result in own if DIVERSITY in result]))
+        lines.append([title, *cells])
+    return markdown(columns, lines)
+
+
+def questions(names: tuple[str, ...], results: list[dict]) -> str:
+    """A table with what each row's mean of three is above that of the first row, seed by seed."""
+    means = {result["seed"]: mean_of_three(result) for result in results if result["recipe"] == names[0]}
+    columns = ["seeds", "compose", "text", "quality of all", "mean of three", "above the first row's"]
+    lines = []
+    for title, own in rows_of(names, results):
+        compose, text, *_ = cells_of(own)
+        cells = [str(len(own)), compose, text]
+        cells.append(spread([quality_of_all(result) for result in own]))
+        cells.append(spread([mean_of_three(result) for result in own]))
+        paired = [result for result in own if result["seed"] in means]
+        cells.append(spread([mean_of_three(result) - means[result["seed"]] for result in paired]))
+        lines.append([title, *cells])
+    return markdown(columns, lines)
+
+
+def claims(results: list[dict], others: list[dict]) -> str:
+    """What one run has above another, seed by seed, on the shipped prompts and on `others`'."""
+    columns, sources = [], []
+    for ending, found in (("", results), (", other prompts", others)):
+        for seed in sorted({result["seed"] for result in found if result["recipe"] == "student"}):
+            columns.append(f"seed {seed}{ending}")
+            sources.append(of_seed(seed, found))
+    lines = []
+    for title, (run, below, score) in CLAIMS.items():
+        cells = []
+        for source in sources:
+            if run in source and below in source:
+                cells.append(short(score(source[run]) - score(source[below])))
+            else:
+                cells.append("")
+        lines.append([title, *cells])
+    return markdown(columns, lines)
+
+
+def of_seed(seed: int, results: list[dict]) -> dict[str, dict]:
+    """Recipe -> its result with this seed; the base; and the teachers as one, each on its own task."""
+    source = {r["recipe"]: r for r in results if r["recipe"] in RECIPES and r["seed"] == seed}
+    for _, (base,) in rows_of(("base",), results):
+        source["base"] = base
+    if set(TEACHERS) <= set(source):
+        own = {task: source[name]["held_out"][task] for task, name in EQUAL.items()}
+        source["specialists"] = {"held_out": own, "quality_of": source[EQUAL["quality"]]["quality_of"]}
+    return source
+
+
+def pace(names: tuple[str, ...], results: list[dict]) -> str:
+    """What the mix has learned of each task from as many pictures of it as its teacher saw: the scores that
+    both watched."""
+    *teachers, mix = names
+    mixes = {r["seed"]: r["curve"] for r in results if r["recipe"] == mix and "curve" in r}
+    columns = ["pictures", "seeds", "teacher", "mix after as many", "mix in the end"]
+    lines = []
+    for task, teacher in zip(TASKS, teachers, strict=True):
+        own = {r["seed"]: r["curve"] for r in results if r["recipe"] == teacher and "curve" in r}
+        seeds = sorted(set(own) & set(mixes))
+        if not seeds:
+            continue
+        pictures = own[seeds[0]][-1]["samples"]
+        then = [score_after(mixes[seed], task, pictures / MIX_SHARE[task]) for seed in seeds]
+        cells = [str(pictures), str(len(seeds)), spread([own[seed][-1][task] for seed in seeds])]
+        cells += [spread(then), spread([mixes[seed][-1][task] for seed in seeds])]
+        lines.append([task, *cells])
+    return markdown(columns, lines)
+
+
+def score_after(curve: list[dict], task: str, samples: float) -> float:
+    """A watched score after so many samples, on the straight line between two; beyond them the nearest."""
+    return float(np.interp(samples, [point["samples"] for point in curve], [point[task] for point in curve]))
+
+
+def signs(cells: list[dict]) -> str:
+    """Base and teacher of the larger signs: `cells` as opd.evaluate writes them."""
+    found = {(cell["row"], cell["split"], cell["scorer"]): cell for cell in cells}
+    columns = ["OCR, held out", "best of three", "OCR, trained strings", "diversity, held out"]
+    lines = []
+    for row, title in {"base": "base", "teacher": "text teacher"}.items():
+        heldout, trained = found[row, "held-out", "ocr"], found[row, "train", "ocr"]
+        different = found[row, "held-out", DIVERSITY]
+        texts = [
+            plus_minus(heldout["mean"], heldout["error"]),
+            short(heldout["best"]),
+            plus_minus(trained["mean"], trained["error"]),
+            plus_minus(different["mean"], different["error"]),
+        ]
+        lines.append([title, *texts])
+    return markdown(columns, lines)
+
+
+def own_score(task: str) -> Callable[[dict], float]:
+    return lambda result: result["held_out"][task]
+
+
+def quality_of_all(result: dict) -> float:
+    return statistics.fmean(result["quality_of"].values())
+
+
+def mean_of_three(result: dict) -> float:
+    own = result["held_out"]
+    return statistics.fmean([own["compose"], own["text"], quality_of_all(result)])
+
+
+def rows_of(names: tuple[str, ...], results: list[dict]) -> list[tuple[str, list[dict]]]:
+    """(title, results) of each row of the runs that have a result."""
+    found = []
+    for name in names:
+        own = [result for result in results if result["recipe"] == name]
+        if name in RECIPES and own:
+            found.append((RECIPES[name].title, own))
+        elif own:
+            for row, title in REFERENCES[name].titles.items():
+                found.append((title, [{what: own[0][what][row] for what in SCORES if what in own[0]}]))
+    return found
+
+
+def cells_of(results: list[dict]) -> list[str]:
+    """A cell per task and the mean; empty where the tasks are not all scored."""
+    cells = []
+    for task in TASKS:
+        cells.append(spread([result["held_out"][task] for result in results if task in result["held_out"]]))
+    whole = [result["held_out"].values() for result in results if len(result["held_out"]) == len(TASKS)]
+    return [*cells, spread([statistics.fmean(scores) for scores in whole])]
+
+
+def gap_cells(results: list[dict]) -> list[str]:
+    if "gap_closed" not in results[0]:
+        return ["", ""]
+    return [spread([result["gap_closed"][states] for result in results]) for states in ("fixed", "visited")]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, the value alone, or nothing."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return short(values[0])
+    return plus_minus(statistics.fmean(values), statistics.stdev(values))
+
+
+def plus_minus(mean: float, deviation: float) -> str:
+    """.345 ± .008"""
+    return f"{short(mean)} ± {short(deviation)}"
+
+
+def short(value: float) -> str:
+    """.345, 1.000 or -.008"""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
+
+
+# Title -> (run, run below it, score).
+CLAIMS = {
+    "compose teacher above the base, compose": ("equal-compose", "base", own_score("compose")),
+    "text teacher above the base, text": ("equal-text", "base", own_score("text")),
+    "quality teacher above the base, quality of all": ("all-quality", "base", quality_of_all),
+    "the same, text": ("all-quality", "base", own_score("text")),
+    "the same, compose": ("all-quality", "base", own_score("compose")),
+    "student above the compose teacher, compose": ("student", "equal-compose", own_score("compose")),
+    "student above the text teacher, text": ("student", "equal-text", own_score("text")),
+    "student above the quality teacher, quality of all": ("student", "all-quality", quality_of_all),
+    "student above the usual mix, mean of three": ("student", "mix", mean_of_three),
+    "student above the mix rewarded for everything, mean": ("student", "mix-all", mean_of_three),
+    "the teachers, each on its own task, above that mix": ("specialists", "mix-all", mean_of_three),
+    "student above that mix folded into itself": ("student", "mix-folded", mean_of_three),
+    "student without folding above that mix": ("plain-student", "mix-all", mean_of_three),
+}
+# Table -> its lines from the names of its runs and results.
+LAYOUTS = {
+    "rivals": everywhere,
+    "controls": everywhere,
+    "anchors": everywhere,
+    "references": everywhere,
+    "questions": questions,
+    "other teachers": own_scores,
+    "pace": pace,
+}
+# The part of a task's pictures among those of mix-all; quality is rewarded on three kinds of prompts.
+MIX_SHARE = {"compose": 9 / 15, "text": 3 / 15, "quality": 3 / 15}
