@@ -11,7 +11,7 @@ from opd.deployment import deployment_of
 from opd.files import digest, replace, resolve
 from opd.model import Model
 from opd.settings import stage_of
-from opd.statistics import ALL, DIVERSITY, Cell
+from opd.statistics import ALL, MEASURES, Cell
 from opd.tables import label, number
 
 METHODS = {
@@ -151,7 +151,7 @@ def digest_of_weights(path: Path) -> str:
 
 
 def student_cells(cells: list[Cell]) -> list[Cell]:
-    return [cell for cell in cells if cell.row == STUDENT and cell.tag == ALL and cell.scorer != DIVERSITY]
+    return [cell for cell in cells if cell.row == STUDENT and cell.tag == ALL and cell.scorer not in MEASURES]
 
 
 def score_table(cells: list[Cell]) -> str:

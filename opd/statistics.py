@@ -13,7 +13,10 @@ import numpy as np
 
 from opd.records import THUMBNAIL, Record
 
-ALL, TAGS, DIVERSITY = "", "mean of tags", "diversity"
+ALL, TAGS = "", "mean of tags"
+DIVERSITY, VARIETY = "diversity", "variety"
+MEASURES = (DIVERSITY, VARIETY)  # of the pictures themselves: no scorer takes part
+MOST = 1000  # pictures of a group that variety compares
 # The four scorers of the paper's tables; their raw scores are divided by what makes about 1 of the best.
 PAPER = {"geneval": 1.0, "ocr": 1.0, "deqa": 5.0, "pickscore": 26.0}
 
@@ -26,11 +29,11 @@ class Cell:
     split: str
     task: str
     scorer: str
-    """The scorer's spec, or `diversity`."""
+    """The scorer's spec, or one of MEASURES."""
     tag: str
     """"" for all pictures of the task, one of their tags, or `mean of tags`: every tag weighs the same."""
     n: int
-    """Pictures with a score; of `diversity`: pairs."""
+    """Pictures with a score; of MEASURES: pairs."""
     missing: int
     """Pictures that got no score: they enter no mean."""
     prompts: int
@@ -45,8 +48,8 @@ class Cell:
 
 
 def summarise(records: list[Record], divisors: dict[str, float]) -> list[Cell]:
-    """The cells of every row, split and task: per scorer of all pictures, of every tag, and their mean; and
-    the diversity where a prompt has several pictures.
+    """The cells of every row, split and task: per scorer of all pictures, of every tag, and their mean; the
+    diversity where a prompt has several pictures, the variety where there are several prompts.
 
     `divisors`: scorer -> what its raw score is divided by. Scores of others, which records may hold from
     before, are left out.
@@ -59,7 +62,7 @@ def summarise(records: list[Record], divisors: dict[str, float]) -> list[Cell]:
         for scorer, divisor in divisors.items():
             if any(scorer in record.scores for record in group):
                 cells += cells_of(place, group, scorer, divisor)
-        cells += diversity_of(place, group)
+        cells += diversity_of(place, group) + variety_of(place, group)
     return cells
 
 
@@ -150,6 +153,36 @@ def diversity_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]
         return []
     mean, error = clustered(spreads, [str(i) for i in range(len(spreads))])
     return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error, mean, mean)]
+
+
+def variety_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
+    """How far pictures of different prompts lie apart, which shows a style that has spread to all of them;
+    nothing where there are fewer than two prompts.
+
+    The distance is that of diversity, averaged over pairs; of many pictures, MOST at a fixed stride. The
+    error is that of a mean over pairs: 2 / sqrt(P) times the deviation of the P prompts' own mean distances.
+    """
+    having = [record for record in group if record.thumbnail]
+    having = having[:: max(1, math.ceil(len(having) / MOST))]
+    prompts = [record.prompt for record in having]
+    names = list(dict.fromkeys(prompts))
+    if len(names) < 2:
+        return []
+    pixels_ND = np.stack([pixels_of(record.thumbnail).reshape(-1) for record in having])
+    squares_N = (pixels_ND**2).mean(1)
+    squares_NN = squares_N[:, None] + squares_N - 2 * pixels_ND @ pixels_ND.T / pixels_ND.shape[1]
+    # The square root of rounding errors below 0 would be NaN.
+    distance_NN = np.sqrt(squares_NN.clip(min=0))
+    number_N = np.array([names.index(prompt) for prompt in prompts])
+    apart_NN = number_N[:, None] != number_N
+    mean = float(distance_NN[apart_NN].mean())
+    own_P = []
+    for number in range(len(names)):
+        own = number_N == number
+        own_P.append(distance_NN[own][apart_NN[own]].mean())
+    error = 2 * float(np.std(own_P, ddof=1)) / math.sqrt(len(names))
+    pairs = int(apart_NN.sum()) // 2
+    return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error, mean, mean)]
 
 
 def pixels_of(thumbnail: str) -> np.ndarray:

@@ -4,7 +4,7 @@ import math
 import re
 
 from opd.records import Record
-from opd.statistics import ALL, DIVERSITY, Cell, average_of_paper, headline, mean_of
+from opd.statistics import ALL, MEASURES, Cell, average_of_paper, headline, mean_of
 
 ENOUGH = 8  # pictures from which on equal scores are remarkable
 Block = dict[str, dict[str, str]]  # row -> heading -> text
@@ -22,7 +22,7 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
 
 def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
-    Below, for every scorer of a task, what is known of tags, prompts and scales; and diversity."""
+    Below, for every scorer of a task, what is known of tags, prompts and scales; diversity and variety."""
     lines = [note]
     for split in dict.fromkeys(cell.split for cell in cells):
         lines += ["", *text_of(split, means(cells, split, first))]
@@ -40,7 +40,7 @@ def means(cells: list[Cell], split: str, first: dict[str, str]) -> Block:
         texts = {}
         for cell in cells:
             mine = (cell.row, cell.split, cell.tag) == (row, split, ALL)
-            if mine and cell.scorer != DIVERSITY:
+            if mine and cell.scorer not in MEASURES:
                 heading = cell.task
                 if first[cell.task] != cell.scorer:
                     heading = f"{cell.task}:{label(cell.scorer)}"
@@ -58,8 +58,8 @@ def behind(cells: list[Cell]) -> Block:
     block = {}
     for cell in cells:
         texts = block.setdefault(cell.row, {})
-        if cell.scorer == DIVERSITY:
-            texts["diversity"] = number(cell.mean, cell.error)
+        if cell.scorer in MEASURES:
+            texts[cell.scorer] = number(cell.mean, cell.error)
         elif cell.tag != ALL:
             texts[cell.tag] = number(cell.mean, cell.error)
         else:
@@ -108,7 +108,7 @@ def remarks(cells: list[Cell], records: list[Record]) -> list[str]:
             reasons = [record.reasons[cell.scorer] for record in group if cell.scorer in record.reasons]
             count = f"{cell.missing} of {cell.n + cell.missing} pictures have no score"
             said.append(f"{place(cell)}: {count}: {reasons[0]}")
-        if cell.tag == ALL and cell.scorer != DIVERSITY and cell.n >= ENOUGH:
+        if cell.tag == ALL and cell.scorer not in MEASURES and cell.n >= ENOUGH:
             values = {record.scores[cell.scorer] for record in records if belongs(record, cell)} - {None}
             if len(values) == 1:
                 said.append(f"{place(cell)}: all {cell.n} pictures have the same score, {values.pop():g}")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from opd import evaluate, gallery
 from opd.records import Record, RecordFolder, in_8_bits, read_picture
+from opd.statistics import MEASURES
 from tests import forked
 
 HERE = "tests.test_records"
@@ -140,7 +141,7 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
         assert row["scores"]["jpeg_compressibility"] < 0
     written = json.loads(out.read_text())
     scorers = {cell["scorer"] for cell in written["cells"] if cell["task"] == "red"}
-    assert scorers == {f"{HERE}:bright", f"{HERE}:reddish", "jpeg_compressibility", "diversity"}
+    assert scorers == {f"{HERE}:bright", f"{HERE}:reddish", "jpeg_compressibility", *MEASURES}
     assert written["guidance"] == {"base": 1.0, "red": 1.0}
 
 

@@ -2,20 +2,25 @@
 
 import base64
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 
+from opd import statistics
 from opd.records import Record
 from opd.statistics import (
     ALL,
     DIVERSITY,
     TAGS,
+    VARIETY,
     average_of_paper,
     best_of_prompt,
     clustered,
     diversity_of,
+    pixels_of,
     summarise,
+    variety_of,
 )
 from opd.tables import label, number, remarks, scores_of, table
 
@@ -137,6 +142,34 @@ def test_diversity_is_the_distance_of_pictures_of_one_prompt():
     noise = np.random.default_rng(0).integers(256, size=(40, 192))
     [cell] = diversity_of(place, [record(thumbnail=thumbnail(pixels)) for pixels in noise])
     assert cell.mean == pytest.approx(math.sqrt(1 / 6), abs=0.01)
+
+
+def test_variety_is_the_distance_of_pictures_of_different_prompts(monkeypatch):
+    """By hand, and against loops over pairs; its error against drawing the prompts anew."""
+    black, white = thumbnail(np.zeros(192)), thumbnail(np.full(192, 255))
+    place = ("student", "held-out", "t")
+    alike = [record(prompt="a", thumbnail=black), record(prompt="a", thumbnail=white)]
+    assert variety_of(place, alike) == [] and variety_of(place, [record(prompt="c")]) == []
+    [cell] = variety_of(place, [*alike, record(prompt="b", thumbnail=white)])  # pairs 1, 0
+    assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (VARIETY, 0.5, 2, 2)
+
+    random = np.random.default_rng(0)
+
+    def drawn():
+        """40 prompts, two pictures of each in a colour of the prompt's own."""
+        colours = random.integers(256, size=40)
+        pictures = np.clip(np.repeat(colours, 2)[:, None] + random.integers(-9, 10, size=(80, 192)), 0, 255)
+        return [record(prompt=str(n // 2), thumbnail=thumbnail(p)) for n, p in enumerate(pictures)]
+
+    records = drawn()
+    [cell] = variety_of(place, records)
+    pairs = [(a, b) for a, b in combinations(records, 2) if a.prompt != b.prompt]
+    distances = [((pixels_of(a.thumbnail) - pixels_of(b.thumbnail)) ** 2).mean() ** 0.5 for a, b in pairs]
+    assert cell.n == len(pairs) and cell.mean == pytest.approx(np.mean(distances))
+    means = [variety_of(place, drawn())[0].mean for _ in range(200)]
+    assert cell.error == pytest.approx(np.std(means), rel=0.3)
+    monkeypatch.setattr(statistics, "MOST", 20)
+    assert variety_of(place, records)[0].prompts == 20
 
 
 # ---- the table --------------------------------------------------------------------------------------
