@@ -3,6 +3,7 @@
     python -m opd.study                        # what is missing, run by run; then tables and plots anew
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
+    python -m opd.study --rescore              # what has a result, from the weights that are here
     python -m opd.study --quick                # the main table's runs, a fiftieth as long, in minutes
     python -m opd.mini.world --salt other --out runs/other/prompts
     python -m opd.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
@@ -32,7 +33,7 @@ from opd.flags import Texts, require
 from opd.mini.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
 from opd.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS, PRESETS
 from opd.settings import parse
-from opd.statistics import ALL, DIVERSITY
+from opd.statistics import ALL, MEASURES
 from opd.study_tables import RESULTS, ROOT, SCORES
 
 PROMPTS = ROOT / "opd/mini/prompts"
@@ -63,6 +64,8 @@ class Arguments:
     """Images per task, of prompts held out."""
     quick: bool = False
     """A fiftieth of the iterations, 24 images per task, in runs/study-quick."""
+    rescore: bool = False
+    """Train nothing; score again what has a result and whose weights are in --out: where measures are new."""
     tables: bool = False
     """Run nothing; write the tables."""
     train: str = ""
@@ -110,7 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if not args.runs:
         args = replace(args, runs=(*RECIPES, *REFERENCES))
-    if not args.tables:
+    if args.rescore:
+        for name, seed in wanted(args):
+            score_again(args, name, seed)
+    elif not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)
     results = study_tables.load(Path(args.results))
@@ -128,27 +134,37 @@ def quickened(args: Arguments) -> Arguments:
     return replace(args, runs=args.runs or TABLES[QUICK], count=24)
 
 
+def wanted(args: Arguments) -> list[tuple[str, int]]:
+    """(name, seed) of every run that is asked for."""
+    runs = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
+    return runs + [(name, 0) for name in args.runs if name in REFERENCES]
+
+
 def missing(args: Arguments) -> list[tuple[str, int]]:
     """(name, seed) of what has no result."""
-    wanted = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
-    wanted += [(name, 0) for name in args.runs if name in REFERENCES]
-    return [(name, seed) for name, seed in wanted if not result_file(args, name, seed).is_file()]
+    return [(name, seed) for name, seed in wanted(args) if not result_file(args, name, seed).is_file()]
 
 
 def run(args: Arguments, name: str, seed: int) -> None:
     """Make a result, and what it needs before."""
     about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
+    if args.other_prompts():
+        about["prompts"] = args.prompts
     if name in REFERENCES:
-        reference = REFERENCES[name]
-        prepare(args, reference.needs, seed)
-        found = scored(args, folder_of(args, name, seed), reference.flags, reference.tasks)
-        result = {"flags": reference.flags}
-        for what, rows in found.items():
-            result[what] = {row: rows[row] for row in reference.titles}
+        prepare(args, REFERENCES[name].needs, seed)
+        result = {"flags": REFERENCES[name].flags} | scores(args, name, seed)
     else:
         prepare(args, RECIPES[name].needs, seed)
         result = trained(args, name, seed)
     write_json(result_file(args, name, seed), about | result)
+
+
+def score_again(args: Arguments, name: str, seed: int) -> None:
+    """Replace the scores of a result; nothing where it or its weights are missing."""
+    file = result_file(args, name, seed)
+    here = name in REFERENCES or (folder_of(args, name, seed) / "student").exists()
+    if file.is_file() and here:
+        write_json(file, read_json(file) | scores(args, name, seed))
 
 
 def prepare(args: Arguments, needs: tuple[str, ...], seed: int) -> None:
@@ -177,15 +193,13 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     started = time.monotonic()
     call(command)
     seconds = time.monotonic() - started
-    student = f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base"
     result = {
         "flags": flags,
         "iterations": cfg.iterations,
         "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
     }
-    for what, rows in scored(args, folder, student, recipe.tasks).items():
-        result[what] = rows["student"]
+    result |= scores(args, name, seed)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result |= curve(metrics)
     if isinstance(cfg, Distil):
@@ -204,10 +218,24 @@ def filled(args: Arguments, recipe: Recipe, seed: int) -> str:
     return re.sub(r"\{of ([\w.-]+)\}", place, recipe.flags)
 
 
+def scores(args: Arguments, name: str, seed: int) -> dict:
+    """What of SCORES a recipe's student has, or every row of a reference."""
+    folder = folder_of(args, name, seed)
+    if name in REFERENCES:
+        reference, found = REFERENCES[name], {}
+        for what, rows in scored(args, folder, reference.flags, reference.tasks).items():
+            found[what] = {row: rows[row] for row in reference.titles}
+        return found
+    student = f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base"
+    found = scored(args, folder, student, RECIPES[name].tasks)
+    return {what: rows["student"] for what, rows in found.items()}
+
+
 def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
     """{what: {row of opd.evaluate: {task: number}}} on held-out prompts: "held_out", each task's own score;
     "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
-    apart the pictures of one prompt are, where a task has several of one."""
+    apart the pictures of one prompt are, where a task has several of one; "variety", those of different ones.
+    """
     file = folder / "heldout.json"
     files = args.here(MINI_HELDOUT) | {task: str(Path(f).absolute()) for task, f in args.heldout.items()}
     prompts = pairs({task: files[task] for task in tasks})
@@ -225,8 +253,8 @@ def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) ->
             found["errors"].setdefault(row, {})[task] = cell["error"]
         if cell["scorer"] == QUALITY:
             found["quality_of"].setdefault(row, {})[task] = cell["mean"]
-        if cell["scorer"] == DIVERSITY:
-            found[DIVERSITY].setdefault(row, {})[task] = cell["mean"]
+        if cell["scorer"] in MEASURES:
+            found[cell["scorer"]].setdefault(row, {})[task] = cell["mean"]
     return {what: rows for what, rows in found.items() if rows}
 
 

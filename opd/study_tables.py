@@ -1,8 +1,8 @@
 """The study's tables, from results alone.
 
 A result says "held_out": each task's own score, "quality_of": the quality of every task's pictures,
-"diversity": how far apart the pictures of one prompt are, "curve": scores during training, and "kl_closed":
-which share of a teacher's KL is gone, by noise level.
+"diversity": how far apart the pictures of one prompt are, "variety": those of different prompts, "curve":
+scores during training, and "kl_closed": which share of a teacher's KL is gone, by noise level.
 """
 
 import re
@@ -14,13 +14,13 @@ import numpy as np
 
 from opd.files import read_json
 from opd.mini.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACHERS
-from opd.statistics import DIVERSITY
+from opd.statistics import DIVERSITY, MEASURES, VARIETY
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "opd/mini/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
 SIGNS = ROOT / "opd/mini/ocr_scores.json"  # opd.evaluate of the text teacher of opd/mini/signs.py
-SCORES = ("held_out", "errors", "quality_of", DIVERSITY)
+SCORES = ("held_out", "errors", "quality_of", *MEASURES)
 
 
 def load(folder: Path) -> list[dict]:
@@ -62,6 +62,7 @@ def everywhere(names: tuple[str, ...], results: list[dict]) -> str:
         "of all",
         "mean of compose, text, quality of all",
         "diversity",
+        "variety",
     ]
     lines = []
     for title, own in rows_of(names, results):
@@ -71,6 +72,7 @@ def everywhere(names: tuple[str, ...], results: list[dict]) -> str:
         cells.append(spread([quality_of_all(result) for result in own]))
         cells.append(spread([mean_of_three(result) for result in own]))
         cells.append(spread([result[DIVERSITY]["quality"] for result in own if DIVERSITY in result]))
+        cells.append(spread([variety(result) for result in own if VARIETY in result]))
         lines.append([title, *cells])
     return markdown(columns, lines)
 
@@ -177,6 +179,11 @@ def mean_of_three(result: dict) -> float:
     return statistics.fmean([own["compose"], own["text"], quality_of_all(result)])
 
 
+def variety(result: dict) -> float:
+    """Of shapes and of signs, whose prompts ask for no background."""
+    return statistics.fmean([result[VARIETY][task] for task in ("compose", "text")])
+
+
 def rows_of(names: tuple[str, ...], results: list[dict]) -> list[tuple[str, list[dict]]]:
     """(title, results) of each row of the runs that have a result."""
     found = []
@@ -239,6 +246,10 @@ CLAIMS = {
     "the teachers, each on its own task, above that mix": ("specialists", "mix-all", mean_of_three),
     "student above that mix folded into itself": ("student", "mix-folded", mean_of_three),
     "student without folding above that mix": ("plain-student", "mix-all", mean_of_three),
+    "that mix above the base, variety": ("mix-all", "base", variety),
+    "the same, folded into itself": ("mix-folded", "base", variety),
+    "student above the base, variety": ("student", "base", variety),
+    "student without folding above the base, variety": ("plain-student", "base", variety),
 }
 # Table -> its lines from the names of its runs and results.
 LAYOUTS = {

@@ -42,20 +42,25 @@ def config(recipe):
     return parse([recipe.preset, *study.filled(ARGUMENTS, recipe, 0).split()], PRESETS)
 
 
-def test_every_committed_result_is_of_a_run_as_it_is_now():
-    files = list(study.RESULTS.glob("*.json"))
+OTHERS = study.Arguments(out="runs/other", results=str(study_tables.OTHER))
+
+
+@pytest.mark.parametrize("args", [ARGUMENTS, OTHERS], ids=["shipped prompts", "other prompts"])
+def test_every_committed_result_is_of_a_run_as_it_is_now(args):
+    files = list(Path(args.results).glob("*.json"))
     assert len(files) > 0
     for file in files:
         result = json.loads(file.read_text())
         name = result["recipe"]
-        assert file == study.result_file(ARGUMENTS, name, result["seed"])
+        assert file == study.result_file(args, name, result["seed"])
+        assert ("prompts" in result) == (args is OTHERS)
         if name in study.REFERENCES:
             assert result["flags"] == study.REFERENCES[name].flags
             assert list(result["held_out"]) == list(study.REFERENCES[name].titles)
             assert all(list(row) == list(study.REFERENCES[name].tasks) for row in result["held_out"].values())
         else:
             cfg = config(study.RECIPES[name])
-            assert result["flags"] == study.filled(ARGUMENTS, study.RECIPES[name], result["seed"])
+            assert result["flags"] == study.filled(args, study.RECIPES[name], result["seed"])
             assert result["iterations"] == cfg.iterations
             assert ("gap_closed" in result) == (isinstance(cfg, Distil) and cfg.diagnose_every > 0)
             assert list(result["held_out"]) == list(study.RECIPES[name].tasks)
@@ -122,9 +127,10 @@ def rival(name, seed, compose, text, qualities, **more):
 
 
 def test_the_quality_of_all_is_that_of_every_tasks_pictures():
-    result = rival("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), diversity={"quality": 0.125})
+    apart = {"diversity": {"quality": 0.125}, "variety": {"compose": 0.25, "text": 0.125, "quality": 0.5}}
+    result = rival("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), **apart)
     *_, row = study_tables.table("rivals", [result]).strip().split("\n")
-    assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 |"
+    assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 | .188 |"
 
 
 def test_a_question_is_answered_seed_by_seed_against_the_first_row():
@@ -267,17 +273,21 @@ def test_the_mixs_shares_of_pictures_are_those_of_its_recipe():
 
 
 def test_claims_compare_seed_by_seed_and_the_teachers_each_on_its_own_task():
+    def apart(number):
+        return {"variety": {"compose": number, "text": number}}
+
     def of_seed(seed):
         return [
             rival("equal-compose", seed, 0.5, 0.6, (0.5, 0.5, 0.5)),
             rival("equal-text", seed, 0.1, 0.9, (0.5, 0.5, 0.5)),
             rival("all-quality", seed, 0.0, 0.4, (0.9, 1.0, 0.8)),
-            rival("mix-all", seed, 0.4, 0.8, (0.8, 0.8, 0.8)),
-            rival("student", seed, 0.5 + seed / 10, 0.9, (0.7, 0.8, 0.9)),
+            rival("mix-all", seed, 0.4, 0.8, (0.8, 0.8, 0.8), **apart(0.125)),
+            rival("student", seed, 0.5 + seed / 10, 0.9, (0.7, 0.8, 0.9), **apart(0.25)),
         ]
 
-    base = rival("base", 0, 0.25, 0.5, (0.5, 0.5, 0.5))
-    base = {"recipe": "base", "seed": 0} | {what: {"base": base[what]} for what in ("held_out", "quality_of")}
+    base = rival("base", 0, 0.25, 0.5, (0.5, 0.5, 0.5), **apart(0.25))
+    measured = ("held_out", "quality_of", "variety")
+    base = {"recipe": "base", "seed": 0} | {what: {"base": base[what]} for what in measured}
     lines = study_tables.claims([base, *of_seed(0), *of_seed(1)], [base, *of_seed(3)]).split("\n")
     assert lines[0] == "|  | seed 0 | seed 1 | seed 3, other prompts |"
     assert "| compose teacher above the base, compose | .250 | .250 | .250 |" in lines
@@ -286,6 +296,7 @@ def test_claims_compare_seed_by_seed_and_the_teachers_each_on_its_own_task():
     assert "| student above the mix rewarded for everything, mean | .067 | .100 | .167 |" in lines
     assert "| the teachers, each on its own task, above that mix | .100 | .100 | .100 |" in lines
     assert "| student above the usual mix, mean of three |  |  |  |" in lines
+    assert "| that mix above the base, variety | -.125 | -.125 | -.125 |" in lines
 
 
 def test_gap_closed_is_the_mean_over_teachers_and_noise_levels_of_the_last_comparison():
@@ -337,6 +348,7 @@ def cells():
             found.append(place | {"scorer": MINI_SCORERS[task], "tag": "counting", "mean": 0.9})
             if task != "quality":
                 found.append(place | {"scorer": study.QUALITY, "tag": "", "mean": quality})
+            found.append(place | {"scorer": "variety", "tag": "", "mean": 0.25})
         quality = {"row": row, "task": "quality", "scorer": "diversity", "tag": "", "mean": 0.15}
         found.append(quality)
     return found
@@ -391,6 +403,7 @@ def test_a_run_makes_what_it_needs_then_trains_then_scores(tmp_path, calls):
     assert result["quality_of"] == {"compose": 0.4, "text": 0.5, "quality": 0.3}
     assert result["errors"] == {"compose": 0.01, "text": 0.01, "quality": 0.01}
     assert result["diversity"] == {"quality": 0.15}
+    assert result["variety"] == {"compose": 0.25, "text": 0.25, "quality": 0.25}
     assert (result["iterations"], result["seed"], result["recipe"]) == (25, 1, "from-sft")
 
 
@@ -434,6 +447,21 @@ def test_another_split_is_trained_on_and_scored_and_refused_among_the_committed_
     for file in (*cfg.prompts.values(), *cfg.heldout.values()):
         assert Path(file).parent == folder and Path(file).is_file()
     assert f"text={folder / 'text.test.txt'}" in scoring
+    assert json.loads((tmp_path / "results/mix-all-3.json").read_text())["prompts"] == str(folder)
+
+
+def test_scoring_again_trains_nothing_and_leaves_what_has_no_weights(tmp_path, calls):
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path)]
+    before = rival("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), iterations=7)
+    for seed in (0, 1):
+        (tmp_path / f"mix-{seed}.json").write_text(json.dumps(before))
+    (tmp_path / "out/mix-0/student").mkdir(parents=True)
+    study.main(["--rescore", "--runs", "mix", "base", *places])
+    assert [arguments[:2] for arguments in calls] == [["-m", "opd.evaluate"]]
+    after = json.loads((tmp_path / "mix-0.json").read_text())
+    assert (after["iterations"], after["held_out"]["text"], after["variety"]["text"]) == (7, 0.2, 0.25)
+    assert json.loads((tmp_path / "mix-1.json").read_text()) == before
+    assert not (tmp_path / "base-0.json").exists()
 
 
 def test_quick_divides_the_steps_and_keeps_out_of_the_committed_results(tmp_path, monkeypatch, calls):
