@@ -223,15 +223,15 @@ def scores(args: Arguments, name: str, seed: int) -> dict:
     folder = folder_of(args, name, seed)
     if name in REFERENCES:
         reference, found = REFERENCES[name], {}
-        for what, rows in scored(args, folder, reference.flags, reference.tasks).items():
+        for what, rows in evaluated(args, folder, reference.flags, reference.tasks).items():
             found[what] = {row: rows[row] for row in reference.titles}
         return found
     student = f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base"
-    found = scored(args, folder, student, RECIPES[name].tasks)
+    found = evaluated(args, folder, student, RECIPES[name].tasks)
     return {what: rows["student"] for what, rows in found.items()}
 
 
-def scored(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
+def evaluated(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
     """{what: {row of opd.evaluate: {task: number}}} on held-out prompts: "held_out", each task's own score;
     "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
     apart the pictures of one prompt are, where a task has several of one; "variety", those of different ones.

@@ -52,8 +52,8 @@ def markdown(columns: list[str], lines: list[list[str]]) -> str:
 
 
 def everywhere(names: tuple[str, ...], results: list[dict]) -> str:
-    """The same with the quality of every task's pictures: its mean over the three is `quality of all`, which
-    the mean of three takes instead of the quality of landscapes."""
+    """A row per recipe or model with the quality of every task's pictures. Its mean over the three is `of
+    all`, which the mean of three takes instead of the quality of landscapes."""
     columns = [
         "seeds",
         *TASKS,
