@@ -247,13 +247,12 @@ class Distillation:
         # The adapter stays switched on around backward: recomputed activations must see the one that their
         # forward pass saw.
         with adapters.use(self.model.transformer, self.model.trained):
-            if self.judges is not None:
+            if cfg.stored():
                 walks = [self.rollout(plan, batch) for batch in batches]
-                plan, beside = self.judge(plan, batches, walks)
-            elif cfg.single_pass:
-                walks = [self.visit(plan, batch) for batch in batches]
             else:
-                walks = [self.rollout(plan, batch) for batch in batches]
+                walks = [self.visit(plan, batch) for batch in batches]
+            if self.judges is not None:
+                plan, beside = self.judge(plan, batches, walks)
             squares = Squares(cfg, self.model, list(self.teachers), plan.anchor_T)
             squares.beside = beside
             gradients = TaskGradients(list(self.trained.parameters.values()))
@@ -304,6 +303,10 @@ class Distillation:
         x, path, index, text = self.start(plan, batch)
         if self.judges is None:
             path = path.until(max(plan.queried) + 1)
+        if self.cfg.walker == "teacher":
+            texts = TextBatch([plan.prompts_N[n].text for n in batch.samples])
+            panel = Panel(self.teachers, plan.routed_NK, batch, texts, self.model.device)
+            return trajectory.rollout(x, path, index, panel.velocity)
         return trajectory.rollout(x, path, index, lambda state: self.student(state, text))
 
     def start(self, plan: Plan, batch: MicroBatch) -> tuple[Tensor, Path, Tensor, list[Condition]]:

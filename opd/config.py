@@ -62,6 +62,8 @@ class Distil(Rollout):
     last state that is trained on."""
     single_pass: bool = True
     """Train in the pass that drives the rollout. False: store the trajectory, then train; same gradient."""
+    walker: Literal["student", "teacher"] = "student"
+    """Whose velocity a trajectory follows: the student's or, off-policy, that of its sample's teachers."""
     estimator: Literal[ESTIMATORS] = "pathwise"
     """How a gradient comes from the distance to the teachers: opd/estimators.py."""
     teacher_guidance: float = 1.0
@@ -122,6 +124,10 @@ class Distil(Rollout):
         if self.noise_level == 0 and self.rollout != "ode":
             silent = "with --noise-level 0 adds no noise"
             raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
+
+        own = self.estimator == "pathwise" and not self.judged()
+        reason = "--estimator, --routing reward and --reward-weight judge the student's own steps"
+        require(own or self.walker == "student", f"{reason}; leave out --walker {self.walker}")
 
     def check_weight(self) -> None:
         """A weight that divides by the noise of a step needs some; which steps have it depends on no grid."""
@@ -290,6 +296,10 @@ class Distil(Rollout):
     def judged(self) -> bool:
         """Whether finished images are scored, so that trajectories must be stored and run to their end."""
         return self.routing == "reward" or self.reward_weight > 0
+
+    def stored(self) -> bool:
+        """Whether a trajectory is walked to its end before it is trained on."""
+        return self.judged() or not self.single_pass or self.walker == "teacher"
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def trajectories(cfg: Run, model: Model, world: int) -> int:
     states = 0
     if isinstance(cfg, Grow):
         states = cfg.states_per_sample() + 1
-    elif isinstance(cfg, Distil) and (cfg.judged() or not cfg.single_pass):
+    elif isinstance(cfg, Distil) and cfg.stored():
         states = cfg.steps + 1
     return 4 * states * sum(rows(cfg, world)) * prod(model.shape)
 

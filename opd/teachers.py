@@ -171,3 +171,11 @@ class Panel:
                 target[question.index] = answer
             targets.append(target)
         return targets
+
+    def velocity(self, state: State) -> Tensor:
+        """What the teachers would do together: the sum of their velocities (B, ...) by weight."""
+        v = torch.zeros_like(state.x)
+        for alpha_B, target in zip(self.alpha_BK.unbind(1), self.targets(state), strict=True):
+            if target is not None:
+                v += alpha_B.view(-1, *[1] * (v.dim() - 1)) * target
+        return v

@@ -202,6 +202,7 @@ CASES = {
         "queries": Case([1, 2], changes=("student", "samples"), under={"steps": 3}),
         "query_beta": Case([[1.0, 60.0]], under=ONE_QUERY),
         "single_pass": Case([False], changes=("passes",), keeps=("losses",)),
+        "walker": Case(["teacher"], changes=("student", "samples", "passes")),
         "teacher_guidance": Case([2.0], changes=("student", "samples")),
         "teacher_guidances": Case([{"red": 2.0}, {"blue": 2.0}], changes=("student", "samples")),
         "teacher_devices": Case(

@@ -80,6 +80,10 @@ REFUSED = [
     *[(base, {"resolution": ("16", "8", "16x16")}, "--resolution 16 is given twice") for base in EVERY],
     *refused(ON_POLICY, ["noise_level", "watch_every"], [-1], "it must not be negative"),
     *refused([DISTIL], ["anchor_weight", "queries"], [-1], "it must not be negative"),
+    *[
+        (DISTIL, {"walker": "teacher"} | judging, "own steps; leave out --walker teacher")
+        for judging in ({"estimator": "pg"}, {"routing": "reward"}, {"reward_weight": 1.0})
+    ],
     *refused([GROW], ["beta", "window", "cosine_every"], [-1], "it must not be negative"),
     *refused(EVERY, ["ema"], OUTER_EDGES, "it must lie in [0, 1)"),
     *refused([FINETUNE], ["caption_dropout"], OUTER_EDGES, "it must lie in [0, 1)"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from opd import flow, kernels, routing
+from opd import adapters, flow, kernels, routing, trajectory
 from opd.data import MicroBatch, Prompt, seed_of
 from opd.judging import Judges
 from opd.presets import PRESETS
@@ -191,6 +191,43 @@ def test_a_reward_that_needs_metadata_does_not_claim_prompts_without(world):
     hearings = judges.start(batch, prompts, torch.rand(3, 3, 4, 4))
     scores = judges.verdict(hearings, 3, step=0)
     assert scores.isfinite().tolist() == [[True, False], [True, True], [False, False]]
+
+
+# ---- off-policy --------------------------------------------------------------------------------------------
+
+
+def test_off_policy_every_sample_walks_with_its_own_teachers(world):
+    """Whatever the student's weights are, a sample's states are those of its teacher alone, or of a weighted
+    sum of two."""
+    cfg, model, _, trained, stage = build(world, walker="teacher", routes={"blue": "0.25*red+0.75*blue"})
+    for parameter in trained.parameters.values():
+        parameter.data.add_(0.1)
+    shares = {"red": {"red": 1.0}, "blue": {"red": 0.25, "blue": 0.75}}
+    plan = stage.plan(0)
+
+    def alone(n):
+        prompt = plan.prompts_N[n]
+        x, path, index, text = stage.start(plan, MicroBatch([n], [1], [n]))
+
+        def velocity(state):
+            v = torch.zeros_like(state.x)
+            for name, share in shares[prompt.task].items():
+                with adapters.use(model.transformer, cfg.adapter_of(name)):
+                    v += share * model.velocity(state.x, state.sigma_B, text, 1.0)
+            return v
+
+        return trajectory.rollout(x, path, index, velocity)
+
+    for batch in stage.batches(plan, compare=False):
+        states = stage.rollout(plan, batch)
+        for b, n in enumerate(batch.samples):
+            for state, expected in zip(states, alone(n), strict=True):
+                torch.testing.assert_close(state.x[b], expected.x[0], rtol=1e-5, atol=1e-5)
+
+
+def test_off_policy_gradients_are_of_the_teachers_states(world, plain):
+    off = gradient(world, walker="teacher", **ALONE)[0]
+    assert off.norm() > 1e-4 and distance(off, plain) > 1e-3
 
 
 # ---- rewards beside the teachers ---------------------------------------------------------------------------

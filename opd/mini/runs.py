@@ -203,6 +203,7 @@ QUESTIONS = {
     "every-state": Recipe("all nine states", f"{ASKED} --queries 0", TEACHERS),
     "kl": Recipe("weight kl", f"{ASKED} --weight kl", TEACHERS),
     "ode": Recipe("deterministic walks", f"{ASKED} --rollout ode", TEACHERS),
+    "off-policy": Recipe("walks of the teachers", f"{ASKED} --walker teacher", TEACHERS),
     "soft": Recipe(
         "soft routing: .8 of the task's teacher, .1 of each other",
         f"{ASKED} --routes compose=0.8*compose+0.1*text+0.1*quality"
