@@ -188,20 +188,25 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     if args.other_prompts():
         command += ["--prompts", *pairs(args.here(cfg.prompts))]
         command += ["--heldout", *pairs(args.here(cfg.heldout))]
+    iterations = cfg.iterations
     if args.quick:
-        command += ["--iterations", str(max(2, cfg.iterations // QUICKER))]
+        iterations = max(2, cfg.iterations // QUICKER)
+        command += ["--iterations", str(iterations)]
     started = time.monotonic()
     call(command)
     seconds = time.monotonic() - started
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    done = metrics[-1]["step"]
+    # A signal ends a run well, so that it can go on.
+    if done < iterations:
+        sys.exit(f"error: {folder} was stopped after step {done} of {iterations}; run this again to go on")
     result = {
         "flags": flags,
         "iterations": cfg.iterations,
         "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
     }
-    result |= scores(args, name, seed)
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result |= curve(metrics)
+    result |= scores(args, name, seed) | curve(metrics)
     if isinstance(cfg, Distil):
         result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
     if isinstance(cfg, Distil) and cfg.diagnose_every > 0:

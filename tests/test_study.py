@@ -365,9 +365,9 @@ def calls(tmp_path, monkeypatch):
         out.parent.mkdir(parents=True, exist_ok=True)
         if arguments[0] == "train.py":
             (out / "student").mkdir(parents=True, exist_ok=True)
-            (out / "metrics.jsonl").write_text(
-                '{"step": 1, "effective_batch": 30, "samples_per_second": 15.0}\n'
-            )
+            line = {"step": parse(arguments[1:], PRESETS).iterations}
+            line |= {"effective_batch": 30, "samples_per_second": 15.0}
+            (out / "metrics.jsonl").write_text(json.dumps(line))
         elif "opd.evaluate" in arguments:
             out.write_text(json.dumps({"cells": cells()}))
 
@@ -448,6 +448,19 @@ def test_another_split_is_trained_on_and_scored_and_refused_among_the_committed_
         assert Path(file).parent == folder and Path(file).is_file()
     assert f"text={folder / 'text.test.txt'}" in scoring
     assert json.loads((tmp_path / "results/mix-all-3.json").read_text())["prompts"] == str(folder)
+
+
+def test_a_run_that_was_stopped_is_no_result(tmp_path, calls, monkeypatch):
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    make = study.call
+
+    def stopped(arguments):
+        make(["train.py", *arguments[1:], "--iterations", "7"])
+
+    monkeypatch.setattr(study, "call", stopped)
+    with pytest.raises(SystemExit, match="mix-0 was stopped after step 7 of 550; run this again to go on"):
+        study.main(["--runs", "mix", "--seeds", "0", *places])
+    assert not (tmp_path / "results").exists() and len(calls) == 1
 
 
 def test_scoring_again_trains_nothing_and_leaves_what_has_no_weights(tmp_path, calls):
