@@ -281,7 +281,8 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     scores = written["scores"]
     assert list(scores) == ["base", "red"] and written["settings"]["reward_timeout"] == 60.0
     assert scores["red"]["train"] == scores["red"]["held-out"] != scores["base"]["train"]
-    assert f"{scores['red']['train']['red']:.3f}" in capsys.readouterr().out.splitlines()[-1]
+    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["red", f"{scores['red']['train']['red']:.3f}"] in printed
     command(world, "--out", str(out))  # a file may be replaced
     darkness, bright = (
         scores["red"]["train"]["red"],
