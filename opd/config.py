@@ -298,7 +298,7 @@ class Distil(Rollout):
         return self.routing == "reward" or self.reward_weight > 0
 
     def stored(self) -> bool:
-        """Whether a trajectory is walked to its end before it is trained on."""
+        """Whether trajectories are walked first, and trained on afterwards on their stored states."""
         return self.judged() or not self.single_pass or self.walker == "teacher"
 
 
