@@ -40,7 +40,8 @@ class Size:
     shift: float
     """What the noise levels are shifted by, towards noise."""
     tokens: int
-    """Text tokens of a prompt."""
+    """Text tokens of a prompt: CLIP's and T5's, or CLIP's alone."""
+    t5: bool
     work: dict
     """Defaults of the flags."""
 
@@ -62,7 +63,8 @@ SIZES = {
         ),
         factor=8,
         shift=3.0,
-        tokens=8,
+        tokens=4,
+        t5=False,
         work=dict(pixels=64, prompts_per_step=6, group=2, micro_batch=4, states=3, rank=4),
     ),
     # The shipped miniature's.
@@ -82,7 +84,8 @@ SIZES = {
         ),
         factor=2,
         shift=2.0,
-        tokens=24,
+        tokens=12,
+        t5=False,
         work=dict(pixels=24, prompts_per_step=30, group=1, micro_batch=30, states=10, rank=32),
     ),
     # 77 tokens of CLIP, 128 of T5.
@@ -104,6 +107,7 @@ SIZES = {
         factor=8,
         shift=3.0,
         tokens=205,
+        t5=True,
         work=dict(pixels=512, prompts_per_step=12, group=2, micro_batch=8, states=10, rank=32),
     ),
 }
@@ -258,7 +262,10 @@ def skeleton_of(size: str) -> SD3Transformer2DModel:
 def text_shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """Shapes of a Condition's tensors."""
     width, pooled = (size.transformer[name] for name in ("joint_attention_dim", "pooled_projection_dim"))
-    return {"embeds": (size.tokens, width), "pooled": (pooled,)}
+    shapes = {"embeds": (size.tokens, width), "pooled": (pooled,)}
+    if not size.t5:
+        shapes["blank"] = (1, width)
+    return shapes
 
 
 def predicted(work: Work, device: torch.device) -> dict[str, int]:

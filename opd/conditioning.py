@@ -15,6 +15,7 @@ from opd.flags import require
 from opd.text_cache import GB, PACK, TextCache
 
 CACHE_GB = 10.0
+LAYOUT = 2  # of what encode_prompts returns: raised where that changes, so that no cache holds both
 WINDOW = 2048  # prompts that are encoded ahead at once, where the cache has room for three times as many
 
 
@@ -165,7 +166,7 @@ class TextBatch:
 
 def fingerprint(family: ModuleType, folder: Path, dtype: torch.dtype, t5: bool) -> str:
     """Names the encoders that make an embedding: every file of `family.TEXT` by path, size and time."""
-    parts = [str(folder.resolve()), str(dtype), t5]
+    parts = [LAYOUT, str(folder.resolve()), str(dtype), t5]
     for name in sorted(family.TEXT):
         for file in sorted((folder / name).rglob("*")):
             stat = file.stat()

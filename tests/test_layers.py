@@ -23,7 +23,7 @@ opd.merging
 opd.config_base
 opd.config opd.signals opd.errors
 opd.presets opd.settings
-opd.families opd.vae opd.schedule opd.lora opd.compiled opd.sd3_names
+opd.families opd.vae opd.schedule opd.lora opd.compiled opd.sd3_names opd.sd3_attention
 opd.text_cache opd.patches
 opd.rewards.scoring opd.rewards.about opd.rewards.inputs opd.rewards.jpeg opd.rewards.geneval_rules
 opd.rewards.endpoint opd.rewards.clip opd.rewards.openclip opd.rewards.worker

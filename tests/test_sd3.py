@@ -96,13 +96,56 @@ def test_the_timestep_stays_float32_under_a_bfloat16_model():
     assert seen["timestep"].item() == pytest.approx(901, abs=1e-3)
 
 
-@pytest.mark.parametrize("t5, tokens", [(True, 12 + 128), (False, 12 + 12)])
+@pytest.mark.parametrize("t5, tokens", [(True, 12 + 128), (False, 12)])
 def test_t5_adds_128_tokens_and_can_be_left_out(t5, tokens, with_t5):
     encoders = sd3.load_text(with_t5, torch.float32, CPU, t5)
     assert (encoders.text_encoder_3 is not None) == t5
     text = sd3.collate(sd3.encode_prompts(encoders, PROMPTS, CPU))
-    assert text["embeds"].shape == (3, tokens, 128) and text["pooled"].shape == (3, 128)
-    assert (text["embeds"][:, 12:].abs().max() > 0) == t5  # without T5 its part is zeros
+    shapes = {name: tensor.shape[1:] for name, tensor in text.items()}
+    assert shapes == sd3.text_shapes(with_t5, t5) and text["embeds"].shape == (3, tokens, 128)
+    if not t5:
+        assert not text["blank"].any()  # T5's part would be zeros
+
+
+def random_transformer(**changes):
+    shape = dict(attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, pos_embed_max_size=4)
+    text = dict(joint_attention_dim=6, pooled_projection_dim=5)
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(4, in_channels=4, num_layers=3, **shape, **text, **changes)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return transformer.double()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": "rms_norm"}, {"dual_attention_layers": (0, 1)}], ids=("normed", "dual attention")
+)
+def test_a_blank_token_stands_for_the_zeros_that_diffusers_reads(changes):
+    """Velocity and every gradient against diffusers' own attention with the zeros written out. In float64,
+    but for the norms of the heads, which diffusers computes in float32."""
+    ours, theirs = random_transformer(**changes), random_transformer(**changes)
+    shapes = {"embeds": (2, 3, 6), "pooled": (2, 5)}
+    text = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    zeros = torch.zeros_like(text["embeds"])
+    written_out = text | {"embeds": torch.cat([text["embeds"], zeros], dim=1)}
+    x, sigma = torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.tensor([0.3, 0.8])
+    lengths = []
+    ours.transformer_blocks[0].ff_context.register_forward_pre_hook(
+        lambda module, inputs: lengths.append(inputs[0].shape[1])
+    )
+    v = sd3.velocity(ours, x, sigma, text | {"blank": zeros[:, :1]})
+    expected = sd3.velocity(theirs, x, sigma, written_out)
+    torch.testing.assert_close(v, expected, rtol=1e-7, atol=1e-9)
+    assert lengths == [3 + 1]
+    v.square().sum().backward()
+    expected.square().sum().backward()
+    pairs = zip(ours.named_parameters(), theirs.parameters(), strict=True)
+    of_interest = [(name, p.grad, q.grad) for (name, p), q in pairs if q.grad is not None]
+    assert len(of_interest) > 80
+    for name, gradient, wanted in of_interest:
+        assert (gradient - wanted).norm() <= 1e-6 * wanted.norm() + 1e-9, name
+    once = text | {"embeds": written_out["embeds"][:, :4]}
+    assert (sd3.velocity(theirs, x, sigma, once) - expected).abs().max() > 1e-3
 
 
 def test_embeddings_have_the_encoders_dtype(world):
@@ -111,6 +154,7 @@ def test_embeddings_have_the_encoders_dtype(world):
     assert {name: tensor.dtype for name, tensor in condition.items()} == {
         "embeds": torch.bfloat16,
         "pooled": torch.bfloat16,
+        "blank": torch.bfloat16,
     }
 
 

@@ -1,7 +1,7 @@
 """The SD3 family: StableDiffusion3Pipeline, for SD3 and SD3.5. `CONTRACT` says what each name is for.
 
 Shapes: B batch, C latent channels, H x W latent size, L text tokens, D text width, P pooled width.
-A Condition holds `embeds` (L, D) and `pooled` (P,).
+A Condition holds `embeds` (L, D), `pooled` (P,) and, without T5, `blank` (1, D): a token that stands for L.
 """
 
 import json
@@ -14,6 +14,7 @@ from torch import Tensor
 from opd import flow, schedule
 from opd.families import JOINT_ATTENTION, Condition
 from opd.patches import patches_along
+from opd.sd3_attention import attend_to_copies
 from opd.sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
 
@@ -71,42 +72,44 @@ def has_t5(folder: Path) -> bool:
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
-    """CLIP's 77 tokens, and T5's or as many zeros as CLIP has."""
+    """CLIP's 77 tokens and T5's, or one for as many zeros as CLIP has."""
     config = transformer_config(folder)
+    width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
     clip = json.loads((folder / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
-    third = clip
     if t5 and has_t5(folder):
-        third = T5_TOKENS
-    return {
-        "embeds": (clip + third, config["joint_attention_dim"]),
-        "pooled": (config["pooled_projection_dim"],),
-    }
+        return {"embeds": (clip + T5_TOKENS, width), "pooled": (pooled,)}
+    return {"embeds": (clip, width), "pooled": (pooled,), "blank": (1, width)}
 
 
 @torch.no_grad()
 def encode_prompts(
     text: StableDiffusion3Pipeline, prompts: list[str], device: torch.device
 ) -> list[Condition]:
-    """L = CLIP tokens + T5 tokens. Without T5 its part is zeros, as many as CLIP has: SD3 knows them."""
-    tokens = text.tokenizer_max_length
-    if text.text_encoder_3 is not None:
-        tokens = T5_TOKENS
+    """L = CLIP tokens + T5 tokens. Without T5 the pipeline puts zeros in its place, which SD3 knows: here
+    L = CLIP tokens then, and `blank` is one of the zeros, of which there are as many."""
+    clip = text.tokenizer_max_length
     embeds_BLD, _, pooled_BP, _ = text.encode_prompt(
-        prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=tokens
+        prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
     )
-    pairs = zip(embeds_BLD, pooled_BP, strict=True)
-    return [{"embeds": embeds_LD, "pooled": pooled_P} for embeds_LD, pooled_P in pairs]
+    conditions = []
+    for embeds_LD, pooled_P in zip(embeds_BLD, pooled_BP, strict=True):
+        condition = {"embeds": embeds_LD, "pooled": pooled_P}
+        if text.text_encoder_3 is None:
+            condition = {"embeds": embeds_LD[:clip], "pooled": pooled_P, "blank": embeds_LD[clip : clip + 1]}
+        conditions.append(condition)
+    return conditions
 
 
 def collate(conditions: list[Condition]) -> dict[str, Tensor]:
-    """`embeds` (B, L, D), `pooled` (B, P). ValueError where L differs: the transformer has no mask."""
+    """`embeds` (B, L, D), `pooled` (B, P), `blank` (B, 1, D) where there is one. ValueError where L differs:
+    the transformer has no mask."""
     lengths = sorted({len(condition["embeds"]) for condition in conditions})
     if len(lengths) > 1:
         raise ValueError(
             f"conditions of {lengths} tokens in one batch: SD3 has no mask for text; "
             "encode all prompts with the same encoders"
         )
-    return {name: torch.stack([c[name] for c in conditions]) for name in ("embeds", "pooled")}
+    return {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
 
 
 # ---------------------------------------------------------------- velocity
@@ -116,11 +119,17 @@ def velocity(
     transformer: SD3Transformer2DModel, x_BCHW: Tensor, sigma_B: Tensor, text: dict[str, Tensor]
 ) -> Tensor:
     """The model's timestep is 1000 sigma; it stays float32, as 901 in bfloat16 is 900."""
+    embeds_BLD, attention = text["embeds"], None
+    if "blank" in text:
+        attend_to_copies(transformer)
+        attention = {"copies": embeds_BLD.shape[1]}
+        embeds_BLD = torch.cat([embeds_BLD, text["blank"]], dim=1)
     (v_BCHW,) = transformer(
-        hidden_states=x_BCHW.to(text["embeds"].dtype),
+        hidden_states=x_BCHW.to(embeds_BLD.dtype),
         timestep=1000.0 * sigma_B.float(),
-        encoder_hidden_states=text["embeds"],
+        encoder_hidden_states=embeds_BLD,
         pooled_projections=text["pooled"],
+        joint_attention_kwargs=attention,
         return_dict=False,
     )
     return v_BCHW

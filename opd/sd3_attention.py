@@ -1,0 +1,69 @@
+"""SD3's joint attention of image and text, in which the last token of the text may stand for several alike.
+
+Without T5, SD3 reads as many zeros as CLIP has tokens in its place. Text has no positions here, so equal
+tokens stay equal in every block: what is computed of one of them, projections, norms, MLP and its own
+attention, holds for all, and others attend to n equal keys and values. So one token is computed, and its key
+and value are repeated.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+
+def attend_to_copies(transformer: SD3Transformer2DModel) -> None:
+    """Let the blocks take `joint_attention_kwargs={"copies": n}`."""
+    if not isinstance(transformer.transformer_blocks[0].attn.processor, JointAttention):
+        transformer.set_attn_processor(JointAttention())
+
+
+class JointAttention:
+    """In the place of diffusers' processor, whose arguments it has. Shapes: N image tokens, L of text,
+    T = N + L, H heads of size D."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        copies: int = 1,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, HD) and (B, L, HD) -> the same, or the first alone where there is no text; the text's last
+        token counts `copies` times."""
+        image, text = hidden_states, encoder_hidden_states
+        q_BHTD = projected(image, attn.to_q, attn.norm_q, attn.heads)
+        k_BHTD = projected(image, attn.to_k, attn.norm_k, attn.heads)
+        v_BHTD = projected(image, attn.to_v, None, attn.heads)
+        if text is not None:
+            q_text = projected(text, attn.add_q_proj, attn.norm_added_q, attn.heads)
+            k_text = projected(text, attn.add_k_proj, attn.norm_added_k, attn.heads)
+            v_text = projected(text, attn.add_v_proj, None, attn.heads)
+            q_BHTD = torch.cat([q_BHTD, q_text], dim=2)
+            k_BHTD = torch.cat([k_BHTD, k_text, last_again(k_text, copies)], dim=2)
+            v_BHTD = torch.cat([v_BHTD, v_text, last_again(v_text, copies)], dim=2)
+        out_BTM = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2)
+        image_out = out_BTM[:, : image.shape[1]]
+        for layer in attn.to_out:
+            image_out = layer(image_out)
+        if text is None:
+            return image_out
+        text_out = out_BTM[:, image.shape[1] :]
+        if not attn.context_pre_only:
+            text_out = attn.to_add_out(text_out)
+        return image_out, text_out
+
+
+def projected(x_BTM: Tensor, layer: nn.Module, norm: nn.Module | None, heads: int) -> Tensor:
+    """(B, H, T, D), each head normed where the model does so."""
+    x_BHTD = layer(x_BTM).unflatten(-1, (heads, -1)).transpose(1, 2)
+    if norm is None:
+        return x_BHTD
+    return norm(x_BHTD)
+
+
+def last_again(x_BHLD: Tensor, copies: int) -> Tensor:
+    """The last token's, copies - 1 times."""
+    return x_BHLD[:, :, -1:].expand(-1, -1, copies - 1, -1)
