@@ -4,7 +4,7 @@ import statistics
 
 from opd import svg
 from opd.mini.runs import TASKS, TEACHERS
-from opd.study_tables import ROOT, quality_of_all, rows_of
+from opd.study_tables import ROOT, mean_of_tasks, quality_of_all, rows_of
 
 
 def trade(results: list[dict]) -> str:
@@ -26,7 +26,7 @@ def marks(labels: dict[str, str], results: list[dict]) -> list[svg.Mark]:
     found = []
     for name, label in labels.items():
         for _, own in rows_of((name,), results):
-            tasks = [statistics.fmean([r["held_out"]["compose"], r["held_out"]["text"]]) for r in own]
+            tasks = [mean_of_tasks(result) for result in own]
             quality = [quality_of_all(result) for result in own]
             x, y = statistics.fmean(tasks), statistics.fmean(quality)
             found.append(svg.Mark(x, y, label, deviation(tasks), deviation(quality)))

@@ -21,6 +21,7 @@ RESULTS = ROOT / "opd/mini/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
 SIGNS = ROOT / "opd/mini/ocr_scores.json"  # opd.evaluate of the text teacher of opd/mini/signs.py
 SCORES = ("held_out", "errors", "quality_of", *MEASURES)
+QUALITIES = ("quality of shapes", "of signs", "of all", "mean of compose, text, quality of all")
 
 
 def load(folder: Path) -> list[dict]:
@@ -54,32 +55,43 @@ def markdown(columns: list[str], lines: list[list[str]]) -> str:
 def everywhere(names: tuple[str, ...], results: list[dict]) -> str:
     """A row per recipe or model with the quality of every task's pictures. Its mean over the three is `of
     all`, which the mean of three takes instead of the quality of landscapes."""
-    columns = [
-        "seeds",
-        *TASKS,
-        "quality of shapes",
-        "of signs",
-        "of all",
-        "mean of compose, text, quality of all",
-        "diversity",
-        "variety",
-    ]
+    columns = ["seeds", *TASKS, *QUALITIES, "diversity", "variety"]
     lines = []
     for title, own in rows_of(names, results):
-        cells = [str(len(own)), *cells_of(own)[: len(TASKS)]]
-        for task in ("compose", "text"):
-            cells.append(spread([result["quality_of"][task] for result in own]))
-        cells.append(spread([quality_of_all(result) for result in own]))
-        cells.append(spread([mean_of_three(result) for result in own]))
-        cells.append(spread([result[DIVERSITY]["quality"] for result in own if DIVERSITY in result]))
-        cells.append(spread([variety(result) for result in own if VARIETY in result]))
+        varieties = spread([variety(result) for result in own if VARIETY in result])
+        lines.append([title, str(len(own)), *family_cells(own), diversity(own), varieties])
+    return markdown(columns, lines)
+
+
+def anchors(names: tuple[str, ...], results: list[dict]) -> str:
+    """The same, and what the tasks and all pictures have above the first row's, seed by seed."""
+    ours = [*TASKS, *QUALITIES, "diversity"]
+    columns = ["seeds", *ours, "compose and text above the first row's", "quality of all above"]
+    lines = []
+    for title, own in rows_of(names, results):
+        cells = [str(len(own)), *family_cells(own), diversity(own)]
+        for score in (mean_of_tasks, quality_of_all):
+            cells.append(above(own, names[0], results, score))
         lines.append([title, *cells])
     return markdown(columns, lines)
 
 
+def family_cells(own: list[dict]) -> list[str]:
+    """A cell per task and of QUALITIES."""
+    cells = cells_of(own)[: len(TASKS)]
+    for task in ("compose", "text"):
+        cells.append(spread([result["quality_of"][task] for result in own]))
+    cells.append(spread([quality_of_all(result) for result in own]))
+    return [*cells, spread([mean_of_three(result) for result in own])]
+
+
+def diversity(own: list[dict]) -> str:
+    """Of landscapes."""
+    return spread([result[DIVERSITY]["quality"] for result in own if DIVERSITY in result])
+
+
 def questions(names: tuple[str, ...], results: list[dict]) -> str:
     """A table with what each row's mean of three is above that of the first row, seed by seed."""
-    means = {result["seed"]: mean_of_three(result) for result in results if result["recipe"] == names[0]}
     columns = ["seeds", "compose", "text", "quality of all", "mean of three", "above the first row's"]
     lines = []
     for title, own in rows_of(names, results):
@@ -87,10 +99,14 @@ def questions(names: tuple[str, ...], results: list[dict]) -> str:
         cells = [str(len(own)), compose, text]
         cells.append(spread([quality_of_all(result) for result in own]))
         cells.append(spread([mean_of_three(result) for result in own]))
-        paired = [result for result in own if result["seed"] in means]
-        cells.append(spread([mean_of_three(result) - means[result["seed"]] for result in paired]))
-        lines.append([title, *cells])
+        lines.append([title, *cells, above(own, names[0], results, mean_of_three)])
     return markdown(columns, lines)
+
+
+def above(own: list[dict], first: str, results: list[dict], score: Callable[[dict], float]) -> str:
+    """What results have above those of the recipe `first` with the same seeds."""
+    below = {result["seed"]: score(result) for result in results if result["recipe"] == first}
+    return spread([score(result) - below[result["seed"]] for result in own if result["seed"] in below])
 
 
 def claims(results: list[dict], others: list[dict]) -> str:
@@ -174,6 +190,10 @@ def quality_of_all(result: dict) -> float:
     return statistics.fmean(result["quality_of"].values())
 
 
+def mean_of_tasks(result: dict) -> float:
+    return statistics.fmean([result["held_out"][task] for task in ("compose", "text")])
+
+
 def mean_of_three(result: dict) -> float:
     own = result["held_out"]
     return statistics.fmean([own["compose"], own["text"], quality_of_all(result)])
@@ -255,7 +275,7 @@ CLAIMS = {
 LAYOUTS = {
     "rivals": everywhere,
     "controls": everywhere,
-    "anchors": everywhere,
+    "anchors": anchors,
     "references": everywhere,
     "questions": questions,
     "other teachers": own_scores,
