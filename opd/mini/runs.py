@@ -101,6 +101,11 @@ LEARNED = "".join(f" {task}={{of {name}}}" for task, name in EQUAL.items())
 LEARN = f"--teachers{LEARNED} --anchor quality"
 WATCHED = "--watch-every 20 --watch-prompts 128"
 LATE = "--anchor-weight 0.02 --anchor-levels 0.6=3 --iterations 100"
+# The mix that is rewarded for the quality of every task's pictures.
+MIX_ALL = (
+    f"--prompts {PROMPTS} {LOOKS} --train-rewards {OWN_REWARDS} {LOOKED_AT}"
+    f" --rewards {STRICT_REWARDS} {LOOKED_AT} --mix compose=9 text=3"
+)
 LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
 # One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
 # see as many images as the teachers; the others take the seconds of distillation.
@@ -110,10 +115,7 @@ RIVALS = {
     "all-quality": Recipe("quality teacher, prompts of all tasks", QUALITY_OF_ALL, preset="mini-quality"),
     "mix": Recipe("GRPO-mix", "--iterations 550", preset="mini-grpo-mix"),
     "mix-all": Recipe(
-        "GRPO-mix, quality of all prompts",
-        f"--iterations 550 --prompts {PROMPTS} {LOOKS} --train-rewards {OWN_REWARDS} {LOOKED_AT}"
-        f" --rewards {STRICT_REWARDS} {LOOKED_AT} --mix compose=9 text=3",
-        preset="mini-grpo-mix",
+        "GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}", preset="mini-grpo-mix"
     ),
     "mix-folded": Recipe("the latter, folded into itself", LEARN_FROM_MIX, ("mix-all",)),
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}", TEACHERS),
@@ -136,11 +138,19 @@ CONTROLS = {
         ("stacked-text",),
         preset="mini-quality",
     ),
-    # As long as "mix" in all, the teachers included.
+    # One step that moves nothing: the start of the students.
+    "merged": Recipe("teachers merged, no training", f"{LEARN} --iterations 1 --lr 1e-9", TEACHERS),
+    # As long as "mix-all" in all, the teachers included.
     "merge-mix": Recipe(
-        "teachers merged, then GRPO-mix",
-        "--iterations 166 --cold-start merge --merge-from" + LEARNED,
+        "teachers merged, then GRPO-mix, quality of all prompts",
+        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {MIX_ALL}",
         TEACHERS,
+        preset="mini-grpo-mix",
+    ),
+    "sft-mix": Recipe(
+        "SFT on samples of seed 0's teachers, then that GRPO-mix",
+        f"--iterations 166 --cold-start {SFT_START} {MIX_ALL}",
+        STARTS,
         preset="mini-grpo-mix",
     ),
     "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
