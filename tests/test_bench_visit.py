@@ -9,18 +9,16 @@ from opd import bench_visit
 from opd.bench_visit import Part, main, make, visit
 
 
-def test_the_rehearsal_runs_the_real_parts_and_writes_the_rows(tmp_path, capsys):
-    """Kernel tests and both structures: the real commands at tiny sizes. (The distillation is the README's
-    first command, which tests/test_mini.py runs.)"""
-    parts = ["kernel-tests", "loop-512-1"]
-    assert main(["--rehearse", "--out", str(tmp_path), "--parts", *parts]) == 0
+def test_the_rehearsal_runs_a_real_part_and_writes_its_rows(tmp_path, capsys):
+    """Both structures: the real command at its tiny size. (Of the other parts the kernels' tests run in
+    tests/test_kernels.py, and the distillation is the README's first command, as in tests/test_mini.py.)"""
+    assert main(["--rehearse", "--out", str(tmp_path), "--parts", "loop-512-1"]) == 0
     text = (tmp_path / "tables.md").read_text()
     for structure in ("ours", "released"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| tiny | 64 | 1 | {structure}, ")]
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         measured = json.loads((tmp_path / "loop-512-1.measured.json").read_text())["structures"][structure]
         assert cells[4] == f"{measured['seconds_per_update']:.4g}" and len(cells) == 9
-    assert "100%" in (tmp_path / "kernel-tests.txt").read_text()
 
 
 def stub(name, code, limit=60):

@@ -42,6 +42,8 @@ def distil(own, out, **changes) -> list[str]:
 def test_a_killed_run_and_two_ranks_replicated_then_sharded_are_one_rank(own, tmp_path):
     """A run that is killed after its first checkpoint goes on to the same bits. Two ranks take the first
     step with the weights replicated, and the second one, resumed, with the weights sharded."""
+    if own[0].family == "sd3":
+        pytest.skip("tests/test_kills.py, test_ranks.py and test_shards.py run this family")
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
     run = forked.train(tmp_path / "log", distil(own, whole))
     assert run.ended() == 0, run.printed()
@@ -50,12 +52,13 @@ def test_a_killed_run_and_two_ranks_replicated_then_sharded_are_one_rank(own, tm
     forked.wait_for(lambda: (killed / "state.safetensors").exists())
     run.process.kill()
     run.process.join()
-    done = steps_saved(killed)
-    shutil.copytree(whole, tmp_path / "longer")
-    for folder in (killed, tmp_path / "longer"):
-        run = forked.train(tmp_path / "log", distil(own, folder, iterations=max(2, done)))
-        assert run.ended() == 0, run.printed()
-    assert (killed / WEIGHTS).read_bytes() == (tmp_path / "longer" / WEIGHTS).read_bytes()
+    done, longer = max(2, steps_saved(killed)), tmp_path / "longer"
+    shutil.copytree(whole, longer)
+    for folder in (killed, longer):
+        if folder == killed or done > 2:  # it was killed after more steps than `whole` has
+            run = forked.train(tmp_path / "log", distil(own, folder, iterations=done))
+            assert run.ended() == 0, run.printed()
+    assert (killed / WEIGHTS).read_bytes() == (longer / WEIGHTS).read_bytes()
 
     for iterations, shard_size in ((1, 1), (2, 2)):
         given = distil(own, two, iterations=iterations, shard_size=shard_size, micro_batch=1)
