@@ -33,28 +33,37 @@ def marks(labels: dict[str, str], results: list[dict]) -> list[svg.Mark]:
     return found
 
 
-def progress(results: list[dict]) -> str:
-    """Score against seconds of training: both mixes, and the student after its three teachers."""
+def over_seconds(results: list[dict]) -> str:
+    return progress("one core", "seconds", results)
+
+
+def over_images(results: list[dict]) -> str:
+    return progress("pictures that were made for training", "samples", results)
+
+
+def progress(title: str, unit: str, results: list[dict]) -> str:
+    """Score against what training took in `unit` of a curve: both mixes, and the student after its three
+    teachers."""
     teaching = 0.0
     for name in TEACHERS:
         for _, own in rows_of((name,), results):
-            teaching += statistics.fmean([result["curve"][-1]["seconds"] for result in own])
+            teaching += statistics.fmean([result["curve"][-1][unit] for result in own])
     curves = [
-        svg.Marked("GRPO-mix", watched("mix", results, 0.0)),
-        svg.Marked("GRPO-mix, quality of all", watched("mix-all", results, 0.0)),
-        svg.Marked("student, after its teachers", watched("student", results, teaching)),
+        svg.Marked("GRPO-mix", watched("mix", unit, results, 0.0)),
+        svg.Marked("GRPO-mix, quality of all", watched("mix-all", unit, results, 0.0)),
+        svg.Marked("student, after its teachers", watched("student", unit, results, teaching)),
     ]
-    return svg.plane("one core", "seconds", "mean of compose, text, quality of landscapes", curves)
+    return svg.plane(title, unit, "mean of compose, text, quality of landscapes", curves)
 
 
-def watched(name: str, results: list[dict], start: float) -> list[svg.Mark]:
-    """The mean over seeds of what a recipe's runs watched, `start` seconds later."""
+def watched(name: str, unit: str, results: list[dict], start: float) -> list[svg.Mark]:
+    """The mean over seeds of what a recipe's runs watched, `start` of the unit later."""
     found = []
     for _, own in rows_of((name,), results):
         for points in zip(*[result["curve"] for result in own], strict=True):
             means = [statistics.fmean([point[task] for task in TASKS]) for point in points]
-            seconds = start + statistics.fmean([point["seconds"] for point in points])
-            found.append(svg.Mark(seconds, statistics.fmean(means), "", 0.0, deviation(means)))
+            taken = start + statistics.fmean([point[unit] for point in points])
+            found.append(svg.Mark(taken, statistics.fmean(means), "", 0.0, deviation(means)))
     return found
 
 
@@ -78,6 +87,7 @@ def deviation(values: list[float]) -> float:
 
 PLOTS = {
     ROOT / "opd/mini/anchors.svg": trade,
-    ROOT / "opd/mini/progress.svg": progress,
+    ROOT / "opd/mini/progress.svg": over_seconds,
+    ROOT / "opd/mini/progress_images.svg": over_images,
     ROOT / "opd/mini/closed.svg": closed,
 }

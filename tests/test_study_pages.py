@@ -118,20 +118,22 @@ def test_the_plot_of_anchors_has_a_mark_per_recipe_and_a_cross_as_wide_as_its_sp
     assert width == pytest.approx(svg.WIDTH - 2 * svg.LEFT - 20)  # the only spread spans the frame
 
 
-def test_the_student_is_drawn_after_the_seconds_of_its_teachers():
-    def watching(seconds, value):
-        return {"curve": [{"step": 1, "samples": 2, "seconds": seconds} | dict.fromkeys(runs.TASKS, value)]}
+def test_the_student_is_drawn_after_what_its_teachers_took():
+    def watching(samples, seconds, value):
+        point = {"step": 1, "samples": samples, "seconds": seconds}
+        return {"curve": [point | dict.fromkeys(runs.TASKS, value)]}
 
-    teachers = [rival(name, 0, 0, 0, (0, 0, 0), **watching(10, 0.1)) for name in runs.TEACHERS]
+    teachers = [rival(name, 0, 0, 0, (0, 0, 0), **watching(100, 10, 0.1)) for name in runs.TEACHERS]
     students = [
-        rival("student", 0, 0, 0, (0, 0, 0), **watching(4, 0.5)),
-        rival("student", 1, 0, 0, (0, 0, 0), **watching(6, 0.7)),
+        rival("student", 0, 0, 0, (0, 0, 0), **watching(7, 4, 0.5)),
+        rival("student", 1, 0, 0, (0, 0, 0), **watching(7, 6, 0.7)),
     ]
-    assert study_plots.watched("student", students, 30.0) == [
+    assert study_plots.watched("student", "seconds", students, 30.0) == [
         svg.Mark(35.0, pytest.approx(0.6), "", 0.0, pytest.approx(0.2 / 2**0.5))
     ]
-    root = ElementTree.fromstring(study_plots.progress([*teachers, *students]))
-    assert "35" in [text.text for text in root.findall("{*}text")]
+    for plot, taken in ((study_plots.over_seconds, "35"), (study_plots.over_images, "307")):
+        root = ElementTree.fromstring(plot([*teachers, *students]))
+        assert taken in [text.text for text in root.findall("{*}text")]
 
 
 def test_the_heat_map_has_a_cell_per_teacher_and_level_the_darker_the_more_is_closed():
@@ -149,7 +151,7 @@ def test_the_heat_map_has_a_cell_per_teacher_and_level_the_darker_the_more_is_cl
 
 
 def test_a_plot_of_no_results_is_an_empty_frame():
-    root = ElementTree.fromstring(study_plots.progress([]))
+    root = ElementTree.fromstring(study_plots.over_images([]))
     assert root.findall("{*}circle") == [] and len(root.findall("{*}text")) > 3
 
 
