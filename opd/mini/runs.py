@@ -153,6 +153,13 @@ CONTROLS = {
         STARTS,
         preset="mini-grpo-mix",
     ),
+    # Half the steps of the default and, for the seconds of the other half, iterations of the mix.
+    "rewarded": Recipe(
+        "distilled for 50 steps, then that GRPO-mix",
+        f"--iterations 93 --cold-start {{of anchor-late}} {MIX_ALL}",
+        ("anchor-late",),
+        preset="mini-grpo-mix",
+    ),
     "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
     "slow-mix": Recipe(
         "GRPO-mix, half the learning rate", "--iterations 550 --lr 1e-3", preset="mini-grpo-mix"
