@@ -106,6 +106,7 @@ MIX_ALL = (
     f"--prompts {PROMPTS} {LOOKS} --train-rewards {OWN_REWARDS} {LOOKED_AT}"
     f" --rewards {STRICT_REWARDS} {LOOKED_AT} --mix compose=9 text=3"
 )
+GO_ON = f"--rank 32 --alpha 64 {MIX_ALL}"  # from a student, whose rank is 32
 LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
 # One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
 # see as many images as the teachers; the others take the seconds of distillation.
@@ -143,20 +144,20 @@ CONTROLS = {
     # As long as "mix-all" in all, the teachers included.
     "merge-mix": Recipe(
         "teachers merged, then GRPO-mix, quality of all prompts",
-        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {MIX_ALL}",
+        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON}",
         TEACHERS,
         preset="mini-grpo-mix",
     ),
     "sft-mix": Recipe(
         "SFT on samples of seed 0's teachers, then that GRPO-mix",
-        f"--iterations 166 --cold-start {SFT_START} {MIX_ALL}",
+        f"--iterations 166 --cold-start {SFT_START} {GO_ON}",
         STARTS,
         preset="mini-grpo-mix",
     ),
-    # Half the steps of the default and, for the seconds of the other half, iterations of the mix.
+    # 50 steps take as long as 73 of these 166 iterations.
     "rewarded": Recipe(
         "distilled for 50 steps, then that GRPO-mix",
-        f"--iterations 93 --cold-start {{of anchor-late}} {MIX_ALL}",
+        f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
         ("anchor-late",),
         preset="mini-grpo-mix",
     ),
