@@ -106,7 +106,8 @@ MIX_ALL = (
     f"--prompts {PROMPTS} {LOOKS} --train-rewards {OWN_REWARDS} {LOOKED_AT}"
     f" --rewards {STRICT_REWARDS} {LOOKED_AT} --mix compose=9 text=3"
 )
-GO_ON = f"--rank 32 --alpha 64 {MIX_ALL}"  # from a student, whose rank is 32
+# The same from a student: its rank, and a fifth of the learning rate, which else undoes what is there.
+GO_ON = f"--rank 32 --alpha 64 --lr 4e-4 {MIX_ALL}"
 LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
 # One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
 # see as many images as the teachers; the others take the seconds of distillation.
@@ -154,7 +155,7 @@ CONTROLS = {
         STARTS,
         preset="mini-grpo-mix",
     ),
-    # 50 steps take as long as 73 of these 166 iterations.
+    # 50 steps take as long as 73 of those 166 iterations.
     "rewarded": Recipe(
         "distilled for 50 steps, then that GRPO-mix",
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
