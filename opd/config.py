@@ -124,7 +124,6 @@ class Distil(Rollout):
         if self.noise_level == 0 and self.rollout != "ode":
             silent = "with --noise-level 0 adds no noise"
             raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
-
         own = self.estimator == "pathwise" and not self.judged()
         reason = "--estimator, --routing reward and --reward-weight judge the student's own steps"
         require(own or self.walker == "student", f"{reason}; leave out --walker {self.walker}")

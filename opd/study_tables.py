@@ -258,6 +258,7 @@ CLAIMS = {
     "quality teacher above the base, quality of all": ("all-quality", "base", quality_of_all),
     "the same, text": ("all-quality", "base", own_score("text")),
     "the same, compose": ("all-quality", "base", own_score("compose")),
+    "stacked rewards above the text teacher, text": ("stacked", "equal-text", own_score("text")),
     "student above the compose teacher, compose": ("student", "equal-compose", own_score("compose")),
     "student above the text teacher, text": ("student", "equal-text", own_score("text")),
     "student above the quality teacher, quality of all": ("student", "all-quality", quality_of_all),
@@ -265,10 +266,14 @@ CLAIMS = {
     "student above the mix rewarded for everything, mean": ("student", "mix-all", mean_of_three),
     "the teachers, each on its own task, above that mix": ("specialists", "mix-all", mean_of_three),
     "student above that mix folded into itself": ("student", "mix-folded", mean_of_three),
+    "student that goes on with that mix above it": ("rewarded", "mix-all", mean_of_three),
+    "the same, above that mix folded into itself": ("rewarded", "mix-folded", mean_of_three),
+    "the same, above the student": ("rewarded", "student", mean_of_three),
     "student without folding above that mix": ("plain-student", "mix-all", mean_of_three),
     "that mix above the base, variety": ("mix-all", "base", variety),
     "the same, folded into itself": ("mix-folded", "base", variety),
     "student above the base, variety": ("student", "base", variety),
+    "the same, that goes on with that mix": ("rewarded", "base", variety),
     "student without folding above the base, variety": ("plain-student", "base", variety),
 }
 # Table -> its lines from the names of its runs and results.

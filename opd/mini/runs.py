@@ -115,30 +115,37 @@ RIVALS = {
     "equal-compose": Recipe("compose teacher", "--iterations 320", preset="mini-compose"),
     "equal-text": Recipe("text teacher", TERMS, preset="mini-text"),
     "all-quality": Recipe("quality teacher, prompts of all tasks", QUALITY_OF_ALL, preset="mini-quality"),
+    "stacked": Recipe(
+        "rewards stacked: compose, then text, then quality",
+        f"{QUALITY_OF_ALL} --cold-start {{of stacked-text}}",
+        ("stacked-text",),
+        preset="mini-quality",
+    ),
     "mix": Recipe("GRPO-mix", "--iterations 550", preset="mini-grpo-mix"),
     "mix-all": Recipe(
         "GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}", preset="mini-grpo-mix"
     ),
     "mix-folded": Recipe("the latter, folded into itself", LEARN_FROM_MIX, ("mix-all",)),
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}", TEACHERS),
-    "free-student": Recipe("distilled, no anchor", f"{LEARN} --anchor-weight 0 --iterations 100", TEACHERS),
-    "plain-student": Recipe(
-        "distilled, late anchor, nothing folded", f"{LEARN} {LATE} --teacher-guidance 1", TEACHERS
+    # 50 steps take as long as 73 of those 166 iterations.
+    "rewarded": Recipe(
+        "distilled for 50 steps, then that GRPO-mix",
+        f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
+        ("anchor-late",),
+        preset="mini-grpo-mix",
     ),
 }
 # Other ways to one model, and what the KL term does for a teacher.
 CONTROLS = {
+    "free-student": Recipe("distilled, no anchor", f"{LEARN} --anchor-weight 0 --iterations 100", TEACHERS),
+    "plain-student": Recipe(
+        "distilled, late anchor, nothing folded", f"{LEARN} {LATE} --teacher-guidance 1", TEACHERS
+    ),
     "stacked-text": Recipe(
         "compose, then text",
         f"{TERMS} --cold-start {{of equal-compose}}",
         ("equal-compose",),
         preset="mini-text",
-    ),
-    "stacked": Recipe(
-        "compose, then text, then quality",
-        f"{QUALITY_OF_ALL} --cold-start {{of stacked-text}}",
-        ("stacked-text",),
-        preset="mini-quality",
     ),
     # One step that moves nothing: the start of the students.
     "merged": Recipe("teachers merged, no training", f"{LEARN} --iterations 1 --lr 1e-9", TEACHERS),
@@ -155,11 +162,9 @@ CONTROLS = {
         STARTS,
         preset="mini-grpo-mix",
     ),
-    # 50 steps take as long as 73 of those 166 iterations.
-    "rewarded": Recipe(
-        "distilled for 50 steps, then that GRPO-mix",
-        f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
-        ("anchor-late",),
+    "decayed-mix": Recipe(
+        "that mix, its learning rate to 0 by a cosine",
+        f"--iterations 550 --decay cosine {MIX_ALL}",
         preset="mini-grpo-mix",
     ),
     "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
