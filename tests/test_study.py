@@ -53,6 +53,13 @@ def test_no_two_recipes_are_the_same_and_all_are_settings_of_the_preset():
         assert configs.count(cfg) == 1 and replace(cfg, seed=1) not in configs
 
 
+def test_the_student_that_goes_on_is_a_preset_that_starts_from_the_default_run():
+    preset = PRESETS["mini-student-grpo"]
+    assert preset.cold_start == f"{PRESETS['mini'].out}/student"
+    recipe = config(study.RECIPES["rewarded"])
+    assert preset == replace(recipe, cold_start=preset.cold_start, out=preset.out)
+
+
 def test_references_are_settings_of_evaluation_and_name_its_rows():
     for reference in study.REFERENCES.values():
         args = tyro.cli(evaluate.Arguments, args=reference.flags.split())

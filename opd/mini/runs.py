@@ -162,11 +162,6 @@ CONTROLS = {
         STARTS,
         preset="mini-grpo-mix",
     ),
-    "decayed-mix": Recipe(
-        "that mix, its learning rate to 0 by a cosine",
-        f"--iterations 550 --decay cosine {MIX_ALL}",
-        preset="mini-grpo-mix",
-    ),
     "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
     "slow-mix": Recipe(
         "GRPO-mix, half the learning rate", "--iterations 550 --lr 1e-3", preset="mini-grpo-mix"
