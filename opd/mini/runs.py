@@ -129,7 +129,7 @@ RIVALS = {
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}", TEACHERS),
     # 50 steps take as long as 73 of those 166 iterations.
     "rewarded": Recipe(
-        "distilled for 50 steps, then that GRPO-mix",
+        "**distilled for 50 steps, then that GRPO-mix**",
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
         ("anchor-late",),
         preset="mini-grpo-mix",
