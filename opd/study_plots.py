@@ -42,18 +42,26 @@ def over_images(results: list[dict]) -> str:
 
 
 def progress(title: str, unit: str, results: list[dict]) -> str:
-    """Score against what training took in `unit` of a curve: both mixes, and the student after its three
-    teachers."""
-    teaching = 0.0
-    for name in TEACHERS:
-        for _, own in rows_of((name,), results):
-            teaching += statistics.fmean([result["curve"][-1][unit] for result in own])
+    """Score against what training took in `unit` of a curve: both mixes, the student after its three
+    teachers, and a student of half as many steps that went on by GRPO."""
+    teaching = taken(TEACHERS, unit, results)
+    learning = taken(("anchor-late",), unit, results)
     curves = [
         svg.Marked("GRPO-mix", watched("mix", unit, results, 0.0)),
         svg.Marked("GRPO-mix, quality of all", watched("mix-all", unit, results, 0.0)),
         svg.Marked("student, after its teachers", watched("student", unit, results, teaching)),
+        svg.Marked("student, then GRPO", watched("rewarded", unit, results, teaching + learning)),
     ]
     return svg.plane(title, unit, "mean of compose, text, quality of landscapes", curves)
+
+
+def taken(names: tuple[str, ...], unit: str, results: list[dict]) -> float:
+    """What training the recipes one after another takes: the mean over each one's seeds."""
+    total = 0.0
+    for name in names:
+        for _, own in rows_of((name,), results):
+            total += statistics.fmean([result["curve"][-1][unit] for result in own])
+    return total
 
 
 def watched(name: str, unit: str, results: list[dict], start: float) -> list[svg.Mark]:
@@ -62,8 +70,8 @@ def watched(name: str, unit: str, results: list[dict], start: float) -> list[svg
     for _, own in rows_of((name,), results):
         for points in zip(*[result["curve"] for result in own], strict=True):
             means = [statistics.fmean([point[task] for task in TASKS]) for point in points]
-            taken = start + statistics.fmean([point[unit] for point in points])
-            found.append(svg.Mark(taken, statistics.fmean(means), "", 0.0, deviation(means)))
+            place = start + statistics.fmean([point[unit] for point in points])
+            found.append(svg.Mark(place, statistics.fmean(means), "", 0.0, deviation(means)))
     return found
 
 

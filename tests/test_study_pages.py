@@ -131,9 +131,13 @@ def test_the_student_is_drawn_after_what_its_teachers_took():
     assert study_plots.watched("student", "seconds", students, 30.0) == [
         svg.Mark(35.0, pytest.approx(0.6), "", 0.0, pytest.approx(0.2 / 2**0.5))
     ]
-    for plot, taken in ((study_plots.over_seconds, "35"), (study_plots.over_images, "307")):
-        root = ElementTree.fromstring(plot([*teachers, *students]))
-        assert taken in [text.text for text in root.findall("{*}text")]
+    later = [rival(name, 0, 0, 0, (0, 0, 0), **watching(40, 2, 0.8)) for name in ("anchor-late", "rewarded")]
+    for plot, student, last in (
+        (study_plots.over_seconds, "35", "34"),
+        (study_plots.over_images, "307", "380"),
+    ):
+        root = ElementTree.fromstring(plot([*teachers, *students, *later]))
+        assert {student, last} <= {text.text for text in root.findall("{*}text")}
 
 
 def test_the_heat_map_has_a_cell_per_teacher_and_level_the_darker_the_more_is_closed():
