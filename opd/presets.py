@@ -323,8 +323,8 @@ PRESETS: dict[str, Run] = {
         train_rewards=dict.fromkeys(MINI_PROMPTS, MINI_REWARDS["quality"]),
     ),
     "mini-grpo-mix": MINI_MIX,
-    # The student goes on by GRPO, at a fifth of the mix's learning rate, which else undoes what is there. It
-    # sees shapes and signs a second time, for their quality.
+    # The default run's student goes on by GRPO, at a fifth of the mix's learning rate, which else undoes what
+    # is there. It sees shapes and signs a second time, for their quality.
     "mini-student-grpo": replace(
         MINI_MIX,
         out="runs/mini-student-grpo",

@@ -147,21 +147,23 @@ def test_queries_guidance_and_a_teacher_that_anchors(tmp_path):
     assert_predicted(numbers)
 
 
-@pytest.mark.parametrize("anchor", ["base", "none"])
-def test_an_anchor_without_weights_of_its_own_needs_no_copy(tmp_path, anchor):
-    result = measured(tmp_path, "--structure", "both", "--anchor", anchor, "--states", "2")
+@pytest.mark.parametrize("anchor", ["teacher", "base", "none"])
+def test_every_anchor_in_the_emulation(tmp_path, anchor):
+    flags = ("--structure", "both", "--anchor", anchor, "--states", "2")
+    result = measured(tmp_path, *flags)
     assert result["ratio"]["loss_difference"] < 1e-4
     memory = result["structures"]["released"]["memory"]
-    assert memory["copies"] == TEACHERS * memory["base"]
+    copies = {"teacher": TEACHERS + 1, "base": TEACHERS, "none": TEACHERS}
+    assert memory["copies"] == copies[anchor] * memory["base"]
 
 
-def test_bfloat16_checkpointing_and_a_teacher_that_anchors(tmp_path):
+def test_bfloat16_and_checkpointing(tmp_path):
     """In bfloat16 the base is half as large and a float32 copy twice that; the losses still agree to that
-    precision. The emulation copies the teacher once more for the anchor."""
+    precision."""
     flags = "--structure both --dtype bfloat16 --checkpointing --states 2 --prompts-per-step 3".split()
-    result = measured(tmp_path, *flags, "--anchor", "teacher")
+    result = measured(tmp_path, *flags)
     memory = result["structures"]["released"]["memory"]
-    assert memory["copies"] == (TEACHERS + 1) * 2 * memory["base"]
+    assert memory["copies"] == 4 * 2 * memory["base"]
     assert result["ratio"]["loss_difference"] < 0.05
     assert_predicted(result["structures"]["ours"])
 
