@@ -191,7 +191,7 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     iterations = cfg.iterations
     if args.quick:
         iterations = max(2, cfg.iterations // QUICKER)
-        command += ["--iterations", str(iterations)]
+        command += ["--iterations", str(iterations), "--watch-prompts", "8"]
     started = time.monotonic()
     call(command)
     seconds = time.monotonic() - started

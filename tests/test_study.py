@@ -56,7 +56,7 @@ def test_no_two_recipes_are_the_same_and_all_are_settings_of_the_preset():
 def test_the_student_that_goes_on_is_a_preset_that_starts_from_the_default_run():
     preset = PRESETS["mini-student-grpo"]
     assert preset.cold_start == f"{PRESETS['mini'].out}/student"
-    recipe = config(study.RECIPES["rewarded"])
+    recipe = config(study.RECIPES["student-mix"])
     assert preset == replace(recipe, cold_start=preset.cold_start, out=preset.out)
 
 
@@ -312,7 +312,7 @@ def test_quick_divides_the_steps_and_keeps_out_of_the_committed_results(tmp_path
     monkeypatch.chdir(tmp_path)
     study.main(["--quick", "--runs", "mix"])
     assert [arguments[0] for arguments in calls] == ["train.py", "-m"]
-    assert calls[0][-2:] == ["--iterations", "11"]
+    assert calls[0][-4:] == ["--iterations", "11", "--watch-prompts", "8"]
     assert calls[1][calls[1].index("--count") + 1] == "24"
     assert (tmp_path / "runs/study-quick/results/mix-0.json").is_file()
     assert study.quickened(ARGUMENTS).runs == runs.TABLES["rivals"]

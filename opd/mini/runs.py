@@ -168,9 +168,18 @@ CONTROLS = {
         ("anchor-late",),
         preset="mini-grpo-mix",
     ),
+    # The preset "mini-student-grpo".
+    "student-mix": Recipe(
+        "distilled for 100 steps, then that GRPO-mix",
+        f"--iterations 93 --cold-start {{of student}} {GO_ON}",
+        ("student",),
+        preset="mini-grpo-mix",
+    ),
     "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
     "slow-mix": Recipe(
-        "GRPO-mix, half the learning rate", "--iterations 550 --lr 1e-3", preset="mini-grpo-mix"
+        "GRPO-mix, quality of all prompts, half the learning rate",
+        f"--iterations 550 {MIX_ALL} --lr 1e-3",
+        preset="mini-grpo-mix",
     ),
     "free-compose": Recipe("compose teacher, no KL", "--iterations 320 --beta 0", preset="mini-compose"),
     "free-text": Recipe("text teacher, no KL", f"{TERMS} --beta 0", preset="mini-text"),
