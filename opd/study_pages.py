@@ -11,6 +11,7 @@ PAGES = {
         "rivals",
         "claims",
         "pace",
+        "level",
         "references",
         "controls",
         "anchors",

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "opd/mini/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
 SIGNS = ROOT / "opd/mini/ocr_scores.json"  # opd.evaluate of the text teacher of opd/mini/signs.py
+NEAR = 0.03
+"""How far below a teacher a student is at its level."""
 SCORES = ("held_out", "errors", "quality_of", *MEASURES)
 QUALITIES = ("quality of shapes", "of signs", "of all", "mean of compose, text, quality of all")
 
@@ -110,22 +112,30 @@ def above(own: list[dict], first: str, results: list[dict], score: Callable[[dic
 
 
 def claims(results: list[dict], others: list[dict]) -> str:
-    """What one run has above another, seed by seed, on the shipped prompts and on `others`'."""
-    columns, sources = [], []
-    for ending, found in (("", results), (", other prompts", others)):
-        for seed in sorted({result["seed"] for result in found if result["recipe"] == "student"}):
-            columns.append(f"seed {seed}{ending}")
-            sources.append(of_seed(seed, found))
+    """What one run has above another, seed by seed, on the shipped prompts, their mean, and on `others`'."""
+    shipped, other = by_seed(results), by_seed(others)
+    columns = [f"seed {seed}" for seed in shipped]
+    columns += ["mean of these", *[f"seed {seed}, other prompts" for seed in other]]
     lines = []
-    for title, (run, below, score) in CLAIMS.items():
-        cells = []
-        for source in sources:
-            if run in source and below in source:
-                cells.append(short(score(source[run]) - score(source[below])))
-            else:
-                cells.append("")
+    for title, claim in CLAIMS.items():
+        leads = [lead(*claim, source) for source in shipped.values()]
+        cells = [spread(found) for found in [*leads, sum(leads, [])]]
+        cells += [spread(lead(*claim, source)) for source in other.values()]
         lines.append([title, *cells])
     return markdown(columns, lines)
+
+
+def by_seed(results: list[dict]) -> dict[int, dict[str, dict]]:
+    """Seed of a student -> `of_seed`."""
+    seeds = sorted({result["seed"] for result in results if result["recipe"] == "student"})
+    return {seed: of_seed(seed, results) for seed in seeds}
+
+
+def lead(run: str, below: str, score: Callable[[dict], float], source: dict[str, dict]) -> list[float]:
+    """[What a run has above another of the same seed], [] where either has no result."""
+    if run in source and below in source:
+        return [score(source[run]) - score(source[below])]
+    return []
 
 
 def of_seed(seed: int, results: list[dict]) -> dict[str, dict]:
@@ -162,6 +172,35 @@ def pace(names: tuple[str, ...], results: list[dict]) -> str:
 def score_after(curve: list[dict], task: str, samples: float) -> float:
     """A watched score after so many samples, on the straight line between two; beyond them the nearest."""
     return float(np.interp(samples, [point["samples"] for point in curve], [point[task] for point in curve]))
+
+
+def level(names: tuple[str, ...], results: list[dict]) -> str:
+    """Seconds of training from the base until a run watches every task within NEAR of its teacher's last
+    score, seed by seed: with those of what it starts and learns from, and alone."""
+    sources = by_seed(results)
+    lines = [["the teachers", *[str(before("student", source)) for source in sources.values()]]]
+    for name in names:
+        cells = [time_to_level(name, source) for source in sources.values()]
+        lines.append([RECIPES[name].title, *cells])
+    return markdown([f"seed {seed}" for seed in sources], lines)
+
+
+def time_to_level(name: str, source: dict[str, dict]) -> str:
+    """ "1558 (199)": the seconds, and those of this run alone; how long it was where it never got there."""
+    if name not in source:
+        return ""
+    aims = {task: source[teacher]["curve"][-1][task] - NEAR for task, teacher in EQUAL.items()}
+    earlier, curve = before(name, source), source[name]["curve"]
+    for point in curve:
+        if all(point[task] >= aim for task, aim in aims.items()):
+            return f"{earlier + point['seconds']} ({point['seconds']})"
+    return f"not in {earlier + curve[-1]['seconds']} ({curve[-1]['seconds']})"
+
+
+def before(name: str, source: dict[str, dict]) -> int:
+    """Seconds of training of all that a recipe starts and learns from."""
+    needs = [need for need in RECIPES[name].needs if need in RECIPES]
+    return sum(source[need]["curve"][-1]["seconds"] + before(need, source) for need in needs)
 
 
 def signs(cells: list[dict]) -> str:
@@ -266,7 +305,8 @@ CLAIMS = {
     "student above the mix rewarded for everything, mean": ("student", "mix-all", mean_of_three),
     "the teachers, each on its own task, above that mix": ("specialists", "mix-all", mean_of_three),
     "student above that mix folded into itself": ("student", "mix-folded", mean_of_three),
-    "distilled, then that mix, above the mix alone": ("rewarded", "mix-all", mean_of_three),
+    "distilled, then that mix, above the usual mix": ("rewarded", "mix", mean_of_three),
+    "the same, above the mix rewarded for everything": ("rewarded", "mix-all", mean_of_three),
     "the same, above the mix folded into itself": ("rewarded", "mix-folded", mean_of_three),
     "the same, above the student": ("rewarded", "student", mean_of_three),
     "the same, above the compose teacher, compose": ("rewarded", "equal-compose", own_score("compose")),
@@ -288,6 +328,7 @@ LAYOUTS = {
     "questions": questions,
     "other teachers": own_scores,
     "pace": pace,
+    "level": level,
 }
 # The part of a task's pictures among those of mix-all; quality is rewarded on three kinds of prompts.
 MIX_SHARE = {"compose": 9 / 15, "text": 3 / 15, "quality": 3 / 15}

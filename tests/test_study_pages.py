@@ -192,11 +192,42 @@ def test_claims_compare_seed_by_seed_and_the_teachers_each_on_its_own_task():
     measured = ("held_out", "quality_of", "variety")
     base = {"recipe": "base", "seed": 0} | {what: {"base": base[what]} for what in measured}
     lines = study_tables.claims([base, *of_seed(0), *of_seed(1)], [base, *of_seed(3)]).split("\n")
-    assert lines[0] == "|  | seed 0 | seed 1 | seed 3, other prompts |"
-    assert "| compose teacher above the base, compose | .250 | .250 | .250 |" in lines
-    assert "| quality teacher above the base, quality of all | .400 | .400 | .400 |" in lines
-    assert "| student above the compose teacher, compose | .000 | .100 | .300 |" in lines
-    assert "| student above the mix rewarded for everything, mean | .067 | .100 | .167 |" in lines
-    assert "| the teachers, each on its own task, above that mix | .100 | .100 | .100 |" in lines
-    assert "| student above the usual mix, mean of three |  |  |  |" in lines
-    assert "| that mix above the base, variety | -.125 | -.125 | -.125 |" in lines
+    assert lines[0] == "|  | seed 0 | seed 1 | mean of these | seed 3, other prompts |"
+    assert "| compose teacher above the base, compose | .250 | .250 | .250 ± .000 | .250 |" in lines
+    assert "| quality teacher above the base, quality of all | .400 | .400 | .400 ± .000 | .400 |" in lines
+    assert "| student above the compose teacher, compose | .000 | .100 | .050 ± .071 | .300 |" in lines
+    assert (
+        "| student above the mix rewarded for everything, mean | .067 | .100 | .083 ± .024 | .167 |" in lines
+    )
+    assert (
+        "| the teachers, each on its own task, above that mix | .100 | .100 | .100 ± .000 | .100 |" in lines
+    )
+    assert "| student above the usual mix, mean of three |  |  |  |  |" in lines
+    assert "| that mix above the base, variety | -.125 | -.125 | -.125 ± .000 | -.125 |" in lines
+
+
+def test_the_seconds_to_the_teachers_level_count_what_a_run_starts_and_learns_from():
+    def watching(name, *points):
+        curve = []
+        for seconds, scores in points:
+            curve.append({"seconds": seconds} | dict(zip(runs.TASKS, scores, strict=True)))
+        return rival(name, 0, 0, 0, (0, 0, 0), curve=curve)
+
+    results = [
+        watching("equal-compose", (50, (0.3, 0.5, 0.5)), (100, (0.5, 0.5, 0.5))),
+        watching("equal-text", (40, (0.1, 0.9, 0.5))),
+        watching("all-quality", (30, (0.0, 0.4, 0.8))),
+        watching("student", (5, (0.48, 0.86, 0.9)), (9, (0.48, 0.88, 0.78)), (15, (0.6, 0.95, 0.9))),
+        watching("anchor-late", (7, (0.4, 0.9, 0.9))),
+        watching("rewarded", (4, (0.5, 0.9, 0.8))),
+        watching("mix-all", (200, (0.46, 1.0, 1.0)), (400, (0.6, 1.0, 0.7))),
+    ]
+    heading, _, *rows = study_tables.level(runs.TABLES["level"], results).strip().split("\n")
+    assert heading == "|  | seed 0 |"
+    assert [row.split(" | ")[-1].strip("| ") for row in rows] == [
+        "170",
+        "179 (9)",
+        "181 (4)",
+        "",
+        "not in 400 (400)",
+    ]

@@ -296,6 +296,7 @@ TABLES = {
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS),
     "pace": (*TEACHERS, "mix-all"),
+    "level": ("student", "rewarded", "mix", "mix-all"),
     "controls": ("mix", *CONTROLS),
     "anchors": tuple(ANCHORS),
 }
