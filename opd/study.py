@@ -4,7 +4,7 @@
     python -m opd.study --runs folded --seeds 0 1 2
     python -m opd.study --tables               # from the results alone
     python -m opd.study --rescore              # what has a result, from the weights that are here
-    python -m opd.study --quick                # the main table's runs, a fiftieth as long, in minutes
+    python -m opd.study --quick                # the main table's runs, a fiftieth as long, in ten minutes
     python -m opd.mini.world --salt other --out runs/other/prompts
     python -m opd.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
         --results runs/other/results           # on another split of the prompts, and another seed
