@@ -156,6 +156,18 @@ CONTROLS = {
         TEACHERS,
         preset="mini-grpo-mix",
     ),
+    "merge-mix-faster": Recipe(
+        "the same at twice that learning rate",
+        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON} --lr 8e-4",
+        TEACHERS,
+        preset="mini-grpo-mix",
+    ),
+    "merge-mix-fast": Recipe(
+        "the same at the mix's own learning rate",
+        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON} --lr 2e-3",
+        TEACHERS,
+        preset="mini-grpo-mix",
+    ),
     "sft-mix": Recipe(
         "SFT on samples of seed 0's teachers, then that GRPO-mix",
         f"--iterations 166 --cold-start {SFT_START} {GO_ON}",
@@ -176,11 +188,6 @@ CONTROLS = {
         preset="mini-grpo-mix",
     ),
     "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
-    "slow-mix": Recipe(
-        "GRPO-mix, quality of all prompts, half the learning rate",
-        f"--iterations 550 {MIX_ALL} --lr 1e-3",
-        preset="mini-grpo-mix",
-    ),
     "free-compose": Recipe("compose teacher, no KL", "--iterations 320 --beta 0", preset="mini-compose"),
     "free-text": Recipe("text teacher, no KL", f"{TERMS} --beta 0", preset="mini-text"),
     "free-quality": Recipe("quality teacher, no KL", f"{QUALITY_OF_ALL} --beta 0", preset="mini-quality"),
