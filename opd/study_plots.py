@@ -15,7 +15,9 @@ def trade(results: list[dict]) -> str:
     curves = [
         svg.Marked("one weight for all levels", marks(weights, results)),
         svg.Marked("by noise level", marks(late, results)),
+        svg.Marked("held at a target", marks({"anchor-held": ""}, results)),
         svg.Marked("the default, 100 steps", marks({"student": ""}, results)),
+        svg.Marked("student, then GRPO", marks({"rewarded": ""}, results)),
         svg.Marked("GRPO-mix", marks({"mix": "", "mix-all": "quality of all"}, results)),
     ]
     return svg.plane("anchor weights", "mean of compose and text", "quality of all pictures", curves)

@@ -24,7 +24,7 @@ SETTINGS = {
         "and no less than .05, above",
         "are not .05 above that mix",
         "within .03 of its teacher's last",
-        "nor does .02, and a weight",
+        "Neither .1 nor .02 everywhere",
         "with beta .002:",
     ],
     "README.md": [],
@@ -200,6 +200,7 @@ def results_sentences() -> list[str]:
         f"a single run's standard error is about {two_of('asked', run_error)}",
         f".5 brings the quality of all pictures {quality('anchor-0.5')} and costs the mean of compose and"
         f" text {cost('anchor-0.5')}, 2 brings {quality('anchor-2')} and costs {mean(cost('anchor-2'))}",
+        f"as the late one and brings {lead('anchor-held', 'anchor-0', quality_of_all)}",
         f"as .5 does, {quality('anchor-late')} (",
         f"and costs {cost('anchor-late')}, less in every seed",
         f"it brings more ({quality('anchor-earlier')}, {quality('anchor-late-4')}) and costs more"
