@@ -85,6 +85,12 @@ def joined(values: list[float]) -> str:
     return f"{', '.join(others)} and {last}"
 
 
+def signed(values: list[float]) -> str:
+    """ "-.01, .01 and .02"."""
+    *others, last = [f"{value:.2f}".replace("0.", ".") for value in values]
+    return f"{', '.join(others)} and {last}"
+
+
 def stacked() -> str:
     """What the last of stacked rewards does to text."""
     after = joined([source["stacked"]["held_out"]["text"] for source in SEEDS.values()])
@@ -168,6 +174,19 @@ def without_kl() -> list[str]:
     ]
 
 
+def other_starts() -> list[str]:
+    """What the mix makes of them, by seed and learning rate, and of the default student."""
+    fast = SEEDS[1]["merge-mix-fast"]
+    return [
+        f"ends {joined(leads('merge-mix', 'mix-all'))} below the mix alone at that rate",
+        f"is level with the mix alone ({signed(leads('merge-mix-faster', 'mix-all'))}) and below what",
+        f"by {joined(leads('merge-mix-faster', 'rewarded'))};",
+        f"the mix's own rate ends at {short(mean_of_three(fast))} in seed 1",
+        f"{joined(leads('sft-mix', 'mix-all'))} below the mix alone at the",
+        f"end {joined(leads('student-mix', 'mix-all'))} above the mix alone",
+    ]
+
+
 def results_sentences() -> list[str]:
     """The other places with numbers in RESULTS.md."""
     closed = closed_below(0.6)
@@ -206,8 +225,7 @@ def results_sentences() -> list[str]:
         f"it brings more ({quality('anchor-earlier')}, {quality('anchor-late-4')}) and costs more"
         f" ({mean(cost('anchor-earlier'))}, {mean(cost('anchor-late-4'))})",
         stacked(),
-        f"the same mix is {joined(leads('merge-mix', 'mix-all'))} below the mix alone from the merged",
-        f"and {joined(leads('sft-mix', 'mix-all'))} below it from SFT",
+        *other_starts(),
         f"does not tell them apart ({late[0]} to {late[-1]})",
         f"instead of {mean(lead('unfolded', 'asked'))})",
         f"level in score, {level('student')} against {level('mix-all')}, or {level('mix-folded')} where",
