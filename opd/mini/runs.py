@@ -108,6 +108,8 @@ MIX_ALL = (
 )
 # The same from a student: its rank, and a fifth of the learning rate, which else undoes what is there.
 GO_ON = f"--rank 32 --alpha 64 --lr 4e-4 {MIX_ALL}"
+# The same from the merged teachers, as long as "mix-all" in all, the teachers included.
+MERGE_MIX = f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON}"
 LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
 # One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
 # see as many images as the teachers; the others take the seconds of distillation.
@@ -149,22 +151,21 @@ CONTROLS = {
     ),
     # One step that moves nothing: the start of the students.
     "merged": Recipe("teachers merged, no training", f"{LEARN} --iterations 1 --lr 1e-9", TEACHERS),
-    # As long as "mix-all" in all, the teachers included.
     "merge-mix": Recipe(
         "teachers merged, then GRPO-mix, quality of all prompts",
-        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON}",
+        MERGE_MIX,
         TEACHERS,
         preset="mini-grpo-mix",
     ),
     "merge-mix-faster": Recipe(
         "the same at twice that learning rate",
-        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON} --lr 8e-4",
+        f"{MERGE_MIX} --lr 8e-4",
         TEACHERS,
         preset="mini-grpo-mix",
     ),
     "merge-mix-fast": Recipe(
         "the same at the mix's own learning rate",
-        f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON} --lr 2e-3",
+        f"{MERGE_MIX} --lr 2e-3",
         TEACHERS,
         preset="mini-grpo-mix",
     ),
