@@ -177,8 +177,8 @@ def score_after(curve: list[dict], task: str, samples: float) -> float:
 def level(names: tuple[str, ...], results: list[dict]) -> str:
     """Seconds of training from the base until a run watches every task within NEAR of its teacher's last
     score, seed by seed: with those of what it starts and learns from, and alone."""
-    sources = by_seed(results)
-    lines = [["the teachers", *[str(before("student", source)) for source in sources.values()]]]
+    sources = {seed: found for seed, found in by_seed(results).items() if "specialists" in found}
+    lines = [["the teachers", *[str(seconds(TEACHERS, source)) for source in sources.values()]]]
     for name in names:
         cells = [time_to_level(name, source) for source in sources.values()]
         lines.append([RECIPES[name].title, *cells])
@@ -186,21 +186,28 @@ def level(names: tuple[str, ...], results: list[dict]) -> str:
 
 
 def time_to_level(name: str, source: dict[str, dict]) -> str:
-    """ "1558 (199)": the seconds, and those of this run alone; how long it was where it never got there."""
-    if name not in source:
+    """ "1558 (199)": the seconds, and those of this run alone; how long it was where it never got there;
+    nothing where its result, or one of what it starts and learns from, is missing."""
+    if not {name, *before(name)} <= set(source):
         return ""
     aims = {task: source[teacher]["curve"][-1][task] - NEAR for task, teacher in EQUAL.items()}
-    earlier, curve = before(name, source), source[name]["curve"]
+    earlier, curve = seconds(before(name), source), source[name]["curve"]
     for point in curve:
         if all(point[task] >= aim for task, aim in aims.items()):
             return f"{earlier + point['seconds']} ({point['seconds']})"
     return f"not in {earlier + curve[-1]['seconds']} ({curve[-1]['seconds']})"
 
 
-def before(name: str, source: dict[str, dict]) -> int:
-    """Seconds of training of all that a recipe starts and learns from."""
+def before(name: str) -> tuple[str, ...]:
+    """All recipes that one starts and learns from."""
     needs = [need for need in RECIPES[name].needs if need in RECIPES]
-    return sum(source[need]["curve"][-1]["seconds"] + before(need, source) for need in needs)
+    earlier = [other for need in needs for other in before(need)]
+    return tuple(dict.fromkeys([*needs, *earlier]))
+
+
+def seconds(names: tuple[str, ...], source: dict[str, dict]) -> int:
+    """Of training these recipes, one after another."""
+    return sum(source[name]["curve"][-1]["seconds"] for name in names)
 
 
 def signs(cells: list[dict]) -> str:

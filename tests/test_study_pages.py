@@ -231,3 +231,7 @@ def test_the_seconds_to_the_teachers_level_count_what_a_run_starts_and_learns_fr
         "",
         "not in 400 (400)",
     ]
+    fewer = [result for result in results if result["recipe"] != "anchor-late"]
+    *_, rewarded, _, _ = study_tables.level(runs.TABLES["level"], fewer).strip().split("\n")
+    assert rewarded.endswith(" |  |")
+    assert "seed" not in study_tables.level(runs.TABLES["level"], results[1:])  # a teacher's aim is missing
