@@ -19,13 +19,14 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from opd import adapters, errors, samples
+from opd import adapters, errors
 from opd.data import load_prompts, load_tasks
-from opd.deployment import KEY, guidance_of
 from opd.files import check_folder, is_hub_id, reading, resolve
 from opd.flags import Numbers, Texts, at_least_one, at_most, check_seed, dashed, finite, plain_names, require
+from opd.formats import samples
+from opd.formats.deployment import KEY, guidance_of
+from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.model import Model, find_device
-from opd.pictures import labelled_grid, save_image, to_pil
 from opd.presets import DEFAULT
 from opd.settings import restore
 

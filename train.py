@@ -30,7 +30,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import adapters, compiled, errors, flow, identity, kernels, ranks, routing, signals, trajectory
-from opd.card import check_login
 from opd.conditioning import TextBatch
 from opd.config import Distil, Grow, Run
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
@@ -45,7 +44,8 @@ from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
 from opd.probe import Probe
 from opd.ranks import say
-from opd.report import Report, say_phases
+from opd.report.card import check_login
+from opd.report.report import Report, say_phases
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
 from opd.settings import describe, parse, starting_point

@@ -1,4 +1,4 @@
-"""LoRA adapters on one frozen base: attach, switch, save. Reading them: opd/lora_files.py.
+"""LoRA adapters on one frozen base: attach, switch, save. Reading them: opd/formats/lora_files.py.
 
 The student, every teacher and the anchor are adapters on the same transformer. Base weights are never copied:
 K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base itself and may teach or anchor
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from opd.files import write_json, write_safetensors
+from opd.formats.lora_files import Lora, is_target
 from opd.lora import LoraLinear
-from opd.lora_files import Lora, is_target
 
 BASE = "base"  # the name that means: adapter off
 EMA = "ema"  # the moving average of the adapter that is trained, where it teaches

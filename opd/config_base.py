@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opd import flow, merging
+from opd import flow
 from opd.files import require_path
 from opd.flags import (
     Numbers,
@@ -24,6 +24,7 @@ from opd.flags import (
     require,
     time_limit,
 )
+from opd.formats import merging
 
 MOST = 10_000  # of what nobody wants more of: ranks of a LoRA, steps of a walk, shares of a task
 
@@ -101,7 +102,7 @@ class Logistics:
     """ODE steps of sample grids and evaluation."""
     deploy_guidance: float = 0.0
     """Guidance that the student is to be sampled with: of its sample grids and scores, and written into its
-    folder, where sample.py and opd.evaluate find it. 0 = --guidance."""
+    folder, where sample.py and opd.evaluation find it. 0 = --guidance."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
     push: str = ""
@@ -197,7 +198,7 @@ class Run(Logistics):
     cold_start: str = "base"
     """Where training starts: base (a fresh LoRA), merge (several adapters merged), or an adapter to load."""
     merge: Merges = "svd"
-    """How --cold-start merge makes one adapter of several: opd/merging.py has the formulas."""
+    """How --cold-start merge makes one adapter of several: opd/formats/merging.py has the formulas."""
     merge_from: Texts = field(default_factory=dict)
     """Name -> adapter to merge; none, in stage opd, = the teachers, but for one that only anchors."""
     merge_weights: Numbers = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from opd.config import Distil, Finetune, Run
 from opd.files import digest, resolve
-from opd.lora_files import find_adapter
+from opd.formats.lora_files import find_adapter
 from opd.model import Model
 
 PATHS = ("model", "teachers", "prompts", "cold_start", "merge_from", "data")

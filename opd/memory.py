@@ -24,7 +24,7 @@ from opd.data import micro_batches
 from opd.families import Condition, load_family
 from opd.files import read_json, resolve
 from opd.flags import require
-from opd.lora_files import is_target
+from opd.formats.lora_files import is_target
 from opd.model import Model
 from opd.teacher_files import Whole
 

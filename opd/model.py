@@ -13,13 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from opd import adapters, flow, kernels, lora_files, trajectory
+from opd import adapters, flow, kernels, trajectory
 from opd.conditioning import CACHE_GB, Conditioning
 from opd.data import permutation, seed_of
 from opd.families import Condition, load_family
 from opd.files import check_encoders, find_pipeline, reading
 from opd.flags import at_most_one, in_pixels, pixels_of
-from opd.lora_files import Lora
+from opd.formats import lora_files
+from opd.formats.lora_files import Lora
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -128,7 +129,7 @@ class Model:
     @classmethod
     def ready(cls, args, device: torch.device, prompts: list[str]) -> "Model":
         """A model to sample from, frozen adapters attached and prompts encoded; `args` are those of sample.py
-        or opd.evaluate. Whatever can be refused is refused before weights load."""
+        or opd.evaluation. Whatever can be refused is refused before weights load."""
         family = load_family(args.family)
         size = at_most_one(args.resolution)
         model = cls.plan(family, args.model, args.dtype, size, args.cache, device, args.t5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd import adapters, ranks
 from opd.adapters import BASE, EMA
 from opd.config import Run
-from opd.deployment import KEY, deployment_of
+from opd.formats.deployment import KEY, deployment_of
 from opd.model import Model
 
 

@@ -101,7 +101,7 @@ SD35_PROMPTS = {
 
 # Distillation in the miniature as the paper has it; 3:1:1 is its mix. The default, "mini", weighs states
 # alike: kl weighs the high-noise states, which decide the composition, hundreds of times less than the last
-# ones, and a hundred steps are too few to wait for them (opd/mini/RESULTS.md, "Open questions").
+# ones, and a hundred steps are too few to wait for them (opd/mini/study/RESULTS.md, "Open questions").
 MINI_OPD = Distil(
     out="runs/mini-flow-opd",
     model=MINI,

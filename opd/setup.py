@@ -3,19 +3,20 @@ shard."""
 
 import torch
 
-from opd import adapters, compiled, memory, merging, ranks
+from opd import adapters, compiled, memory, ranks
 from opd.adapters import BASE, EMA, START, STUDENT
 from opd.config import Distil, Finetune, Run
 from opd.data import Prompt, load_tasks, prompts_of_step
+from opd.evaluation.score import specs_of
 from opd.families import load_family
 from opd.flags import require
-from opd.gallery import specs_of
-from opd.images import Images, load_images
-from opd.lora_files import Lora
+from opd.formats import merging
+from opd.formats.images import Images, load_images
+from opd.formats.lora_files import Lora
 from opd.model import Model
 from opd.probe import probe_prompts
 from opd.ranks import say
-from opd.report import shown_texts, splits
+from opd.report.report import shown_texts, splits
 from opd.rewards import Reward, find_reward
 from opd.teacher_files import Whole, described, read_teachers
 from opd.teachers import teacher_names

@@ -6,7 +6,7 @@ from torch import Tensor
 from opd import adapters, flow, kernels, ranks
 from opd.config import Finetune
 from opd.data import MicroBatch, micro_batches, seed_of
-from opd.images import Images
+from opd.formats.images import Images
 from opd.model import Model
 from opd.optim import Trained
 

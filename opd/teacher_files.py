@@ -24,7 +24,7 @@ from opd.config import Distil
 from opd.families import family_of
 from opd.files import locate_part, read_json
 from opd.flags import require
-from opd.lora_files import WEIGHTS, Lora
+from opd.formats.lora_files import WEIGHTS, Lora
 from opd.model import Model, find_device
 
 OFFLOAD = "offload"

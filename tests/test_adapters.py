@@ -8,8 +8,9 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from opd import adapters, lora_files
+from opd import adapters
 from opd.families import sd3
+from opd.formats import lora_files
 from tests import tiny
 from tests.tiny_lora import MODULES, pairs, peft_dir, under, velocity
 

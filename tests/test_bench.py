@@ -10,10 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from opd import bench, bench_clock, bench_compare, compiled
-from opd.bench_clock import Stopwatch, alive, flop_counter, matmul_rate
-from opd.bench_model import SIZES, shifted_levels
-from opd.bench_queries import compare_queries
+from opd import compiled
+from opd.bench import clock as bench_clock
+from opd.bench import compare as bench_compare
+from opd.bench import loop as bench
+from opd.bench.clock import Stopwatch, alive, flop_counter, matmul_rate
+from opd.bench.model import SIZES, shifted_levels
+from opd.bench.queries import compare_queries
 from opd.families import sd3
 from opd.memory import LiveTensors
 

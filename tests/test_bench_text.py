@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from opd import bench_text
+from opd.bench import text as bench_text
 
 
 def test_windows_of_many_prompts_stay_within_the_cache(tmp_path, capsys):

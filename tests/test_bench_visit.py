@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from opd import bench_visit
-from opd.bench_visit import Part, main, make, visit
+from opd.bench import visit as bench_visit
+from opd.bench.visit import Part, main, make, visit
 
 
 def test_the_rehearsal_runs_a_real_part_and_writes_its_rows(tmp_path, capsys):

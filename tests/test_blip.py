@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd import evaluate, rewards
-from opd.pictures import to_pil
+from opd import rewards
+from opd.evaluation import evaluate
+from opd.formats.pictures import to_pil
 from opd.rewards.blip import MOST_PHRASES, BlipVqa
 from tests.tiny_scorers import save_blip
 

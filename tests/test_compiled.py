@@ -2,7 +2,7 @@
 
 The graphs are captured, counted and run as they are, which skips what takes a compiler minutes: the backend
 "eager" has those of the forward pass, and "aot_eager", where losses are compared, the backward ones too.
-tests/test_fast_paths.py does so in bfloat16; opd/BENCHMARKS.md has losses of real kernels.
+tests/test_fast_paths.py does so in bfloat16; opd/bench/BENCHMARKS.md has losses of real kernels.
 """
 
 import shutil

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 import sample
 import train
-from opd import evaluate, ranks
-from opd.deployment import Deployment, deployment_of, guidance_of, read_deployment
+from opd import ranks
+from opd.evaluation import evaluate
+from opd.formats.deployment import Deployment, deployment_of, guidance_of, read_deployment
 from opd.settings import to_json
 from tests import tiny
 
@@ -104,7 +105,7 @@ def test_without_the_flag_it_is_the_guidance_of_training(world):
 
 
 def test_grid_watch_and_table_sample_the_student_as_it_is_deployed(world, folder, capsys):
-    """The same images from opd.evaluate and sample.py at 2.5, and others at 1."""
+    """The same images from opd.evaluation and sample.py at 2.5, and others at 1."""
     run = folder / "run"
     table = json.loads((run / "scores.json").read_text())
     watched = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["watch"]["red"]

@@ -10,14 +10,17 @@ import time
 import pytest
 import torch
 
-from opd import adapters, evaluate, gallery, lora_files, tables
+from opd import adapters
 from opd.data import Prompt
+from opd.evaluation import evaluate, tables
+from opd.evaluation import score as gallery
+from opd.evaluation.records import in_8_bits
+from opd.evaluation.score import Judge, Row, Sampling
+from opd.evaluation.statistics import summarise
 from opd.families import load_family
-from opd.gallery import Judge, Row, Sampling
+from opd.formats import lora_files
 from opd.model import Model
-from opd.records import in_8_bits
 from opd.rewards import Reward, Term
-from opd.statistics import summarise
 
 HERE = "tests.test_evaluate"
 

@@ -16,11 +16,12 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from safetensors.torch import save_file
 
-from opd import adapters, families, kernels, lora_files, memory, trajectory
+from opd import adapters, families, kernels, memory, trajectory
 from opd.config import Distil
 from opd.data import seed_of
 from opd.families import load_family
 from opd.flags import in_pixels
+from opd.formats import lora_files
 from opd.model import Model
 from tests import tiny, tiny_flux, tiny_qwen_image, tiny_z_image
 from tests.tiny_grpo import run

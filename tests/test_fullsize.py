@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from opd import fullsize
+from opd.bench import fullsize
 
 
 def test_the_full_size_script_measures_what_is_predicted(tmp_path, capsys):

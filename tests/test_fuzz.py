@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
-from opd import lora_files
 from opd.config import STAGES
 from opd.data import load_prompts
 from opd.families import sd3
-from opd.images import find_files, read_metadata
+from opd.formats import lora_files
+from opd.formats.images import find_files, read_metadata
 from opd.model import Model
 from opd.runfolder import RunFolder
 from opd.settings import from_json, read_config, to_json

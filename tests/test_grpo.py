@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 
-from opd import adapters, flow, grpo, kernels, lora_files
+from opd import adapters, flow, grpo, kernels
 from opd.data import prompts_of_step, seed_of
+from opd.formats import lora_files
 from tests.tiny import grpo_config
 from tests.tiny_grpo import build, distance, flat, recorded, run
 

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
-from opd import images
 from opd.families import sd3
+from opd.formats import images
 from opd.model import Model
 
 

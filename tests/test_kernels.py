@@ -74,7 +74,7 @@ def test_every_block_is_summed_in_one_order(target):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the benchmark would run")
 def test_the_benchmark_says_that_it_needs_a_gpu():
-    result = run("-m", "opd.kernels.bench")
+    result = run("-m", "opd.bench.kernels")
     assert result.returncode == 2 and "GPU" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -13,8 +13,9 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from opd import adapters, lora_files
+from opd import adapters
 from opd.families import sd3
+from opd.formats import lora_files
 from opd.model import Model
 from tests.tiny_lora import (
     CONFIG,

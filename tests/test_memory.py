@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opd import bench, bench_model, memory
+from opd import memory
+from opd.bench import loop as bench
+from opd.bench import model as bench_model
 from opd.families import load_family
 from opd.memory import LiveTensors, peak
 from opd.model import Model
@@ -34,7 +36,7 @@ def planned_run(cfg):
 
 
 def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
-    """opd/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
+    """opd/bench/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
     flags = """--size sd35-medium --pixels 128 --states 1 --prompts-per-step 1 --group 1 --micro-batch 1
         --teachers 1 --dtype bfloat16"""
     parts = bench_model.predicted(bench.work_of(bench.parser().parse_args(flags.split())), CPU)

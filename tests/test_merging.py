@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from opd import lora_files, merging
 from opd.families import sd3
-from opd.merging import Part, Recipe
+from opd.formats import lora_files, merging
+from opd.formats.merging import Part, Recipe
 from opd.setup import student_start
 from tests import tiny
 from tests.tiny_lora import pairs, peft_dir

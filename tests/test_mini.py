@@ -10,8 +10,10 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from opd import adapters, evaluate, lora_files
+from opd import adapters
+from opd.evaluation import evaluate
 from opd.families import sd3
+from opd.formats import lora_files
 from opd.mini import build, world
 from opd.presets import PRESETS
 

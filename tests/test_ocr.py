@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from opd import rewards
 from opd.data import load_prompts
-from opd.prompts import ocr_prompts
 from opd.rewards import ocr
+from opd.rewards.prompts import ocr_prompts
 
 
 @pytest.mark.parametrize(

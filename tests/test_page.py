@@ -17,11 +17,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from opd import card, page, ranks
+from opd import ranks
+from opd.evaluation.statistics import MEASURES
+from opd.report import card, page
+from opd.report.svg import Curve, chart, heat_map
 from opd.runfolder import RunFolder
 from opd.settings import to_json
-from opd.statistics import MEASURES
-from opd.svg import Curve, chart, heat_map
 from tests import tiny
 
 
@@ -129,7 +130,7 @@ def test_the_page_of_a_run(folder):
         assert title in text
     table = (folder / "table.txt").read_text()
     assert table.splitlines()[-1] in text.replace("&lt;", "<")
-    assert "--config" in text and "opd.evaluate" in text and "deploy_guidance" in text
+    assert "--config" in text and "opd.evaluation" in text and "deploy_guidance" in text
 
 
 def test_the_page_is_written_at_every_save(settings, world, tmp_path):

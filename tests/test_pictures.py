@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.pictures import labelled_grid, to_pil, wrap
+from opd.formats.pictures import labelled_grid, to_pil, wrap
 
 
 @pytest.mark.parametrize("pixels, side", [(1, 8), (8, 8), (9, 16), (120, 120)])

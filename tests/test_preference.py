@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from opd import rewards
-from opd.pictures import to_pil
+from opd.formats.pictures import to_pil
 from opd.rewards import preference
 from opd.rewards.clip import load_clip
 from opd.rewards.openclip import to_transformers

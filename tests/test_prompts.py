@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from opd import prompts
 from opd.data import load_prompts
+from opd.rewards import prompts
 from opd.rewards.geneval_rules import TAGS, metadata_fault
 from opd.rewards.ocr import target_fault, target_of
 

@@ -1,4 +1,4 @@
-"""python -m opd.evaluate --records and --pictures: make once, score often, resume, any number of ranks."""
+"""python -m opd.evaluation --records and --pictures: make once, score often, resume, any number of ranks."""
 
 import json
 import os
@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from opd import evaluate, gallery
-from opd.records import Record, RecordFolder, in_8_bits, read_picture
-from opd.statistics import MEASURES
+from opd.evaluation import evaluate
+from opd.evaluation import score as gallery
+from opd.evaluation.records import Record, RecordFolder, in_8_bits, read_picture
+from opd.evaluation.statistics import MEASURES
 from tests import forked
 
 HERE = "tests.test_records"
@@ -151,7 +152,7 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
     resumed = tmp_path / "resumed"
     more = ["--rewards", f"red={HERE}:kills", f"blue={HERE}:bright"]
     asked_for = {ASKED: str(tmp_path / "asked")}
-    killed = forked.main("opd.evaluate", tmp_path / "log", flags(world, resumed, *more), **asked_for)
+    killed = forked.main("opd.evaluation", tmp_path / "log", flags(world, resumed, *more), **asked_for)
     assert killed.ended() == -signal.SIGKILL
     [part] = resumed.glob("records.part-*")
     part.write_text(part.read_text()[:-20])
@@ -172,7 +173,7 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
 
 def test_two_ranks_write_the_same_records_and_the_same_table(world, folder, tmp_path):
     given = flags(world, tmp_path / "two", "--out", str(tmp_path / "two.json"))
-    forked.finished(forked.ranks(tmp_path / "logs", 2, given, "opd.evaluate"))
+    forked.finished(forked.ranks(tmp_path / "logs", 2, given, "opd.evaluation"))
     assert (tmp_path / "two/records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     for file in folder.rglob("*.png"):
         other = tmp_path / "two" / file.relative_to(folder)

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from opd import lora_files, ranks
+from opd import ranks
 from opd.data import load_prompts
-from opd.gallery import cases_of
-from opd.images import load_images
+from opd.evaluation.score import cases_of
+from opd.formats import lora_files
+from opd.formats.images import load_images
 from tests import tiny
 
 BRIGHT = "tests.tiny_grpo:brightness"

@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from opd import statistics
-from opd.records import Record
-from opd.statistics import (
+from opd.evaluation import statistics
+from opd.evaluation.records import Record
+from opd.evaluation.statistics import (
     ALL,
     DIVERSITY,
     TAGS,
@@ -22,7 +22,7 @@ from opd.statistics import (
     summarise,
     variety_of,
 )
-from opd.tables import label, number, remarks, scores_of, table
+from opd.evaluation.tables import label, number, remarks, scores_of, table
 
 
 def record(row="student", task="t", prompt="p", index=0, tag="", thumbnail="", reasons=None, **scores):

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import tyro
 
-from opd import evaluate, study, study_pages, study_tables
 from opd.config import Distil
-from opd.mini import runs, world
+from opd.evaluation import evaluate
+from opd.mini import world
+from opd.mini.study import pages as study_pages
+from opd.mini.study import run as study
+from opd.mini.study import runs
+from opd.mini.study import tables as study_tables
 from opd.presets import MINI_SCORERS, PRESETS
 from opd.settings import parse
 
@@ -168,7 +172,7 @@ def test_bad_input_is_refused_before_anything_runs(flags, words, monkeypatch):
 
 
 def cells():
-    """What opd.evaluate says of two rows: the own score of a task, its quality, a tag that is neither."""
+    """What opd.evaluation says of two rows: the own score of a task, its quality, a tag that is neither."""
     own = {"compose": (0.1, 0.4), "text": (0.2, 0.5), "quality": (0.3, 0.3)}
     found = []
     for row in ("base", "student"):
@@ -198,7 +202,7 @@ def calls(tmp_path, monkeypatch):
             line = {"step": parse(arguments[1:], PRESETS).iterations}
             line |= {"effective_batch": 30, "samples_per_second": 15.0}
             (out / "metrics.jsonl").write_text(json.dumps(line))
-        elif "opd.evaluate" in arguments:
+        elif "opd.evaluation" in arguments:
             out.write_text(json.dumps({"cells": cells()}))
 
     monkeypatch.setattr(study, "ROOT", tmp_path)
@@ -253,7 +257,7 @@ def test_a_student_learns_from_the_teachers_of_its_own_seed_on_the_prompts_asked
     assert all(arguments[arguments.index("--seed") + 1] == "5" for arguments in trained)
     assert f"text={tmp_path / 'out/equal-text-5/student'}" in trained[3]
     shipped = f"quality={study.PROMPTS / 'quality.test.txt'}"
-    scored = [arguments for arguments in calls if "opd.evaluate" in arguments]
+    scored = [arguments for arguments in calls if "opd.evaluation" in arguments]
     assert all(f"text={other}" in arguments and shipped in arguments for arguments in scored)
     assert not any("--prompts" in arguments[5:] for arguments in trained[3:])
     assert (tmp_path / "results/all-quality-5.json").is_file()
@@ -301,7 +305,7 @@ def test_scoring_again_trains_nothing_and_leaves_what_has_no_weights(tmp_path, c
         (tmp_path / f"mix-{seed}.json").write_text(json.dumps(before))
     (tmp_path / "out/mix-0/student").mkdir(parents=True)
     study.main(["--rescore", "--runs", "mix", "base", *places])
-    assert [arguments[:2] for arguments in calls] == [["-m", "opd.evaluate"]]
+    assert [arguments[:2] for arguments in calls] == [["-m", "opd.evaluation"]]
     after = json.loads((tmp_path / "mix-0.json").read_text())
     assert (after["iterations"], after["held_out"]["text"], after["variety"]["text"]) == (7, 0.2, 0.25)
     assert json.loads((tmp_path / "mix-1.json").read_text()) == before

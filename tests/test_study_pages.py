@@ -5,8 +5,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from opd import study, study_pages, study_plots, study_tables, svg
-from opd.mini import runs
+from opd.mini.study import pages as study_pages
+from opd.mini.study import plots as study_plots
+from opd.mini.study import run as study
+from opd.mini.study import runs
+from opd.mini.study import tables as study_tables
+from opd.report import svg
 
 COMMITTED = study_tables.load(study.RESULTS)
 

@@ -7,9 +7,11 @@ import statistics
 
 import pytest
 
-from opd import study, study_pages, study_tables
-from opd.mini.runs import EQUAL, TASKS, TEACHERS
-from opd.study_tables import mean_of_tasks, mean_of_three, own_score, quality_of_all, short
+from opd.mini.study import pages as study_pages
+from opd.mini.study import run as study
+from opd.mini.study import tables as study_tables
+from opd.mini.study.runs import EQUAL, TASKS, TEACHERS
+from opd.mini.study.tables import mean_of_tasks, mean_of_three, own_score, quality_of_all, short
 
 RESULTS, OTHERS = study_tables.load(study.RESULTS), study_tables.load(study_tables.OTHER)
 SEEDS = study_tables.by_seed(RESULTS)

@@ -10,12 +10,13 @@ import torch
 from diffusers import DDIMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from opd import adapters, evaluate, ranks
+from opd import adapters, ranks
 from opd.conditioning import TextBatch
+from opd.evaluation import evaluate
 from opd.families import sd3
 from opd.files import PIPELINE_FILES
 from opd.optim import Trained
-from opd.report import Report
+from opd.report.report import Report
 from opd.runfolder import RunFolder
 from opd.setup import set_up
 from opd.teachers import load_teacher

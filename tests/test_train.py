@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from opd import adapters, kernels, lora_files, ranks
+from opd import adapters, kernels, ranks
 from opd.data import Prompt, prompts_of_step, seed_of
-from opd.report import Report
+from opd.formats import lora_files
+from opd.report.report import Report
 from opd.runfolder import RunFolder
 from tests import tiny
 

@@ -6,8 +6,9 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from opd import adapters, lora_files
+from opd import adapters
 from opd.families import z_image
+from opd.formats import lora_files
 from tests import tiny, tiny_z_image
 
 CPU = torch.device("cpu")

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
-from opd import adapters, lora_files, ranks
+from opd import adapters, ranks
 from opd.config import Distil, Finetune, Grow, Run
 from opd.families import sd3
+from opd.formats import lora_files
 from opd.mini import build as mini
 from opd.optim import Trained
 from opd.setup import set_up

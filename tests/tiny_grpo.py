@@ -4,7 +4,7 @@ import torch
 
 import train
 from opd import ranks
-from opd.report import Report
+from opd.report.report import Report
 from opd.runfolder import RunFolder
 from opd.setup import set_up
 from tests import tiny

@@ -63,7 +63,8 @@ CONTRACT = {
 
 
 def family_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The modules of this folder but for those with an underscore, which families share."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_")
 
 
 def family_of(folder: Path) -> ModuleType:

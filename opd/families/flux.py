@@ -14,8 +14,18 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import PATCH, log_shift, pack, patches_along, sigmas, unpack  # noqa: F401 (the contract's)
-from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
+from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
+    PATCH,
+    decode,
+    encode_images,
+    load_vae,
+    log_shift,
+    pack,
+    patches_along,
+    pixels,
+    sigmas,
+    unpack,
+)
 
 PIPELINE = "FluxPipeline"
 # The single blocks have some of them too.

@@ -16,9 +16,10 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2D
 from einops import rearrange
 from torch import Tensor
 
-from opd import flow, schedule
+from opd import flow
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import PATCH, patches_along
+from opd.families import _parts as parts
+from opd.families._parts import PATCH, patches_along
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
@@ -118,11 +119,11 @@ def positions(rows: int, columns: int, tokens: int, device: torch.device) -> Ten
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
     """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
     mu = empirical_mu(shape_CHW[1] * shape_CHW[2], steps)
-    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps))
+    return parts.noise_levels(folder, steps, mu, parts.even_levels(steps))
 
 
 def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, empirical_mu(shape_CHW[1] * shape_CHW[2], STEPS))
+    return parts.log_of_shift(folder, empirical_mu(shape_CHW[1] * shape_CHW[2], STEPS))
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

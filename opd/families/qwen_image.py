@@ -15,7 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import PATCH, log_shift, pack, patches_along, sigmas, unpack  # noqa: F401 (the contract's)
+from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
+    PATCH,
+    log_shift,
+    pack,
+    patches_along,
+    sigmas,
+    unpack,
+)
 
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION

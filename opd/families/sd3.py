@@ -11,12 +11,18 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from opd import flow, schedule
+from opd import flow
 from opd.families import JOINT_ATTENTION, Condition
-from opd.patches import patches_along
-from opd.sd3_attention import attend_to_copies
-from opd.sd3_names import convert_lora  # noqa: F401 (the contract's)
-from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
+from opd.families import _parts as parts
+from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
+    decode,
+    encode_images,
+    load_vae,
+    patches_along,
+    pixels,
+)
+from opd.families._sd3_attention import attend_to_copies
+from opd.families._sd3_names import convert_lora  # noqa: F401 (the contract's)
 
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
@@ -145,12 +151,12 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
     """The scheduler's own."""
-    mu = schedule.linear_mu(folder, image_tokens(folder, shape_CHW))
-    return schedule.noise_levels(folder, steps, mu)
+    mu = parts.linear_mu(folder, image_tokens(folder, shape_CHW))
+    return parts.noise_levels(folder, steps, mu)
 
 
 def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return schedule.log_of_shift(folder, schedule.linear_mu(folder, image_tokens(folder, shape_CHW)))
+    return parts.log_of_shift(folder, parts.linear_mu(folder, image_tokens(folder, shape_CHW)))
 
 
 def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:

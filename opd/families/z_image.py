@@ -14,10 +14,19 @@ import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
-from opd import flow, schedule
+from opd import flow
 from opd.families import Condition
-from opd.patches import PATCH, image_tokens, log_shift, patches_along  # noqa: F401 (the contract's, shared)
-from opd.vae import decode, encode_images, load_vae, pixels  # noqa: F401 (the contract's, shared)
+from opd.families import _parts as parts
+from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
+    PATCH,
+    decode,
+    encode_images,
+    image_tokens,
+    load_vae,
+    log_shift,
+    patches_along,
+    pixels,
+)
 
 PIPELINE = "ZImagePipeline"
 # The attention of the joint layers; an adapter from elsewhere may adapt the refiners too.
@@ -108,8 +117,8 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
     """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N, which it computes in float32."""
-    mu = schedule.linear_mu(folder, image_tokens(shape_CHW))
-    return schedule.noise_levels(folder, steps, mu, schedule.even_levels(steps, torch.float32))
+    mu = parts.linear_mu(folder, image_tokens(shape_CHW))
+    return parts.noise_levels(folder, steps, mu, parts.even_levels(steps, torch.float32))
 
 
 # ---------------------------------------------------------------- images and latents

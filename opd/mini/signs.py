@@ -7,7 +7,7 @@
 
 A prompt asks for a letter, a digit and a letter, as the small miniature's signs do. The base learns from
 captions of which a third of the characters are wrong, so it knows what to draw but not when. What came of it:
-opd/mini/RESULTS.md, "A real reward".
+opd/mini/study/RESULTS.md, "A real reward".
 """
 
 import hashlib

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd.flags import require
-from opd.pictures import to_pil
+from opd.formats.pictures import to_pil
 
 
 def pictures(images_BCHW: Tensor) -> list[Image.Image]:

@@ -1,0 +1,4 @@
+from opd.bench.loop import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What scored pictures say together: means and their errors, sub-scores, diversity, the paper's average.
+
+Pictures of one prompt are alike, so they are no independent draws: errors are clustered by prompt.
+"""
+
+import base64
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from opd.evaluation.records import THUMBNAIL, Record
+
+ALL, TAGS = "", "mean of tags"
+DIVERSITY, VARIETY = "diversity", "variety"
+MEASURES = (DIVERSITY, VARIETY)  # of the pictures themselves: no scorer takes part
+MOST = 1000  # pictures of a group that variety compares
+# The four scorers of the paper's tables; their raw scores are divided by what makes about 1 of the best.
+PAPER = {"geneval": 1.0, "ocr": 1.0, "deqa": 5.0, "pickscore": 26.0}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, with what is needed to judge it."""
+
+    row: str
+    split: str
+    task: str
+    scorer: str
+    """The scorer's spec, or one of MEASURES."""
+    tag: str
+    """"" for all pictures of the task, one of their tags, or `mean of tags`: every tag weighs the same."""
+    n: int
+    """Pictures with a score; of MEASURES: pairs."""
+    missing: int
+    """Pictures that got no score: they enter no mean."""
+    prompts: int
+    mean: float
+    """Raw; NaN if no picture has a score."""
+    error: float
+    """Standard error of the mean, clustered by prompt; NaN for fewer than two prompts."""
+    best: float
+    """Mean over prompts of the best picture of each: GenEval's score per prompt."""
+    scaled: float
+    """Mean divided by the scorer's divisor: what the paper's averages are made of."""
+
+
+def summarise(records: list[Record], divisors: dict[str, float]) -> list[Cell]:
+    """The cells of every row, split and task: per scorer of all pictures, of every tag, and their mean; the
+    diversity where a prompt has several pictures, the variety where there are several prompts.
+
+    `divisors`: scorer -> what its raw score is divided by. Scores of others, which records may hold from
+    before, are left out.
+    """
+    groups = {}
+    for record in records:
+        groups.setdefault((record.row, record.split, record.task), []).append(record)
+    cells = []
+    for place, group in groups.items():
+        for scorer, divisor in divisors.items():
+            if any(scorer in record.scores for record in group):
+                cells += cells_of(place, group, scorer, divisor)
+        cells += diversity_of(place, group) + variety_of(place, group)
+    return cells
+
+
+def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str, divisor: float) -> list[Cell]:
+    having = [record for record in group if scorer in record.scores]
+    cells = [cell(place, having, scorer, ALL, divisor)]
+    tags = sorted({record.tag for record in having} - {""})
+    if not tags:
+        return cells
+    parts = []
+    for tag in tags:
+        parts.append(cell(place, [record for record in having if record.tag == tag], scorer, tag, divisor))
+    mean, error = mean_of(parts)
+    best = sum(part.best for part in parts) / len(parts)
+    counts = [sum(getattr(part, name) for part in parts) for name in ("n", "missing", "prompts")]
+    overall = Cell(*place, scorer, TAGS, *counts, mean, error, best, mean / divisor)
+    return [*cells, *parts, overall]
+
+
+def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str, divisor: float) -> Cell:
+    scored = [record for record in group if record.scores[scorer] is not None]
+    values = [record.scores[scorer] for record in scored]
+    prompts = [record.prompt for record in scored]
+    mean, error = clustered(values, prompts)
+    best, _ = clustered(*best_of_prompt(values, prompts))
+    count = len(set(prompts))
+    missing = len(group) - len(scored)
+    return Cell(*place, scorer, tag, len(scored), missing, count, mean, error, best, mean / divisor)
+
+
+# ---- means and their errors ----------------------------------------------------------------------
+
+
+def clustered(values: list[float], clusters: list[str]) -> tuple[float, float]:
+    """(mean over all values, its standard error). Values of one cluster count as one draw: with r_g the sum
+    of a cluster's residuals, n values and G clusters, error^2 = G / (G - 1) sum_g r_g^2 / n^2."""
+    n = len(values)
+    if n == 0:
+        return math.nan, math.nan
+    mean = sum(values) / n
+    residuals = dict.fromkeys(clusters, 0.0)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] += value - mean
+    count = len(residuals)
+    if count < 2:
+        return mean, math.nan
+    squares = sum(residual**2 for residual in residuals.values())
+    return mean, math.sqrt(count / (count - 1) * squares) / n
+
+
+def best_of_prompt(values: list[float], prompts: list[str]) -> tuple[list[float], list[str]]:
+    """The largest value of every prompt."""
+    best = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        best[prompt] = max(value, best[prompt]) if prompt in best else value
+    return list(best.values()), list(best)
+
+
+def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:
+    """(mean, its standard error) of independent cells that weigh the same."""
+    cells = list(cells)
+    mean = sum(cell.mean for cell in cells) / len(cells)
+    error = math.sqrt(sum(cell.error**2 for cell in cells)) / len(cells)
+    return mean, error
+
+
+# ---- diversity -----------------------------------------------------------------------------------
+
+
+def diversity_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
+    """How far the pictures of one prompt lie apart; nothing where no prompt has two pictures.
+
+    The root mean squared difference of two pictures, reduced to 8 x 8 pixels with values in [0, 1], averaged
+    over the pairs of a prompt, then over prompts. 0 = all alike; pixels that are independent and uniform
+    would have .41.
+    """
+    pictures = {}
+    for record in group:
+        if record.thumbnail:
+            pictures.setdefault(record.prompt, []).append(pixels_of(record.thumbnail))
+    spreads, pairs = [], 0
+    for thumbnails in pictures.values():
+        distances = [math.sqrt(((a - b) ** 2).mean()) for a, b in combinations(thumbnails, 2)]
+        if distances:
+            spreads.append(sum(distances) / len(distances))
+            pairs += len(distances)
+    if not spreads:
+        return []
+    mean, error = clustered(spreads, [str(i) for i in range(len(spreads))])
+    return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error, mean, mean)]
+
+
+def variety_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
+    """How far pictures of different prompts lie apart, which shows a style that has spread to all of them;
+    nothing where there are fewer than two prompts.
+
+    The distance is that of diversity, averaged over pairs; of many pictures, MOST at a fixed stride. The
+    error is that of a mean over pairs: 2 / sqrt(P) times the deviation of the P prompts' own mean distances.
+    """
+    having = [record for record in group if record.thumbnail]
+    having = having[:: max(1, math.ceil(len(having) / MOST))]
+    prompts = [record.prompt for record in having]
+    names = list(dict.fromkeys(prompts))
+    if len(names) < 2:
+        return []
+    pixels_ND = np.stack([pixels_of(record.thumbnail).reshape(-1) for record in having])
+    squares_N = (pixels_ND**2).mean(1)
+    squares_NN = squares_N[:, None] + squares_N - 2 * pixels_ND @ pixels_ND.T / pixels_ND.shape[1]
+    # The square root of rounding errors below 0 would be NaN.
+    distance_NN = np.sqrt(squares_NN.clip(min=0))
+    number_N = np.array([names.index(prompt) for prompt in prompts])
+    apart_NN = number_N[:, None] != number_N
+    mean = float(distance_NN[apart_NN].mean())
+    own_P = []
+    for number in range(len(names)):
+        own = number_N == number
+        own_P.append(distance_NN[own][apart_NN[own]].mean())
+    error = 2 * float(np.std(own_P, ddof=1)) / math.sqrt(len(names))
+    pairs = int(apart_NN.sum()) // 2
+    return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error, mean, mean)]
+
+
+def pixels_of(thumbnail: str) -> np.ndarray:
+    """Base64 -> (8, 8, 3) in [0, 1]."""
+    numbers = np.frombuffer(base64.b64decode(thumbnail), dtype=np.uint8)
+    return numbers.reshape(THUMBNAIL, THUMBNAIL, 3).astype(np.float64) / 255
+
+
+# ---- over tasks ----------------------------------------------------------------------------------
+
+
+def headline(cells: list[Cell], row: str, split: str, first: dict[str, str]) -> dict[str, Cell]:
+    """Task -> the cell of its first scorer (`first`: task -> spec) over all pictures."""
+    found = {}
+    for entry in cells:
+        if (entry.row, entry.split, entry.tag) == (row, split, ALL) and first[entry.task] == entry.scorer:
+            found[entry.task] = entry
+    return found
+
+
+def average_of_paper(cells: list[Cell], row: str, split: str) -> float | None:
+    """(GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, None unless all four scorers were used.
+
+    A scorer that was used on several tasks counts with the mean over them; GenEval's score is the mean over
+    its tags where it has some.
+    """
+    parts = []
+    for name, divisor in PAPER.items():
+        used = {}
+        for entry in cells:
+            here = (entry.row, entry.split) == (row, split) and entry.scorer.partition("@")[0] == name
+            if here and (entry.tag == ALL or (entry.tag == TAGS and name == "geneval")):
+                used[entry.task] = entry.mean  # the mean of tags comes after that of all pictures
+        if not used:
+            return None
+        parts.append(sum(used.values()) / len(used) / divisor)
+    return sum(parts) / len(parts)

@@ -1,0 +1,124 @@
+"""Scores as text and as JSON: a row per model, a block per split, then what is behind single numbers."""
+
+import math
+import re
+
+from opd.evaluation.records import Record
+from opd.evaluation.statistics import ALL, MEASURES, Cell, average_of_paper, headline, mean_of
+
+ENOUGH = 8  # pictures from which on equal scores are remarkable
+Block = dict[str, dict[str, str]]  # row -> heading -> text
+
+
+def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
+    """{row: {split: {task: mean of its first scorer, ..., "mean": their mean}}}. `first`: task -> scorer."""
+    scores = {}
+    for row, split in dict.fromkeys((cell.row, cell.split) for cell in cells):
+        means = {task: cell.mean for task, cell in headline(cells, row, split, first).items()}
+        mean = sum(means.values()) / len(means)
+        scores.setdefault(row, {})[split] = means | {"mean": mean}
+    return scores
+
+
+def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
+    """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
+    Below, for every scorer of a task, what is known of tags, prompts and scales; diversity and variety."""
+    lines = [note]
+    for split in dict.fromkeys(cell.split for cell in cells):
+        lines += ["", *text_of(split, means(cells, split, first))]
+    for split, task, scorer in dict.fromkeys((cell.split, cell.task, cell.scorer) for cell in cells):
+        here = [cell for cell in cells if (cell.split, cell.task, cell.scorer) == (split, task, scorer)]
+        block = behind(here)
+        if block:
+            lines += ["", *text_of(f"{split} {task}: {label(scorer)}", block)]
+    return "\n".join(lines)
+
+
+def means(cells: list[Cell], split: str, first: dict[str, str]) -> Block:
+    block = {}
+    for row in dict.fromkeys(cell.row for cell in cells if cell.split == split):
+        texts = {}
+        for cell in cells:
+            mine = (cell.row, cell.split, cell.tag) == (row, split, ALL)
+            if mine and cell.scorer not in MEASURES:
+                heading = cell.task
+                if first[cell.task] != cell.scorer:
+                    heading = f"{cell.task}:{label(cell.scorer)}"
+                texts[heading] = number(cell.mean, cell.error)
+        texts["mean"] = number(*mean_of(headline(cells, row, split, first).values()))
+        average = average_of_paper(cells, row, split)
+        if average is not None:
+            texts["Avg"] = number(average, math.nan)
+        block[row] = texts
+    return block
+
+
+def behind(cells: list[Cell]) -> Block:
+    """What is behind the mean of one scorer on one task: {} where there is nothing more to say."""
+    block = {}
+    for cell in cells:
+        texts = block.setdefault(cell.row, {})
+        if cell.scorer in MEASURES:
+            texts[cell.scorer] = number(cell.mean, cell.error)
+        elif cell.tag != ALL:
+            texts[cell.tag] = number(cell.mean, cell.error)
+        else:
+            if cell.prompts < cell.n:
+                texts["best of prompt"] = number(cell.best, math.nan)
+            if cell.scaled != cell.mean:
+                texts["scaled"] = number(cell.scaled, math.nan)
+    return {row: texts for row, texts in block.items() if texts}
+
+
+def text_of(title: str, block: Block) -> list[str]:
+    """Aligned to the right, as wide as it must be."""
+    headings = list(dict.fromkeys(heading for texts in block.values() for heading in texts))
+    rows = [[title, *headings]]
+    for row, texts in block.items():
+        rows.append([row, *(texts[heading] if heading in texts else "" for heading in headings)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *texts in rows:
+        padded = [text.rjust(width + 2) for text, width in zip(texts, widths[1:], strict=True)]
+        lines.append(name.ljust(widths[0]) + "".join(padded))
+    return lines
+
+
+def number(mean: float, error: float) -> str:
+    """0.345 ±.030, with three decimals below 10, else two."""
+    decimals = 3 if abs(mean) < 10 else 2
+    text = f"{mean:.{decimals}f}"
+    if math.isnan(error):
+        return text
+    return f"{text} ±{error:.{decimals}f}".replace("±0.", "±.")
+
+
+def label(scorer: str) -> str:
+    """A spec without the modules of its functions: 0.7*my.rewards:text -> 0.7*text."""
+    return re.sub(r"[\w.]+:(?=[A-Za-z_])", "", scorer)
+
+
+def remarks(cells: list[Cell], records: list[Record]) -> list[str]:
+    """What the reader of a table must know: scores that are missing, and why; scorers that say always the
+    same."""
+    said = []
+    for cell in cells:
+        if cell.missing and cell.tag == ALL:
+            group = [record for record in records if belongs(record, cell)]
+            reasons = [record.reasons[cell.scorer] for record in group if cell.scorer in record.reasons]
+            count = f"{cell.missing} of {cell.n + cell.missing} pictures have no score"
+            said.append(f"{place(cell)}: {count}: {reasons[0]}")
+        if cell.tag == ALL and cell.scorer not in MEASURES and cell.n >= ENOUGH:
+            values = {record.scores[cell.scorer] for record in records if belongs(record, cell)} - {None}
+            if len(values) == 1:
+                said.append(f"{place(cell)}: all {cell.n} pictures have the same score, {values.pop():g}")
+    return said
+
+
+def belongs(record: Record, cell: Cell) -> bool:
+    same = (record.row, record.split, record.task) == (cell.row, cell.split, cell.task)
+    return same and cell.scorer in record.scores
+
+
+def place(cell: Cell) -> str:
+    return f"{cell.row}, {cell.split} {cell.task}, {label(cell.scorer)}"

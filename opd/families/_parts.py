@@ -1,0 +1,138 @@
+"""What several families share: the VAE, the scheduler's noise levels, pictures as 2 x 2 patches.
+
+Noise levels are those of diffusers' FlowMatchEulerDiscreteScheduler. mu is the log of a resolution-dependent
+shift; a scheduler with a static shift does not look at it.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from einops import rearrange
+from torch import Tensor
+
+# ---- pictures: AutoencoderKL -------------------------------------------------------------------------------
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The frozen VAE in float32."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+    return vae.requires_grad_(False).eval()
+
+
+def pixels(folder: Path) -> int:
+    """Pixels of the image per pixel of the latents: each of the VAE's stages but the last halves the
+    picture."""
+    config = AutoencoderKL.load_config(folder / "vae")
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+    """Latents -> images (B, 3, height, width) float32 in [0, 1]."""
+    z = latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor
+    (images,) = vae.decode(z, return_dict=False)  # in [-1, 1]
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
+    """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
+    z = vae.encode(images_B3HW.float() * 2 - 1).latent_dist.mode()
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+# ---- noise levels ------------------------------------------------------------------------------------------
+
+
+def noise_levels(folder: Path, steps: int, mu: float, even: list[float] | None = None) -> list[float]:
+    """The scheduler's `steps` + 1 levels, from 1 down to 0.
+
+    `even`: the levels that the pipeline hands to its scheduler before the shift; None where it leaves them to
+    the scheduler. ValueError for less than one step and for a schedule that does not fall strictly to 0.
+    """
+    require_a_step(steps)
+    scheduler = load_scheduler(folder)
+    if even is None:
+        scheduler.set_timesteps(steps, mu=mu)
+    else:
+        scheduler.set_timesteps(sigmas=even, mu=mu)
+    levels = scheduler.sigmas
+    if levels[-1] != 0 or (levels.diff() >= 0).any():
+        raise ValueError(f"{folder}/scheduler: the sigmas must fall strictly to 0, got {levels.tolist()}")
+    return levels.tolist()
+
+
+def even_levels(steps: int, dtype: torch.dtype = torch.float64) -> list[float]:
+    """1, 1 - 1/N, ... 1/N, computed in `dtype`."""
+    require_a_step(steps)
+    return torch.linspace(1.0, 1 / steps, steps, dtype=dtype).tolist()
+
+
+def log_of_shift(folder: Path, mu: float) -> float:
+    """Log of the factor on sigma / (1 - sigma)."""
+    scheduler = load_scheduler(folder)
+    if not scheduler.config.use_dynamic_shifting:
+        return math.log(scheduler.config.shift)
+    half = scheduler.time_shift(mu, 1.0, 0.5)
+    return math.log(half / (1 - half))  # at sigma = 1/2 the odds are the shift
+
+
+def linear_mu(folder: Path, tokens: int) -> float:
+    """mu, linear in the number of image tokens through the two points that the scheduler's config names."""
+    config = load_scheduler(folder).config
+    rise = config.max_shift - config.base_shift
+    run = config.max_image_seq_len - config.base_image_seq_len
+    return config.base_shift + rise / run * (tokens - config.base_image_seq_len)
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+
+
+def require_a_step(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps = {steps}: a walk from noise to data needs at least 1 step")
+
+
+# ---- patches -----------------------------------------------------------------------------------------------
+
+
+PATCH = 2  # the pipelines take no other
+
+
+def pack(x_BCHW: Tensor) -> Tensor:
+    """A token per patch (B, T, 4 C)."""
+    return rearrange(x_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(tokens_BTC: Tensor, rows: int) -> Tensor:
+    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
+
+
+def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
+    """Number of patches."""
+    return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)
+
+
+def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
+    """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
+    mu = linear_mu(folder, image_tokens(shape_CHW))
+    return noise_levels(folder, steps, mu, even_levels(steps))
+
+
+def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
+    return log_of_shift(folder, linear_mu(folder, image_tokens(shape_CHW)))
+
+
+def patches_along(side: int, unit: int, most: int | None = None) -> int:
+    """Of one side of an image, `unit` pixels to a patch. ValueError where it is not made of whole patches, or
+    of more than `most`."""
+    way_out = f"use a multiple of {unit}"
+    if most is not None:
+        way_out = f"{way_out} up to {unit * most}"
+    count, rest = divmod(side, unit)
+    if rest != 0 or count < 1 or (most is not None and count > most):
+        raise ValueError(f"resolution {side} does not fit this model: {way_out}")
+    return count

@@ -1,0 +1,337 @@
+"""The miniature's study: every run of a table as data, run where its result is missing.
+
+    python -m opd.mini.study                        # what is missing, run by run; then tables and plots anew
+    python -m opd.mini.study --runs folded --seeds 0 1 2
+    python -m opd.mini.study --tables               # from the results alone
+    python -m opd.mini.study --rescore              # what has a result, from the weights that are here
+    python -m opd.mini.study --quick                # the main table's runs, a fiftieth as long
+    python -m opd.mini.world --salt other --out runs/other/prompts
+    python -m opd.mini.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
+        --results runs/other/results           # on another split of the prompts, and another seed
+
+A run (runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result is one small
+JSON file in results/, so a study can be stopped, continued and spread over machines. The tables and plots of
+RESULTS.md and README.md are made from these files alone (pages.py).
+"""
+
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from opd.config import Distil
+from opd.evaluation.statistics import ALL, MEASURES
+from opd.files import read_json, write_json
+from opd.flags import Texts, require
+from opd.mini.study import pages as study_pages
+from opd.mini.study import tables as study_tables
+from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
+from opd.mini.study.tables import RESULTS, ROOT, SCORES
+from opd.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS, PRESETS
+from opd.settings import parse
+
+PROMPTS = ROOT / "opd/mini/prompts"
+OUT = "runs/study"
+QUALITY = MINI_SCORERS["quality"]
+QUICK = "rivals"
+QUICKER = 50
+"""What --quick divides the iterations by."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    runs: tuple[str, ...] = ()
+    """What to run. None: everything, or the main table's with --quick."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A training run of each recipe per seed; what is only scored has seed 0. With --quick: the first."""
+    out: str = OUT
+    """Where the run folders lie."""
+    prompts: str = str(PROMPTS)
+    """A folder with the prompts of the three tasks, for training and held out (opd/mini/world.py writes
+    another split); others than the shipped ones need other --out and --results."""
+    results: str = str(RESULTS)
+    """Where the results lie. The pages are written from the committed ones only; of others, the tables of
+    these runs are printed."""
+    heldout: Texts = field(default_factory=dict)
+    """Task -> file of prompts to score instead of the held-out ones of --prompts; needs other --results."""
+    count: int = 256
+    """Images per task, of prompts held out."""
+    quick: bool = False
+    """A fiftieth of the iterations, 24 images per task, in runs/study-quick."""
+    rescore: bool = False
+    """Train nothing; score again what has a result and whose weights are in --out: where measures are new."""
+    tables: bool = False
+    """Run nothing; write the tables."""
+    train: str = ""
+    """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
+
+    def check(self) -> None:
+        """ValueError for an unknown run or task, prompts that are not there, and runs or results that would
+        be mixed with those of other prompts or lengths."""
+        known = [*RECIPES, *REFERENCES]
+        unknown = [name for name in self.runs if name not in known]
+        require(not unknown, f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
+        require(len(self.seeds) > 0, "--seeds is empty")
+        others = [task for task in self.heldout if task not in TASKS]
+        require(not others, f"--heldout names {', '.join(others)}; known: {', '.join(TASKS)}")
+        for task, file in self.heldout.items():
+            require(Path(file).is_file(), f"--heldout {task}={file}: there is no such file")
+        for file in (*MINI_PROMPTS.values(), *MINI_HELDOUT.values()):
+            found = (Path(self.prompts) / Path(file).name).is_file()
+            require(found, f"--prompts {self.prompts}: there is no {Path(file).name} in it")
+        mixed = self.other_prompts() and self.out == OUT
+        reason = f"--prompts {self.prompts} makes other teachers than those of {OUT}"
+        require(not mixed, f"{reason}; give another folder to --out")
+        committed = Path(self.results).resolve() == RESULTS.resolve()
+        alone = self.quick or self.heldout or self.other_prompts()
+        reason = "--quick, --prompts and --heldout make results that do not belong to the committed ones"
+        require(not (committed and alone), f"{reason}; give another folder to --results")
+
+    def other_prompts(self) -> bool:
+        """Whether --prompts is another split than the shipped one."""
+        return Path(self.prompts).resolve() != PROMPTS.resolve()
+
+    def here(self, files: dict[str, str]) -> dict[str, str]:
+        """Task -> the file in --prompts that is called as the shipped one."""
+        folder = Path(self.prompts).absolute()
+        return {task: str(folder / Path(file).name) for task, file in files.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    if args.quick:
+        args = quickened(args)
+    try:
+        args.check()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not args.runs:
+        args = replace(args, runs=(*RECIPES, *REFERENCES))
+    if args.rescore:
+        for name, seed in wanted(args):
+            score_again(args, name, seed)
+    elif not args.tables:
+        for name, seed in missing(args):
+            run(args, name, seed)
+    results = study_tables.load(Path(args.results))
+    if Path(args.results).resolve() == RESULTS.resolve():
+        study_pages.write(results)
+        return
+    for name, rows in TABLES.items():
+        if set(rows) & set(args.runs):
+            print(f"{name}\n{study_tables.table(name, results)}")
+
+
+def quickened(args: Arguments) -> Arguments:
+    """Every step of the study in minutes, in places of its own; the scores say nothing."""
+    args = replace(args, out="runs/study-quick", results="runs/study-quick/results", seeds=args.seeds[:1])
+    return replace(args, runs=args.runs or TABLES[QUICK], count=24)
+
+
+def wanted(args: Arguments) -> list[tuple[str, int]]:
+    """(name, seed) of every run that is asked for."""
+    runs = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
+    return runs + [(name, 0) for name in args.runs if name in REFERENCES]
+
+
+def missing(args: Arguments) -> list[tuple[str, int]]:
+    """(name, seed) of what has no result."""
+    return [(name, seed) for name, seed in wanted(args) if not result_file(args, name, seed).is_file()]
+
+
+def run(args: Arguments, name: str, seed: int) -> None:
+    """Make a result, and what it needs before."""
+    about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
+    if args.other_prompts():
+        about["prompts"] = args.prompts
+    if name in REFERENCES:
+        prepare(args, REFERENCES[name].needs, seed)
+        result = {"flags": REFERENCES[name].flags} | scores(args, name, seed)
+    else:
+        prepare(args, RECIPES[name].needs, seed)
+        result = trained(args, name, seed)
+    write_json(result_file(args, name, seed), about | result)
+
+
+def score_again(args: Arguments, name: str, seed: int) -> None:
+    """Replace the scores of a result; nothing where it or its weights are missing."""
+    file = result_file(args, name, seed)
+    here = name in REFERENCES or (folder_of(args, name, seed) / "student").exists()
+    if file.is_file() and here:
+        write_json(file, read_json(file) | scores(args, name, seed))
+
+
+def prepare(args: Arguments, needs: tuple[str, ...], seed: int) -> None:
+    """Make what is not there: places by their commands, recipes by their runs, whose committed results come
+    without the weights."""
+    for need in needs:
+        if need in RECIPES:
+            if not (folder_of(args, need, seed) / "student").exists():
+                run(args, need, seed)
+        elif not (ROOT / need).exists():
+            call(shlex.split(PREPARED[need]))
+
+
+def trained(args: Arguments, name: str, seed: int) -> dict:
+    """Train a recipe and score its student on held-out prompts."""
+    recipe, folder = RECIPES[name], folder_of(args, name, seed)
+    flags = filled(args, recipe, seed)
+    cfg = parse([recipe.preset, *shlex.split(flags)], PRESETS)
+    command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
+    command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
+    if args.other_prompts():
+        command += ["--prompts", *pairs(args.here(cfg.prompts))]
+        command += ["--heldout", *pairs(args.here(cfg.heldout))]
+    iterations = cfg.iterations
+    if args.quick:
+        iterations = max(2, cfg.iterations // QUICKER)
+        command += ["--iterations", str(iterations), "--watch-prompts", "8"]
+    started = time.monotonic()
+    call(command)
+    seconds = time.monotonic() - started
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    done = metrics[-1]["step"]
+    # A signal ends a run well, so that it can go on.
+    if done < iterations:
+        sys.exit(f"error: {folder} was stopped after step {done} of {iterations}; run this again to go on")
+    result = {
+        "flags": flags,
+        "iterations": cfg.iterations,
+        "samples_per_step": cfg.samples_per_step(),
+        "seconds_of_training": round(seconds),
+    }
+    result |= scores(args, name, seed) | curve(metrics)
+    if isinstance(cfg, Distil):
+        result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
+    if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
+        result["gap_closed"] = gap_closed(metrics)
+    return result
+
+
+def filled(args: Arguments, recipe: Recipe, seed: int) -> str:
+    """The recipe's flags with the places of other recipes' students."""
+
+    def place(found: re.Match) -> str:
+        return shlex.quote(str(Path(args.out) / f"{found[1]}-{seed}" / "student"))
+
+    return re.sub(r"\{of ([\w.-]+)\}", place, recipe.flags)
+
+
+def scores(args: Arguments, name: str, seed: int) -> dict:
+    """What of SCORES a recipe's student has, or every row of a reference."""
+    folder = folder_of(args, name, seed)
+    if name in REFERENCES:
+        reference, found = REFERENCES[name], {}
+        for what, rows in evaluated(args, folder, reference.flags, reference.tasks).items():
+            found[what] = {row: rows[row] for row in reference.titles}
+        return found
+    student = f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base"
+    found = evaluated(args, folder, student, RECIPES[name].tasks)
+    return {what: rows["student"] for what, rows in found.items()}
+
+
+def evaluated(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
+    """{what: {row of opd.evaluation: {task: number}}} on held-out prompts: "held_out", each task's own score;
+    "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
+    apart the pictures of one prompt are, where a task has several of one; "variety", those of different ones.
+    """
+    file = folder / "heldout.json"
+    files = args.here(MINI_HELDOUT) | {task: str(Path(f).absolute()) for task, f in args.heldout.items()}
+    prompts = pairs({task: files[task] for task in tasks})
+    call(
+        ["-m", "opd.evaluation", *shlex.split(flags), "--prompts", "--heldout", *prompts]
+        + ["--count", str(args.count), "--scorers", QUALITY, "--out", str(file)]
+    )
+    found = {what: {} for what in SCORES}
+    for cell in read_json(file)["cells"]:
+        row, task = cell["row"], cell["task"]
+        if cell["tag"] != ALL:
+            continue
+        if cell["scorer"] == MINI_SCORERS[task]:
+            found["held_out"].setdefault(row, {})[task] = cell["mean"]
+            found["errors"].setdefault(row, {})[task] = cell["error"]
+        if cell["scorer"] == QUALITY:
+            found["quality_of"].setdefault(row, {})[task] = cell["mean"]
+        if cell["scorer"] in MEASURES:
+            found[cell["scorer"]].setdefault(row, {})[task] = cell["mean"]
+    return {what: rows for what, rows in found.items() if rows}
+
+
+def pairs(files: dict[str, str]) -> list[str]:
+    return [f"{task}={file}" for task, file in files.items()]
+
+
+def curve(metrics: list[dict]) -> dict:
+    """{"curve": scores that the run watched, with the samples and seconds of training before each}, {} where
+    it watched none. Seconds: the median step's, times steps, since other work may stop a run for a while."""
+    points = []
+    step_seconds = statistics.median(line["effective_batch"] / line["samples_per_second"] for line in metrics)
+    for line in metrics:
+        if "watch" in line:
+            step = line["step"]
+            samples, seconds = step * line["effective_batch"], step * step_seconds
+            points.append({"step": step, "samples": samples, "seconds": round(seconds)} | line["watch"])
+    if not points:
+        return {}
+    return {"curve": points}
+
+
+def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, float]]:
+    """{teacher: {sigma: share}} of the KL at the start, on the student's own states, that is gone at the end:
+    1 - (mean of a level's last ten values) / (mean of its first two)."""
+    shares = {}
+    for name in teachers:
+        by_level = {}
+        for line in metrics:
+            if name in line:
+                for sigma, kl in line[name]["kl"].items():
+                    by_level.setdefault(sigma, []).append(kl)
+        shares[name] = {
+            sigma: round(1.0 - statistics.fmean(values[-10:]) / statistics.fmean(values[:2]), 4)
+            for sigma, values in sorted(by_level.items(), reverse=True)
+            if sum(values[:2]) > 0
+        }
+    return {name: levels for name, levels in shares.items() if levels}
+
+
+def gap_closed(metrics: list[dict]) -> dict[str, float]:
+    """{"fixed": share, "visited": share} of the way from base to teacher, in the last line of the metrics
+    that has it: the mean over teachers and noise levels."""
+    last = [line for line in metrics if "fixed" in line][-1]
+    shares = {}
+    for states in ("fixed", "visited"):
+        levels = [share for teacher in last[states].values() for share in teacher["gap"].values()]
+        shares[states] = round(statistics.fmean(levels), 4)
+    return shares
+
+
+def call(arguments: list[str]) -> None:
+    """A program of the repository, in its root."""
+    done = subprocess.run([sys.executable, *arguments], check=False, cwd=ROOT)
+    if done.returncode != 0:
+        sys.exit(f"error: python {shlex.join(arguments)} ended with {done.returncode}")
+
+
+def commit() -> str:
+    """The checkout's, or "" outside a repository."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def folder_of(args: Arguments, name: str, seed: int) -> Path:
+    return Path(args.out).absolute() / f"{name}-{seed}"
+
+
+def result_file(args: Arguments, name: str, seed: int) -> Path:
+    return Path(args.results) / f"{name}-{seed}.json"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,4 @@
+from opd.report.page import main
+
+if __name__ == "__main__":
+    main()

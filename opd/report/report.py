@@ -1,0 +1,226 @@
+"""What a run shows of its student: scores on the way, sample grids, and the table at the end."""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from opd import ranks
+from opd.adapters import BASE, START, STUDENT
+from opd.config import Distil, Finetune, Run
+from opd.data import Prompt, load_tasks
+from opd.evaluation import score as gallery
+from opd.evaluation import tables
+from opd.evaluation.records import LINES, Record, write_lines
+from opd.evaluation.score import Judge, Row, Sampling
+from opd.evaluation.statistics import Cell, summarise
+from opd.files import replace, write_json
+from opd.formats.images import Images
+from opd.formats.pictures import labelled_grid, save_image
+from opd.model import Model
+from opd.optim import Trained, due
+from opd.ranks import say
+from opd.report.card import push_student, write_card
+from opd.report.page import write_page
+from opd.rewards import Reward
+from opd.runfolder import RunFolder
+
+
+class Report:
+    """Every method is called on all ranks; rank 0 writes into the run folder."""
+
+    def __init__(
+        self,
+        cfg: Run,
+        model: Model,
+        data: dict[str, list[Prompt]] | Images,
+        rewards: dict[str, Reward],
+        folder: RunFolder,
+    ):
+        self.cfg, self.model, self.folder = cfg, model, folder
+        self.texts = fixed_texts(data)
+        self.cells: list[Cell] = []
+        self.text = ""
+        """The table, once there is one."""
+        self.splits = {}
+        self.scorers = {}
+        if is_scored(cfg):
+            self.splits = splits(cfg, data)
+            for task, text in cfg.rewards.items():
+                self.scorers[task] = [rewards[spec] for spec in gallery.specs_of(text)]
+
+    def watch(self, trained: Trained, done: int) -> dict:
+        """{"watch": the student's score on held-out prompts of every task, trained on or not}, {} where it is
+        not due. A scorer that fails costs its score, never the run."""
+        cfg = self.cfg
+        if isinstance(cfg, Finetune) or not due(done, cfg.watch_every, cfg.iterations):
+            return {}
+        rows = {STUDENT: Row(self.model.trained, cfg.deployed_guidance())}
+        held_out = {"held-out": self.splits["held-out"]}
+        with trained.averaged():
+            records = self.records(rows, held_out, cfg.watch_prompts)
+        scores = {}
+        for task in held_out["held-out"]:
+            own = [record for record in records if record.task == task]
+            scores[task] = gallery.mean_score(own, self.scorers[task][0].spec)
+        return {"watch": scores}
+
+    def records(self, rows: dict[str, Row], splits: gallery.Splits, count: int) -> list[Record]:
+        """`count` pictures per row, split and task, made and scored; no picture is kept (collectives)."""
+        cfg = self.cfg
+        sampling = Sampling(count, cfg.eval_steps, cfg.seed, batch=cfg.micro_batch)
+        shared = {"model": cfg.model, "dtype": cfg.dtype, "t5": cfg.t5}
+        shared["resolution"] = self.model.resolutions[0]
+        batches = gallery.planned(rows, splits, sampling, dict.fromkeys(rows, shared))
+        judge = Judge(self.scorers, cfg.reward_timeout, strict=False)
+        return judge.records(batches, lambda batch: self.pictures(rows, batch), None)
+
+    def pictures(self, rows: dict[str, Row], batch: gallery.Batch) -> Tensor:
+        """A teacher with a transformer of its own makes its pictures by itself."""
+        label = batch[0].row
+        name = rows[label].adapter
+        if name in self.model.teachers:
+            alone = {label: Row(BASE, rows[label].guidance)}
+            return gallery.made(self.model.teachers[name], alone, batch)
+        return gallery.made(self.model, rows, batch)
+
+    def restore(self, trained: Trained, done: int) -> None:
+        """Grid, cards and page of the saved step: a run may have been killed between saving and these."""
+        if done == 0:
+            return
+        file = self.folder.path / "samples" / f"{done:06d}.png"
+        lacking = torch.tensor(float(self.folder.active and not file.is_file()), device=self.model.device)
+        if due(done, self.cfg.sample_every, self.cfg.iterations) and ranks.largest(lacking) > 0:
+            self.sample_grid(trained, done)
+        self.show(done)
+
+    def sample_grid(self, trained: Trained, done: int) -> None:
+        """The student's images of fixed prompts from fixed noise: samples/STEP.png."""
+        with trained.averaged():
+            images = self.model.images(
+                self.model.trained,
+                self.texts,
+                list(range(len(self.texts))),
+                steps=self.cfg.eval_steps,
+                seed=0,
+                guidance=self.cfg.deployed_guidance(),
+            )
+        if self.folder.active:
+            grid = labelled_grid({f"{done}": list(images)}, self.texts)
+            save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
+            self.folder.picture("samples", grid, done)
+
+    def table(self, trained: Trained) -> None:
+        """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
+        scores.json; behind them cells.json and records.jsonl. An image without a score is left out of its
+        mean; without any the mean is NaN."""
+        cfg = self.cfg
+        if isinstance(cfg, Finetune) or cfg.full or not cfg.evaluate:
+            return
+        rows = rows_of_table(cfg)
+        say(f"scoring {', '.join(rows)}")
+        with trained.averaged():
+            records = self.records(rows, self.splits, cfg.eval_prompts)
+        cells = summarise(records, gallery.divisors_of(self.scorers))
+        first = {task: own[0].spec for task, own in self.scorers.items()}
+        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps"
+        note += f", guidance {cfg.deployed_guidance()}"
+        if isinstance(cfg, Distil):
+            note += f" (teachers {cfg.teacher_guidance})"
+        text = tables.table(cells, first, f"{note}, seed {cfg.seed}")
+        said = [*tables.remarks(cells, records), *gallery.abouts_of(self.scorers)]
+        text = "\n".join([text, *said])
+        say(text)
+        if self.folder.active:
+            write_lines(self.folder.path / LINES, records)
+            write_json(self.folder.path / "cells.json", [asdict(cell) for cell in cells])
+            write_json(self.folder.path / "scores.json", tables.scores_of(cells, first))
+            replace(self.folder.path / "table.txt", lambda path: path.write_text(text + "\n"))
+        self.cells, self.text = cells, text
+
+    def show(self, done: int) -> None:
+        """As often as the run saves: a card beside each exported student, and report.html."""
+        if due(done, self.cfg.save_every, self.cfg.iterations):
+            self.write(done)
+
+    def close(self) -> None:
+        """Card and page with all that is known in the end; then the upload, if there is to be one."""
+        self.write(self.cfg.iterations)
+        if self.folder.active and self.cfg.push:
+            say(push_student(self.folder.path / "student", self.cfg.push))
+
+    def write(self, done: int) -> None:
+        if not self.folder.active:
+            return
+        path = self.folder.path
+        for student in (path / "student", path / "checkpoints" / f"{done:06d}"):
+            if student.is_dir():
+                write_card(student, self.cfg, self.model, done, self.cells, self.text)
+        write_page(path)
+
+
+def rows_of_table(cfg: Run) -> dict[str, Row]:
+    """Base and start are sampled as the student is, teachers as they taught."""
+    deployed = cfg.deployed_guidance()
+    rows = {BASE: Row(BASE, deployed)}
+    if isinstance(cfg, Distil):
+        for name in cfg.teachers:
+            label, guidance = name, cfg.guidance_of(name)
+            if name in cfg.teacher_guidances or name == BASE and guidance != deployed:
+                label = f"{name} g={guidance:g}"
+            rows[label] = Row(cfg.adapter_of(name), guidance)
+    if cfg.cold_start != "base":
+        rows[START] = Row(START, deployed)
+    rows[STUDENT] = Row(STUDENT, deployed)
+    return rows
+
+
+def say_phases(rows: list[dict]) -> None:
+    """Where the time of a GRPO run went, from its metrics; nothing where they hold no times."""
+    seconds = {"rollout": 0.0, "reward": 0.0, "train": 0.0, "scoring": 0.0}
+    for row in rows:
+        if "seconds" not in row:
+            return
+        for phase, value in row["seconds"].items():
+            seconds[phase] += value
+    whole = seconds["rollout"] + seconds["reward"] + seconds["train"]
+    if whole == 0:
+        return
+    shares = [f"{phase} {seconds[phase] / whole:.0%}" for phase in ("rollout", "reward", "train")]
+    scoring, waited = seconds["scoring"], seconds["reward"]
+    say(
+        f"time: {', '.join(shares)}; rewards were computed for {scoring:.0f} s, "
+        f"of which {waited:.0f} s were waited for"
+    )
+
+
+def fixed_texts(data: dict[str, list[Prompt]] | Images) -> list[str]:
+    """What the sample grids show: the first prompts of every task, nine in all, or the first nine
+    captions."""
+    if isinstance(data, Images):
+        return list(dict.fromkeys(data.captions))[:9]
+    per_task = max(1, 9 // len(data))
+    return [prompt.text for pool in data.values() for prompt in pool[:per_task]]
+
+
+def is_scored(cfg: Run) -> bool:
+    """Whether the run compares prompts with scorers, on the way or at the end."""
+    return not isinstance(cfg, Finetune) and (cfg.evaluate or cfg.watch_every > 0)
+
+
+def splits(cfg: Run, data: dict[str, list[Prompt]]) -> dict[str, dict[str, list[Prompt]]]:
+    """The prompts of the table: those of training and, if there are any, those held out."""
+    if not cfg.heldout:
+        return {"train": data}
+    return {"train": data, "held-out": load_tasks(cfg.heldout)}
+
+
+def shown_texts(cfg: Run, data: dict[str, list[Prompt]] | Images) -> list[str]:
+    """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
+    texts = fixed_texts(data)
+    if not is_scored(cfg):
+        return texts
+    for pools in splits(cfg, data).values():
+        for pool in pools.values():
+            texts += [prompt.text for prompt in pool]
+    return texts

@@ -1,0 +1,301 @@
+r"""Make prompts for the GenEval and OCR rewards, as many as are asked for, without a download.
+
+    python -m opd.rewards.prompts geneval --count 50000 --out geneval_train.jsonl
+    python -m opd.rewards.prompts geneval --count 500 --split test --out geneval_test.jsonl
+    python -m opd.rewards.prompts ocr --count 20000 --out ocr_train.txt
+
+GenEval: objects with prompt, tag and clauses in GenEval's own schema; the six tags take turns in the ratio of
+--mix. OCR: a line per prompt, the text to be written between double quotes.
+
+What a prompt asks for, the order of its objects aside, lies in train or in test by its own hash, so that
+files of the two splits are disjoint whatever their seeds and sizes. --without keeps prompts out that lie in
+files you evaluate on, such as GenEval's own 553. A prompt repeats only where its kind has run out of new ones
+(there are 80 single objects)."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from opd.data import interleave, load_prompts, seed_of
+from opd.files import replace
+from opd.flags import Shares, at_least_one, require
+from opd.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+TEST_SHARE = 10
+"""One in so many scenes or texts belongs to the test split."""
+TRIES = 200
+"""Draws in search of a new prompt before a repeated one is taken."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    kind: Annotated[Literal["geneval", "ocr"], tyro.conf.Positional]
+    """What the prompts are for."""
+    out: str
+    """File to write: .jsonl for geneval, .txt for ocr."""
+    count: int = 1000
+    """Prompts."""
+    seed: int = 0
+    """Other seeds give other prompts of the same split."""
+    split: Literal["train", "test"] = "train"
+    """Which of two disjoint sets they come from."""
+    mix: Shares = field(default_factory=lambda: dict.fromkeys(TAGS, 1))
+    """GenEval: tag -> its share, such as position=7 counting=5 color_attr=3 colors=1 two_object=1, giving
+    the tags that a base model fails most often most of the prompts."""
+    without: tuple[str, ...] = ()
+    """Prompt files whose scenes, or texts to be written, are left out."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    try:
+        check(args)
+        lines = make(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    replace(Path(args.out), lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    print(f"{len(lines)} prompts, {len(set(lines))} of them different, in {args.out}")
+
+
+def check(args: Arguments) -> None:
+    at_least_one(args, "count")
+    ending = {"geneval": ".jsonl", "ocr": ".txt"}[args.kind]
+    require(args.out.endswith(ending), f"--out {args.out!r}: {args.kind} prompts are a {ending} file")
+    for tag, share in args.mix.items():
+        require(tag in TAGS, f"--mix names the tag {tag!r}; known: {', '.join(TAGS)}")
+        require(share >= 1, f"--mix {tag}={share}: shares are at least 1; leave the tag out instead")
+    require(len(args.mix) > 0, "--mix is empty; name at least one TAG=SHARE")
+
+
+def make(args: Arguments) -> list[str]:
+    """The lines of the file."""
+    if args.kind == "ocr":
+        taken = {text_key(prompt.text) for prompt in _read(args.without)}
+        return ocr_prompts(args.count, args.seed, args.split, taken)
+    taken = {scene_key(prompt.metadata) for prompt in _read(args.without)}
+    rows = geneval_prompts(args.count, args.seed, args.split, args.mix, taken)
+    return [json.dumps(row) for row in rows]
+
+
+def _read(files: tuple[str, ...]) -> list:
+    prompts = []
+    for file in files:
+        prompts += load_prompts(file, "--without", None)
+    return prompts
+
+
+def split_of(key) -> str:
+    """train or test, a function of what is asked for and of nothing else."""
+    if seed_of("split of prompts", key) % TEST_SHARE == 0:
+        return "test"
+    return "train"
+
+
+class Drawing:
+    """Prompts of one split, drawn anew until one is found that was not drawn before."""
+
+    def __init__(self, split: str, taken: set):
+        self.split = split
+        self.taken = taken
+        self.seen = set()
+
+    def next(self, draw: Callable, key_of: Callable, text_of: Callable):
+        """The first draw whose text is new, or after many tries the last of the split. ValueError if
+        --without leaves none."""
+        last = None
+        for _ in range(TRIES):
+            candidate = draw()
+            key = key_of(candidate)
+            if split_of(key) != self.split or key in self.taken:
+                continue
+            last = candidate
+            if text_of(candidate) not in self.seen:
+                break
+        require(last is not None, f"--without leaves no {self.split} prompt of a kind; name fewer files")
+        self.seen.add(text_of(last))
+        return last
+
+
+# ---- GenEval --------------------------------------------
+
+
+def geneval_prompts(
+    count: int, seed: int, split: str, mix: dict[str, int], taken: set | None = None
+) -> list[dict]:
+    """Rows with tag, include, exclude where the tag has it, and prompt. `taken`: scenes to leave out."""
+    rng = np.random.default_rng(seed_of(seed, "geneval prompts", split))
+    drawing = Drawing(split, taken or set())
+    tags = interleave(mix)
+    rows = []
+    for number in range(count):
+        scene = SCENES[tags[number % len(tags)]]
+        rows.append(drawing.next(lambda scene=scene: scene(rng), scene_key, lambda row: row["prompt"]))
+    return rows
+
+
+def scene_key(row: dict) -> tuple:
+    """What a row asks for, the order of its objects and their direction aside."""
+    require("tag" in row and "include" in row, f"no GenEval metadata (tag, include) in {row!r}")
+    things = [(clause["class"], clause["count"], clause.get("color", "")) for clause in row["include"]]
+    return (row["tag"], *sorted(things))
+
+
+def single_object(rng) -> dict:
+    (name,) = _some(rng, CLASSES, 1)
+    return _row("single_object", [_clause(name)], f"a photo of {_a(name)}")
+
+
+def two_object(rng) -> dict:
+    first, second = _some(rng, CLASSES, 2)
+    return _row("two_object", [_clause(first), _clause(second)], f"a photo of {_a(first)} and {_a(second)}")
+
+
+def counting(rng) -> dict:
+    """No more than asked for: one more of them is an `exclude` clause."""
+    (name,) = _some(rng, CLASSES, 1)
+    (number,) = _some(rng, tuple(NUMBERS), 1)
+    row = _row("counting", [_clause(name, number)], f"a photo of {NUMBERS[number]} {_plural(name)}")
+    return row | {"exclude": [_clause(name, number + 1)]}
+
+
+def colors(rng) -> dict:
+    (name,) = _some(rng, CLASSES[1:], 1)  # no coloured persons
+    (colour,) = _some(rng, COLOURS, 1)
+    return _row("colors", [_clause(name) | {"color": colour}], f"a photo of {_a(colour)} {name}")
+
+
+def position(rng) -> dict:
+    """The thing that the other is placed by comes first in `include`, and second in the prompt."""
+    first, second = _some(rng, CLASSES, 2)
+    (relation,) = _some(rng, RELATIONS, 1)
+    placed = _clause(first) | {"position": [relation, 0]}
+    return _row("position", [_clause(second), placed], f"a photo of {_a(first)} {relation} {_a(second)}")
+
+
+def color_attr(rng) -> dict:
+    first, second = _some(rng, CLASSES[1:], 2)
+    colour, other = _some(rng, COLOURS, 2)
+    clauses = [_clause(first) | {"color": colour}, _clause(second) | {"color": other}]
+    return _row("color_attr", clauses, f"a photo of {_a(colour)} {first} and {_a(other)} {second}")
+
+
+SCENES = {
+    "single_object": single_object,
+    "two_object": two_object,
+    "counting": counting,
+    "colors": colors,
+    "position": position,
+    "color_attr": color_attr,
+}
+
+
+def _row(tag: str, include: list[dict], prompt: str) -> dict:
+    return {"tag": tag, "include": include, "prompt": prompt}
+
+
+def _clause(name: str, count: int = 1) -> dict:
+    return {"class": name, "count": count}
+
+
+def _some(rng, choices: tuple, count: int) -> list:
+    """`count` different ones of `choices`."""
+    return [choices[index] for index in rng.choice(len(choices), size=count, replace=False)]
+
+
+def _a(name: str) -> str:
+    if name[0] in "aeiou":
+        return f"an {name}"
+    return f"a {name}"
+
+
+def _plural(name: str) -> str:
+    if name.endswith("s"):
+        return f"{name}es"
+    return f"{name}s"
+
+
+# ---- OCR --------------------------------------------
+
+PLACES = """
+a shop window with a sign that says|a road sign that reads|a neon sign glowing with the words
+a coffee mug printed with|a chalkboard in a café that says|a book whose cover is titled
+a T-shirt with the words|a wooden board carved with|a birthday cake with the icing
+a train station display showing|a movie poster with the title|a hand-painted banner reading
+a brass plaque engraved with|a cardboard box stamped|a postcard that says
+a ticket printed with|a wall with the graffiti|a laptop sticker that says
+a protest placard with the words|a market stall with a label that reads
+"""
+STYLES = """
+at night in the rain|in the morning sun|as a close-up|in the style of a watercolour|on a busy street
+on a quiet beach|as a studio photograph|in soft evening light|in an old town|in a snowy village
+"""
+ADJECTIVES = """
+Open Fresh Golden Silent Little Brave Early Hidden Lucky Modern Northern Plain Quick Royal Simple Sunny Tiny
+Useful Warm Young Bright Clever Distant Eastern Final Gentle Happy Local Mellow Noble Proud Rustic Urban
+Velvet Wild Blue Green Secret Famous
+"""
+NOUNS = """
+Garden River Coffee Market Harbor Library Museum Bakery Bridge Castle Dragon Engine Forest Guitar Island
+Kitchen Lantern Mountain Novel Ocean Parade Queen Rocket Summer Theater Umbrella Village Window Zebra
+Academy Balloon Compass Diamond Express Feather Gallery Horizon Journey Kingdom Legend Meadow Number Orchard
+Planet Quarter Railway Station Ticket Universe Voyage Weekend Festival Moon Tea House Bread Music Winter
+"""
+VERBS = (
+    "Enjoy Visit Save Protect Discover Follow Remember Build Share Choose Watch Trust Respect Join Meet Find"
+)
+
+
+def ocr_prompts(count: int, seed: int, split: str, taken: set | None = None) -> list[str]:
+    """Prompts such as `a road sign that reads "Visit the Golden Bakery", at night in the rain`. `taken`:
+    texts to leave out, as `text_key` gives them."""
+    rng = np.random.default_rng(seed_of(seed, "ocr prompts", split))
+    drawing = Drawing(split, taken or set())
+    return [drawing.next(lambda: _sign(rng), text_key, text_key) for _ in range(count)]
+
+
+def text_key(prompt: str) -> str:
+    """The text to be written, as the OCR reward compares it."""
+    parts = prompt.split('"')
+    require(len(parts) >= 3, f"no text between double quotes in {prompt!r}")
+    return parts[1].replace(" ", "").lower()
+
+
+def _sign(rng) -> str:
+    (place,) = _some(rng, _phrases(PLACES), 1)
+    (style,) = _some(rng, _phrases(STYLES), 1)
+    return f'{place} "{_text(rng)}", {style}'
+
+
+def _text(rng) -> str:
+    """1 to 5 words, now and then with a number."""
+    (adjective,) = _some(rng, tuple(ADJECTIVES.split()), 1)
+    noun, other = _some(rng, tuple(NOUNS.split()), 2)
+    (verb,) = _some(rng, tuple(VERBS.split()), 1)
+    number = int(rng.integers(1, 1000))
+    shapes = (
+        f"{adjective} {noun}",
+        f"{adjective} {noun} {other}",
+        f"{noun} and {other}",
+        f"{verb} the {noun}",
+        f"{verb} the {adjective} {noun}",
+        f"{noun} {number}",
+        f"{adjective} {noun} No. {number}",
+        f"Only {number} {noun}s Left!",
+    )
+    (text,) = _some(rng, shapes, 1)
+    return text
+
+
+def _phrases(lines: str) -> tuple[str, ...]:
+    return tuple(lines.strip().replace("\n", "|").split("|"))
+
+
+if __name__ == "__main__":
+    main()
