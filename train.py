@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from opd import adapters, compiled, errors, flow, identity, kernels, ranks, routing, signals, trajectory
 from opd.conditioning import TextBatch
-from opd.config import Distil, Grow, Run
+from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
-from opd.diagnostics import Squares, TaskGradients
+from opd.diagnostics import Distances, TaskGradients
 from opd.estimators import ESTIMATORS, reinforce
 from opd.families import Condition
-from opd.grpo import Growing
+from opd.grpo import GRPO
 from opd.judging import Judges
 from opd.memory import forecast
 from opd.model import Model
@@ -50,7 +50,7 @@ from opd.rewards import Reward
 from opd.runfolder import RunFolder
 from opd.settings import describe, parse, starting_point
 from opd.setup import Data, set_up
-from opd.sft import Finetuning
+from opd.sft import SFT
 from opd.teachers import Panel, Teacher, load_teachers, route_of
 from opd.trajectory import Path, State
 
@@ -68,7 +68,7 @@ def main() -> None:
         run(cfg)
 
 
-def run(cfg: Run) -> None:
+def run(cfg: RunConfig) -> None:
     """Set up, train, score."""
     with errors.in_one_line(ValueError, OSError):
         check_login(cfg.push)
@@ -90,7 +90,7 @@ def run(cfg: Run) -> None:
     ranks.stop()
 
 
-def train(cfg: Run, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> bool:
+def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> bool:
     """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
     checkpoint. Returns whether it came to its end: a signal stops it between two steps."""
     first, model = folder.resume(trained), trained.model
@@ -151,12 +151,12 @@ WAYS_OUT = {
 }
 
 
-def fault_of_step(cfg: Run, metrics: dict, norm: float) -> str:
+def fault_of_step(cfg: RunConfig, metrics: dict, norm: float) -> str:
     """Why a step has changed nothing, one of WAYS_OUT; "" if it has."""
     if not math.isfinite(norm):
         return "a non-finite gradient"
     # A distillation that judges learns from its teachers even where no reward came.
-    if isinstance(cfg, Grow) and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
+    if isinstance(cfg, GRPOConfig) and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
         return "no reward for any group"
     return ""
 
@@ -189,7 +189,7 @@ class Distillation:
 
     def __init__(
         self,
-        cfg: Distil,
+        cfg: DistillationConfig,
         model: Model,
         pools: dict[str, list[Prompt]],
         rewards: dict[str, Reward],
@@ -239,7 +239,7 @@ class Distillation:
         anchor_T = routing.anchor_weights(sigmas[:-1], weight, cfg.anchor_levels)
         return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, queried_states(cfg, step))
 
-    def accumulate(self, plan: Plan) -> Squares:
+    def accumulate(self, plan: Plan) -> Distances:
         """The gradient of one optimizer step over this rank's micro-batches, left in the student's .grad."""
         cfg, beside = self.cfg, {}
         compare = cfg.cosine_every > 0 and plan.step % cfg.cosine_every == 0
@@ -253,7 +253,7 @@ class Distillation:
                 walks = [self.visit(plan, batch) for batch in batches]
             if self.judges is not None:
                 plan, beside = self.judge(plan, batches, walks)
-            squares = Squares(cfg, self.model, list(self.teachers), plan.anchor_T)
+            squares = Distances(cfg, self.model, list(self.teachers), plan.anchor_T)
             squares.beside = beside
             gradients = TaskGradients(list(self.trained.parameters.values()))
             for number, (batch, states) in enumerate(zip(batches, walks, strict=True)):
@@ -408,7 +408,7 @@ class Distillation:
         self.trained.carried["anchor_weight"].fill_(weight)
 
 
-def queried_states(cfg: Distil, step: int) -> list[int]:
+def queried_states(cfg: DistillationConfig, step: int) -> list[int]:
     """Indices of the states that are trained on in this step: all of those that may be, or K drawn without
     replacement from Beta."""
     states = list(cfg.queryable())
@@ -424,16 +424,18 @@ def queried_states(cfg: Distil, step: int) -> list[int]:
 
 # ---- the stages --------------------------------------------------------------------------------------------
 
-Stage = Distillation | Growing | Finetuning
+Stage = Distillation | GRPO | SFT
 
 
-def choose_stage(cfg: Run, model: Model, data: Data, rewards: dict[str, Reward], trained: Trained) -> Stage:
+def choose_stage(
+    cfg: RunConfig, model: Model, data: Data, rewards: dict[str, Reward], trained: Trained
+) -> Stage:
     """The work of a step: `stage.step(number)` -> (metrics, gradient norm)."""
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         return Distillation(cfg, model, data, rewards, trained)
-    if isinstance(cfg, Grow):
-        return Growing(cfg, model, data, rewards, trained)
-    return Finetuning(cfg, model, data, trained)
+    if isinstance(cfg, GRPOConfig):
+        return GRPO(cfg, model, data, rewards, trained)
+    return SFT(cfg, model, data, trained)
 
 
 if __name__ == "__main__":

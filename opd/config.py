@@ -1,9 +1,9 @@
 """The settings of a training run: a flat, frozen dataclass per stage, its checks beside its fields.
 
-    Logistics --- Run --- Finetune                  stage sft: flow matching on images
+    Logistics --- Run --- SFTConfig                  stage sft: flow matching on images
                    |
-    Scores ---- Rollout --- Distil                  stage opd: distillation from teachers
-                       \\--- Grow                    stage grpo: reinforcement learning from rewards
+    Scores ---- Rollout --- DistillationConfig                  stage opd: distillation from teachers
+                       \\--- GRPOConfig                    stage grpo: reinforcement learning from rewards
 
 What they share is in opd/config_base.py, the values of named runs in opd/presets.py. Nothing is read here: a
 file or an adapter is only a name.
@@ -16,16 +16,25 @@ from typing import Literal
 import torch
 
 from opd import flow, routing
-from opd.config_base import ADAPTERS, METRICS, Logistics, Rollout, Run, Scores, Weights
+from opd.config_base import ADAPTERS, METRICS, Logistics, Rollout, RunConfig, Scores, Weights
 from opd.flags import Numbers, Texts, at_least_one, below_one, finite, not_negative, positive, require
 
 ESTIMATORS = ("pathwise", "pg", "pg_state", "pg_live")  # the functions of opd/estimators.py
 
-__all__ = ["STAGES", "Distil", "Finetune", "Grow", "Logistics", "Rollout", "Run", "Scores"]
+__all__ = [
+    "STAGES",
+    "DistillationConfig",
+    "SFTConfig",
+    "GRPOConfig",
+    "Logistics",
+    "Rollout",
+    "RunConfig",
+    "Scores",
+]
 
 
 @dataclass(frozen=True)
-class Distil(Rollout):
+class DistillationConfig(Rollout):
     """Stage opd: on-policy distillation from teachers."""
 
     cold_start: str = "merge"
@@ -302,7 +311,7 @@ class Distil(Rollout):
 
 
 @dataclass(frozen=True)
-class Grow(Rollout):
+class GRPOConfig(Rollout):
     """Stage grpo: a teacher grown from rewards by Flow-GRPO."""
 
     group: int = 8
@@ -383,7 +392,7 @@ class Grow(Rollout):
 
 
 @dataclass(frozen=True)
-class Finetune(Run):
+class SFTConfig(RunConfig):
     """Stage sft: flow matching on images with captions."""
 
     full: bool = False
@@ -401,4 +410,4 @@ class Finetune(Run):
         require(self.data != "", f"--data is empty: name {wanted}")
 
 
-STAGES = {"opd": Distil, "grpo": Grow, "sft": Finetune}
+STAGES = {"opd": DistillationConfig, "grpo": GRPOConfig, "sft": SFTConfig}

@@ -173,7 +173,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Run(Logistics):
+class RunConfig(Logistics):
     """What every stage has: the model, the LoRA that is trained, the optimizer."""
 
     full = False  # a setting of the stages that can train all weights, and of no other
@@ -297,7 +297,7 @@ class Run(Logistics):
 
 
 @dataclass(frozen=True)
-class Rollout(Run, Scores):
+class Rollout(RunConfig, Scores):
     """What the stages that sample from prompts have."""
 
     prompts: Texts = field(default_factory=dict)
@@ -320,7 +320,7 @@ class Rollout(Run, Scores):
     """Steps between cosines of the tasks' gradients (eq. 4) in the log; 0 = never."""
 
     def check(self, world: int) -> None:
-        Run.check(self, world)
+        RunConfig.check(self, world)
         Scores.check(self, world)
         at_least_one(self, "group", "steps")
         at_most(self, MOST, "group", "steps")

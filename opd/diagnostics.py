@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from opd import flow, ranks
-from opd.config import Distil, Grow
+from opd.config import DistillationConfig, GRPOConfig
 from opd.data import Prompt
 from opd.model import Model
 from opd.ranks import say
 
 
-class Squares:
+class Distances:
     """Sums and counts of |v - v_k|^2, mean over dimensions, over the samples of a step.
 
     One row per teacher, of the samples routed to it (each counts with its weight), and a last row of all
     samples for the anchor; one column per state.
     """
 
-    def __init__(self, cfg: Distil, model: Model, teachers: list[str], anchor_T: list[float]):
+    def __init__(self, cfg: DistillationConfig, model: Model, teachers: list[str], anchor_T: list[float]):
         """`anchor_T`: the anchor's weight at each state."""
         self.cfg, self.model, self.teachers, self.anchor_T = cfg, model, teachers, anchor_T
         self.sums_RT = torch.zeros(len(teachers) + 1, cfg.steps, device=model.device)
@@ -39,7 +39,7 @@ class Squares:
         real: list[int],
         queried: list[int],
     ) -> None:
-        """Squares of one micro-batch; `routed_BK` says whose samples they are, `real` which are not
+        """Distances of one micro-batch; `routed_BK` says whose samples they are, `real` which are not
         padding."""
         self.parts.append((prompts_B, squares_BTK))
         real_B = torch.tensor(real, dtype=torch.float32)
@@ -175,7 +175,7 @@ class Outcome:
         if math.isfinite(self.norm):
             self.norm = norm
 
-    def metrics(self, cfg: Grow) -> dict:
+    def metrics(self, cfg: GRPOConfig) -> dict:
         """Losses in nats per dimension; of the ratio its std (`spread`) and the share that is further than
         the clip range from 1 (`clipped`)."""
         mean = dict(zip(STATISTICS, (self.sums / self.sums[-1].clamp(min=1)).tolist(), strict=True))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opd import adapters, kernels, ranks, trajectory
 from opd.adapters import BASE
-from opd.config import Grow
+from opd.config import GRPOConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import STATISTICS, Outcome, TaskGradients, reward_metrics
 from opd.families import Condition
@@ -46,7 +46,7 @@ class Sampled:
 
 
 @dataclass
-class Together:
+class SharedPrefix:
     """Which samples of a micro-batch stand at one point: `first` has one of each group, `back` finds a
     sample's own."""
 
@@ -56,12 +56,12 @@ class Together:
     back_index: Tensor
 
 
-class Growing:
+class GRPO:
     """Stage grpo: each step samples groups of images, scores them, and updates the policy that made them."""
 
     def __init__(
         self,
-        cfg: Grow,
+        cfg: GRPOConfig,
         model: Model,
         pools: dict[str, list[Prompt]],
         rewards: dict[str, Reward],
@@ -165,15 +165,17 @@ class Growing:
             transitions[i] = noisy.transitions[i]
         return trajectory.Path(noisy.sigmas, transitions, seeds)
 
-    def standing_together(self, batch: MicroBatch) -> Together:
+    def standing_together(self, batch: MicroBatch) -> SharedPrefix:
         groups = [n // self.cfg.group for n in batch.samples]
         order = list(dict.fromkeys(groups))
         first = [groups.index(group) for group in order]
         back = [order.index(group) for group in groups]
         device = self.model.device
-        return Together(first, torch.tensor(first, device=device), torch.tensor(back, device=device))
+        return SharedPrefix(first, torch.tensor(first, device=device), torch.tensor(back, device=device))
 
-    def velocity(self, state: State, text: list[Condition], states: list[int], together: Together) -> Tensor:
+    def velocity(
+        self, state: State, text: list[Condition], states: list[int], together: SharedPrefix
+    ) -> Tensor:
         """Guided velocity of the adapter in use at `state`.
 
         Groups that share their start stand together until the first trained state, where their noise begins:
@@ -357,7 +359,7 @@ def guarded(log_ratio_B: Tensor, kl_old_B: Tensor, step_std: Tensor) -> Tensor:
     return step_std * (log_ratio_B + kl_old_B)
 
 
-def trained_states(cfg: Grow, step: int) -> list[int]:
+def trained_states(cfg: GRPOConfig, step: int) -> list[int]:
     """Consecutive indices of the states that are trained on: all, all but the last, or a window drawn for
     this step."""
     if cfg.window == 0:

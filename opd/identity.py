@@ -1,6 +1,6 @@
 """What a run reads, by content: a run that resumes must find what it began with, wherever that lies now."""
 
-from opd.config import Distil, Finetune, Run
+from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.files import digest, resolve
 from opd.formats.lora_files import find_adapter
 from opd.model import Model
@@ -10,7 +10,7 @@ PATHS = ("model", "teachers", "prompts", "cold_start", "merge_from", "data")
 WORDS = ("base", "merge", "ema")  # sources that are no files
 
 
-def contents(cfg: Run, model: Model) -> dict[str, str]:
+def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
     """What is read -> its sha256; and the dtype, which "auto" chooses by the machine."""
     weights = model.folder / "transformer"
     found = {"dtype": str(model.dtype), "base": digest(*sorted(weights.glob("*.safetensors")))}
@@ -18,10 +18,10 @@ def contents(cfg: Run, model: Model) -> dict[str, str]:
     if cfg.cold_start == "merge":
         for name, source in cfg.merged().items():
             found[f"merged {name}"] = of_source(source)
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         for name, source in cfg.teachers.items():
             found[f"teacher {name}"] = of_source(source)
-    if isinstance(cfg, Finetune):
+    if isinstance(cfg, SFTConfig):
         found["data"] = of_source(cfg.data)
     else:
         for number, (task, source) in enumerate(cfg.prompts.items(), 1):

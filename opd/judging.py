@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd import ranks, routing
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.data import MicroBatch, Prompt
 from opd.diagnostics import reward_metrics
 from opd.grpo import advantages
@@ -33,7 +33,7 @@ class Hearing:
 class Judges:
     """The rewards of all tasks, a column each."""
 
-    def __init__(self, cfg: Distil, rewards: dict[str, Reward], device: torch.device):
+    def __init__(self, cfg: DistillationConfig, rewards: dict[str, Reward], device: torch.device):
         self.cfg, self.device = cfg, device
         self.reward_of = {task: rewards[cfg.train_rewards[task]] for task in cfg.prompts}
 

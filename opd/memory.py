@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from opd import adapters, ranks
 from opd.adapters import BASE, EMA, STUDENT, Lora
-from opd.config import Distil, Grow, Rollout, Run
+from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.families import Condition, load_family
 from opd.files import read_json, resolve
@@ -40,7 +40,7 @@ GIB = 2**30
 # ---- what a user sees --------------------------------------------------------------------------------------
 
 
-def forecast(cfg: Run) -> str:
+def forecast(cfg: RunConfig) -> str:
     """The prediction for one rank in words, as comment lines under the printed settings. Nothing is
     downloaded for it, and no teacher read: each is taken for a LoRA of --rank.
 
@@ -69,13 +69,13 @@ def forecast(cfg: Run) -> str:
     return "\n".join(lines)
 
 
-def check(cfg: Run, model: Model, teachers: dict[str, Lora | Whole]) -> None:
+def check(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> None:
     """ValueError, before weights load, where the run is predicted not to fit into --gpu-memory."""
     if cfg.gpu_memory > 0:
         check_fits(cfg, predict_run(cfg, model, held_by_teachers(model, teachers)))
 
 
-def check_fits(cfg: Run, parts: dict[str, int]) -> None:
+def check_fits(cfg: RunConfig, parts: dict[str, int]) -> None:
     largest = sorted((size, name) for name, size in parts.items())[-3:]
     named = ", ".join(f"{name} {in_words(size)}" for size, name in reversed(largest))
     need = f"{in_words(peak(parts))} are predicted ({named}) and a tenth stays spare"
@@ -93,7 +93,7 @@ def in_words(size: int) -> str:
 # ---- the prediction ----------------------------------------------------------------------------------------
 
 
-def predict_run(cfg: Run, model: Model, teachers: int) -> dict[str, int]:
+def predict_run(cfg: RunConfig, model: Model, teachers: int) -> dict[str, int]:
     """Bytes by what they hold, on one of the declared ranks; `teachers`: bytes of what teachers load."""
     config = read_json(model.folder / "vae" / "config.json")
     with torch.device("meta"):
@@ -107,7 +107,7 @@ def predict_run(cfg: Run, model: Model, teachers: int) -> dict[str, int]:
 
 
 def predict(
-    cfg: Run, model: Model, text: dict[str, tuple[int, ...]], teachers: int, world: int
+    cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]], teachers: int, world: int
 ) -> dict[str, int]:
     """Bytes by what they hold, on one of `world` ranks, but for the VAE. `text`: shapes of a Condition."""
     model = at_its_largest(model)
@@ -141,9 +141,9 @@ def peak(parts: dict[str, int]) -> int:
     return sum(steady) + max(parts[name] for name in IN_TURN if name in parts)
 
 
-def assumed_teachers(cfg: Run, model: Model) -> int:
+def assumed_teachers(cfg: RunConfig, model: Model) -> int:
     """Bytes of the teachers if each that is not made of base and student is a LoRA of --rank."""
-    if not isinstance(cfg, Distil):
+    if not isinstance(cfg, DistillationConfig):
         return 0
     own = [source for source in cfg.teachers.values() if source not in (BASE, EMA)]
     return len(own) * model.dtype.itemsize * lora_numbers(cfg, model)
@@ -161,7 +161,7 @@ def held_by_teachers(model: Model, teachers: dict[str, Lora | Whole]) -> int:
     return size
 
 
-def lora_numbers(cfg: Run, model: Model) -> int:
+def lora_numbers(cfg: RunConfig, model: Model) -> int:
     """How many numbers one LoRA of --rank has."""
     return sum(cfg.rank * sum(weight.shape) for weight in targets(model).values())
 
@@ -175,7 +175,7 @@ def targets(model: Model) -> dict[str, Tensor]:
     return found
 
 
-def gathered(cfg: Run, model: Model) -> int:
+def gathered(cfg: RunConfig, model: Model) -> int:
     """Numbers of sharded weights that stand whole on a rank: two blocks, one of them on its way, and what is
     in no block; all of them where they are only replicated by FSDP."""
     whole = numbers(model.skeleton.parameters())
@@ -185,17 +185,17 @@ def gathered(cfg: Run, model: Model) -> int:
     return whole - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
-def trajectories(cfg: Run, model: Model, world: int) -> int:
+def trajectories(cfg: RunConfig, model: Model, world: int) -> int:
     """Bytes of the states that are kept, in float32, from the rollout to the update."""
     states = 0
-    if isinstance(cfg, Grow):
+    if isinstance(cfg, GRPOConfig):
         states = cfg.states_per_sample() + 1
-    elif isinstance(cfg, Distil) and cfg.stored():
+    elif isinstance(cfg, DistillationConfig) and cfg.stored():
         states = cfg.steps + 1
     return 4 * states * sum(rows(cfg, world)) * prod(model.shape)
 
 
-def rows(cfg: Run, world: int) -> list[int]:
+def rows(cfg: RunConfig, world: int) -> list[int]:
     """Samples of this rank's micro-batches."""
     samples = dict.fromkeys(range(cfg.samples_per_step()), "any")
     return [len(batch.samples) for batch in micro_batches(samples, cfg.micro_batch, world, rank=0)]
@@ -208,7 +208,7 @@ def numbers(tensors) -> int:
 # ---- tensors without storage -------------------------------------------------------------------------------
 
 
-def activations(cfg: Run, model: Model, text: dict[str, tuple[int, ...]], world: int) -> int:
+def activations(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]], world: int) -> int:
     """Bytes of one micro-batch's forward and backward pass beyond weights and gradients, a teacher's forward
     pass in between."""
     with FakeTensorMode():
@@ -226,7 +226,7 @@ def activations(cfg: Run, model: Model, text: dict[str, tuple[int, ...]], world:
             guidance = cfg.guidance
         with live:
             v = velocity(fake, samples, text, guidance)
-            if isinstance(cfg, Distil):
+            if isinstance(cfg, DistillationConfig):
                 with torch.no_grad():
                     velocity(fake, samples, text, max(map(cfg.guidance_of, cfg.teachers)))
             v.square().mean().backward()
@@ -234,7 +234,7 @@ def activations(cfg: Run, model: Model, text: dict[str, tuple[int, ...]], world:
 
 
 def without_weights(
-    cfg: Run, model: Model, text: dict[str, tuple[int, ...]]
+    cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]]
 ) -> tuple[Model, list[nn.Parameter]]:
     """The model with a transformer without storage under the student's adapter, and what is trained of it.
     Call it under FakeTensorMode."""

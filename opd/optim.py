@@ -10,12 +10,12 @@ from torch import Tensor
 
 from opd import adapters, ranks
 from opd.adapters import BASE, EMA
-from opd.config import Run
+from opd.config import RunConfig
 from opd.formats.deployment import KEY, deployment_of
 from opd.model import Model
 
 
-def learning_rate(cfg: Run, step: int) -> float:
+def learning_rate(cfg: RunConfig, step: int) -> float:
     """Linear warm-up, then constant or a cosine down to zero."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / (cfg.warmup + 1)
@@ -36,7 +36,7 @@ def due(done: int, every: int, last: int) -> bool:
 class Trained:
     """The parameters that a run trains: the student's LoRA, or (--full) all weights of the transformer."""
 
-    def __init__(self, cfg: Run, model: Model):
+    def __init__(self, cfg: RunConfig, model: Model):
         self.cfg, self.model = cfg, model
         if model.trained == BASE:
             self.parameters = dict(model.transformer.named_parameters())

@@ -5,7 +5,7 @@ Sources that start with opd/ lie in this package (`opd.files.resolve`).
 
 from dataclasses import replace
 
-from opd.config import Distil, Finetune, Grow, Run
+from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 
 MINI = "opd/mini/weights/base"
 MINI_TEACHERS = {
@@ -28,13 +28,13 @@ MINI_REWARDS = {
     "text": "opd.mini.rewards:text",
     "quality": "opd.mini.rewards:quality",
 }
-# Growing is rewarded for parts of a composition; scores count whole ones.
+# GRPO is rewarded for parts of a composition; scores count whole ones.
 MINI_SCORERS = MINI_REWARDS | {"compose": "opd.mini.rewards:compose_strict"}
 
 # One early state is trained at a time, since early states decide the composition; groups share their start,
 # so that this state is computed once for all of a group, and rewards differ by the noise of its one step. Six
 # steps are enough to roll out.
-GROW = Grow(
+GROW = GRPOConfig(
     model=MINI,
     heldout=MINI_HELDOUT,
     rewards=MINI_SCORERS,
@@ -54,7 +54,7 @@ GROW = Grow(
 )
 
 
-def grow(task: str, lr: float, iterations: int) -> Grow:
+def grow(task: str, lr: float, iterations: int) -> GRPOConfig:
     """The miniature's teacher of one task."""
     return replace(
         GROW,
@@ -66,7 +66,7 @@ def grow(task: str, lr: float, iterations: int) -> Grow:
     )
 
 
-FINETUNE = Finetune(
+FINETUNE = SFTConfig(
     model=MINI,
     prompts_per_step=64,
     micro_batch=64,
@@ -78,7 +78,7 @@ FINETUNE = Finetune(
 PRETRAIN = replace(FINETUNE, full=True, lr=1e-3, weight_decay=0.01)
 
 
-def finetune(task: str, iterations: int) -> Finetune:
+def finetune(task: str, iterations: int) -> SFTConfig:
     """The miniature's base, fine-tuned on pictures of one task."""
     data, out = f"runs/mini-data/{task}", f"runs/mini-sft-{task}"
     return replace(FINETUNE, data=data, out=out, iterations=iterations, ema=0.99)
@@ -102,7 +102,7 @@ SD35_PROMPTS = {
 # Distillation in the miniature as the paper has it; 3:1:1 is its mix. The default, "mini", weighs states
 # alike: kl weighs the high-noise states, which decide the composition, hundreds of times less than the last
 # ones, and a hundred steps are too few to wait for them (opd/mini/study/RESULTS.md, "Open questions").
-MINI_OPD = Distil(
+MINI_OPD = DistillationConfig(
     out="runs/mini-flow-opd",
     model=MINI,
     teachers=MINI_TEACHERS,
@@ -125,7 +125,7 @@ MINI_OPD = Distil(
 # 32/64, 40 evaluation steps.
 # Not the paper's: all tasks in every step, loss by the mean over dimensions, one forward pass (README, "Where
 # we differ"); 160 samples a step, for few GPUs.
-SD35_OPD = Distil(
+SD35_OPD = DistillationConfig(
     out="runs/sd35-flow-opd",
     model=SD35,
     resolution=("512",),
@@ -151,10 +151,10 @@ SD35_OPD = Distil(
 )
 
 
-def base_without_teachers(family: str, model: str, guidance: float, eval_steps: int) -> Distil:
+def base_without_teachers(family: str, model: str, guidance: float, eval_steps: int) -> DistillationConfig:
     """Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these:
     give --teachers and --prompts, and an --anchor with its --anchor-weight if there is one."""
-    return Distil(
+    return DistillationConfig(
         out=f"runs/{family}",
         family=family,
         model=model,
@@ -180,19 +180,19 @@ def base_without_teachers(family: str, model: str, guidance: float, eval_steps: 
     )
 
 
-def diffusion_opd(base: Distil, out: str) -> Distil:
+def diffusion_opd(base: DistillationConfig, out: str) -> DistillationConfig:
     """DiffusionOPD (arXiv 2605.15055): deterministic walks, half the squared distance of their steps, from
     the base, without an anchor."""
     return replace(base, out=out, rollout="ode", weight="ode_kl", cold_start="base", anchor_weight=0.0)
 
 
-def dance_opd(base: Distil, out: str) -> Distil:
+def dance_opd(base: DistillationConfig, out: str) -> DistillationConfig:
     """DanceOPD (arXiv 2606.27377): one state per trajectory, mostly towards the data, all weighed alike."""
     walk = replace(base, out=out, rollout="ode", weight="uniform", queries=1, query_beta=(5.0, 2.0))
     return replace(walk, cold_start="base", anchor_weight=0.0)
 
 
-def gfd_opd(base: Distil, out: str, teacher_guidance: float) -> Distil:
+def gfd_opd(base: DistillationConfig, out: str, teacher_guidance: float) -> DistillationConfig:
     """GFD-OPD (arXiv 2609.39692): the student without guidance learns the guided velocity of targets that lie
     past the teachers, at two states of ten. Which two is our choice: the first, which decide composition."""
     past = dict.fromkeys(base.teachers, 1.25)
@@ -204,7 +204,7 @@ SD35_REWARDS = {"geneval": "geneval_dense", "ocr": "ocr", "pickscore": "pickscor
 SD35_QUALITY = "0.0308*pickscore+0.04*deqa@http://localhost:8000"
 
 # Flow-GRPO's numbers. A rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
-SD35_GROW = Grow(
+SD35_GROW = GRPOConfig(
     model=SD35,
     resolution=("512",),
     rank=32,
@@ -232,7 +232,7 @@ SD35_GROW = Grow(
 )
 
 
-def grow_sd35(task: str, beta: float) -> Grow:
+def grow_sd35(task: str, beta: float) -> GRPOConfig:
     """SD3.5's teacher of one task."""
     return replace(
         SD35_GROW,
@@ -270,7 +270,7 @@ MINI_MIX = replace(
 )
 LOOKED_AT = dict.fromkeys(("shapes", "signs"), MINI_REWARDS["quality"])
 
-PRESETS: dict[str, Run] = {
+PRESETS: dict[str, RunConfig] = {
     # The recipe that does best here: that, with an anchor that leaves the composition alone.
     "mini": replace(
         MINI_FOLD, out="runs/mini", anchor_weight=0.02, anchor_levels={"0.6": 3.0}, iterations=100

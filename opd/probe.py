@@ -23,7 +23,7 @@ from torch import Tensor
 from opd import flow, kernels, routing, trajectory
 from opd.adapters import BASE, START
 from opd.conditioning import TextBatch
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.data import Prompt, permutation, seed_of
 from opd.model import Model
 from opd.teachers import Teacher, adapter_teacher, route_of
@@ -34,7 +34,11 @@ MEASURES = ("square", "cosine", "norm", "gap")
 
 class Probe:
     def __init__(
-        self, cfg: Distil, model: Model, pools: dict[str, list[Prompt]], teachers: dict[str, Teacher]
+        self,
+        cfg: DistillationConfig,
+        model: Model,
+        pools: dict[str, list[Prompt]],
+        teachers: dict[str, Teacher],
     ):
         self.cfg, self.model, self.teachers = cfg, model, teachers
         self.prompts_of: dict[str, list[Prompt]] = {}
@@ -114,7 +118,7 @@ def compared(v: Tensor, v_teacher: Tensor, v_base: Tensor) -> list[Tensor]:
     return [flow.mean_square(v - v_teacher), cosine_B, norm_B, closed_B]
 
 
-def probe_prompts(cfg: Distil, pools: dict[str, list[Prompt]]) -> list[Prompt]:
+def probe_prompts(cfg: DistillationConfig, pools: dict[str, list[Prompt]]) -> list[Prompt]:
     """The first --diagnose-prompts of every task in a fixed shuffled order: files are sorted by kind."""
     if cfg.diagnose_every == 0:
         return []

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from opd import shards
-from opd.config import Logistics, Run, Scores
+from opd.config import Logistics, RunConfig, Scores
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json, write_safetensors
 from opd.flags import require
 from opd.identity import PATHS
@@ -29,7 +29,7 @@ STATE, CONTENTS = "state.safetensors", "contents.json"
 class RunFolder:
     """Only the main rank writes (`active`); the others hold the same object and write nothing."""
 
-    def __init__(self, cfg: Run, active: bool):
+    def __init__(self, cfg: RunConfig, active: bool):
         self.path, self.active, self.tracker = Path(cfg.out).expanduser(), active, None
         self.tracker_name, self.log_every, self.last = cfg.tracker, cfg.log_every, cfg.iterations
         self.keep_last, self.keep_every, self.save_every = cfg.keep_last, cfg.keep_every, cfg.save_every
@@ -87,7 +87,7 @@ class RunFolder:
         way_out = f"no {STATE} to resume from; choose another --out, or delete that folder"
         require(not lost, f"{self.path} holds a student, but {way_out}")
 
-    def check_same_run(self, cfg: Run) -> None:
+    def check_same_run(self, cfg: RunConfig) -> None:
         """ValueError if the folder holds a run with other settings: resuming it would mix two runs.
 
         A run without a checkpoint is nothing to mix with. Where the contents of what it reads are known,

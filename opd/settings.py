@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from opd.config import STAGES, Run
+from opd.config import STAGES, RunConfig
 from opd.flags import dashed, require
 
 
-def parse(arguments: list[str], presets: dict[str, Run]) -> Run:
+def parse(arguments: list[str], presets: dict[str, RunConfig]) -> RunConfig:
     """`[PRESET | --config FILE] --field value ...` -> the settings; with neither, the first of `presets`.
 
     ValueError for an unknown preset, a bad FILE or a flag of another stage; tyro exits on other bad flags.
@@ -25,7 +25,7 @@ def parse(arguments: list[str], presets: dict[str, Run]) -> Run:
     return tyro.cli(type(start), default=start, args=flags, prog=f"train.py {source}", description=about)
 
 
-def starting_point(arguments: list[str], presets: dict[str, Run]) -> tuple[str, Run, list[str]]:
+def starting_point(arguments: list[str], presets: dict[str, RunConfig]) -> tuple[str, RunConfig, list[str]]:
     """What was named (a preset, or `--config FILE`), its settings, and the flags that override them."""
     file, rest = take_config(arguments)
     named = len(rest) > 0 and not rest[0].startswith("-")
@@ -60,7 +60,7 @@ def take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     return files[0], rest
 
 
-def refuse_flags_of_other_stages(flags: list[str], start: Run) -> None:
+def refuse_flags_of_other_stages(flags: list[str], start: RunConfig) -> None:
     """ValueError that says where a flag belongs. tyro would call it unknown, or guess at a similar one."""
     for flag in flags:
         if not flag.startswith("--"):
@@ -77,7 +77,7 @@ def field_names(kind: type) -> set[str]:
     return {setting.name for setting in fields(kind)}
 
 
-def stage_of(cfg: Run) -> str:
+def stage_of(cfg: RunConfig) -> str:
     """The name in STAGES of the stage that `cfg` configures."""
     return next(stage for stage, kind in STAGES.items() if kind is type(cfg))
 
@@ -85,7 +85,7 @@ def stage_of(cfg: Run) -> str:
 # ---- config.json ---------------------------------------------------------------------------------
 
 
-def read_config(file: str | Path) -> Run:
+def read_config(file: str | Path) -> RunConfig:
     """The settings in a saved config.json. ValueError naming the file, and the field where one is wrong."""
     require(Path(file).expanduser().is_file(), f"config {str(file)!r}: no such file")
     try:
@@ -98,12 +98,12 @@ def read_config(file: str | Path) -> Run:
         raise ValueError(f"config {str(file)!r}: {error}") from error
 
 
-def to_json(cfg: Run) -> dict:
+def to_json(cfg: RunConfig) -> dict:
     """{"stage": its name, then every field}: what config.json holds."""
     return {"stage": stage_of(cfg), **asdict(cfg)}
 
 
-def from_json(values: dict) -> Run:
+def from_json(values: dict) -> RunConfig:
     """The inverse of `to_json`, also where JSON made lists of tuples. ValueError naming a wrong field."""
     require(isinstance(values, dict), f"expected an object with the settings, got {values!r}")
     require("stage" in values, '"stage" is missing')
@@ -154,7 +154,7 @@ def restored(value: Any, kind: Any) -> Any:
 # ---- --dry-run -----------------------------------------------------------------------------------
 
 
-def describe(cfg: Run, source: str) -> str:
+def describe(cfg: RunConfig, source: str) -> str:
     """One line per field, `--flag value`, in the order of the classes, under a comment with the stage.
 
     `source` is what `starting_point` says. On top of any preset of the stage the lines give `cfg` again.

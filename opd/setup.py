@@ -5,7 +5,7 @@ import torch
 
 from opd import adapters, compiled, memory, ranks
 from opd.adapters import BASE, EMA, START, STUDENT
-from opd.config import Distil, Finetune, Run
+from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
 from opd.evaluation.score import specs_of
 from opd.families import load_family
@@ -25,7 +25,7 @@ Data = dict[str, list[Prompt]] | Images
 """What a stage trains on: prompts per task, or images with captions."""
 
 
-def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
+def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
     """(the model, what to train on, every reward of the run by its spec), all of them checked and loaded.
 
     ValueError or FileNotFoundError, naming the value, for what the user can mend.
@@ -36,7 +36,7 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
         load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
     )
     teachers = {}
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
     memory.check(cfg, model, teachers)
     student = student_start(cfg, model)
@@ -67,7 +67,7 @@ def set_up(cfg: Run, device: torch.device) -> tuple[Model, Data, dict[str, Rewar
     return model, data, rewards
 
 
-def load_weights(cfg: Run, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
+def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
     """Load the base and the teachers, put all adapters on it, and let what is trained require a gradient."""
     if cfg.full:
         model.trained = BASE
@@ -80,7 +80,7 @@ def load_weights(cfg: Run, model: Model, teachers: dict[str, Lora | Whole], stud
             model.teachers[name] = teacher.load(model.vae)
         else:
             adapters.attach(model.transformer, name, teacher, model.dtype)
-    if isinstance(cfg, Distil) and EMA in cfg.teachers.values():
+    if isinstance(cfg, DistillationConfig) and EMA in cfg.teachers.values():
         adapters.attach(model.transformer, EMA, student, torch.float32)
     adapters.attach(model.transformer, START, student, model.dtype)
     adapters.attach(model.transformer, STUDENT, student, torch.float32)
@@ -88,7 +88,7 @@ def load_weights(cfg: Run, model: Model, teachers: dict[str, Lora | Whole], stud
         parameter.requires_grad_(True)
 
 
-def student_start(cfg: Run, model: Model) -> Lora:
+def student_start(cfg: RunConfig, model: Model) -> Lora:
     """The student's first adapter: fresh (= base), several merged, or one from disk."""
     if cfg.cold_start == "base":
         targets = model.family.LORA_TARGETS
@@ -108,9 +108,9 @@ def student_start(cfg: Run, model: Model) -> Lora:
     return merging.fitted(lora, cfg.rank, cfg.alpha)
 
 
-def load_data(cfg: Run, model: Model) -> tuple[Data, list[str], list[list[str]]]:
+def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[str]]]:
     """(prompts per task, or images with captions; the texts of every report; the texts of every step)."""
-    if isinstance(cfg, Finetune):
+    if isinstance(cfg, SFTConfig):
         images = load_images(cfg.data, model)
         chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
         steps = [[images.captions[n] for n in numbers] for numbers in chosen]
@@ -123,16 +123,16 @@ def load_data(cfg: Run, model: Model) -> tuple[Data, list[str], list[list[str]]]
         )
         steps.append([prompt.text for prompt in prompts])
     shown = shown_texts(cfg, pools)
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         teacher_names(cfg, pools)  # refuses a route that cannot be followed
         shown += [prompt.text for prompt in probe_prompts(cfg, pools)]
     return pools, shown, steps
 
 
-def load_rewards(cfg: Run, model: Model, data: Data) -> dict[str, Reward]:
+def load_rewards(cfg: RunConfig, model: Model, data: Data) -> dict[str, Reward]:
     """Every reward that the run will call, found and loaded once; those to train on are tried on grey
     images."""
-    if isinstance(cfg, Finetune):
+    if isinstance(cfg, SFTConfig):
         return {}
     specs = []
     if cfg.evaluate or cfg.watch_every:

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from opd import adapters, flow, kernels, ranks
-from opd.config import Finetune
+from opd.config import SFTConfig
 from opd.data import MicroBatch, micro_batches, seed_of
 from opd.formats.images import Images
 from opd.model import Model
 from opd.optim import Trained
 
 
-class Finetuning:
+class SFT:
     """Stage sft: each step fits the velocity of noised images."""
 
-    def __init__(self, cfg: Finetune, model: Model, images: Images, trained: Trained):
+    def __init__(self, cfg: SFTConfig, model: Model, images: Images, trained: Trained):
         self.cfg, self.model, self.images, self.trained = cfg, model, images, trained
 
     def step(self, step: int) -> tuple[dict, float]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from opd.adapters import BASE, EMA
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.families import family_of
 from opd.files import locate_part, read_json
 from opd.flags import require
@@ -68,7 +68,7 @@ class Whole:
         return model
 
 
-def read_teachers(cfg: Distil, model: Model) -> dict[str, Lora | Whole]:
+def read_teachers(cfg: DistillationConfig, model: Model) -> dict[str, Lora | Whole]:
     """Every teacher that is not made of the student itself. ValueError / FileNotFoundError, naming the
     teacher, for one that cannot teach this student."""
     teachers = {}
@@ -93,7 +93,7 @@ def described(teacher: Lora | Whole) -> str:
     return f"{type(skeleton).__name__} of {millions:.1f} M parameters on {teacher.model.device}"
 
 
-def read_teacher(cfg: Distil, name: str, source: str, model: Model) -> Lora | Whole:
+def read_teacher(cfg: DistillationConfig, name: str, source: str, model: Model) -> Lora | Whole:
     place = cfg.teacher_device(name)
     path = locate_part("teacher", source.partition(":alpha=")[0], ["*.json"])
     if (path / "model_index.json").is_file():
@@ -113,7 +113,7 @@ def device_of(place: str, model: Model) -> torch.device:
     return find_device(place, "teacher-devices")
 
 
-def twin(cfg: Distil, model: Model, device: torch.device) -> Model:
+def twin(cfg: DistillationConfig, model: Model, device: torch.device) -> Model:
     """The student's model anew, for weights of its own; where it is on the same device, it shares the
     student's conditions."""
     if device == model.device:
@@ -209,7 +209,7 @@ def bare(key: str) -> str:
 # ---- another pipeline --------------------------------------------------------------------------------------
 
 
-def read_pipeline(cfg: Distil, name: str, path: Path, student: Model) -> Model:
+def read_pipeline(cfg: DistillationConfig, name: str, path: Path, student: Model) -> Model:
     """The planned model. ValueError unless its latents and its velocity mean what the student's do."""
     family = family_of(path)
     source = cfg.teachers[name]

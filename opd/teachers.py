@@ -13,7 +13,7 @@ from torch import Tensor
 from opd import adapters, flow, routing
 from opd.adapters import BASE
 from opd.conditioning import TextBatch
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.data import MicroBatch, Prompt
 from opd.flags import require
 from opd.model import Model
@@ -22,14 +22,14 @@ from opd.trajectory import State
 Teacher = Callable[[Tensor, Tensor, TextBatch], Tensor]
 
 
-def route_of(cfg: Distil, prompt: Prompt) -> str:
+def route_of(cfg: DistillationConfig, prompt: Prompt) -> str:
     """Who teaches `prompt`: its own field "route" if it has one, else what its task is routed to."""
     if "route" in prompt.metadata:
         return prompt.metadata["route"]
     return cfg.route(prompt.task)
 
 
-def teacher_names(cfg: Distil, pools: dict[str, list[Prompt]]) -> list[str]:
+def teacher_names(cfg: DistillationConfig, pools: dict[str, list[Prompt]]) -> list[str]:
     """The columns of alpha: the teachers that some task or prompt is routed to, then the anchor if it is none
     of them. ValueError naming the prompt whose own route cannot be followed."""
     names = []
@@ -44,7 +44,7 @@ def teacher_names(cfg: Distil, pools: dict[str, list[Prompt]]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def own_shares(cfg: Distil, prompt: Prompt) -> dict[str, float]:
+def own_shares(cfg: DistillationConfig, prompt: Prompt) -> dict[str, float]:
     """The shares of a prompt's own route. ValueError naming the prompt."""
     where = f'the field "route" of prompt {prompt.text!r}'
     route = prompt.metadata["route"]
@@ -57,7 +57,7 @@ def own_shares(cfg: Distil, prompt: Prompt) -> dict[str, float]:
 
 
 def load_teachers(
-    cfg: Distil, model: Model, pools: dict[str, list[Prompt]], guidance: float | None = None
+    cfg: DistillationConfig, model: Model, pools: dict[str, list[Prompt]], guidance: float | None = None
 ) -> dict[str, Teacher]:
     """Name -> teacher for every column of alpha, each under its own guidance or under `guidance`. Whatever
     teaches must be on the model by now."""
@@ -70,7 +70,7 @@ def load_teachers(
     return teachers
 
 
-def load_teacher(cfg: Distil, model: Model, name: str, guidance: float | None = None) -> Teacher:
+def load_teacher(cfg: DistillationConfig, model: Model, name: str, guidance: float | None = None) -> Teacher:
     """Teacher `name` by itself."""
     own_model, adapter, own_guidance = policy_of(cfg, model, name)
     if guidance is None:
@@ -88,7 +88,7 @@ def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher
     return velocity
 
 
-def policy_of(cfg: Distil, model: Model, name: str) -> tuple[Model, str, float]:
+def policy_of(cfg: DistillationConfig, model: Model, name: str) -> tuple[Model, str, float]:
     """What teacher `name` answers with: a model, an adapter on it (BASE: none), and its guidance."""
     guidance = cfg.guidance_of(name)
     if name in model.teachers:

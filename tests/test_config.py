@@ -11,7 +11,7 @@ import diffusers
 import pytest
 
 from opd import config, config_base
-from opd.config import STAGES, Distil, Finetune, Grow, Logistics, Run, Scores
+from opd.config import STAGES, DistillationConfig, GRPOConfig, Logistics, RunConfig, Scores, SFTConfig
 from opd.families import load_family
 from opd.files import resolve
 from opd.flags import dashed
@@ -23,9 +23,9 @@ NAN, INF = float("nan"), float("inf")
 COLOURS = {"red": "red.txt", "green": "green.txt", "blue": "blue.txt"}
 SCORERS = {"red": "m:f", "green": "m:f", "blue": "m:f"}
 SCORED = {"prompts": COLOURS, "heldout": COLOURS, "rewards": SCORERS}
-DISTIL = Distil(out="run", model="model", teachers=COLOURS, anchor="blue", **SCORED)
-GROW = Grow(out="run", model="model", train_rewards=SCORERS, **SCORED)
-FINETUNE = Finetune(out="run", model="model", data="images")
+DISTIL = DistillationConfig(out="run", model="model", teachers=COLOURS, anchor="blue", **SCORED)
+GROW = GRPOConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
+FINETUNE = SFTConfig(out="run", model="model", data="images")
 EVERY = (DISTIL, GROW, FINETUNE)
 MERGED = replace(GROW, cold_start="merge", merge_from=COLOURS)
 ON_POLICY = (DISTIL, GROW)
@@ -488,6 +488,8 @@ def test_every_field_says_what_it_is():
 
 def test_what_may_change_on_resume_and_what_may_not_do_not_overlap():
     assert not field_names(Logistics) & field_names(Scores)
-    assert field_names(Logistics) < field_names(Run) and not field_names(Run) & field_names(Scores)
-    for kind in (Distil, Grow):
+    assert field_names(Logistics) < field_names(RunConfig) and not field_names(RunConfig) & field_names(
+        Scores
+    )
+    for kind in (DistillationConfig, GRPOConfig):
         assert field_names(Scores) < field_names(kind)

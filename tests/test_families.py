@@ -17,7 +17,7 @@ from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from safetensors.torch import save_file
 
 from opd import adapters, families, kernels, memory, trajectory
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.data import seed_of
 from opd.families import load_family
 from opd.flags import in_pixels
@@ -483,7 +483,7 @@ def test_memory_is_predicted_of_every_family(case):
         assert condition.keys() == shapes.keys()
         for name, tensor in condition.items():
             assert tensor.shape[-1] == shapes[name][-1] and len(tensor) <= shapes[name][0]
-    cfg = Distil(teachers={"a": "base"}, prompts_per_step=2, group=1, rank=2)
+    cfg = DistillationConfig(teachers={"a": "base"}, prompts_per_step=2, group=1, rank=2)
     parts = memory.predict_run(cfg, model, 0)
     guided = memory.predict_run(replace(cfg, guidance=3.0), model, 0)
     assert guided["activations"] >= parts["activations"] > 0

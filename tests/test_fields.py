@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 import train
 from opd import compiled, ranks
-from opd.config import STAGES, Run
+from opd.config import STAGES, RunConfig
 from opd.settings import field_names, to_json
 from tests import tiny
 from tests.field_cases import BASES, CASES
@@ -182,11 +182,11 @@ def outcome_of(place):
     return find
 
 
-def configured(stage: str, settings: dict) -> Run:
+def configured(stage: str, settings: dict) -> RunConfig:
     return replace(STAGES[stage](), **BASES[stage] | settings)
 
 
-def run(place: Path, cfg: Run) -> Ran:
+def run(place: Path, cfg: RunConfig) -> Ran:
     """`train.py --config FILE` in a new folder, in this process.
 
     Without matplotlib: drawing the curves would take longer than the run.

@@ -66,7 +66,7 @@ def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, chang
 
             def everyone(batch):
                 alone = list(range(len(batch.samples)))
-                return grpo.Together(alone, torch.tensor(alone), torch.tensor(alone))
+                return grpo.SharedPrefix(alone, torch.tensor(alone), torch.tensor(alone))
 
             monkeypatch.setattr(stage, "standing_together", everyone)
         rows = []
@@ -143,7 +143,7 @@ def test_zero_spread_groups_are_counted_and_teach_nothing(world):
 def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes, monkeypatch):
     whole = run(grpo_config(world, out=str(tmp_path / "a"), iterations=4, save_every=2, **changes))[0]
     cfg = grpo_config(world, out=str(tmp_path / "b"), iterations=4, save_every=2, **changes)
-    original = grpo.Growing.step
+    original = grpo.GRPO.step
 
     def interrupted(stage, step):
         if step == 3:
@@ -151,7 +151,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes, m
         return original(stage, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grpo.Growing, "step", interrupted)
+        patch.setattr(grpo.GRPO, "step", interrupted)
         run(cfg)
     resumed = run(cfg)[0]
     assert [r["loss"] for r in resumed.metrics()] == [r["loss"] for r in whole.metrics()]

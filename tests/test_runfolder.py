@@ -12,13 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import files
-from opd.config import STAGES, Distil, Finetune, Grow
+from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
 from opd.runfolder import FREE, RunFolder, flatten
 from opd.settings import field_names, read_config, to_json
 
 
 def config(folder, **changes):
-    return Distil(out=str(folder / "run"), **changes)
+    return DistillationConfig(out=str(folder / "run"), **changes)
 
 
 def rows(*steps):
@@ -53,8 +53,9 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resume(tmp_path):
 def test_a_folder_belongs_to_one_living_run(tmp_path):
     """A second process is refused while the first lives, and welcome once it was killed."""
     hold = (
-        "import sys, time; from opd.config import Distil; from opd.runfolder import RunFolder; "
-        "run = RunFolder(Distil(out=sys.argv[1]), True); print('held', flush=True); time.sleep(600)"
+        "import sys, time; from opd.config import DistillationConfig; from opd.runfolder import RunFolder; "
+        "run = RunFolder(DistillationConfig(out=sys.argv[1]), True); "
+        "print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
@@ -157,8 +158,8 @@ def test_other_settings_may_not(kind, name, tmp_path):
 
 def test_a_run_of_another_stage_is_refused(tmp_path):
     out = str(tmp_path / "run")
-    cfg = checkpointed(Finetune(out=out))
-    for kind, stage in ((Distil, "opd"), (Grow, "grpo")):
+    cfg = checkpointed(SFTConfig(out=out))
+    for kind, stage in ((DistillationConfig, "opd"), (GRPOConfig, "grpo")):
         message = (
             f"run holds a run of stage sft, and this is stage {stage}; choose another --out, or delete that"
         )
@@ -168,7 +169,7 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
 
 
 def test_the_settings_are_saved_with_their_stage(tmp_path):
-    cfg = Grow(out=str(tmp_path / "run"), window_range=(1, 4), prompts={"a": "a.txt"})
+    cfg = GRPOConfig(out=str(tmp_path / "run"), window_range=(1, 4), prompts={"a": "a.txt"})
     RunFolder(cfg, active=True)
     file = tmp_path / "run" / "config.json"
     assert json.loads(file.read_text())["stage"] == "grpo" and read_config(file) == cfg

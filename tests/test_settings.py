@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from opd.config import STAGES, Distil, Finetune
+from opd.config import STAGES, DistillationConfig, SFTConfig
 from opd.flags import dashed
 from opd.presets import DEFAULT, PRESETS
 from opd.settings import (
@@ -22,8 +22,10 @@ from opd.settings import (
 )
 
 COLOURS = {"red": "red.txt", "green": "green.txt", "blue": "blue.txt"}
-DISTIL = Distil(out="run", model="model", teachers=COLOURS, prompts=COLOURS, mix={"red": 3}, anchor="blue")
-FINETUNE = Finetune(out="run", model="model", data="images")
+DISTIL = DistillationConfig(
+    out="run", model="model", teachers=COLOURS, prompts=COLOURS, mix={"red": 3}, anchor="blue"
+)
+FINETUNE = SFTConfig(out="run", model="model", data="images")
 
 # One preset of every stage, to put flags on.
 PRESET_OF = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.evaluation import evaluate
 from opd.mini import world
 from opd.mini.study import pages as study_pages
@@ -46,7 +46,9 @@ def test_every_committed_result_is_of_a_run_as_it_is_now(args):
             cfg = config(study.RECIPES[name])
             assert result["flags"] == study.filled(args, study.RECIPES[name], result["seed"])
             assert result["iterations"] == cfg.iterations
-            assert ("gap_closed" in result) == (isinstance(cfg, Distil) and cfg.diagnose_every > 0)
+            assert ("gap_closed" in result) == (
+                isinstance(cfg, DistillationConfig) and cfg.diagnose_every > 0
+            )
             assert list(result["held_out"]) == list(study.RECIPES[name].tasks)
 
 

@@ -440,10 +440,10 @@ def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, cap
 
 def test_the_first_bad_state_is_named_with_its_own_teacher(world, capsys):
     """A NaN of a sample of blue is no NaN of red, though red anchors it too."""
-    from opd.diagnostics import Squares
+    from opd.diagnostics import Distances
 
     cfg, model, *_ = build(world, anchor="red")
-    squares = Squares(cfg, model, ["red", "blue"], [0.1] * 4)
+    squares = Distances(cfg, model, ["red", "blue"], [0.1] * 4)
     squares_BTK = torch.ones(2, 4, 2)
     squares_BTK[1, 2:] = float("nan")
     prompts = [Prompt("a red dot", "red"), Prompt("a blue dot", "blue")]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
 from opd import adapters, ranks
-from opd.config import Distil, Finetune, Grow, Run
+from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 from opd.families import sd3
 from opd.formats import lora_files
 from opd.mini import build as mini
@@ -157,9 +157,9 @@ def furnish(folder: Path, family=sd3) -> Path:
     return folder
 
 
-def config(world: Path, **changes) -> Distil:
+def config(world: Path, **changes) -> DistillationConfig:
     """A distillation on the tiny world: two teachers, red and blue; blue is the anchor."""
-    base = Distil(
+    base = DistillationConfig(
         model=str(world / "pipeline"),
         dtype="float32",
         rank=4,
@@ -186,26 +186,26 @@ def config(world: Path, **changes) -> Distil:
     return replace(base, **changes)
 
 
-def grpo_config(world: Path, **changes) -> Grow:
+def grpo_config(world: Path, **changes) -> GRPOConfig:
     """GRPO on the tiny world: red and blue prompts, both rewarded for bright images."""
-    base = Grow(**shared_with(config(world), Grow))
+    base = GRPOConfig(**shared_with(config(world), GRPOConfig))
     rewards = {"red": "tests.tiny_grpo:brightness", "blue": "tests.tiny_grpo:brightness"}
     base = replace(base, train_rewards=rewards, beta=0.0)
     return replace(base, **{"group": 4, "micro_batch": 8, "iterations": 2} | changes)
 
 
-def sft_config(world: Path, **changes) -> Finetune:
+def sft_config(world: Path, **changes) -> SFTConfig:
     """Flow matching on the tiny world; give `data`."""
-    return replace(Finetune(**shared_with(config(world), Finetune)), **changes)
+    return replace(SFTConfig(**shared_with(config(world), SFTConfig)), **changes)
 
 
-def shared_with(cfg: Run, stage: type) -> dict:
+def shared_with(cfg: RunConfig, stage: type) -> dict:
     """The settings of `cfg` that another stage has too."""
     names = {field.name for field in fields(stage)}
     return {name: value for name, value in vars(cfg).items() if name in names}
 
 
-def build(cfg: Run):
+def build(cfg: RunConfig):
     """(cfg, model, data, trained, stage): a run set up as train.py does, on one rank."""
     cfg.check(1)
     model, data, rewards = set_up(cfg, ranks.start())

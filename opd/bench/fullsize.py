@@ -1,10 +1,10 @@
 """SD3.5-Medium at full size with random weights, through the real commands, on whatever machine this is.
 
-    python -m opd.bench.fullsize                                      # hours of a core, 20 GB of memory, 6 of disk
+    python -m opd.bench.fullsize                                      # hours of a core, 20 GB of memory
     python -m opd.bench.fullsize --size tiny --out runs/fullsize-tiny # a rehearsal in seconds
 
 It makes a pipeline directory of SD3.5-Medium's transformer and VAE, with text encoders of its widths but two
-layers deep, four teachers as PEFT directories, and prompts by the generators of opd/rewards/prompts.py. Then, each in
+layers deep, four teachers as PEFT directories, and prompts by opd/rewards/prompts.py. Then, each in
 a process of its own: an update of the preset sd35-24gb and one of sd35-grpo-geneval, with the size of a JPEG
 as reward, on fewer samples and states than the presets have, whose micro-batches they keep; pictures by
 sample.py; and the student's file in diffusers' pipeline, whose velocity must be ours. The table is printed
@@ -35,7 +35,7 @@ import train
 from opd import adapters, errors, memory
 from opd.bench.clock import alive, parts, resident
 from opd.bench.model import PATCH, SIZES, in_dtype, random_lora
-from opd.config import Grow, Run
+from opd.config import GRPOConfig, RunConfig
 from opd.families import sd3
 from opd.files import write_json
 from opd.flags import require
@@ -263,7 +263,7 @@ def update_table(arguments: list[str], usual: int, measured: dict) -> list[str]:
     return lines
 
 
-def predicted(cfg: Run) -> dict[str, int]:
+def predicted(cfg: RunConfig) -> dict[str, int]:
     """In the parts that are measured."""
     place = torch.device("cpu")
     model = Model.plan(sd3, cfg.model, cfg.dtype, cfg.resolution, cfg.cache, place, cfg.t5, cfg.cache_gb)
@@ -274,7 +274,7 @@ def predicted(cfg: Run) -> dict[str, int]:
             name = INSIDE[name]
         if name != "decoding":  # a grid's, and no picture is shown
             sizes[name] += size
-    if isinstance(cfg, Grow):  # in turn with training it decodes its own pictures, not a grid's
+    if isinstance(cfg, GRPOConfig):  # in turn with training it decodes its own pictures, not a grid's
         own = found["decoding"] * cfg.micro_batch // max(cfg.micro_batch, memory.GRID)
         sizes["activations"] = max(sizes["activations"], own)
     return sizes | {"peak": sum(sizes.values())}

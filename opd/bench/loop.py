@@ -31,7 +31,7 @@ from opd.bench.queries import compare_queries, in_words
 from opd.bench.released import Released
 from opd.files import write_json
 from opd.flags import require
-from opd.grpo import Growing
+from opd.grpo import GRPO
 from opd.model import compute_dtype
 from train import Distillation
 
@@ -177,7 +177,7 @@ def measure_structure(name: str, work: Work, device: torch.device, updates: int,
     return numbers
 
 
-def build(name: str, work: Work, device: torch.device) -> Distillation | Growing | Released:
+def build(name: str, work: Work, device: torch.device) -> Distillation | GRPO | Released:
     """The stage; the adapters that it was made from are freed on return, as train.py frees them."""
     world = make_world(work, device)
     if name == "ours":

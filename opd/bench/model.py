@@ -12,11 +12,11 @@ from torch import Tensor
 
 from opd import adapters, compiled, memory
 from opd.adapters import START, STUDENT, Lora
-from opd.config import Distil, Grow, Run
+from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import Prompt, seed_of
 from opd.families import Condition, sd3
 from opd.flags import at_least_one, require
-from opd.grpo import Growing
+from opd.grpo import GRPO
 from opd.model import Model, compute_dtype
 from opd.optim import Trained
 from opd.rewards import find_reward
@@ -150,13 +150,13 @@ class Work:
         require(fits, f"--pixels {self.pixels} does not fit --size {self.size}; {way_out}")
         self.config().check(1)
 
-    def config(self) -> Run:
+    def config(self) -> RunConfig:
         """The settings of a run with this work."""
         if self.stage == "grpo":
             return self.growing()
         return self.distilling()
 
-    def distilling(self) -> Distil:
+    def distilling(self) -> DistillationConfig:
         tasks = self.tasks()
         teachers = dict.fromkeys(tasks, "random")
         anchor, weight = "base", 0.02
@@ -169,13 +169,13 @@ class Work:
             weight = 0.0
         queried = {"queries": self.queries, "query_range": self.query_range}
         settings = self.shared() | queried | {"weight": "uniform", "cold_start": "base"}
-        return Distil(teachers=teachers, anchor=anchor, anchor_weight=weight, **settings)
+        return DistillationConfig(teachers=teachers, anchor=anchor, anchor_weight=weight, **settings)
 
-    def growing(self) -> Grow:
+    def growing(self) -> GRPOConfig:
         require(self.queries == 0, f"--queries {self.queries} is for --stage opd; leave it out")
         ours = f"--query-range {self.query_range} is for --stage opd; leave it out"
         require(self.query_range == (0, 0), ours)
-        return Grow(train_rewards=dict.fromkeys(self.tasks(), REWARD), **self.shared())
+        return GRPOConfig(train_rewards=dict.fromkeys(self.tasks(), REWARD), **self.shared())
 
     def shared(self) -> dict:
         """The settings of both stages."""
@@ -209,7 +209,7 @@ class Work:
 class World:
     """A model without adapters on the CPU, and everything that a stage wants beside it."""
 
-    cfg: Run
+    cfg: RunConfig
     model: Model
     pools: dict[str, list[Prompt]]
     teachers: dict[str, Lora]
@@ -224,7 +224,7 @@ def make_world(work: Work, device: torch.device) -> World:
     model.grids[model.shape, cfg.steps] = shifted_levels(cfg.steps, size.shift)
     model.transformer = random_transformer(size, model.dtype)
     teachers = {}
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         names = enumerate(cfg.teachers, start=1)
         teachers = {name: random_lora(model.skeleton, cfg, number) for number, name in names}
     pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(64)] for task in cfg.prompts}
@@ -309,7 +309,7 @@ def shifted_levels(steps: int, shift: float) -> list[float]:
     return levels
 
 
-def random_lora(skeleton: torch.nn.Module, cfg: Run, seed: int) -> Lora:
+def random_lora(skeleton: torch.nn.Module, cfg: RunConfig, seed: int) -> Lora:
     """An adapter whose update is not zero: a fresh one's would be."""
     lora = adapters.fresh_lora(skeleton, sd3.LORA_TARGETS, cfg.rank, cfg.alpha, seed)
     generator = torch.Generator().manual_seed(seed_of(seed, "B"))
@@ -321,7 +321,7 @@ def random_lora(skeleton: torch.nn.Module, cfg: Run, seed: int) -> Lora:
 # ---- the stages --------------------------------------------------------------------------------------------
 
 
-def our_stage(world: World) -> Distillation | Growing:
+def our_stage(world: World) -> Distillation | GRPO:
     """The real stage on the real adapters."""
     cfg, model = world.cfg, world.model
     for name, lora in world.teachers.items():
@@ -330,10 +330,10 @@ def our_stage(world: World) -> Distillation | Growing:
     if cfg.compile:
         compiled.compile_blocks(model.family.blocks(model.transformer))
     trained = Trained(cfg, model)
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         return Distillation(cfg, model, world.pools, {}, trained)
     model.decode = first_channels
-    return Growing(cfg, model, world.pools, {REWARD: find_reward(REWARD)}, trained)
+    return GRPO(cfg, model, world.pools, {REWARD: find_reward(REWARD)}, trained)
 
 
 def attach_student(world: World) -> None:

@@ -18,7 +18,7 @@ from opd.adapters import BASE
 from opd.bench.model import World, attach_student, merged_copy
 from opd.conditioning import TextBatch
 from opd.data import MicroBatch, micro_batches, seed_of
-from opd.diagnostics import Squares
+from opd.diagnostics import Distances
 from opd.model import Model
 from opd.optim import Trained
 from opd.teachers import Teacher, adapter_teacher
@@ -46,7 +46,7 @@ class Released:
 
     def step(self, step: int) -> tuple[dict, float]:
         plan = self.ours.plan(step)
-        squares = Squares(self.cfg, self.model, list(self.ours.teachers), plan.anchor_T)
+        squares = Distances(self.cfg, self.model, list(self.ours.teachers), plan.anchor_T)
         stored = []
         for batch in self.batches(plan):
             stored.append((batch, self.sample(plan, batch)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from opd.adapters import BASE
-from opd.config import Run
+from opd.config import RunConfig
 from opd.files import read_json, write_json
 from opd.flags import require
 from opd.formats.lora_files import WEIGHTS, find_adapter
@@ -46,7 +46,7 @@ class Deployment:
         write_json(folder / FILE, asdict(self))
 
 
-def deployment_of(cfg: Run, model: Model) -> Deployment:
+def deployment_of(cfg: RunConfig, model: Model) -> Deployment:
     """What a run says about its student."""
     tokens = 0
     if cfg.t5:

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from opd.adapters import BASE, STUDENT
-from opd.config import Distil, Grow, Run
+from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.evaluation.statistics import ALL, MEASURES, Cell
 from opd.evaluation.tables import label, number
 from opd.files import digest, replace, resolve
@@ -21,7 +21,7 @@ METHODS = {
 }
 
 
-def write_card(folder: Path, cfg: Run, model: Model, done: int, cells: list[Cell], table: str) -> None:
+def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, cells: list[Cell], table: str) -> None:
     """README.md of the student in `folder` after `done` steps; `cells` and `table` are its scores, if any."""
     deployment = deployment_of(cfg, model)
     parts = [
@@ -49,7 +49,7 @@ def write_card(folder: Path, cfg: Run, model: Model, done: int, cells: list[Cell
     replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def front_matter(cfg: Run, model: Model, cells: list[Cell]) -> ModelCardData:
+def front_matter(cfg: RunConfig, model: Model, cells: list[Cell]) -> ModelCardData:
     """The base as a Hub id (a local path means nothing there), its licence where its own card states one, and
     the student's scores."""
     base = None
@@ -101,7 +101,7 @@ def t5_text(used: bool, tokens: int) -> str:
     return f"used where the pipeline has one, {tokens} tokens" if used else "not used"
 
 
-def usage(cfg: Run) -> str:
+def usage(cfg: RunConfig) -> str:
     if cfg.full:
         return "This is the `transformer/` of the pipeline; put it in the place of the base's."
     lines = [
@@ -112,21 +112,21 @@ def usage(cfg: Run) -> str:
     return "\n".join(lines)
 
 
-def origins(cfg: Run) -> list[str]:
+def origins(cfg: RunConfig) -> list[str]:
     """Teachers with their digests, or what was trained on."""
     lines = [f"- start: `{cfg.cold_start}`"]
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         for name, source in cfg.teachers.items():
             lines.append(f"- teacher {name}: `{source}`{digest_text(source)}")
         lines.append(f"- guidance of the teachers {cfg.teacher_guidance:g}, of the student {cfg.guidance:g}")
         if cfg.anchor_weight > 0:
             lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}")
-    if isinstance(cfg, Grow):
+    if isinstance(cfg, GRPOConfig):
         lines += [f"- reward of {task}: `{spec}`" for task, spec in cfg.train_rewards.items()]
     return lines
 
 
-def training_text(cfg: Run) -> str:
+def training_text(cfg: RunConfig) -> str:
     trained = f"LoRA of rank {cfg.rank}, alpha {cfg.alpha:g}"
     if cfg.full:
         trained = "All weights"
@@ -162,7 +162,7 @@ def score_table(cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def name_of(cfg: Run) -> str:
+def name_of(cfg: RunConfig) -> str:
     if cfg.push:
         return cfg.push.partition("/")[2]
     return Path(cfg.out).name

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opd import ranks
 from opd.adapters import BASE, START, STUDENT
-from opd.config import Distil, Finetune, Run
+from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks
 from opd.evaluation import score as gallery
 from opd.evaluation import tables
@@ -31,7 +31,7 @@ class Report:
 
     def __init__(
         self,
-        cfg: Run,
+        cfg: RunConfig,
         model: Model,
         data: dict[str, list[Prompt]] | Images,
         rewards: dict[str, Reward],
@@ -53,7 +53,7 @@ class Report:
         """{"watch": the student's score on held-out prompts of every task, trained on or not}, {} where it is
         not due. A scorer that fails costs its score, never the run."""
         cfg = self.cfg
-        if isinstance(cfg, Finetune) or not due(done, cfg.watch_every, cfg.iterations):
+        if isinstance(cfg, SFTConfig) or not due(done, cfg.watch_every, cfg.iterations):
             return {}
         rows = {STUDENT: Row(self.model.trained, cfg.deployed_guidance())}
         held_out = {"held-out": self.splits["held-out"]}
@@ -115,7 +115,7 @@ class Report:
         scores.json; behind them cells.json and records.jsonl. An image without a score is left out of its
         mean; without any the mean is NaN."""
         cfg = self.cfg
-        if isinstance(cfg, Finetune) or cfg.full or not cfg.evaluate:
+        if isinstance(cfg, SFTConfig) or cfg.full or not cfg.evaluate:
             return
         rows = rows_of_table(cfg)
         say(f"scoring {', '.join(rows)}")
@@ -125,7 +125,7 @@ class Report:
         first = {task: own[0].spec for task, own in self.scorers.items()}
         note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps"
         note += f", guidance {cfg.deployed_guidance()}"
-        if isinstance(cfg, Distil):
+        if isinstance(cfg, DistillationConfig):
             note += f" (teachers {cfg.teacher_guidance})"
         text = tables.table(cells, first, f"{note}, seed {cfg.seed}")
         said = [*tables.remarks(cells, records), *gallery.abouts_of(self.scorers)]
@@ -159,11 +159,11 @@ class Report:
         write_page(path)
 
 
-def rows_of_table(cfg: Run) -> dict[str, Row]:
+def rows_of_table(cfg: RunConfig) -> dict[str, Row]:
     """Base and start are sampled as the student is, teachers as they taught."""
     deployed = cfg.deployed_guidance()
     rows = {BASE: Row(BASE, deployed)}
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         for name in cfg.teachers:
             label, guidance = name, cfg.guidance_of(name)
             if name in cfg.teacher_guidances or name == BASE and guidance != deployed:
@@ -203,19 +203,19 @@ def fixed_texts(data: dict[str, list[Prompt]] | Images) -> list[str]:
     return [prompt.text for pool in data.values() for prompt in pool[:per_task]]
 
 
-def is_scored(cfg: Run) -> bool:
+def is_scored(cfg: RunConfig) -> bool:
     """Whether the run compares prompts with scorers, on the way or at the end."""
-    return not isinstance(cfg, Finetune) and (cfg.evaluate or cfg.watch_every > 0)
+    return not isinstance(cfg, SFTConfig) and (cfg.evaluate or cfg.watch_every > 0)
 
 
-def splits(cfg: Run, data: dict[str, list[Prompt]]) -> dict[str, dict[str, list[Prompt]]]:
+def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, dict[str, list[Prompt]]]:
     """The prompts of the table: those of training and, if there are any, those held out."""
     if not cfg.heldout:
         return {"train": data}
     return {"train": data, "held-out": load_tasks(cfg.heldout)}
 
 
-def shown_texts(cfg: Run, data: dict[str, list[Prompt]] | Images) -> list[str]:
+def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
     """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
     texts = fixed_texts(data)
     if not is_scored(cfg):

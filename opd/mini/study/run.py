@@ -9,7 +9,7 @@
     python -m opd.mini.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
         --results runs/other/results           # on another split of the prompts, and another seed
 
-A run (runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result is one small
+A run (runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result is a small
 JSON file in results/, so a study can be stopped, continued and spread over machines. The tables and plots of
 RESULTS.md and README.md are made from these files alone (pages.py).
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tyro
 
-from opd.config import Distil
+from opd.config import DistillationConfig
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, write_json
 from opd.flags import Texts, require
@@ -208,9 +208,9 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
         "seconds_of_training": round(seconds),
     }
     result |= scores(args, name, seed) | curve(metrics)
-    if isinstance(cfg, Distil):
+    if isinstance(cfg, DistillationConfig):
         result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
-    if isinstance(cfg, Distil) and cfg.diagnose_every > 0:
+    if isinstance(cfg, DistillationConfig) and cfg.diagnose_every > 0:
         result["gap_closed"] = gap_closed(metrics)
     return result
 
