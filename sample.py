@@ -26,7 +26,7 @@ from opd.flags import Numbers, Texts, at_least_one, at_most, check_seed, dashed,
 from opd.formats import samples
 from opd.formats.deployment import KEY, guidance_of
 from opd.formats.pictures import labelled_grid, save_image, to_pil
-from opd.model import Model, find_device
+from opd.model import Model, Sampling, find_device
 from opd.presets import DEFAULT
 from opd.settings import restore
 
@@ -78,19 +78,15 @@ class Arguments:
     """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
-    family: str = "sd3"
-    """Model family: the module opd/families/FAMILY.py."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
     batch: int = 16
     """Images per forward pass. Images do not depend on it beyond rounding."""
-    cache: str = "~/.cache/flow-opd"
-    """Encoded prompts."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     again: str = ""
-    """A PNG made by this program: repeat it with the settings in its metadata (only --out, --cache, --device
-    apply)."""
+    """A PNG made by this program: repeat it with the settings in its metadata (only --out and
+    --device apply)."""
     trust_png: bool = False
     """With --again: fetch the model and the adapter that the PNG names from the Hub if they are not here."""
 
@@ -124,7 +120,7 @@ def read_settings(file: str) -> dict:
 def trusted(args: Arguments, settings: dict) -> Arguments:
     """The settings of a PNG, with this call's own places. A stranger may have written them: ValueError for
     wrong ones, and for sources that are not here, unless the user trusts the PNG."""
-    own = {"out": args.out, "cache": args.cache, "device": args.device}
+    own = {"out": args.out, "device": args.device}
     theirs = asdict(args) | settings | own | {"again": "", "trust_png": False}
     with reading(f"--again {args.again!r}: the settings in this image"):
         used = restore(Arguments, theirs, "sample.py")
@@ -141,7 +137,9 @@ def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded; whatever can be refused is refused
     first."""
     check(args)
-    return Model.ready(args, find_device(args.device, "device"), prompts)
+    device = find_device(args.device, "device")
+    model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
+    return model.load_with(args.adapters, prompts)
 
 
 def check(args: Arguments) -> None:
@@ -165,20 +163,10 @@ def make(
 ) -> list[torch.Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
+    sampling = Sampling(args.steps, args.seed, args.guidance, args.sampler, args.noise_level)
     for i in range(0, len(prompts), args.batch):
         piece = slice(i, i + args.batch)
-        images += list(
-            model.images(
-                adapter,
-                prompts[piece],
-                index[piece],
-                steps=args.steps,
-                seed=args.seed,
-                guidance=args.guidance,
-                rollout=args.sampler,
-                noise_level=args.noise_level,
-            )
-        )
+        images += list(model.images(adapter, prompts[piece], index[piece], sampling))
     return images
 
 

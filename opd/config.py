@@ -55,13 +55,8 @@ class DistillationConfig(Rollout):
     anchor_levels: Numbers = field(default_factory=dict)
     """Noise level -> lambda from that level down, above the first of them --anchor-weight: 0.6=2 anchors late
     states, which decide texture, more than early ones, which decide composition."""
-    anchor_target: float = 0.0
-    """Hold the anchor's loss (its KL with --weight kl, nats per dimension) at this value: every step moves
-    lambda, which starts at --anchor-weight. 0 = lambda stays."""
     weight: Weights = "kl"
     """Weight of the squared velocity difference at each state."""
-    normalise: float = 0.0
-    """Divide every sample's loss by a power of itself, (loss + 1e-3)^p with p in [0, 1]; 0 = off."""
     queries: int = 0
     """States that are trained on: 0 = all of them; K = that many, drawn per step from Beta(query_beta)."""
     query_beta: tuple[float, float] = (5.0, 2.0)
@@ -69,8 +64,6 @@ class DistillationConfig(Rollout):
     query_range: tuple[int, int] = (0, 0)
     """The states that may be trained on: first, and one past the last; 0 0 = all. A trajectory ends after the
     last state that is trained on."""
-    single_pass: bool = True
-    """Train in the pass that drives the rollout. False: store the trajectory, then train; same gradient."""
     walker: Literal["student", "teacher"] = "student"
     """Whose velocity a trajectory follows: the student's or, off-policy, that of its sample's teachers."""
     estimator: Literal[ESTIMATORS] = "pathwise"
@@ -82,29 +75,15 @@ class DistillationConfig(Rollout):
     teacher_devices: Texts = field(default_factory=dict)
     """Teacher with a transformer of its own -> where it is: a device such as cuda:1, or offload (it stays on
     the CPU, and comes to the device one layer at a time)."""
-    branch_weight: float = 0.0
-    """Weight of a further loss between the conditional branches alone, where --guidance is not 1: matching
-    the guided velocity leaves both branches free to err against each other (arXiv 2607.24731)."""
     extrapolate: Numbers = field(default_factory=dict)
     """Teacher -> l >= 1: its target lies past it, v_T + (l - 1) (v_T - v_ref)."""
-    reference: str = "base"
-    """What --extrapolate leads away from: base or a name from --teachers."""
     train_rewards: Texts = field(default_factory=dict)
-    """Task -> reward, as in stage grpo; for --routing reward and --reward-weight."""
-    reward_weight: float = 0.0
-    """Weight of a policy gradient from --train-rewards beside the distance to the teachers."""
-    diagnose_every: int = 0
-    """Steps between comparisons with teachers and base (opd/probe.py) in the log; 0 = never."""
-    diagnose_prompts: int = 8
-    """Prompts per task in them."""
+    """Task -> reward, as in stage grpo; for --routing reward."""
 
     def check(self, world: int) -> None:
         super().check(world)
         finite(self, "teacher_guidance")
-        not_negative(self, "anchor_weight", "anchor_target", "queries", "normalise", "branch_weight")
-        not_negative(self, "reward_weight", "diagnose_every")
-        at_least_one(self, "diagnose_prompts")
-        require(self.normalise <= 1, f"--normalise is {self.normalise}; it must lie in [0, 1]")
+        not_negative(self, "anchor_weight", "queries")
         self.check_walk()
         self.check_names()
         self.check_own_settings(world)
@@ -134,7 +113,7 @@ class DistillationConfig(Rollout):
             silent = "with --noise-level 0 adds no noise"
             raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
         own = self.estimator == "pathwise" and not self.judged()
-        reason = "--estimator, --routing reward and --reward-weight judge the student's own steps"
+        reason = "--estimator and --routing reward judge the student's own steps"
         require(own or self.walker == "student", f"{reason}; leave out --walker {self.walker}")
 
     def check_weight(self) -> None:
@@ -202,10 +181,6 @@ class DistillationConfig(Rollout):
             way_out = "name one of them, or have none: --anchor-weight 0 --anchor-levels"
             lost = f"--anchor {self.anchor!r} is not among the teachers {known}"
             require(self.anchor in known, f"{lost}; {way_out}")
-        if self.anchor_target > 0:
-            flag = f"--anchor-target {self.anchor_target}"
-            require(self.anchor_weight > 0, f"{flag} moves --anchor-weight, which is 0; start it above 0")
-            require(not self.anchor_levels, f"{flag} and --anchor-levels: choose one of the two")
 
     def check_extrapolation(self) -> None:
         known = [*self.teachers, "base"]
@@ -215,12 +190,7 @@ class DistillationConfig(Rollout):
             require(
                 1 <= factor < math.inf, f"{flag}: below 1 it would stay behind the teacher; use 1 or more"
             )
-            require(name != self.reference, f"{flag}: the teacher is its own --reference; choose another")
-        lost = f"--reference {self.reference!r} is not among the teachers {known}"
-        require(not self.extrapolate or self.reference in known, f"{lost}; name one of them")
-        if self.branch_weight > 0:
-            alone = f"--branch-weight {self.branch_weight} with --guidance 1: there is one branch alone"
-            require(self.guidance != 1, f"{alone}; use --branch-weight 0 or another guidance")
+            require(self.adapter_of(name) != "base", f"{flag}: the base has nothing to lead away from")
 
     def check_likelihood(self) -> None:
         """What takes the likelihood of a step needs noise in every step that is trained on."""
@@ -231,11 +201,6 @@ class DistillationConfig(Rollout):
         if self.estimator != "pathwise":
             flag = f"--estimator {self.estimator}"
             require(noisy and not last, f"{flag} takes the likelihood of noisy steps: {got}; {way_out}")
-        if self.reward_weight > 0:
-            flag = f"--reward-weight {self.reward_weight}"
-            require(noisy and not last, f"{flag} takes the likelihood of noisy steps: {got}; {way_out}")
-            alone = f"{flag} with --group {self.group}: an advantage compares the images of one prompt"
-            require(self.group >= 2, f"{alone}; use --group 2 or more")
 
     def check_rewards(self) -> None:
         for task in self.train_rewards:
@@ -244,8 +209,9 @@ class DistillationConfig(Rollout):
         if self.judged():
             for task in self.prompts:
                 flag = f"--train-rewards {task}=module:function"
-                need = f"--routing {self.routing} --reward-weight {self.reward_weight}"
-                require(task in self.train_rewards, f"{need}: task {task!r} has no reward; add {flag}")
+                require(
+                    task in self.train_rewards, f"--routing reward: task {task!r} has no reward; add {flag}"
+                )
 
     def queryable(self) -> range:
         """The states that may be trained on."""
@@ -302,12 +268,8 @@ class DistillationConfig(Rollout):
         return {}
 
     def judged(self) -> bool:
-        """Whether finished images are scored, so that trajectories must be stored and run to their end."""
-        return self.routing == "reward" or self.reward_weight > 0
-
-    def stored(self) -> bool:
-        """Whether trajectories are walked first, and trained on afterwards on their stored states."""
-        return self.judged() or not self.single_pass or self.walker == "teacher"
+        """Whether finished images are scored before the walk."""
+        return self.routing == "reward"
 
 
 @dataclass(frozen=True)
@@ -331,8 +293,6 @@ class GRPOConfig(Rollout):
     fits all states."""
     advantage_std: Literal["global", "group"] = "global"
     """Advantages are divided by the std of all rewards of the task in this step, or of the group."""
-    advantage_clip: float = 5.0
-    """Largest advantage."""
     window: int = 0
     """Train on so many consecutive states, drawn per step: noise there, ODE elsewhere. 0 = noise
     everywhere."""
@@ -352,8 +312,6 @@ class GRPOConfig(Rollout):
         at_least_one(self, "updates", "epochs")
         positive(self, "clip_range")
         not_negative(self, "beta", "window")
-        limit = self.advantage_clip
-        require(limit > 0, f"--advantage-clip is {limit}; it must be positive")
         alone = f"--group {self.group}: an advantage compares the images of one prompt, alone it is always 0"
         require(self.group >= 2, f"{alone}; use --group 2 or more")
         stochastic = "use --rollout sde or cps and a noise above 0"

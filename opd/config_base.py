@@ -1,6 +1,5 @@
 """The settings that several stages share. The stages, and the family tree of all classes: opd/config.py."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,13 +7,12 @@ from typing import Literal
 from opd import flow
 from opd.files import require_path
 from opd.flags import (
-    Numbers,
     Shares,
     Texts,
     at_least_one,
     at_most,
     below_one,
-    check_resolutions,
+    check_resolution,
     check_seed,
     dashed,
     finite,
@@ -39,13 +37,8 @@ METRICS = (
     "samples_per_second",
     "states_per_second",
     "graphs",
-    "resolution",
     "seconds",
     "watch",
-    "cosine",
-    "anchor_weight",
-    "fixed",
-    "visited",
     "reward",
     "reward_std",
     "groups",
@@ -64,10 +57,6 @@ class Logistics:
 
     out: str = ""
     """Run folder. The same command again resumes it."""
-    cache: str = "~/.cache/flow-opd"
-    """Encoded prompts."""
-    cache_gb: float = 10.0
-    """Its largest size in gigabytes (10^9 bytes); what was used longest ago is deleted, and encoded again."""
     iterations: int = 60
     """Optimizer steps; stage grpo: rollouts."""
     micro_batch: int = 48
@@ -79,21 +68,13 @@ class Logistics:
     shard_size: int = 1
     """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid. A
     trained adapter is whole on every rank."""
-    rank_timeout: float = 1800.0
-    """Seconds after which ranks give up one that does not answer, and end."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, on a GPU slower ones; an operation without one ends
     the run with its name. On a CPU runs are the same bits without it."""
-    max_bad_steps: int = 5
-    """Stop after so many steps in a row that change nothing: a non-finite gradient, or no reward at all."""
-    log_every: int = 1
-    """Steps between lines of metrics.jsonl."""
     save_every: int = 20
     """Steps between checkpoints; the last step always saves."""
     keep_last: int = 0
     """Checkpoints that are kept in checkpoints/, the latest ones; 0 = all."""
-    keep_every: int = 0
-    """Checkpoints after a multiple of so many steps are kept for good; 0 = none beyond --keep-last."""
     force_resume: bool = False
     """Resume although settings, or files that the run reads, have changed since it began."""
     sample_every: int = 20
@@ -116,18 +97,13 @@ class Logistics:
         """ValueError, naming flag and value, unless the settings suit each other and the `world` ranks."""
         require(self.out != "", "--out is empty: name the run folder")
         require_path(self.out)
-        require_path(self.cache)
-        at_least_one(
-            self, "iterations", "micro_batch", "shard_size", "max_bad_steps", "log_every", "save_every"
-        )
+        at_least_one(self, "iterations", "micro_batch", "shard_size", "save_every")
         at_least_one(self, "eval_steps")
         finite(self, "deploy_guidance")
-        positive(self, "cache_gb")
         named = self.push == "" or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push) is not None
         require(named, f"--push {self.push!r}: write a Hub repository as OWNER/NAME")
-        not_negative(self, "sample_every", "keep_last", "keep_every", "gpu_memory")
-        time_limit(self, "rank_timeout")
-        at_most(self, 10**9, "micro_batch", "max_bad_steps", "log_every", "save_every")
+        not_negative(self, "sample_every", "keep_last", "gpu_memory")
+        at_most(self, 10**9, "micro_batch", "save_every")
         at_most(self, 10**6, "iterations")
         at_most(self, MOST, "eval_steps")
         divisors = [n for n in range(1, world + 1) if world % n == 0]
@@ -178,8 +154,6 @@ class RunConfig(Logistics):
 
     full = False  # a setting of the stages that can train all weights, and of no other
 
-    family: str = "sd3"
-    """Model family: the module opd/families/FAMILY.py."""
     model: str = ""
     """Pipeline directory or Hub id of the base."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -188,9 +162,8 @@ class RunConfig(Logistics):
     LoRA masters, states and losses are float32, schedules float64, anyway."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
-    resolution: tuple[str, ...] = ()
-    """Pixels per side, or HEIGHTxWIDTH; several: an optimizer step has one of them, in turn, and grids and
-    scores have the first. None = what the model was made for."""
+    resolution: str = ""
+    """Pixels per side, or HEIGHTxWIDTH; "" = what the model was made for."""
     rank: int = 16
     """Rank of the LoRA that is trained."""
     alpha: float = 32.0
@@ -201,10 +174,6 @@ class RunConfig(Logistics):
     """How --cold-start merge makes one adapter of several: opd/formats/merging.py has the formulas."""
     merge_from: Texts = field(default_factory=dict)
     """Name -> adapter to merge; none, in stage opd, = the teachers, but for one that only anchors."""
-    merge_weights: Numbers = field(default_factory=dict)
-    """Name -> weight of its update in the merge; none = equal weights that add up to 1."""
-    merge_density: float = 0.5
-    """Share of an update's entries that ties and dare keep."""
     prompts_per_step: int = 48
     """Prompts per optimizer step, over all ranks (stage grpo: per rollout; stage sft: images)."""
     guidance: float = 1.0
@@ -232,7 +201,7 @@ class RunConfig(Logistics):
         require(self.cold_start != "", "--cold-start is empty: use base or an adapter")
         at_least_one(self, "rank", "prompts_per_step", "ema_every")
         at_most(self, MOST, "rank")
-        check_resolutions(self.resolution)
+        check_resolution(self.resolution)
         at_most(self, 10**6, "prompts_per_step")
         positive(self, "lr", "alpha", "clip")
         not_negative(self, "warmup", "weight_decay")
@@ -258,11 +227,6 @@ class RunConfig(Logistics):
         """Name -> source of what --cold-start merge merges."""
         return self.merge_from
 
-    def merge_weight(self, name: str) -> float:
-        if self.merge_weights:
-            return self.merge_weights[name]
-        return 1 / len(self.merged())
-
     def check_start(self) -> None:
         cannot = f"--full trains the base; --cold-start {self.cold_start!r} cannot apply"
         require(not self.full or self.cold_start == "base", cannot)
@@ -270,24 +234,13 @@ class RunConfig(Logistics):
             self.check_merge()
         else:
             self.refuse_merge_settings()
-        if self.merge not in merging.SPARSE:
-            self.refuse_changed("merge_density", f"--merge {' and '.join(merging.SPARSE)}")
 
     def check_merge(self) -> None:
         names = list(self.merged())
         require(len(names) > 0, "--cold-start merge has nothing to merge; add --merge-from NAME=ADAPTER ...")
-        for name, weight in self.merge_weights.items():
-            require(name in names, f"--merge-weights names {name!r}, which is not merged; known: {names}")
-            usable = math.isfinite(weight) and weight != 0
-            require(usable, f"--merge-weights {name}={weight}: a weight must be finite and not 0")
-        for name in names:
-            weighed = self.merge_weights == {} or name in self.merge_weights
-            require(weighed, f"--merge-weights lacks {name!r}; give every merged adapter its weight")
-        density = self.merge_density
-        require(0 < density <= 1, f"--merge-density is {density}; it must lie in (0, 1]")
 
     def refuse_merge_settings(self) -> None:
-        for name in ("merge", "merge_from", "merge_weights", "merge_density"):
+        for name in ("merge", "merge_from"):
             self.refuse_changed(name, "--cold-start merge")
 
     def refuse_changed(self, name: str, meant_for: str) -> None:
@@ -316,15 +269,13 @@ class Rollout(RunConfig, Scores):
     """a: how much noise an SDE or CPS step adds, and what the kl weights assume."""
     skip_last: bool = False
     """Do not train on the last state, whose SDE likelihood is sharpest."""
-    cosine_every: int = 0
-    """Steps between cosines of the tasks' gradients (eq. 4) in the log; 0 = never."""
 
     def check(self, world: int) -> None:
         RunConfig.check(self, world)
         Scores.check(self, world)
         at_least_one(self, "group", "steps")
         at_most(self, MOST, "group", "steps")
-        not_negative(self, "noise_level", "cosine_every")
+        not_negative(self, "noise_level")
         self.check_noise()
         none_left = f"--steps {self.steps} with --skip-last leaves no state to train on"
         require(self.states() > 0, f"{none_left}; use --steps 2 or more")

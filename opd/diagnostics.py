@@ -5,186 +5,86 @@ import math
 import torch
 from torch import Tensor
 
-from opd import flow, ranks
-from opd.config import DistillationConfig, GRPOConfig
+from opd import ranks
 from opd.data import Prompt
-from opd.model import Model
 from opd.ranks import say
 
+# ---- distillation: distances to the teachers ---------------------------------------------------------------
 
-class Distances:
-    """Sums and counts of |v - v_k|^2, mean over dimensions, over the samples of a step.
 
-    One row per teacher, of the samples routed to it (each counts with its weight), and a last row of all
-    samples for the anchor; one column per state.
+def summed(distances_BTK: Tensor, routed_BK: Tensor, anchor: int) -> Tensor:
+    """|v - v_k|^2 summed over the samples of a micro-batch: (K + 1, T), a row per teacher of its own samples,
+    each with its weight, and a last row of all samples for the teacher in column `anchor`."""
+    own_B1K = routed_BK.to(distances_BTK.device)[:, None]
+    # Chosen, not multiplied: the NaN of another's sample times 0 would be NaN.
+    own_BTK = torch.where(own_B1K != 0, distances_BTK * own_B1K, 0)
+    return torch.cat([own_BTK.sum(0).T, distances_BTK[:, :, anchor].sum(0)[None]])
+
+
+def distance_metrics(
+    sums_RT: Tensor,
+    routed_NK: Tensor,
+    queried: list[int],
+    weight_T: list[float],
+    anchor_T: list[float],
+    names: list[str],
+    kl_at: dict[int, tuple[str, float]],
+) -> dict:
+    """The loss of a step (eq. 16); and of each teacher in `names` and of the anchor its weighted loss and its
+    KL by noise level; all in nats per dimension.
+
+    `sums_RT`: `summed` over the step. `kl_at`: state -> (its noise level in words, eq. 12's weight).
     """
-
-    def __init__(self, cfg: DistillationConfig, model: Model, teachers: list[str], anchor_T: list[float]):
-        """`anchor_T`: the anchor's weight at each state."""
-        self.cfg, self.model, self.teachers, self.anchor_T = cfg, model, teachers, anchor_T
-        self.sums_RT = torch.zeros(len(teachers) + 1, cfg.steps, device=model.device)
-        self.counts_RT = torch.zeros_like(self.sums_RT)
-        self.seen_T = torch.zeros(cfg.steps, device=model.device)
-        """Samples trained on at each state, whoever taught them."""
-        self.parts: list[tuple[list[Prompt], Tensor]] = []
-        """The micro-batches: whose samples, and their squares (B, T, K)."""
-        self.beside: dict = {}
-        """What else the step measured."""
-
-    def add(
-        self,
-        squares_BTK: Tensor,
-        prompts_B: list[Prompt],
-        routed_BK: Tensor,
-        real: list[int],
-        queried: list[int],
-    ) -> None:
-        """Distances of one micro-batch; `routed_BK` says whose samples they are, `real` which are not
-        padding."""
-        self.parts.append((prompts_B, squares_BTK))
-        real_B = torch.tensor(real, dtype=torch.float32)
-        own_BK = (routed_BK * real_B[:, None]).to(squares_BTK.device)
-        # Chosen, not multiplied: the NaN of another's sample times 0 would be NaN.
-        own_BTK = torch.where(own_BK[:, None] != 0, squares_BTK * own_BK[:, None], 0)
-        self.sums_RT[:-1] += own_BTK.sum(0).T
-        self.counts_RT[:-1, queried] += own_BK.sum(0)[:, None]
-        self.seen_T[queried] += sum(real)
-        held = [state for state in queried if self.anchor_T[state] > 0]
-        if held:
-            self.sums_RT[-1, held] += squares_BTK[:, held, self.teachers.index(self.cfg.anchor)].sum(0)
-            self.counts_RT[-1, held] += sum(real)
-
-    def collect(self) -> None:
-        """Sum over ranks (a collective) and send the table to the host, without waiting for it: it must not
-        be read before something else has been waited for."""
-        rows = len(self.sums_RT)
-        table = ranks.total(torch.cat([self.sums_RT, self.counts_RT, self.seen_T[None]])).double()
-        table = table.to("cpu", non_blocking=True)
-        self.sums_RT, self.counts_RT, self.seen_T = table[:rows], table[rows:-1], table[-1]
-
-    def name_non_finite(self, step: int) -> None:
-        """Say where the first distance is that is not a number; the step itself is skipped by its
-        gradient."""
-        bad = (~self.sums_RT.isfinite()).T.nonzero().tolist()
-        if bad:
-            state, row = bad[0]
-            name = [*self.teachers, "anchor"][row]
-            # The table is the same on all ranks, so all of them are here.
-            prompts = [prompt for part in ranks.gather(self.bad_prompts()) for prompt in part]
-            where = f"step {step}: non-finite velocity difference to {name} at state {state}"
-            say("; ".join([where, *prompts[:1]]))
-
-    def bad_prompts(self) -> list[str]:
-        """Task and prompt of this rank's samples that have a distance which is not a number."""
-        words = []
-        for prompts_B, squares_BTK in self.parts:
-            bad_B = ~squares_BTK.isfinite().flatten(1).all(1)
-            words += [f"task {prompts_B[b].task!r}, prompt {prompts_B[b].text!r}" for b in bad_B.nonzero()]
-        return words
-
-    def metrics(self) -> dict:
-        """The loss (eq. 16), and per teacher and anchor its weighted loss and its KL per sigma.
-
-        All in nats per dimension. The KL is that of the rollout's transitions (eq. 12), whatever --weight is.
-        """
-        row = {"loss": 0.0}
-        weight_T = torch.tensor(self._weights(self.cfg.weight), dtype=torch.float64)
-        for k, name in enumerate(self.teachers):
-            if self.counts_RT[k].sum() > 0:
-                row[name] = self._distance(k, weight_T)
-                row["loss"] += self._share(self.sums_RT[k], weight_T)
-        if self.counts_RT[-1].sum() > 0:
-            row["anchor"] = self._distance(-1, weight_T)
-            anchor_T = torch.tensor(self.anchor_T, dtype=torch.float64)
-            row["loss"] += self._share(self.sums_RT[-1], weight_T * anchor_T)
-        return row | self.beside
-
-    def _share(self, sums_T: Tensor, weight_T: Tensor) -> float:
-        """What a row adds to the mean loss over samples and states."""
-        trained_T = self.seen_T > 0  # elsewhere the weight may be infinite
-        return float((sums_T * weight_T)[trained_T].sum() / self.seen_T.sum())
-
-    def _distance(self, row: int, weight_T: Tensor) -> dict:
-        """{"loss", "kl"} of one row: the mean over its states of what they weigh, and the KL per sigma."""
-        seen_T = self.counts_RT[row] > 0
-        mean_T = self.sums_RT[row] / self.counts_RT[row].clamp(min=1e-9)
-        loss_T = mean_T * weight_T
-        return {"loss": float(loss_T[seen_T].mean())} | self._kl(mean_T, seen_T)
-
-    def _kl(self, mean_T: Tensor, seen_T: Tensor) -> dict:
-        """{"kl": {sigma: nats per dimension}} of the states that were seen and have one; {} without noise."""
-        if self.cfg.noise_level == 0:
-            return {}
-        sigmas, weights = self.model.sigmas(self.cfg.steps), self._weights("kl")
-        kl = {}
-        for i, weight in enumerate(weights):
-            if seen_T[i] and math.isfinite(weight):
-                kl[f"{sigmas[i]:.3f}"] = float(mean_T[i] * weight)
-        return {"kl": kl}
-
-    def _weights(self, name: str) -> list[float]:
-        sigmas = self.model.sigmas(self.cfg.steps)
-        return flow.state_weights(name, sigmas, self.cfg.rollout, self.cfg.noise_level)
+    row = {"loss": 0.0}
+    trained = len(routed_NK) * len(queried)
+    for r, name in enumerate([*names, "anchor"]):
+        if name == "anchor":  # counts with all samples, where it has a weight
+            count, scale_T = len(routed_NK), anchor_T
+            states = [i for i in queried if anchor_T[i] > 0]
+        else:  # a teacher counts with its share of the samples
+            count, scale_T = float(routed_NK[:, r].sum()), [1.0] * len(anchor_T)
+            states = queried
+        if count == 0 or not states:
+            continue
+        sums = {i: float(sums_RT[r, i]) for i in states}
+        row["loss"] += sum(scale_T[i] * weight_T[i] * sums[i] for i in states) / trained
+        row[name] = {"loss": sum(weight_T[i] * sums[i] for i in states) / (count * len(states))}
+        row[name]["kl"] = {kl_at[i][0]: kl_at[i][1] * sums[i] / count for i in states if i in kl_at}
+    return row
 
 
-class TaskGradients:
-    """The gradients of tasks that are trained one after the other: differences of what has accumulated."""
+def name_non_finite(
+    step: int, names: list[str], sums_RT: Tensor, parts: list[tuple[list[Prompt], Tensor]]
+) -> None:
+    """Say where the first distance is that is not a number, and whose prompt has one; the step itself is
+    skipped by its gradient. `parts`: this rank's micro-batches, their prompts and distances (B, T, K)."""
+    bad = (~sums_RT.isfinite()).T.nonzero().tolist()
+    if not bad:
+        return
+    state, row = bad[0]
+    words = []
+    for prompts_B, distances_BTK in parts:
+        bad_B = ~distances_BTK.isfinite().flatten(1).all(1)
+        words += [f"task {prompts_B[b].task!r}, prompt {prompts_B[b].text!r}" for b in bad_B.nonzero()]
+    # The table is the same on all ranks, so all of them are here.
+    prompts = [prompt for of_rank in ranks.gather(words) for prompt in of_rank]
+    where = f"step {step}: non-finite velocity difference to {[*names, 'anchor'][row]} at state {state}"
+    say("; ".join([where, *prompts[:1]]))
 
-    def __init__(self, parameters: list[Tensor]):
-        self.parameters = parameters
-        self.before: Tensor | float = 0.0
-        self.found: dict[str, Tensor] = {}
 
-    def note(self, task: str) -> None:
-        """All that has been added since the last call is `task`'s (a collective)."""
-        now = ranks.mean_gradient(self.parameters)
-        self.found[task] = now - self.before
-        self.before = now
-
-    def cosines(self) -> dict[str, float]:
-        """Eq. 4: the cosine between every two tasks' gradients, {"a/b": cos}."""
-        names = list(self.found)
-        cosines = {}
-        for i, a in enumerate(names):
-            for b in names[i + 1 :]:
-                cosine = torch.nn.functional.cosine_similarity(self.found[a], self.found[b], dim=0)
-                cosines[f"{a}/{b}"] = float(cosine)
-        return cosines
-
+# ---- stage grpo --------------------------------------------------------------------------------------------
 
 STATISTICS = ("policy", "kl", "drift", "square", "clipped", "count")
 """What GRPO sums over samples and states: both losses, ratio - 1, its square, whether it was clipped, 1."""
 
 
-class Outcome:
-    """What the updates of an iteration measured."""
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(STATISTICS), device=device)
-        self.largest = 0.0
-        self.cosine: dict[str, float] = {}
-        self.norm = 0.0
-        """Gradient norm of the last update, or of the first that is not finite."""
-
-    def add(self, sums: Tensor, largest: Tensor, cosine: dict[str, float]) -> None:
-        self.sums += sums
-        self.largest = max(self.largest, float(largest))
-        self.cosine |= cosine
-
-    def add_norm(self, norm: float) -> None:
-        if math.isfinite(self.norm):
-            self.norm = norm
-
-    def metrics(self, cfg: GRPOConfig) -> dict:
-        """Losses in nats per dimension; of the ratio its std (`spread`) and the share that is further than
-        the clip range from 1 (`clipped`)."""
-        mean = dict(zip(STATISTICS, (self.sums / self.sums[-1].clamp(min=1)).tolist(), strict=True))
-        spread = math.sqrt(max(mean["square"] - mean["drift"] ** 2, 0.0))
-        row = {"loss": mean["policy"] + cfg.beta * mean["kl"], "kl": mean["kl"]}
-        row["ratio"] = {"spread": spread, "largest": self.largest, "clipped": mean["clipped"]}
-        if self.cosine:
-            row["cosine"] = self.cosine
-        return row
+def policy_metrics(sums: Tensor, largest: float, beta: float) -> dict:
+    """From sums of STATISTICS: losses in nats per dimension; of the ratio its std (`spread`), the largest
+    distance from 1, and the share that is further from it than the clip range (`clipped`)."""
+    mean = dict(zip(STATISTICS, (sums / sums[-1].clamp(min=1)).tolist(), strict=True))
+    spread = math.sqrt(max(mean["square"] - mean["drift"] ** 2, 0.0))
+    ratio = {"spread": spread, "largest": largest, "clipped": mean["clipped"]}
+    return {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"], "ratio": ratio}
 
 
 def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:

@@ -19,5 +19,5 @@ def in_one_line(*mendable: type[Exception]) -> Iterator[None]:
         if not ranks.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
-        lost = "another rank ended, or did not answer within --rank-timeout"
+        lost = "another rank ended, or did not answer for half an hour"
         sys.exit(f"error: {lost}; the same command goes on after the last checkpoint ({reason})")

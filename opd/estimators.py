@@ -9,7 +9,7 @@
                through it, and it is clamped at +-5 nats per dimension, where that gradient stops
 
 All have one signature: (state, v, targets, alpha_BK, w_B) -> (loss_B, |v_b - v_k,b|^2 (B, K) for the log).
-They set the next state, a constant, unless it is there already (a stored trajectory). Likelihoods are means
+They set the next state, a constant. Likelihoods are means
 over the d dimensions, as everywhere; where two of them meet in a product, one factor d makes up for it. The
 released code multiplies advantages (B, 1) by ratios (B,) to a (B, B) matrix, which ties the samples of a
 micro-batch together; that part is not repeated here.
@@ -79,19 +79,11 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def log_prob_of_step(state: State, v: Tensor) -> Tensor:
-    """log p(x' | x) under v (B,), differentiable in v; x' is drawn first if the walk has not been there."""
-    if state.x_next is None:
-        state.step(v)
+    """Draw x', a constant, and return log p(x' | x) under v (B,), differentiable in v."""
+    state.step(v)
     return kernels.log_prob(state.x_next, state.x, v, state.transition)
 
 
 def dimensions(v: Tensor) -> int:
     """d: how many numbers a sample has."""
     return v[0].numel()
-
-
-def reinforce(state: State, v: Tensor, advantage_B: Tensor) -> Tensor:
-    """-A p(x') / p_old(x') (B,) at the policy that sampled, where the ratio is 1: the gradient is that of
-    stage grpo's loss before its first update."""
-    log_prob_B = kernels.log_prob(state.x_next, state.x, v, state.transition)
-    return -advantage_B * (log_prob_B - log_prob_B.detach()).exp()

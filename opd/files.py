@@ -167,17 +167,13 @@ def require_path(source: str) -> None:
         raise ValueError(f"{source[:60]!r} cannot be a path: it holds a NUL byte, or is too long")
 
 
-def find_pipeline(source: str, pipeline: str) -> Path:
-    """The directory of a diffusers pipeline of class `pipeline`.
+def find_pipeline(source: str) -> Path:
+    """The directory of a diffusers pipeline.
 
     FileNotFoundError for a missing path, ValueError for a directory that holds something else.
     """
     folder = locate("model", source, PIPELINE_FILES, IGNORED)
-    name = pipeline_class(source, folder)
-    if name != pipeline:
-        raise ValueError(
-            f"model {source!r} is a {name}; this family loads a {pipeline} (choose another with --family)"
-        )
+    pipeline_class(source, folder)
     settings = read_json(folder / "model_index.json")
     lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
     if lacking:

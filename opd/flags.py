@@ -55,21 +55,12 @@ def in_pixels(height: int, width: int) -> str:
     return f"{height}x{width}"
 
 
-def check_resolutions(texts: tuple[str, ...]) -> None:
-    """ValueError for one that is none, and for one that is given twice."""
-    sizes = [pixels_of(text) for text in texts]
-    for text, size in zip(texts, sizes, strict=True):
-        most = f"--resolution {text!r}: a side has 1 to {LARGEST} pixels"
-        require(1 <= min(size) and max(size) <= LARGEST, most)
-        require(sizes.count(size) == 1, f"--resolution {text} is given twice")
-
-
-def at_most_one(resolution: str) -> tuple[str, ...]:
-    """The --resolution of those who sample at one size; "" is the model's own. ValueError for no size."""
-    if resolution == "":
-        return ()
-    check_resolutions((resolution,))
-    return (resolution,)
+def check_resolution(text: str) -> None:
+    """ValueError for a --resolution that is none; "" is the model's own."""
+    if text != "":
+        size = pixels_of(text)
+        inside = 1 <= min(size) and max(size) <= LARGEST
+        require(inside, f"--resolution {text!r}: a side has 1 to {LARGEST} pixels")
 
 
 def at_least_one(cfg, *names: str) -> None:

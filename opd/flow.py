@@ -167,23 +167,11 @@ def uniform_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
     return torch.ones_like(dt)
 
 
-def x0_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
-    """sigma^2: the squared difference of the predicted data, x0 = x - sigma v."""
-    return sigma**2
-
-
-def x_next_weight(transition: Transition, sigma: Tensor, dt: Tensor) -> Tensor:
-    """move^2: the squared difference of the mean next states, keep x - move v."""
-    return transition.move**2
-
-
 WEIGHTS = {
     "kl": kl_weight,
     "kl_released": kl_released_weight,
     "ode_kl": ode_kl_weight,
     "uniform": uniform_weight,
-    "x0": x0_weight,
-    "x_next": x_next_weight,
 }
 
 
@@ -197,12 +185,6 @@ def state_weights(name: str, sigmas: list[float], rollout: str, noise_level: flo
     if not transition.std.any():
         transition = sde_transition(sigma[:-1], sigma[1:], noise_level)
     return WEIGHTS[name](transition, sigma[:-1], -sigma.diff()).tolist()
-
-
-def self_normalised(loss_B: Tensor, power: float) -> Tensor:
-    """loss / (loss + 1e-3)^p, the divisor a constant: each sample divided by its own size, so that no sample
-    or noise level drowns the others; p = 1 follows the gradient of log(loss + 1e-3)."""
-    return loss_B / (loss_B.detach() + 1e-3) ** power
 
 
 # ---------------------------------------------------------------- supervised flow matching

@@ -13,6 +13,7 @@ from the rollout to the update: the state that is trained on is, to the bit, the
 Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -23,14 +24,18 @@ from opd import adapters, kernels, ranks, trajectory
 from opd.adapters import BASE
 from opd.config import GRPOConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
-from opd.diagnostics import STATISTICS, Outcome, TaskGradients, reward_metrics
+from opd.diagnostics import STATISTICS, policy_metrics, reward_metrics
 from opd.families import Condition
 from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
 from opd.rewards import Reward
+from opd.rewards.collect import gather_scores
 from opd.rewards.scoring import Scoring
 from opd.trajectory import State
+
+ADVANTAGE_CLIP = 5.0
+"""Largest advantage, as in Flow-GRPO."""
 
 
 @dataclass
@@ -86,13 +91,15 @@ class GRPO:
         states = trained_states(cfg, step)
         parts = [self.sample_part(prompts, part, step, states) for part in range(cfg.updates)]
         rolled = time.perf_counter()
-        rewards_PG, failures, scoring_seconds = self.gather_rewards(parts, prompts)
-        scored = time.perf_counter()
-        tasks_P = [prompt.task for prompt in prompts]
-        advantage_PG = advantages(rewards_PG, tasks_P, cfg.advantage_std, cfg.advantage_clip)
-        outcome = self.update(parts, prompts, advantage_PG, step)
 
-        metrics = outcome.metrics(cfg) | reward_metrics(rewards_PG, tasks_P)
+        rewards_PG, failures, scoring_seconds = self.rewards(parts, prompts)
+        scored = time.perf_counter()
+
+        tasks_P = [prompt.task for prompt in prompts]
+        advantage_PG = advantages(rewards_PG, tasks_P, cfg.advantage_std, ADVANTAGE_CLIP)
+        metrics, norm = self.update(parts, prompts, advantage_PG, step)
+
+        metrics |= reward_metrics(rewards_PG, tasks_P)
         if failures:
             metrics["failed_rewards"] = failures
             for failure in failures:
@@ -103,7 +110,7 @@ class GRPO:
             "train": time.perf_counter() - scored,
             "scoring": scoring_seconds,
         }
-        return metrics, outcome.norm
+        return metrics, norm
 
     # ---- the rollout ----
 
@@ -130,17 +137,15 @@ class GRPO:
         cfg, model = self.cfg, self.model
         mine = [prompts[n // cfg.group] for n in batch.samples]
         text = model.text([prompt.text for prompt in mine])
-        together = self.standing_together(batch)
-        index = torch.tensor(batch.samples, device=model.device)
-        start = index
+        shared = self.shared_prefix(batch)
+        starts = None
         if cfg.shared_start:
-            start = index // cfg.group
-        seed = seed_of(cfg.seed, step, "start")
-        x = kernels.normal((len(index), *model.shape), seed, start, device=model.device)
+            starts = [n // cfg.group for n in batch.samples]
         sampled = Sampled(batch, task, [], [], None)
         with adapters.use(model.transformer, model.trained):
-            for state in trajectory.walk(x, self.path(step, states), index):
-                v = self.velocity(state, text, states, together)
+            seed = seed_of(cfg.seed, step, "start")
+            for state in model.walk(self.path(step, states), seed, batch.samples, starts):
+                v = self.velocity(state, text, states, shared)
                 state.step(v)
                 if state.i in states:
                     sampled.states.append(state)
@@ -155,17 +160,16 @@ class GRPO:
 
     def path(self, step: int, states: list[int]) -> trajectory.Path:
         """Noise at every state, or with --window at the trained ones alone and ODE steps elsewhere."""
-        cfg = self.cfg
-        seeds = [seed_of(cfg.seed, step, "noise", i) for i in range(cfg.steps)]
-        noisy = self.model.path(cfg.steps, cfg.rollout, cfg.noise_level, seeds)
+        cfg, key = self.cfg, (self.cfg.seed, step, "noise")
+        noisy = self.model.path(cfg.steps, cfg.rollout, cfg.noise_level, key)
         if cfg.window == 0:
             return noisy
-        transitions = list(self.model.path(cfg.steps, "ode", cfg.noise_level, seeds).transitions)
+        transitions = list(self.model.path(cfg.steps, "ode", cfg.noise_level, key).transitions)
         for i in states:
             transitions[i] = noisy.transitions[i]
-        return trajectory.Path(noisy.sigmas, transitions, seeds)
+        return trajectory.Path(noisy.sigmas, transitions, noisy.seeds)
 
-    def standing_together(self, batch: MicroBatch) -> SharedPrefix:
+    def shared_prefix(self, batch: MicroBatch) -> SharedPrefix:
         groups = [n // self.cfg.group for n in batch.samples]
         order = list(dict.fromkeys(groups))
         first = [groups.index(group) for group in order]
@@ -174,7 +178,7 @@ class GRPO:
         return SharedPrefix(first, torch.tensor(first, device=device), torch.tensor(back, device=device))
 
     def velocity(
-        self, state: State, text: list[Condition], states: list[int], together: SharedPrefix
+        self, state: State, text: list[Condition], states: list[int], shared: SharedPrefix
     ) -> Tensor:
         """Guided velocity of the adapter in use at `state`.
 
@@ -184,82 +188,63 @@ class GRPO:
         x, sigma_B, guidance = state.x, state.sigma_B, self.cfg.guidance
         if not self.cfg.shared_start or state.i > states[0]:
             return self.model.velocity(x, sigma_B, text, guidance)
-        first = together.first_index
-        text_of_first = [text[b] for b in together.first]
+        first = shared.first_index
+        text_of_first = [text[b] for b in shared.first]
         v = self.model.velocity(x[first], sigma_B[first], text_of_first, guidance)
-        return v[together.back_index]
+        return v[shared.back_index]
 
-    def gather_rewards(
-        self, parts: list[list[Sampled]], prompts: list[Prompt]
-    ) -> tuple[Tensor, list[str], float]:
+    def rewards(self, parts: list[list[Sampled]], prompts: list[Prompt]) -> tuple[Tensor, list[str], float]:
         """Wait for the scores. Returns rewards (P, G) float64 of all ranks, NaN where scoring failed, the
         failures in words, and the seconds that this rank's scorers were busy."""
-        count, device = len(prompts) * self.cfg.group, self.model.device
-        rewards_N = torch.zeros(count, dtype=torch.float64, device=device)
-        failures, busy = [], 0.0
+        pending = []
         for part in parts:
             for sampled in part:
-                if sampled.scoring is None:
-                    continue
-                scores_B, failed, seconds = sampled.scoring.result()
-                sampled.scoring = None  # it holds the images
-                rewards_N[sampled.batch.samples] = scores_B.to(rewards_N.device, torch.float64)
-                failures += sorted(set(failed.values()))
-                busy += seconds
-        ranks.total(rewards_N)
-        everywhere = [failure for failures_of_rank in ranks.gather(failures) for failure in failures_of_rank]
-        return rewards_N.view(len(prompts), self.cfg.group), everywhere, busy
+                if sampled.scoring is not None:
+                    pending.append((sampled.batch.samples, sampled.scoring))
+                    sampled.scoring = None  # it holds the images
+        count = len(prompts) * self.cfg.group
+        rewards_N, failures, busy = gather_scores(pending, count, self.model.device)
+        return rewards_N.view(len(prompts), self.cfg.group), failures, busy
 
     # ---- the update ----
 
     def update(
         self, parts: list[list[Sampled]], prompts: list[Prompt], advantage_PG: Tensor, step: int
-    ) -> Outcome:
-        """All optimizer steps of the iteration."""
+    ) -> tuple[dict, float]:
+        """All optimizer steps of the iteration: (metrics, gradient norm)."""
         cfg = self.cfg
-        outcome = Outcome(self.model.device)
         advantage_N = advantage_PG.float().flatten()
+        sums = torch.zeros(len(STATISTICS), device=self.model.device)
+        largest, norm = 0.0, 0.0
         turns = cfg.epochs * cfg.updates
         for turn in range(turns):
             part = turn % cfg.updates
             kept = int((~advantage_N.view(cfg.updates, -1)[part].isnan()).sum())
             if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
                 continue
-            compare = turn == 0 and cfg.cosine_every > 0 and step % cfg.cosine_every == 0
-            largest = self.accumulate(parts[part], prompts, advantage_N, kept, outcome, compare)
+            more, drift = self.accumulate(parts[part], prompts, advantage_N, kept)
+            sums += more
+            largest = max(largest, drift)
             if self.trained.updates == 0:
-                self_test(float(largest), cfg.clip_range)
-            outcome.add_norm(self.trained.update(step, turn, turns))
-        return outcome
+                self_test(drift, cfg.clip_range)
+            of_update = self.trained.update(step, turn, turns)
+            if math.isfinite(norm):
+                norm = of_update
+        return policy_metrics(sums, largest, cfg.beta), norm
 
     def accumulate(
-        self,
-        part: list[Sampled],
-        prompts: list[Prompt],
-        advantage_N: Tensor,
-        kept: int,
-        outcome: Outcome,
-        compare: bool,
-    ) -> Tensor:
-        """Gradient of one update, left in .grad. Returns the largest |ratio - 1| on any rank.
-
-        Micro-batches stand task after task, in the same number on every rank, so with `compare` differences
-        of the growing gradient are the tasks' gradients, and their cosines (eq. 4) go into the outcome.
-        """
+        self, part: list[Sampled], prompts: list[Prompt], advantage_N: Tensor, kept: int
+    ) -> tuple[Tensor, float]:
+        """Gradient of one update, left in .grad. Returns the sums of STATISTICS and the largest |ratio - 1|,
+        of all ranks."""
         sums = torch.zeros(len(STATISTICS), device=self.model.device)
         largest = torch.zeros((), device=self.model.device)
-        gradients = TaskGradients(list(self.trained.parameters.values()))
-        for number, sampled in enumerate(part):
+        for sampled in part:
             scale = ranks.world() / (kept * len(sampled.states))
             more, drift = self.learn(sampled, prompts, advantage_N, scale)
             sums += more
             largest = torch.maximum(largest, drift)
-            task_ends = number + 1 == len(part) or part[number + 1].task != sampled.task
-            if compare and task_ends:
-                gradients.note(sampled.task)
-        ranks.largest(largest)
-        outcome.add(ranks.total(sums), largest, gradients.cosines())
-        return largest
+        return ranks.total(sums), float(ranks.largest(largest))
 
     def learn(
         self, sampled: Sampled, prompts: list[Prompt], advantage_N: Tensor, scale: float
@@ -272,7 +257,7 @@ class GRPO:
         """
         cfg, model, batch = self.cfg, self.model, sampled.batch
         text = model.text([prompts[n // cfg.group].text for n in batch.samples])
-        together = self.standing_together(batch)
+        shared = self.shared_prefix(batch)
         numbers = [state.i for state in sampled.states]
         real_B = torch.tensor(batch.real, dtype=torch.float32, device=model.device)
         advantage_B = advantage_N[batch.samples]
@@ -281,44 +266,40 @@ class GRPO:
         sums = torch.zeros(len(STATISTICS), device=model.device)
         largest = torch.zeros((), device=model.device)
         for j, state in enumerate(sampled.states):
+            kl_weight = state.transition.kl_weight()
             reference_v = None
             if cfg.beta > 0:
                 with torch.no_grad(), adapters.use(model.transformer, BASE):
-                    reference_v = self.velocity(state, text, numbers, together)
+                    reference_v = self.velocity(state, text, numbers, shared)
             # The adapter stays switched on around backward: recomputed activations must see that of their
             # forward pass.
             with adapters.use(model.transformer, model.trained):
-                v = self.velocity(state, text, numbers, together)
+                v = self.velocity(state, text, numbers, shared)
                 log_ratio_B = kernels.log_prob(state.x_next, state.x, v, state.transition) - state.log_prob_B
                 if cfg.guard:
-                    kl_old_B, _ = squared_difference(v, sampled.old_v[j], state.transition.kl_weight())
+                    kl_old_B = squared_difference(v, sampled.old_v[j], kl_weight)
                     log_ratio_B = guarded(log_ratio_B, kl_old_B, state.transition.std)
                 policy_B = clipped_loss(log_ratio_B, advantage_B, cfg.clip_range)
                 kl_B = torch.zeros_like(policy_B)
                 if cfg.beta > 0:
-                    kl_B = squared_difference(v, reference_v, state.transition.kl_weight())[0]
+                    kl_B = squared_difference(v, reference_v, kl_weight)
                 loss_B = policy_B + cfg.beta * kl_B
                 ((loss_B * kept_B).sum() * scale).backward()
             drift_B = (log_ratio_B.detach().exp() - 1) * real_B
             largest = torch.maximum(largest, drift_B.abs().max())
             clipped_B = (drift_B.abs() > cfg.clip_range).float()
-            columns = (
-                policy_B.detach(),
-                kl_B.detach(),
-                drift_B,
-                drift_B**2,
-                clipped_B,
-                torch.ones_like(kept_B),
-            )
-            sums += (torch.stack(columns) * kept_B).sum(1)
+            ones_B = torch.ones_like(kept_B)
+            rows = (policy_B.detach(), kl_B.detach(), drift_B, drift_B**2, clipped_B, ones_B)
+            sums += (torch.stack(rows) * kept_B).sum(1)
         return sums, largest
 
 
-def squared_difference(v: Tensor, other: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight mean |v - other|^2, mean |v - other|^2), (B,) each: a distillation loss with one teacher."""
+def squared_difference(v: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+    """weight mean |v - other|^2 (B,): a distillation loss with one teacher."""
     ones_B1 = torch.ones(len(v), 1, device=v.device)
     w_B = torch.full((len(v),), float(weight), device=v.device)
-    return kernels.velocity_mse(v, [other], ones_B1, w_B)
+    loss_B, _ = kernels.velocity_mse(v, [other], ones_B1, w_B)
+    return loss_B
 
 
 # ---- equations ---------------------------------------------------------------------------------------------

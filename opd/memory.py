@@ -21,7 +21,7 @@ from opd import adapters, ranks
 from opd.adapters import BASE, EMA, STUDENT, Lora
 from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import micro_batches
-from opd.families import Condition, load_family
+from opd.families import Condition
 from opd.files import read_json, resolve
 from opd.flags import require
 from opd.formats.lora_files import is_target
@@ -52,8 +52,7 @@ def forecast(cfg: RunConfig) -> str:
     device = torch.device("cpu")
     if cfg.gpu_memory > 0 or torch.cuda.is_available():
         device = torch.device("cuda")
-    family = load_family(cfg.family)
-    model = Model.plan(family, cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb)
+    model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
     parts = predict_run(cfg, model, assumed_teachers(cfg, model))
     world = ranks.declared_world()
     dtype = str(model.dtype).removeprefix("torch.")
@@ -99,7 +98,6 @@ def predict_run(cfg: RunConfig, model: Model, teachers: int) -> dict[str, int]:
     with torch.device("meta"):
         vae = getattr(diffusers, config["_class_name"]).from_config(config)
     text = model.family.text_shapes(model.folder, cfg.t5)
-    model = at_its_largest(model)
     pixels = prod(model.pixels)
     images = min(max(cfg.micro_batch, GRID), max(1, model.decode_pixels // pixels))
     parts = predict(cfg, model, text, teachers, ranks.declared_world())
@@ -110,7 +108,6 @@ def predict(
     cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]], teachers: int, world: int
 ) -> dict[str, int]:
     """Bytes by what they hold, on one of `world` ranks, but for the VAE. `text`: shapes of a Condition."""
-    model = at_its_largest(model)
     weights, buffers = numbers(model.skeleton.parameters()), numbers(model.skeleton.buffers())
     width, share = model.dtype.itemsize, cfg.shard_size
     # The student, which every rank holds whole, and the memory of its start, which is frozen.
@@ -128,11 +125,6 @@ def predict(
         "trajectories": trajectories(cfg, model, world),
         "activations": activations(cfg, model, text, world),
     }
-
-
-def at_its_largest(model: Model) -> Model:
-    """Of several --resolution the one with most pixels."""
-    return replace(model, shapes=[max(model.shapes, key=prod)])
 
 
 def peak(parts: dict[str, int]) -> int:
@@ -190,8 +182,6 @@ def trajectories(cfg: RunConfig, model: Model, world: int) -> int:
     states = 0
     if isinstance(cfg, GRPOConfig):
         states = cfg.states_per_sample() + 1
-    elif isinstance(cfg, DistillationConfig) and cfg.stored():
-        states = cfg.steps + 1
     return 4 * states * sum(rows(cfg, world)) * prod(model.shape)
 
 

@@ -1,7 +1,6 @@
 """One model at work: a frozen base with its adapters, its text conditions, its velocity and its images."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,14 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from opd import adapters, flow, kernels, trajectory
-from opd.conditioning import CACHE_GB, Conditioning
-from opd.data import permutation, seed_of
-from opd.families import Condition, load_family
+from opd.conditioning import Conditioning
+from opd.data import seed_of
+from opd.families import Condition, family_of
 from opd.files import check_encoders, find_pipeline, reading
-from opd.flags import at_most_one, in_pixels, pixels_of
+from opd.flags import in_pixels, pixels_of
 from opd.formats import lora_files
 from opd.formats.lora_files import Lora
+from opd.trajectory import State
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -28,6 +28,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made from noise."""
+
+    steps: int
+    seed: int
+    guidance: float
+    rollout: str = "ode"
+    """A name from flow.TRANSITIONS."""
+    noise_level: float = 0.7
 
 
 @dataclass
@@ -38,10 +50,10 @@ class Model:
     """The pipeline's directory."""
     skeleton: torch.nn.Module
     """The transformer on the meta device: names and shapes to check adapters against, before weights load."""
-    shapes: list[tuple[int, int, int]]
-    """(C, H, W) of the latents at every --resolution."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of the latents."""
     conditioning: Conditioning
-    """The cache of encoded prompts."""
+    """The encoded prompts."""
     dtype: torch.dtype
     """What the transformer computes in."""
     device: torch.device
@@ -53,44 +65,32 @@ class Model:
     vae: torch.nn.Module = None
     teachers: dict[str, "Model"] = field(default_factory=dict)
     """The teachers with a transformer of their own."""
-    grids: dict[tuple, list[float]] = field(default_factory=dict)
-    """The noise levels by (shape, steps)."""
+    grids: dict[int, list[float]] = field(default_factory=dict)
+    """The noise levels by number of steps."""
     coefficients: dict[tuple, list[flow.Transition]] = field(default_factory=dict)
-    """The transitions by (shape, steps, rollout, noise_level)."""
-
-    def __post_init__(self):
-        self.shape = self.shapes[0]
-        """That of the latents at work: of a training step, and else of the first --resolution."""
+    """The transitions by (steps, rollout, noise_level)."""
 
     # ---- from a name to a loaded model ----
 
     @classmethod
-    def plan(
-        cls,
-        family: ModuleType,
-        source: str,
-        dtype: str,
-        resolution: tuple[str, ...],
-        cache: str,
-        device: torch.device,
-        t5: bool,
-        cache_gb: float = CACHE_GB,
-    ) -> "Model":
-        """Everything that can be known, and refused, before weights load. `resolution` () is the model's own.
+    def plan(cls, source: str, dtype: str, resolution: str, device: torch.device, t5: bool) -> "Model":
+        """Everything that can be known, and refused, before weights load. `resolution` "" is the model's own.
 
-        FileNotFoundError / ValueError: no such source, another pipeline, a resolution that does not fit.
+        FileNotFoundError / ValueError: no such source, no pipeline that we know, a resolution that does not
+        fit.
         """
-        folder = find_pipeline(source, family.PIPELINE)
+        folder = find_pipeline(source)
+        family = family_of(folder)
         check_encoders(folder, all_of_them=t5)
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
             check_complete(folder / "transformer", skeleton)
             own = family.default_resolution(folder)
-            sizes = [pixels_of(text) for text in resolution] or [(own, own)]
-            shapes = [family.latent_shape(folder, *size) for size in sizes]
+            height, width = pixels_of(resolution or str(own))
+            shape = family.latent_shape(folder, height, width)
         compute = compute_dtype(dtype, device)
-        conditioning = Conditioning(family, folder, cache, compute, device, t5, cache_gb)
-        model = cls(family, folder, skeleton, shapes, conditioning, compute, device)
+        conditioning = Conditioning(family, folder, compute, device, t5)
+        model = cls(family, folder, skeleton, shape, conditioning, compute, device)
         with reading(f"{folder / 'scheduler'}"):
             model.sigmas(2)
         return model
@@ -103,16 +103,16 @@ class Model:
         return lora
 
     def prepare(self, prompts: list[str]) -> None:
-        """Encode `prompts`, and what guidance needs beside them, into the cache."""
+        """Encode `prompts`, and what guidance needs beside them, and keep them."""
         self.conditioning.prepare([*prompts, self.family.NEGATIVE])
 
     def follow(self, steps: list[list[str]]) -> None:
         """Tell which prompts every step of the run will read, and encode those of the first ones."""
         self.conditioning.follow(steps)
-        self.ahead(0)
+        self.conditioning.ahead(0)
 
     def ahead(self, step: int) -> None:
-        """Before a step, on every rank: encode the prompts of the window that it begins, if it does."""
+        """Before a step: encode the prompts of the window that it begins, if it does."""
         for model in (self, *self.teachers.values()):
             model.conditioning.ahead(step)
 
@@ -126,166 +126,102 @@ class Model:
             check_finite(self.vae)
         self.vae.to(self.device)
 
-    @classmethod
-    def ready(cls, args, device: torch.device, prompts: list[str]) -> "Model":
-        """A model to sample from, frozen adapters attached and prompts encoded; `args` are those of sample.py
-        or opd.evaluation. Whatever can be refused is refused before weights load."""
-        family = load_family(args.family)
-        size = at_most_one(args.resolution)
-        model = cls.plan(family, args.model, args.dtype, size, args.cache, device, args.t5)
-        loras = {}
-        for name, source in args.adapters.items():
-            if name != adapters.BASE:
-                loras[name] = model.read_lora(source)
-        model.prepare(prompts)
-        model.load()
+    def load_with(self, sources: dict[str, str], prompts: list[str]) -> "Model":
+        """Make a planned model ready to sample: frozen adapters by name attached, `prompts` encoded. Whatever
+        can be refused is refused before weights load."""
+        loras = {name: self.read_lora(source) for name, source in sources.items() if name != adapters.BASE}
+        self.prepare(prompts)
+        self.load()
         for name, lora in loras.items():
-            adapters.attach(model.transformer, name, lora, model.dtype)
-        model.transformer.to(device)
-        return model
-
-    # ---- the size of pictures ----
+            adapters.attach(self.transformer, name, lora, self.dtype)
+        self.transformer.to(self.device)
+        return self
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """(height, width) of the pictures at work."""
+        """(height, width) of the pictures."""
         unit = self.family.pixels(self.folder)
         return unit * self.shape[1], unit * self.shape[2]
 
     @property
-    def resolutions(self) -> list[str]:
-        """Of every shape, as --resolution has it."""
-        found = []
-        for shape in self.shapes:
-            with self.at(shape):
-                found.append(in_pixels(*self.pixels))
-        return found
-
-    def shape_of_step(self, seed: int, step: int) -> tuple[int, int, int]:
-        """One of `shapes`, the same on all ranks: a round of steps has each once, in shuffled order."""
-        rounds, place = divmod(step, len(self.shapes))
-        return self.shapes[permutation(len(self.shapes), seed, "resolution", rounds)[place]]
-
-    @contextmanager
-    def at(self, shape: tuple[int, int, int]) -> Iterator[None]:
-        """Noise, noise levels and pictures are of this shape inside."""
-        before, self.shape = self.shape, shape
-        try:
-            yield
-        finally:
-            self.shape = before
+    def resolution(self) -> str:
+        """The same as --resolution has it."""
+        return in_pixels(*self.pixels)
 
     # ---- the velocity ----
 
     def text(self, prompts: list[str]) -> list[Condition]:
-        """The conditions of prepared prompts, on the device; rows of a batch are a slice of the list."""
+        """The conditions of prompts, on the device; rows of a batch are a slice of the list."""
         return self.conditioning(prompts)
 
     def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition], guidance: float) -> Tensor:
         """dx/dsigma (B, C, H, W) float32 of the adapter in use, guided: guidance is part of the policy, known
-        here and to the family alone."""
-        return self.branches(x_BCHW, sigma_B, text, guidance)[0]
-
-    def branches(
-        self, x_BCHW: Tensor, sigma_B: Tensor, text: list[Condition], guidance: float
-    ) -> tuple[Tensor, Tensor]:
-        """(guided velocity, that of the conditional branch alone), one tensor where guidance is 1 and where
-        the network is told the scale. One forward; with guidance both branches ride in one batch."""
+        here and to the family alone. One forward; with guidance both branches ride in one batch."""
         family = self.family
         if family.guide is None:
-            told = family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text), guidance).float()
-            return told, told
+            return family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text), guidance).float()
         if guidance == 1.0:
-            v = family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
-            return v, v
+            return family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
         both = family.collate(text + [self.negative] * len(text))
         twice_x, twice_sigma = torch.cat([x_BCHW, x_BCHW]), torch.cat([sigma_B, sigma_B])
         v, v_uncond = family.velocity(self.transformer, twice_x, twice_sigma, both).chunk(2)
-        return family.guide(v, v_uncond, guidance).float(), v.float()
+        return family.guide(v, v_uncond, guidance).float()
 
     @cached_property
     def negative(self) -> Condition:
         """The condition of the unconditional branch."""
         return self.text([self.family.NEGATIVE])[0]
 
-    # ---- the walk ----
+    # ---- the walk from noise ----
 
     def sigmas(self, steps: int) -> list[float]:
         """The pipeline's noise levels, `steps` + 1 of them, from 1 down to 0."""
-        key = (self.shape, steps)
-        if key not in self.grids:
-            self.grids[key] = self.family.sigmas(self.folder, self.shape, steps)
-        return self.grids[key]
+        if steps not in self.grids:
+            self.grids[steps] = self.family.sigmas(self.folder, self.shape, steps)
+        return self.grids[steps]
 
-    def path(self, steps: int, rollout: str, noise_level: float, seeds: list[int]) -> trajectory.Path:
-        """The pipeline's noise levels with each step's transition and seed. `rollout` names one of
-        flow.TRANSITIONS. Coefficients are 0-dim float64 tensors on the CPU."""
-        key = (self.shape, steps, rollout, noise_level)
-        if key not in self.coefficients:
+    def path(self, steps: int, rollout: str, noise_level: float, key: tuple) -> trajectory.Path:
+        """The pipeline's noise levels with each step's transition, and its seed made of `key`. `rollout`
+        names one of flow.TRANSITIONS. Coefficients are 0-dim float64 tensors on the CPU."""
+        kind = (steps, rollout, noise_level)
+        if kind not in self.coefficients:
             sigma = torch.tensor(self.sigmas(steps), dtype=torch.float64)
             every = flow.TRANSITIONS[rollout](sigma[:-1], sigma[1:], noise_level)
-            self.coefficients[key] = [every.at(i) for i in range(steps)]
-        return trajectory.Path(self.sigmas(steps), self.coefficients[key], seeds)
+            self.coefficients[kind] = [every.at(i) for i in range(steps)]
+        seeds = [seed_of(*key, i) for i in range(steps)]
+        return trajectory.Path(self.sigmas(steps), self.coefficients[kind], seeds)
 
-    @torch.no_grad()
-    def images(
-        self,
-        adapter: str,
-        prompts: list[str],
-        index: list[int],
-        *,
-        steps: int,
-        seed: int,
-        guidance: float,
-        rollout: str = "ode",
-        noise_level: float = 0.7,
-    ) -> Tensor:
-        """Images (B, 3, height, width) float32 in [0, 1] on the CPU.
-
-        Image b depends on (seed, index[b]) and its prompt alone.
-        """
-        return self.decode(
-            self.latents(
-                adapter,
-                prompts,
-                index,
-                steps=steps,
-                seed=seed,
-                guidance=guidance,
-                rollout=rollout,
-                noise_level=noise_level,
-            )
-        )
-
-    @torch.no_grad()
-    def latents(
-        self,
-        adapter: str,
-        prompts: list[str],
-        index: list[int],
-        *,
-        steps: int,
-        seed: int,
-        guidance: float,
-        rollout: str = "ode",
-        noise_level: float = 0.7,
-    ) -> Tensor:
-        """What `images` decodes: (B, C, H, W) float32."""
-        text = self.text(prompts)
-        seeds = [seed_of(seed, "step", i) for i in range(steps)]
-        path = self.path(steps, rollout, noise_level, seeds)
+    def walk(
+        self, path: trajectory.Path, seed: int, index: list[int], starts: list[int] | None = None
+    ) -> Iterator[State]:
+        """The states of samples `index` along `path`, from noise that depends on `seed` and the sample alone
+        (or on the number in `starts`, where several samples shall start alike)."""
         index_B = torch.tensor(index, device=self.device)
-        start = kernels.normal((len(index), *self.shape), seed_of(seed, "start"), index_B, device=self.device)
+        starts_B = index_B
+        if starts is not None:
+            starts_B = torch.tensor(starts, device=self.device)
+        x = kernels.normal((len(index), *self.shape), seed, starts_B, device=self.device)
+        return trajectory.walk(x, path, index_B)
+
+    @torch.no_grad()
+    def latents(self, adapter: str, prompts: list[str], index: list[int], sampling: Sampling) -> Tensor:
+        """(B, C, H, W) float32 sampled by an adapter; sample b depends on (seed, index[b]) and its prompt."""
+        text = self.text(prompts)
+        key = (sampling.seed, "step")
+        path = self.path(sampling.steps, sampling.rollout, sampling.noise_level, key)
         with adapters.use(self.transformer, adapter):
-            for state in trajectory.walk(start, path, index_B):
-                state.step(self.velocity(state.x, state.sigma_B, text, guidance))
+            for state in self.walk(path, seed_of(sampling.seed, "start"), index):
+                state.step(self.velocity(state.x, state.sigma_B, text, sampling.guidance))
         return state.x_next
+
+    def images(self, adapter: str, prompts: list[str], index: list[int], sampling: Sampling) -> Tensor:
+        """The same, decoded: (B, 3, height, width) float32 in [0, 1] on the CPU."""
+        return self.decode(self.latents(adapter, prompts, index, sampling))
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images (B, 3, height, width) float32 in [0, 1] on the CPU, decoded in pieces of bounded memory."""
-        side = self.family.pixels(self.folder)
-        area = side**2 * latents_BCHW.shape[2] * latents_BCHW.shape[3]
-        count = max(1, self.decode_pixels // area)
+        height, width = self.pixels
+        count = max(1, self.decode_pixels // (height * width))
         latents_BCHW = latents_BCHW.to(self.vae.device)
         pieces = [self.family.decode(self.vae, piece).cpu() for piece in latents_BCHW.split(count)]
         return torch.cat(pieces)

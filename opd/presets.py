@@ -71,7 +71,6 @@ FINETUNE = SFTConfig(
     prompts_per_step=64,
     micro_batch=64,
     warmup=20,
-    log_every=10,
     save_every=200,
     sample_every=200,
 )
@@ -128,7 +127,7 @@ MINI_OPD = DistillationConfig(
 SD35_OPD = DistillationConfig(
     out="runs/sd35-flow-opd",
     model=SD35,
-    resolution=("512",),
+    resolution="512",
     rank=32,
     alpha=64.0,
     teachers=SD35_TEACHERS,
@@ -156,9 +155,8 @@ def base_without_teachers(family: str, model: str, guidance: float, eval_steps: 
     give --teachers and --prompts, and an --anchor with its --anchor-weight if there is one."""
     return DistillationConfig(
         out=f"runs/{family}",
-        family=family,
         model=model,
-        resolution=("1024",),
+        resolution="1024",
         rank=32,
         alpha=64.0,
         cold_start="base",
@@ -206,7 +204,7 @@ SD35_QUALITY = "0.0308*pickscore+0.04*deqa@http://localhost:8000"
 # Flow-GRPO's numbers. A rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
 SD35_GROW = GRPOConfig(
     model=SD35,
-    resolution=("512",),
+    resolution="512",
     rank=32,
     alpha=64.0,
     prompts_per_step=48,
@@ -266,7 +264,6 @@ MINI_MIX = replace(
     prompts_per_step=15,
     lr=2e-3,
     iterations=550,
-    cosine_every=40,
 )
 LOOKED_AT = dict.fromkeys(("shapes", "signs"), MINI_REWARDS["quality"])
 

@@ -12,15 +12,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+TIMEOUT = timedelta(minutes=30)
+"""After which ranks give up one that does not answer, and end."""
 # At the start the other ranks wait while the first encodes prompts, which may take longer than any step.
 PATIENCE = timedelta(hours=24)
 _patient = None  # the group that waits so long; made by `start`
 
 
-def start(timeout: float = 1800.0, deterministic: bool = False) -> torch.device:
+def start(deterministic: bool = False) -> torch.device:
     """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on
-    GPU. `timeout`: seconds after which a rank that does not answer is given up. `deterministic`: torch
-    refuses what has no deterministic algorithm."""
+    GPU. `deterministic`: torch refuses what has no deterministic algorithm."""
     global _patient
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -39,10 +40,10 @@ def start(timeout: float = 1800.0, deterministic: bool = False) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=meeting_point(timedelta(seconds=timeout)),
+            store=meeting_point(TIMEOUT),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(seconds=timeout),
+            timeout=TIMEOUT,
         )
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     if deterministic:
@@ -169,18 +170,10 @@ def average_gradients(parameters: list[torch.Tensor]) -> None:
     if world() == 1 or isinstance(parameters[0], DTensor):
         return
     used = [parameter for parameter in parameters if parameter.grad is not None]
-    flat = mean_gradient(used)
+    flat = total(torch.cat([parameter.grad.flatten() for parameter in used])) / world()
     pieces = flat.split([parameter.numel() for parameter in used])
     for parameter, piece in zip(used, pieces, strict=True):
         parameter.grad.copy_(piece.view_as(parameter))
-
-
-def mean_gradient(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """The gradients of these parameters so far, averaged over ranks, as a new flat tensor (a collective)."""
-    flat = torch.cat([full(parameter.grad).flatten() for parameter in parameters])
-    if isinstance(parameters[0], DTensor):
-        return flat
-    return total(flat) / world()
 
 
 def reshard(model: torch.nn.Module) -> None:

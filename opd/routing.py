@@ -70,15 +70,6 @@ def anchor_weights(sigmas_T: list[float], weight: float, levels: dict[str, float
     return weights_T
 
 
-def adapted(weight: float, measured: float, target: float) -> float:
-    """The anchor's next weight: a tenth of the way, in logarithms, from what was measured to the target. At
-    most a factor of 2^0.1 a step; nothing measured, or nothing finite, changes nothing."""
-    if not 0 < measured < math.inf:
-        return weight
-    ratio = min(max(measured / target, 0.5), 2.0)
-    return weight * ratio**0.1
-
-
 def claimed(scores_NJ: Tensor) -> list[int | None]:
     """Reward routing: which of J rewards claims each sample, that in whose units it stands highest.
 

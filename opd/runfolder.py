@@ -31,8 +31,8 @@ class RunFolder:
 
     def __init__(self, cfg: RunConfig, active: bool):
         self.path, self.active, self.tracker = Path(cfg.out).expanduser(), active, None
-        self.tracker_name, self.log_every, self.last = cfg.tracker, cfg.log_every, cfg.iterations
-        self.keep_last, self.keep_every, self.save_every = cfg.keep_last, cfg.keep_every, cfg.save_every
+        self.tracker_name, self.last = cfg.tracker, cfg.iterations
+        self.keep_last, self.save_every = cfg.keep_last, cfg.save_every
         self.forced = cfg.force_resume
         self.saved = 0
         """Steps done in the saved state."""
@@ -152,14 +152,12 @@ class RunFolder:
         trained.export(weights, self.path / "student")
 
     def prune(self) -> None:
-        """Delete the checkpoints that are neither among the last nor kept for good."""
+        """Delete the checkpoints that are not among the last --keep-last."""
         if self.keep_last == 0:
             return
         numbers = sorted(int(file.name) for file in (self.path / "checkpoints").glob("[0-9]*"))
         for number in numbers[: -self.keep_last]:
-            for_good = self.keep_every > 0 and number % self.keep_every == 0
-            if not for_good:
-                shutil.rmtree(self.path / "checkpoints" / f"{number:06d}")
+            shutil.rmtree(self.path / "checkpoints" / f"{number:06d}")
 
     def save_best(self, trained: Trained, watched: dict[str, float]) -> None:
         """best/: the student with the highest mean of the watched scores so far (collectives)."""
@@ -246,12 +244,6 @@ class RunFolder:
         replace(file, lambda path: path.write_text("".join(keep)))
 
     # ---- logging ----
-
-    def worth_logging(self, metrics: dict, done: int) -> bool:
-        """Every so many steps, the last, and whatever was watched or failed (of finite steps)."""
-        if "watch" in metrics or "failed_rewards" in metrics:
-            return True
-        return due(done, self.log_every, self.last)
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl; flat numbers also go to the tracker."""

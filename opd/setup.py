@@ -8,13 +8,11 @@ from opd.adapters import BASE, EMA, START, STUDENT
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
 from opd.evaluation.score import specs_of
-from opd.families import load_family
 from opd.flags import require
 from opd.formats import merging
 from opd.formats.images import Images, load_images
 from opd.formats.lora_files import Lora
 from opd.model import Model
-from opd.probe import probe_prompts
 from opd.ranks import say
 from opd.report.report import shown_texts, splits
 from opd.rewards import Reward, find_reward
@@ -32,9 +30,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     """
     if cfg.compile:
         compiled.check_compiler()
-    model = Model.plan(
-        load_family(cfg.family), cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
-    )
+    model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
     teachers = {}
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
@@ -96,8 +92,8 @@ def student_start(cfg: RunConfig, model: Model) -> Lora:
     if cfg.cold_start == "merge":
         merged = {name: source for name, source in cfg.merged().items() if source != BASE}
         loras = {name: model.read_lora(source) for name, source in merged.items()}
-        weights = {name: cfg.merge_weight(name) for name in merged}
-        recipe = merging.Recipe(cfg.merge, cfg.rank, cfg.merge_density, cfg.seed)
+        weights = dict.fromkeys(merged, 1 / len(cfg.merged()))
+        recipe = merging.Recipe(cfg.merge, cfg.rank, 0.5, cfg.seed)
         return merging.merge(loras, weights, recipe, cfg.alpha)
     lora = model.read_lora(cfg.cold_start)
     largest = max(a.shape[0] for a in lora.A.values())
@@ -125,7 +121,6 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[
     shown = shown_texts(cfg, pools)
     if isinstance(cfg, DistillationConfig):
         teacher_names(cfg, pools)  # refuses a route that cannot be followed
-        shown += [prompt.text for prompt in probe_prompts(cfg, pools)]
     return pools, shown, steps
 
 

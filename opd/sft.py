@@ -47,12 +47,12 @@ class SFT:
         draws_B2 = kernels.normal(
             (len(index), 2), seed_of(cfg.seed, step, "sigma"), index, device=model.device
         )
-        sigma_B = flow.logit_normal_sigma(draws_B2[:, 0], mean=images.log_shift[model.shape])
+        sigma_B = flow.logit_normal_sigma(draws_B2[:, 0], mean=images.log_shift)
         dropped_B = torch.special.ndtr(draws_B2[:, 1]) < cfg.caption_dropout
         captions = [images.captions[n] for n in numbers]
         for b in dropped_B.nonzero().flatten().tolist():
             captions[b] = model.family.NEGATIVE
-        data = images.latents[model.shape][numbers].to(model.device, torch.float32)
+        data = images.latents[numbers].to(model.device, torch.float32)
         eps = kernels.normal(tuple(data.shape), seed_of(cfg.seed, step, "eps"), index, device=model.device)
         text = model.text(captions)
         v = model.velocity(flow.noised(data, eps, sigma_B), sigma_B, text, guidance=1.0)

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from opd.adapters import BASE, EMA
 from opd.config import DistillationConfig
-from opd.families import family_of
 from opd.files import locate_part, read_json
 from opd.flags import require
 from opd.formats.lora_files import WEIGHTS, Lora
@@ -118,9 +117,7 @@ def twin(cfg: DistillationConfig, model: Model, device: torch.device) -> Model:
     student's conditions."""
     if device == model.device:
         return replace(model, teachers={})
-    return Model.plan(
-        model.family, cfg.model, cfg.dtype, cfg.resolution, cfg.cache, device, cfg.t5, cfg.cache_gb
-    )
+    return Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
 
 
 # ---- a fine-tuned transformer ------------------------------------------------------------------------------
@@ -211,12 +208,10 @@ def bare(key: str) -> str:
 
 def read_pipeline(cfg: DistillationConfig, name: str, path: Path, student: Model) -> Model:
     """The planned model. ValueError unless its latents and its velocity mean what the student's do."""
-    family = family_of(path)
     source = cfg.teachers[name]
-    sizes = tuple(student.resolutions)
     device = device_of(cfg.teacher_device(name), student)
     try:
-        teacher = Model.plan(family, source, cfg.dtype, sizes, cfg.cache, device, cfg.t5, cfg.cache_gb)
+        teacher = Model.plan(source, cfg.dtype, student.resolution, device, cfg.t5)
     except ValueError as error:
         raise ValueError(f"teacher {name!r}: {error}") from error
     check_same_space(source, teacher, student)
@@ -226,7 +221,7 @@ def read_pipeline(cfg: DistillationConfig, name: str, path: Path, student: Model
 def check_same_space(source: str, teacher: Model, student: Model) -> None:
     cannot = f"teacher {source!r} works on other latents than the student's base"
     shapes = f"{teacher.shape} instead of {student.shape} at the same resolution"
-    require(teacher.shapes == student.shapes, f"{cannot}: {shapes}")
+    require(teacher.shape == student.shape, f"{cannot}: {shapes}")
     vaes = [part_config(model, "vae", "config.json") for model in (teacher, student)]
     for key in LATENTS:
         theirs, ours = (vae[key] if key in vae else None for vae in vaes)

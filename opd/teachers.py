@@ -1,7 +1,8 @@
-"""Teachers: callables that say which velocity they would take, `(x_BCHW, sigma_B, texts) -> v_BCHW`.
+"""Who teaches a sample, and what its teachers say.
 
-A teacher is given the prompts themselves: it may read them with encoders of its own. Distillation knows
-nothing else of a teacher; which kinds there are says opd/teacher_files.py.
+A teacher is a callable `(x_BCHW, sigma_B, prompts) -> v_BCHW`: the velocity that it would take. It is given
+the prompts themselves, since it may read them with encoders of its own. Distillation knows nothing else of a
+teacher; which kinds there are says opd/teacher_files.py.
 """
 
 from collections.abc import Callable
@@ -10,16 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import adapters, flow, routing
+from opd import adapters, flow, ranks, routing
 from opd.adapters import BASE
-from opd.conditioning import TextBatch
 from opd.config import DistillationConfig
-from opd.data import MicroBatch, Prompt
+from opd.data import MicroBatch, Prompt, micro_batches
 from opd.flags import require
 from opd.model import Model
+from opd.rewards import Reward
+from opd.rewards.collect import gather_scores
 from opd.trajectory import State
 
-Teacher = Callable[[Tensor, Tensor, TextBatch], Tensor]
+Teacher = Callable[[Tensor, Tensor, list[str]], Tensor]
+
+
+# ---- routes: whose sample is it? ---------------------------------------------------------------------------
 
 
 def route_of(cfg: DistillationConfig, prompt: Prompt) -> str:
@@ -56,44 +61,89 @@ def own_shares(cfg: DistillationConfig, prompt: Prompt) -> dict[str, float]:
     return shares
 
 
+class RewardRouter:
+    """--routing reward: the task whose reward finds most in a sample's picture sends its teacher.
+
+    The pictures are those of the trajectories that the step will train on, sampled before by an ordinary pass
+    of the same seeds. It costs one more rollout.
+    """
+
+    def __init__(self, cfg: DistillationConfig, model: Model, rewards: dict[str, Reward]):
+        self.cfg, self.model = cfg, model
+        self.reward_of = {task: rewards[cfg.train_rewards[task]] for task in cfg.prompts}
+
+    @torch.no_grad()
+    def routes(
+        self, prompts_N: list[Prompt], route_N: list[str], walk: Callable, step: int
+    ) -> tuple[list[str], Tensor]:
+        """(each sample's route, its score by its own task's reward, as groups (P, G), NaN where that failed).
+        A sample that no reward could score keeps its route. `walk(index)` visits the samples' states."""
+        cfg, model = self.cfg, self.model
+        pending = {task: [] for task in self.reward_of}
+        samples = dict.fromkeys(range(len(prompts_N)), "any")
+        for batch in micro_batches(samples, cfg.micro_batch, ranks.world(), ranks.rank()):
+            text = model.text([prompts_N[n].text for n in batch.samples])
+            with adapters.use(model.transformer, model.trained):
+                for state in walk(batch.samples):
+                    state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
+            if any(batch.real):
+                self.start(batch, prompts_N, model.decode(state.x_next), pending)
+        columns = []
+        for scorings in pending.values():
+            scores_N, failures, _ = gather_scores(scorings, len(prompts_N), model.device)
+            columns.append(scores_N)
+            for failure in failures:
+                ranks.say(f"step {step}: no reward for {failure}")
+        scores_NJ = torch.stack(columns, dim=1)
+        tasks, routes = list(self.reward_of), []
+        for claim, route in zip(routing.claimed(scores_NJ), route_N, strict=True):
+            if claim is not None:
+                route = cfg.route(tasks[claim])
+            routes.append(route)
+        own_N = scores_NJ[torch.arange(len(prompts_N)), [tasks.index(prompt.task) for prompt in prompts_N]]
+        return routes, own_N.view(-1, cfg.group)
+
+    def start(self, batch: MicroBatch, prompts_N: list[Prompt], images_BCHW: Tensor, pending: dict) -> None:
+        """Begin to score a micro-batch by every reward that can judge it: its own task's, and those whose
+        metadata the prompt has."""
+        for task, reward in self.reward_of.items():
+            rows = []
+            for b, n in enumerate(batch.samples):
+                metadata = prompts_N[n].metadata
+                if prompts_N[n].task == task or all(key in metadata for key in reward.metadata_keys):
+                    rows.append(b)
+            if rows:
+                mine = [prompts_N[batch.samples[b]] for b in rows]
+                scoring = reward.start(
+                    images_BCHW[rows],
+                    [prompt.text for prompt in mine],
+                    [prompt.metadata for prompt in mine],
+                    self.cfg.reward_timeout,
+                )
+                pending[task].append(([batch.samples[b] for b in rows], scoring))
+
+
+# ---- teachers: which velocity would they take? -------------------------------------------------------------
+
+
 def load_teachers(
-    cfg: DistillationConfig, model: Model, pools: dict[str, list[Prompt]], guidance: float | None = None
+    cfg: DistillationConfig, model: Model, pools: dict[str, list[Prompt]]
 ) -> dict[str, Teacher]:
-    """Name -> teacher for every column of alpha, each under its own guidance or under `guidance`. Whatever
-    teaches must be on the model by now."""
+    """Name -> teacher for every column of alpha. Whatever teaches must be on the model by now."""
     teachers = {}
     for name in teacher_names(cfg, pools):
-        teachers[name] = load_teacher(cfg, model, name, guidance)
+        teachers[name] = load_teacher(cfg, model, name)
         if name in cfg.extrapolate:
-            reference = load_teacher(cfg, model, cfg.reference, guidance)
-            teachers[name] = extrapolated(teachers[name], reference, cfg.extrapolate[name])
+            base = adapter_teacher(model, BASE, cfg.guidance_of(BASE))
+            teachers[name] = extrapolated(teachers[name], base, cfg.extrapolate[name])
     return teachers
 
 
-def load_teacher(cfg: DistillationConfig, model: Model, name: str, guidance: float | None = None) -> Teacher:
-    """Teacher `name` by itself."""
-    own_model, adapter, own_guidance = policy_of(cfg, model, name)
-    if guidance is None:
-        guidance = own_guidance
-    return adapter_teacher(own_model, adapter, guidance)
-
-
-def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher:
-    """A teacher that answers v + (l - 1) (v - v_ref); its samples cost one more forward, the reference's."""
-
-    def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
-        v = teacher(x_BCHW, sigma_B, texts)
-        return flow.extrapolated(v, reference(x_BCHW, sigma_B, texts), factor)
-
-    return velocity
-
-
-def policy_of(cfg: DistillationConfig, model: Model, name: str) -> tuple[Model, str, float]:
-    """What teacher `name` answers with: a model, an adapter on it (BASE: none), and its guidance."""
-    guidance = cfg.guidance_of(name)
+def load_teacher(cfg: DistillationConfig, model: Model, name: str) -> Teacher:
+    """Teacher `name` by itself: a model of its own, or an adapter on the student's base (BASE: none)."""
     if name in model.teachers:
-        return model.teachers[name], BASE, guidance
-    return model, cfg.adapter_of(name), guidance
+        return adapter_teacher(model.teachers[name], BASE, cfg.guidance_of(name))
+    return adapter_teacher(model, cfg.adapter_of(name), cfg.guidance_of(name))
 
 
 def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
@@ -101,81 +151,78 @@ def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
     answer are on the student's device."""
 
     @torch.no_grad()
-    def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
-        text = texts.by(model.conditioning)
+    def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[str]) -> Tensor:
         x, sigma = x_BCHW.to(model.device), sigma_B.to(model.device)
         with adapters.use(model.transformer, adapter):
-            return model.velocity(x, sigma, text, guidance).to(x_BCHW.device)
+            return model.velocity(x, sigma, model.text(prompts), guidance).to(x_BCHW.device)
 
     return velocity
 
 
+def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher:
+    """A teacher that answers v + (l - 1) (v - v_ref); its samples cost one more forward, the reference's."""
+
+    def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[str]) -> Tensor:
+        v = teacher(x_BCHW, sigma_B, prompts)
+        return flow.extrapolated(v, reference(x_BCHW, sigma_B, prompts), factor)
+
+    return velocity
+
+
+# ---- asking them about a micro-batch -----------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Question:
-    """Which samples of a micro-batch a teacher is asked about."""
+class Queries:
+    """Whom a micro-batch asks about which samples, and how much each answer counts."""
 
-    teacher: Teacher
-    rows: list[int]
-    """Its own samples here."""
-    index: Tensor
-    """Those that it is shown, on the device: its own, or the first for nothing."""
-    texts: TextBatch
-    """Their prompts."""
+    alpha_BK: Tensor
+    """On the device. Padding has alpha 0: it counts for nothing, and no teacher spends time on it."""
+    rows_K: list[list[int] | None]
+    """Each teacher's samples here; None where no rank has any in this turn."""
+    index_K: list[Tensor | None]
+    """The same on the device, made once and not at every state."""
 
 
-class Panel:
-    """The teachers of one micro-batch: whom to ask about which samples, and with which weight the answers
-    count."""
+def teacher_queries(alpha_NK: Tensor, batch: MicroBatch, device: torch.device) -> Queries:
+    """A teacher is asked about the samples whose alpha is not 0."""
+    alpha_BK = alpha_NK[batch.samples] * torch.tensor(batch.real)[:, None]
+    rows_K, index_K = [], []
+    for column in range(alpha_NK.shape[1]):
+        if (alpha_NK[batch.turn, column] == 0).all():
+            rows_K.append(None)
+            index_K.append(None)
+            continue
+        rows = alpha_BK[:, column].nonzero().flatten().tolist()
+        rows_K.append(rows)
+        index_K.append(torch.tensor(rows, dtype=torch.int64, device=device))
+    return Queries(alpha_BK.to(device), rows_K, index_K)
 
-    def __init__(
-        self,
-        teachers: dict[str, Teacher],
-        alpha_NK: Tensor,
-        batch: MicroBatch,
-        texts: TextBatch,
-        device: torch.device,
-    ):
-        # Padding gets alpha 0: it counts for nothing, and no teacher spends time on it.
-        alpha_BK = alpha_NK[batch.samples] * torch.tensor(batch.real)[:, None]
-        self.alpha_BK = alpha_BK.to(device)
-        self.questions: list[Question | None] = []
-        """Per column; None where no rank has samples of the teacher."""
-        for column, teacher in enumerate(teachers.values()):
-            if (alpha_NK[batch.turn, column] != 0).any():
-                rows = alpha_BK[:, column].nonzero().flatten().tolist()
-                asked = rows or [0]
-                index = torch.tensor(asked, device=device)
-                self.questions.append(Question(teacher, rows, index, texts.rows(asked)))
-            else:
-                self.questions.append(None)
 
-    def targets(self, state: State) -> list[Tensor | None]:
-        """What each teacher would do at `state`: K velocities (B, ...), 0 at samples that it is not asked
-        about, None for a teacher that no rank has samples of.
-
-        A teacher whose samples are all on other ranks is asked about the first sample for nothing: where
-        weights are sharded, every rank must run the same forward passes in the same order.
-        """
-        targets = []
-        for question in self.questions:
-            if question is None:
-                targets.append(None)
-                continue
-            if len(question.rows) == len(state.x):
-                targets.append(question.teacher(state.x, state.sigma_B, question.texts))
-                continue
-            x, sigma_B = state.x[question.index], state.sigma_B[question.index]
-            answer = question.teacher(x, sigma_B, question.texts)
+def ask(teachers: list[Teacher], queries: Queries, state: State, prompts: list[str]) -> list[Tensor | None]:
+    """What each teacher would do at `state`: K velocities (B, ...), 0 at samples that it is not asked about,
+    None for a teacher that no rank has samples of."""
+    targets = []
+    for teacher, rows, index in zip(teachers, queries.rows_K, queries.index_K, strict=True):
+        if rows is None:
+            targets.append(None)
+        elif len(rows) == len(state.x):
+            targets.append(teacher(state.x, state.sigma_B, prompts))
+        else:
             target = torch.zeros_like(state.x)
-            if question.rows:
-                target[question.index] = answer
+            if rows:
+                asked = [prompts[b] for b in rows]
+                target[index] = teacher(state.x[index], state.sigma_B[index], asked)
+            else:
+                # Its samples are all on other ranks. Where weights are sharded, every rank must run the same
+                # forward passes in the same order: this one is for nothing.
+                teacher(state.x[:1], state.sigma_B[:1], prompts[:1])
             targets.append(target)
-        return targets
+    return targets
 
-    def velocity(self, state: State) -> Tensor:
-        """What the teachers would do together: the sum of their velocities (B, ...) by weight."""
-        v = torch.zeros_like(state.x)
-        for alpha_B, target in zip(self.alpha_BK.unbind(1), self.targets(state), strict=True):
-            if target is not None:
-                v += alpha_B.view(-1, *[1] * (v.dim() - 1)) * target
-        return v
+
+def mean_velocity(targets: list[Tensor | None], alpha_BK: Tensor) -> Tensor:
+    """What the teachers would do together (B, ...): the mean of their velocities, weighted by alpha."""
+    asked = [k for k, target in enumerate(targets) if target is not None]
+    v = sum(flow.per_sample(alpha_BK[:, k], targets[k]) * targets[k] for k in asked)
+    return v / flow.per_sample(alpha_BK.sum(1), v)

@@ -4,11 +4,11 @@
         v = ...                       # whatever the caller wants to know at state.x
         state.step(v)                 # the walk goes on from state.x_next
 
-The caller's body decides what happens at a state (a loss, a backward pass, nothing); a state that is kept is
-a stored transition: what it was, where it led, and how likely that was.
+The caller's body decides what happens at a state (a loss, a backward pass, nothing). Stage grpo keeps states:
+a kept state says where the sample was, where it went, and how likely that was.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,14 +62,3 @@ def walk(x: Tensor, path: Path, index: Tensor) -> Iterator[State]:
         yield state
         assert state.x_next is not None, f"state {i} was left without a step"
         x = state.x_next
-
-
-@torch.no_grad()
-def rollout(x: Tensor, path: Path, index: Tensor, velocity: Callable[[State], Tensor]) -> list[State]:
-    """Walk to the end by `velocity(state)` without gradients; returns every state, the last one's x_next is
-    the end."""
-    states = []
-    for state in walk(x, path, index):
-        state.step(velocity(state))
-        states.append(state)
-    return states

@@ -64,7 +64,6 @@ def test_a_students_folder_says_how_to_sample_it(world, folder):
     written = json.loads((folder / "run" / "student" / "deployment.json").read_text())
     assert written == {
         "model": str(world / "pipeline"),
-        "family": "sd3",
         "guidance": 2.5,
         "resolution": "8",
         "steps": 2,
@@ -120,7 +119,7 @@ def test_grid_watch_and_table_sample_the_student_as_it_is_deployed(world, folder
 def scores(world, folder, out, *flags):
     files = ["--prompts", "--heldout", f"red={world / 'red.txt'}", "--rewards", f"red={BRIGHT}"]
     model = ["--model", str(world / "pipeline"), "--adapters", f"student={student(folder)}"]
-    sampling = ["--count", "3", "--steps", "2", "--dtype", "float32", "--cache", str(world / "cache")]
+    sampling = ["--count", "3", "--steps", "2", "--dtype", "float32"]
     evaluate.main([*model, *files, *sampling, "--out", str(out), *flags])
     return json.loads(out.read_text())["scores"]
 
@@ -141,7 +140,7 @@ def test_evaluate_sweeps_the_scale(world, folder, capsys):
 def pictures(world, folder, out, *flags):
     files = [f"student={student(folder)}", f"red={world / 'red'}"]
     model = ["--model", str(world / "pipeline"), "--adapters", *files, "--prompts", "a red dot"]
-    places = ["--out", str(out), "--cache", str(world / "cache"), "--device", "cpu"]
+    places = ["--out", str(out), "--device", "cpu"]
     sample.main([*model, *places, "--dtype", "float32", "--steps", "2", *flags])
     return {name: out / f"a-red-dot.0.{name}.png" for name in ("base", "student", "red")}
 
@@ -156,7 +155,7 @@ def test_sample_takes_the_recorded_scale_unless_told(world, folder, tmp_path):
     same = {name: np.array_equal(pixels[name], Image.open(file)) for name, file in told.items()}
     assert same == {"base": False, "student": True, "red": False}
     again = ["--again", str(own["student"]), "--out", str(tmp_path / "again"), "--device", "cpu"]
-    sample.main([*again, "--cache", str(world / "cache")])
+    sample.main([*again])
     assert np.array_equal(Image.open(tmp_path / "again" / own["student"].name), pixels["student"])
 
 

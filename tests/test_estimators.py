@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from opd import flow
-from opd.estimators import ESTIMATORS, pathwise, reinforce
-from opd.grpo import clipped_loss
+from opd.estimators import ESTIMATORS, pathwise
 from opd.trajectory import State
 
 DIMENSIONS, SAMPLES = 3, 60_000
@@ -90,18 +89,3 @@ def test_estimators_step_alike_and_log_the_same_distances(name):
     stored = other.x_next.clone()
     ESTIMATORS[name](other, v, tiny.targets, tiny.alpha_BK, tiny.w_B)
     assert torch.equal(stored, other.x_next)
-
-
-def test_reinforce_is_the_first_gradient_of_grpo():
-    tiny = Tiny()
-    v = (tiny.x @ tiny.W).detach().requires_grad_()
-    state = tiny.state()
-    state.step(v)
-    advantage_B = torch.linspace(-2, 2, SAMPLES, dtype=torch.float64)
-    (ours,) = torch.autograd.grad(reinforce(state, v, advantage_B).sum(), v)
-    std = state.transition.std
-    mean = state.transition.keep * state.x - state.transition.move * v
-    log_prob_B = torch.distributions.Normal(mean, std).log_prob(state.x_next).mean(1)
-    grpo_B = clipped_loss(log_prob_B - log_prob_B.detach(), advantage_B, 1e-4)
-    (theirs,) = torch.autograd.grad(grpo_B.sum(), v)
-    assert ours.norm() > 0.1 and torch.allclose(ours, theirs, rtol=1e-8, atol=1e-12)

@@ -15,11 +15,10 @@ from opd.data import Prompt
 from opd.evaluation import evaluate, tables
 from opd.evaluation import score as gallery
 from opd.evaluation.records import in_8_bits
-from opd.evaluation.score import Judge, Row, Sampling
+from opd.evaluation.score import Asked, Judge, Row
 from opd.evaluation.statistics import summarise
-from opd.families import load_family
 from opd.formats import lora_files
-from opd.model import Model
+from opd.model import Model, Sampling
 from opd.rewards import Reward, Term
 
 HERE = "tests.test_evaluate"
@@ -27,8 +26,8 @@ HERE = "tests.test_evaluate"
 
 @pytest.fixture(scope="module")
 def model(world):
-    family, cpu = load_family("sd3"), torch.device("cpu")
-    model = Model.plan(family, str(world / "pipeline"), "float32", (), str(world / "cache"), cpu, True)
+    cpu = torch.device("cpu")
+    model = Model.plan(str(world / "pipeline"), "float32", "", cpu, True)
     model.conditioning.prepare(["a red circle", "a blue circle", "two red circles", ""])
     model.load()
     for name in ("red", "blue"):
@@ -94,7 +93,7 @@ def records_of(model, adapter="red", rewards=(brightness,), images_per_task=7, s
     settings = dict(ode_steps=3, seed=0, guidance=1.0, batch=3, timeout=30.0) | changes
     rows = {adapter: Row(adapter, settings["guidance"])}
     count = {"count": images_per_task, "steps": settings["ode_steps"], "seed": settings["seed"]}
-    sampling = Sampling(**count, batch=settings["batch"])
+    sampling = Asked(**count, batch=settings["batch"])
     batches = gallery.planned(rows, {"train": {"red": POOL}}, sampling, {adapter: {}})
     spies = [spy(reward, f"spy{place or ''}") for place, reward in enumerate(rewards)]
     judge = Judge({"red": spies}, settings["timeout"], strict)
@@ -111,7 +110,7 @@ def brightness_one_by_one(model, count):
     single = []
     for index in range(count):
         text = POOL[order[index % 3]].text
-        image = in_8_bits(model.images("red", [text], [index], steps=3, seed=0, guidance=1.0))
+        image = in_8_bits(model.images("red", [text], [index], Sampling(3, 0, 1.0)))
         single.append(image.mean().item())
     return order, single
 
@@ -176,7 +175,7 @@ def test_scores_of_a_sum_with_a_class_and_of_several_scorers(model):
         scorer.load(torch.device("cpu"))
     rows = {"base": Row("base", 1.0), "red": Row("red", 2.0)}
     splits = {"train": {"red": POOL}, "held-out": {"red": POOL[:1]}}
-    batches = gallery.planned(rows, splits, Sampling(4, 3, 0, batch=3), dict.fromkeys(rows, {}))
+    batches = gallery.planned(rows, splits, Asked(4, 3, 0, batch=3), dict.fromkeys(rows, {}))
     judge = Judge(scorers, 30.0, strict=True)
     records = judge.records(batches, lambda batch: gallery.made(model, rows, batch), None)
     blend, bright = [scorer.spec for scorer in scorers["red"]]
@@ -265,7 +264,7 @@ def command(world, *changes):
         "--dtype",
         "float32",
     ]
-    sampling = ["--count", "3", "--steps", "2", "--cache", str(world / "cache")]
+    sampling = ["--count", "3", "--steps", "2"]
     tasks = ["--prompts", *files, "--heldout", *files, "--rewards", f"red={HERE}:brightness"]
     evaluate.main([*pipeline, *sampling, *tasks, *changes])
 

@@ -22,7 +22,7 @@ from opd.data import seed_of
 from opd.families import load_family
 from opd.flags import in_pixels
 from opd.formats import lora_files
-from opd.model import Model
+from opd.model import Model, Sampling
 from tests import tiny, tiny_flux, tiny_qwen_image, tiny_z_image
 from tests.tiny_grpo import run
 
@@ -62,7 +62,7 @@ class Fixture(NamedTuple):
     """Our guidance -> arguments of the pipeline's call beside those that every family has."""
     absent: dict = {}
     """Components that from_pretrained must be told are missing."""
-    resolution: tuple[str, ...] = ()
+    resolution: str = ""
     """What a run must be told where the pipeline's own size is large."""
     pack: Callable = as_it_is
     """Latents (B, C, H, W) as the pipeline takes them."""
@@ -118,7 +118,7 @@ FIXTURES = {
         "qwen_image",
         tiny_qwen_image.make_pipeline,
         negative(" ", true_cfg_scale=1.0),
-        resolution=("8",),
+        resolution="8",
         pack=packed,
         unpack=unpacked_qwen,
         foreign=("diffusion_model.", "lora_unet_"),
@@ -141,14 +141,11 @@ def case(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in fixture.constants.items():
             patch.setattr(family, name, value)
-        yield SimpleNamespace(
-            fixture=fixture, family=family, pipeline=folder / "pipeline", cache=folder / "cache"
-        )
+        yield SimpleNamespace(fixture=fixture, family=family, pipeline=folder / "pipeline")
 
 
-def ours(case, *sizes: str) -> Model:
-    resolution = sizes or case.fixture.resolution
-    model = Model.plan(case.family, str(case.pipeline), "float32", resolution, str(case.cache), CPU, True)
+def ours(case, size: str = "") -> Model:
+    model = Model.plan(str(case.pipeline), "float32", size or case.fixture.resolution, CPU, True)
     model.prepare(PROMPTS)
     model.load()
     return model
@@ -263,7 +260,7 @@ def test_velocities_and_images_are_the_pipelines(guidance, size, case):
     )
     for state, (x, sigma, _) in zip(walk, theirs.steps, strict=True):
         assert (state.x - x).abs().max() < 1e-4 and state.sigma_B[0] == sigma
-    mine = model.images(adapters.BASE, PROMPTS, [5, 0, 17], steps=7, seed=4, guidance=guidance)
+    mine = model.images(adapters.BASE, PROMPTS, [5, 0, 17], Sampling(7, 4, guidance))
     assert mine.std() > 0.05 and (mine - images).abs().max() < 1e-4
 
 

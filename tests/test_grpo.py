@@ -225,7 +225,6 @@ def test_advantage_knobs_change_the_gradient(world):
     plain = recorded(world, cold_start=str(world / "red"))[0]
     for changes in (
         {"advantage_std": "group"},
-        {"advantage_clip": 0.5},
         {"window": 1, "window_range": (0, 4)},
         {"skip_last": True},
     ):

@@ -68,7 +68,7 @@ def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, chang
                 alone = list(range(len(batch.samples)))
                 return grpo.SharedPrefix(alone, torch.tensor(alone), torch.tensor(alone))
 
-            monkeypatch.setattr(stage, "standing_together", everyone)
+            monkeypatch.setattr(stage, "shared_prefix", everyone)
         rows = []
         model.transformer.register_forward_hook(lambda *given, rows=rows: rows.append(len(given[-1][0])))
         monkeypatch.setattr(trained, "update", lambda *_: 1.0)
@@ -103,30 +103,6 @@ def test_self_test_names_causes_when_training_sees_another_policy(world):
         RuntimeError, match=r"a ratio is .* off 1 \(tolerance 5e-05.*dtype.*dropout.*guidance"
     ):
         stage.step(0)
-
-
-def test_cosine_of_two_tasks(world):
-    """Sums of the tasks' gradients are the update's; the logged cosine is that of gradients computed one task
-    at a time."""
-    start = dict(cold_start=str(world / "red"), prompts_per_step=4, beta=0.1)
-    both, row = recorded(world, cosine_every=1, **start)
-    alone = []
-    for task in ("red", "blue"):
-        cfg, model, data, trained, stage = build(world, **start)
-        prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-        tasks = [prompt.task for prompt in prompts]
-        part = stage.sample_part(prompts, 0, 0, grpo.trained_states(cfg, 0))
-        rewards, *_ = stage.gather_rewards([part], prompts)
-        advantage = grpo.advantages(rewards, tasks, cfg.advantage_std, cfg.advantage_clip)
-        advantage[[t != task for t in tasks]] = math.nan
-        trained.update = lambda *_: 0.0
-        stage.update([part], prompts, advantage, 0)
-        alone.append(flat(p.grad for p in trained.parameters.values()))
-    assert distance((alone[0] + alone[1]) / 2, both) < 1e-4
-    assert row["cosine"]["red/blue"] == pytest.approx(
-        float(torch.nn.functional.cosine_similarity(*alone, dim=0)), abs=1e-4
-    )
-    assert "cosine" not in recorded(world, **start)[1]
 
 
 def test_alternate_gives_each_step_one_task(world):

@@ -10,7 +10,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
-from opd.families import sd3
 from opd.formats import images
 from opd.model import Model
 
@@ -21,9 +20,9 @@ def model(world):
     return planned(world)
 
 
-def planned(world, *sizes):
-    cpu, cache = torch.device("cpu"), str(world / "cache")
-    return Model.plan(sd3, str(world / "pipeline"), "float32", sizes, cache, cpu, True)
+def planned(world, size=""):
+    cpu = torch.device("cpu")
+    return Model.plan(str(world / "pipeline"), "float32", size, cpu, True)
 
 
 def metadata(folder, rows):
@@ -59,8 +58,8 @@ def test_images_are_encoded_as_by_hand(model, world, tmp_path):
     ]
     data = images.load_images(metadata(tmp_path, rows), model)
     assert data.captions == [f"image {i}" for i in range(count)]
-    torch.testing.assert_close(data.latents[model.shape], by_hand(world, arrays), rtol=0, atol=1e-5)
-    assert data.log_shift[model.shape] == pytest.approx(np.log(3.0))
+    torch.testing.assert_close(data.latents, by_hand(world, arrays), rtol=0, atol=1e-5)
+    assert data.log_shift == pytest.approx(np.log(3.0))
 
 
 @pytest.mark.parametrize("size", [(12, 8), (8, 13), (24, 16), (4, 4), (5, 9), (300, 8)])
@@ -96,32 +95,12 @@ def test_every_colour_mode_becomes_rgb(mode, tmp_path):
     )
 
 
-def test_several_sizes_each_crop_every_image(world, tmp_path):
-    """What stands out is cut off on both sides; latents that are made already have one size."""
-    array = picture(tmp_path, "x.png", (16, 8))
-    folder = metadata(tmp_path, [{"file_name": "x.png", "prompt": "x"}])
-    data = images.load_images(folder, planned(world, "8x16", "8", "16x8"))
-    assert [tuple(latents.shape) for latents in data.latents.values()] == [
-        (1, 4, 4, 8),
-        (1, 4, 4, 4),
-        (1, 4, 8, 4),
-    ]
-    for shape, kept in (((4, 4, 8), array), ((4, 4, 4), array[:, 4:12])):
-        torch.testing.assert_close(data.latents[shape], by_hand(world, [kept]), rtol=0, atol=1e-5)
-    tall = images.read_image(tmp_path / "x.png", 16, 8)
-    twice = Image.fromarray(array).resize((32, 16), Image.Resampling.LANCZOS).crop((12, 0, 20, 16))
-    assert np.array_equal((tall * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(twice))
-    save_file({"latents": torch.ones(1, 4, 4, 4)}, tmp_path / "latents.safetensors")
-    with pytest.raises(ValueError, match=r"--resolution 8 8x16: .* holds latents of one size"):
-        images.load_images(folder, planned(world, "8", "8x16"))
-
-
 def test_latents_are_taken_as_they_are(model, tmp_path):
     folder = metadata(tmp_path, [{"prompt": f"p{i}"} for i in range(3)])
     latents = torch.randn(3, 4, 4, 4).half()
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
     data = images.load_images(folder, model)
-    assert torch.equal(data.latents[model.shape], latents) and data.captions == ["p0", "p1", "p2"]
+    assert torch.equal(data.latents, latents) and data.captions == ["p0", "p1", "p2"]
 
 
 BAD_METADATA = [

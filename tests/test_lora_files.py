@@ -172,7 +172,7 @@ def test_a_published_teacher_loads_unchanged(base, world, tmp_path):
             torch.nn.init.normal_(weight, std=0.1)
     wrapped.save_pretrained(tmp_path)
     cpu = torch.device("cpu")
-    model = Model.plan(sd3, str(world / "pipeline"), "float32", (), str(tmp_path / "cache"), cpu, True)
+    model = Model.plan(str(world / "pipeline"), "float32", "", cpu, True)
     lora = model.read_lora(str(tmp_path))
     assert {a.shape[0] for a in lora.A.values()} == {32} and set(lora.scale.values()) == {2.0}
     transformer = copy.deepcopy(base)

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from opd import memory
 from opd.bench import loop as bench
 from opd.bench import model as bench_model
-from opd.families import load_family
 from opd.memory import LiveTensors, peak
 from opd.model import Model
 from opd.teacher_files import read_teachers
@@ -28,8 +27,7 @@ def counted(monkeypatch):
 
 
 def planned_run(cfg):
-    family = load_family(cfg.family)
-    return Model.plan(family, cfg.model, cfg.dtype, cfg.resolution, cfg.cache, CPU, cfg.t5)
+    return Model.plan(cfg.model, cfg.dtype, cfg.resolution, CPU, cfg.t5)
 
 
 # ---- against measurement -----------------------------------------------------------------------------------
@@ -106,8 +104,6 @@ def test_stages_that_store_trajectories_hold_their_states(world, counted):
     assert counted(cfg)["trajectories"] == cfg.samples_per_step() * (cfg.steps + 1) * state
     cfg = replace(cfg, window=2, window_range=(0, 3))
     assert counted(cfg)["trajectories"] == cfg.samples_per_step() * 3 * state
-    cfg = tiny.config(world, single_pass=False)
-    assert counted(cfg)["trajectories"] == cfg.samples_per_step() * (cfg.steps + 1) * state
     assert counted(tiny.config(world))["trajectories"] == 0
 
 

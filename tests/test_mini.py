@@ -139,8 +139,6 @@ def run(tmp_path_factory):
             "2",
             "--out",
             str(out),
-            "--cache",
-            str(out / "cache"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -203,8 +201,6 @@ def test_evaluate_command_agrees_with_the_run(run, capsys, tmp_path):
             "8",
             "--steps",
             "5",
-            "--cache",
-            str(out / "cache"),
             "--out",
             str(tmp_path / "scores.json"),
         ]

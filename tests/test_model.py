@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from opd import adapters, flow
+from opd.data import seed_of
 from opd.families import sd3
-from opd.model import Model, compute_dtype
+from opd.model import Model, Sampling, compute_dtype
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a dot"]
 
 
 @pytest.fixture(scope="module")
-def model(world, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    model = Model.plan(sd3, str(world / "pipeline"), "float32", (), str(cache), CPU, True)
+def model(world):
+    model = Model.plan(str(world / "pipeline"), "float32", "", CPU, True)
     model.prepare(PROMPTS)
     model.load()
     return model
@@ -43,7 +43,7 @@ def test_what_is_trained_is_the_student_unless_told_otherwise(model):
 
 
 def test_the_negative_prompt_is_prepared_with_the_others(model):
-    assert sd3.NEGATIVE in model.conditioning.cache
+    assert sd3.NEGATIVE in model.conditioning.kept
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -67,19 +67,19 @@ def test_velocity_is_float32_and_its_gradient_reaches_the_state(guidance, model)
 
 @pytest.mark.parametrize("rollout", list(flow.TRANSITIONS))
 def test_a_path_joins_levels_coefficients_and_seeds(rollout, model):
-    seeds = [11, 12, 13, 14]
-    path = model.path(4, rollout, 0.7, seeds)
-    assert path.seeds == seeds and path.sigmas == sd3.sigmas(model.folder, model.shape, 4)
+    path = model.path(4, rollout, 0.7, (0, "noise"))
+    assert path.seeds == [seed_of(0, "noise", i) for i in range(4)]
+    assert path.sigmas == sd3.sigmas(model.folder, model.shape, 4)
     assert len(path.transitions) == 4
     for i, transition in enumerate(path.transitions):
         assert transition.keep.dtype == torch.float64 and transition.keep.ndim == 0
         sigma, sigma_next = path.sigmas[i : i + 2]
         expected = by_hand(rollout, sigma, sigma_next, path.sigmas[1], 0.7)
         assert [c.item() for c in transition] == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    other = model.path(4, rollout, 0.3, [0] * 4)
+    other = model.path(4, rollout, 0.3, (0, "noise"))
     stds = [[t.std.item() for t in p.transitions] for p in (path, other)]
     assert (stds[0] == stds[1]) == (rollout == "ode")  # each noise level has its own coefficients
-    assert [t.std.item() for t in model.path(4, rollout, 0.7, seeds).transitions] == stds[0]
+    assert [t.std.item() for t in model.path(4, rollout, 0.7, (1, "noise")).transitions] == stds[0]
 
 
 def by_hand(rollout: str, sigma: float, sigma_next: float, second: float, a: float) -> list[float]:
@@ -102,7 +102,7 @@ def by_hand(rollout: str, sigma: float, sigma_next: float, second: float, a: flo
 def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(settings, model):
     def draw(seed, *which):
         prompts, index = [PROMPTS[i] for i in which], [10 + i for i in which]
-        return model.images(adapters.BASE, prompts, index, steps=3, seed=seed, **settings)
+        return model.images(adapters.BASE, prompts, index, Sampling(3, seed, **settings))
 
     together = draw(0, 0, 1, 2)
     assert together.shape == (3, 3, 8, 8) and together.dtype == torch.float32
@@ -113,7 +113,7 @@ def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(settings, m
 
 def test_the_noise_of_a_rollout_changes_the_images(model):
     def draw(**settings):
-        return model.images(adapters.BASE, PROMPTS, [0, 1, 2], steps=3, seed=0, guidance=1.0, **settings)
+        return model.images(adapters.BASE, PROMPTS, [0, 1, 2], Sampling(3, 0, 1.0, **settings))
 
     assert (draw(rollout="sde", noise_level=0.7) - draw()).abs().max() > 0.01
     assert (draw(rollout="sde", noise_level=1e-4) - draw()).abs().max() < 1e-3

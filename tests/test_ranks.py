@@ -24,7 +24,7 @@ def distil(world):
 def grow():
     """GRPO on the tiny world, from two rewards."""
     flags = """--group 4 --micro-batch 5 --beta 0.1 --epochs 2 --iterations 2 --clip-range 1e-3
-        --cosine-every 1 --window 0
+        --window 0
         --no-shared-start --ema 0 --decay cosine --watch-every 0 --train-rewards
         red=tests.tiny_grpo:brightness blue=tests.tiny_grpo:brightness"""
     return ["mini-grpo-mix", *flags.split()]
@@ -34,7 +34,7 @@ def flags(world, out, *arguments):
     """The command line of a run on the tiny world: preset, what all of them share, and `arguments`."""
     preset, *own = arguments
     prompts = ["--prompts", f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}"]
-    folders = ["--model", str(world / "pipeline"), "--cache", str(world / "cache"), "--out", str(out)]
+    folders = ["--model", str(world / "pipeline"), "--out", str(out)]
     shared = """--dtype float32 --rank 4 --alpha 8 --prompts-per-step 5 --steps 3 --mix --iterations 3
         --lr 1e-2 --warmup 0 --no-evaluate --sample-every 3"""
     return [preset, *prompts, *folders, *shared.split(), *own]

@@ -50,7 +50,7 @@ def flags(world, folder, *more):
     red = [f"red={world / 'red.txt'}", f"blue={world / 'blue.txt'}"]
     model = ["--model", str(world / "pipeline"), "--adapters", f"red={world / 'red'}", "--dtype", "float32"]
     sampling = ["--count", "6", "--per-prompt", "2", "--steps", "2", "--batch", "2"]
-    tasks = ["--prompts", *red, "--heldout", "--cache", str(world / "cache")]
+    tasks = ["--prompts", *red, "--heldout"]
     rewards = ["--rewards", f"red={HERE}:bright", f"blue={HERE}:bright", "--records", str(folder)]
     return [*model, *sampling, *tasks, *rewards, *more]
 
@@ -96,18 +96,17 @@ def test_every_picture_has_a_line_that_says_how_to_make_it(world, folder):
 
 def test_a_picture_is_that_of_the_model(world, folder):
     """Not of another row, prompt or noise."""
-    from opd.model import Model
+    from opd.model import Model, Sampling
 
     args = evaluate.Arguments(
         model=str(world / "pipeline"),
         adapters={"red": str(world / "red")},
         dtype="float32",
-        cache=str(world / "cache"),
     )
     texts = [row["prompt"] for row in lines(folder)]
-    model = Model.ready(args, torch.device("cpu"), texts)
+    model = Model.plan(args.model, args.dtype, "", torch.device("cpu"), True).load_with(args.adapters, texts)
     for row in lines(folder)[::5]:
-        image = model.images(row["row"], [row["prompt"]], [row["index"]], steps=2, seed=0, guidance=1.0)
+        image = model.images(row["row"], [row["prompt"]], [row["index"]], Sampling(2, 0, 1.0))
         difference = (in_8_bits(image)[0] - read_picture(folder / row["file"])).abs().max()
         assert difference <= 1.01 / 255, row["file"]
 

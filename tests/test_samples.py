@@ -14,6 +14,7 @@ from opd.data import load_prompts
 from opd.evaluation.score import cases_of
 from opd.formats import lora_files
 from opd.formats.images import load_images
+from opd.model import Sampling
 from tests import tiny
 
 BRIGHT = "tests.tiny_grpo:brightness"
@@ -21,7 +22,7 @@ BRIGHT = "tests.tiny_grpo:brightness"
 
 def sampled(world, out, *more):
     """The first command, for 7 samples of each task."""
-    folders = ["--model", world / "pipeline", "--cache", world / "cache", "--out", out]
+    folders = ["--model", world / "pipeline", "--out", out]
     names = [f"{name}={world / name}" for name in ("red", "blue")]
     files = [f"{name}={world / name}.txt" for name in ("red", "blue")]
     flags = "--save latents --count 7 --steps 3 --batch 4 --dtype float32 --device cpu".split()
@@ -53,7 +54,7 @@ def test_every_task_is_sampled_by_its_teacher(everything, world, model):
         assert set(prompts) == set(tiny.PROMPTS[task])
         cases = cases_of(load_prompts(str(world / f"{task}.txt"), task, None), 7)
         assert prompts == [prompt.text for _, prompt in cases]
-        expected = model.latents(task, prompts, list(range(7)), steps=3, seed=0, guidance=1.0)
+        expected = model.latents(task, prompts, list(range(7)), Sampling(3, 0, 1.0))
         assert (latents[part].float() - expected).abs().max() < 2e-3 * expected.abs().max()
     assert len({tuple(latent.flatten().tolist()) for latent in latents}) == 14
 
@@ -75,7 +76,7 @@ def test_a_reward_filters_by_its_threshold(everything, world, tmp_path, model, c
 def test_two_commands_make_an_sft_start(everything, world, tmp_path, monkeypatch):
     """The latents reach the loss as they were sampled; the student learns; distillation starts from it."""
     data, rows, latents = everything
-    folders = ["--model", world / "pipeline", "--cache", world / "cache", "--out", tmp_path / "sft"]
+    folders = ["--model", world / "pipeline", "--out", tmp_path / "sft"]
     flags = """--rank 4 --alpha 8 --iterations 3 --prompts-per-step 8 --warmup 0 --lr 1e-2 --dtype float32
         --sample-every 0"""
     arguments = ["train.py", "mini-sft-start", *folders, "--data", data, *flags.split()]
@@ -87,9 +88,7 @@ def test_two_commands_make_an_sft_start(everything, world, tmp_path, monkeypatch
             ranks.stop()
     model = tiny.build(tiny.config(world))[1]
     images = load_images(str(data), model)
-    assert torch.equal(images.latents[model.shape], latents) and images.captions == [
-        row["prompt"] for row in rows
-    ]
+    assert torch.equal(images.latents, latents) and images.captions == [row["prompt"] for row in rows]
     student = tmp_path / "sft" / "student"
     assert lora_files.read_lora(str(student)).norm() > 0.01
     cfg = tiny.config(world, cold_start=str(student), out=str(tmp_path / "opd"))

@@ -273,8 +273,8 @@ def run_main(monkeypatch, *arguments):
 
 def test_dry_run_prints_the_settings_and_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    out, cache = str(tmp_path / "run"), str(tmp_path / "cache")
-    run_main(monkeypatch, "sd35", "--dry-run", "--lr", "0.125", "--out", out, "--cache", cache)
+    out = str(tmp_path / "run")
+    run_main(monkeypatch, "sd35", "--dry-run", "--lr", "0.125", "--out", out)
     shown = capsys.readouterr().out.splitlines()
     assert "stage opd" in shown[0] and "sd35" in shown[0]
     assert "--lr 0.125" in shown and f"--out {out}" in shown

@@ -53,7 +53,6 @@ def test_what_is_made_is_trained_on(tmp_path):
     cfg = replace(
         PRESETS["mini-ocr-base"],
         out=str(tmp_path / "run"),
-        cache=str(tmp_path / "cache"),
         model=str(tmp_path / "pipeline"),
         data=str(tmp_path / "data"),
         iterations=1,

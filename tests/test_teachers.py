@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, SD3Transformer2DModel, StableDiffusion3Pipe
 from safetensors.torch import load_file, save_file
 
 from opd import adapters, ranks
-from opd.conditioning import TextBatch
 from opd.evaluation import evaluate
 from opd.families import sd3
 from opd.files import PIPELINE_FILES
@@ -66,7 +65,7 @@ def answer(cfg, model, name):
     model.prepare(PROMPTS)
     for own in model.teachers.values():
         own.prepare(PROMPTS)
-    return load_teacher(cfg, model, name)(*states(), TextBatch(PROMPTS))
+    return load_teacher(cfg, model, name)(*states(), PROMPTS)
 
 
 # ---- a fine-tuned transformer ------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def test_the_table_scores_a_pipeline_by_its_own_weights_encoders_and_guidance(wo
     table = json.loads((tmp_path / "scores.json").read_text())
     assert list(table) == ["base", "red g=2.5", "blue", "student"]
     files = [f"{task}={world / task}.txt" for task in ("red", "blue")]
-    flags = ["--model", place / "larger", "--cache", world / "cache", "--out", tmp_path / "alone.json"]
+    flags = ["--model", place / "larger", "--out", tmp_path / "alone.json"]
     flags += ["--prompts", *files, "--rewards", *(f"{task}={PATTERN}" for task in ("red", "blue"))]
     flags += "--adapters --heldout --count 5 --steps 2 --guidance 2.5 --dtype float32".split()
     evaluate.main([str(flag) for flag in flags])
@@ -166,13 +165,13 @@ def test_the_table_scores_a_pipeline_by_its_own_weights_encoders_and_guidance(wo
 def gap_closed(cfg, model, prompts):
     """1 - |v_s - v_T| / |v_base - v_T| on states that were never trained on."""
     g = torch.Generator().manual_seed(5)
-    texts = TextBatch(prompts * 6)
+    texts = prompts * 6
     x, sigma_B = torch.randn(len(texts), 4, 4, 4, generator=g), torch.rand(len(texts), generator=g)
     teacher = load_teacher(cfg, model, "red")(x, sigma_B, texts)
     distance = {}
     for adapter in ("student", "base"):
         with adapters.use(model.transformer, adapter), torch.no_grad():
-            v = model.velocity(x, sigma_B, texts.by(model.conditioning), 1.0)
+            v = model.velocity(x, sigma_B, model.text(texts), 1.0)
         distance[adapter] = (v - teacher).norm()
     return 1 - (distance["student"] / distance["base"]).item()
 

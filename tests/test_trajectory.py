@@ -1,4 +1,4 @@
-"""The walk: every sampler's steps against their papers' formulas, noise by sample, stored or not."""
+"""The walk: every sampler's steps against their papers' formulas, noise by sample."""
 
 import math
 
@@ -49,28 +49,22 @@ def test_a_walk_takes_the_steps_of_its_sampler(name):
     assert torch.allclose(state.x_next.double(), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", flow.TRANSITIONS)
-def test_a_stored_walk_is_the_walk(name):
-    index, x = torch.arange(2), torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
-    stored = trajectory.rollout(x, path_of(name), index, lambda state: state.x.cos())
-    for state, kept in zip(trajectory.walk(x, path_of(name), index), stored, strict=True):
-        state.step(state.x.cos())
-        assert torch.equal(state.x, kept.x) and torch.equal(state.x_next, kept.x_next)
-        assert torch.equal(state.log_prob_B, kept.log_prob_B)
-        assert torch.isinf(kept.log_prob_B).all() == bool(kept.transition.std == 0)
-
-
 def test_a_sample_walks_alone_as_in_company():
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     index = torch.tensor([3, 1, 4, 8])
-    together = trajectory.rollout(x, path_of("sde"), index, lambda state: state.x.cos())[-1].x_next
-    alone = trajectory.rollout(x[2:3], path_of("sde"), index[2:3], lambda state: state.x.cos())[-1].x_next
-    assert torch.equal(together[2:3], alone)
+    for together in trajectory.walk(x, path_of("sde"), index):
+        together.step(together.x.cos())
+    for alone in trajectory.walk(x[2:3], path_of("sde"), index[2:3]):
+        alone.step(alone.x.cos())
+    assert torch.equal(together.x_next[2:3], alone.x_next)
 
 
 def test_a_path_may_end_early_and_a_state_must_be_left():
-    states = trajectory.rollout(torch.zeros(1, 2), path_of("ode").until(2), torch.arange(1), lambda s: s.x)
-    assert [state.i for state in states] == [0, 1]
+    visited = []
+    for state in trajectory.walk(torch.zeros(1, 2), path_of("ode").until(2), torch.arange(1)):
+        state.step(state.x)
+        visited.append(state.i)
+    assert visited == [0, 1]
     walk = trajectory.walk(torch.zeros(1, 2), path_of("ode"), torch.arange(1))
     next(walk)
     with pytest.raises(AssertionError, match="state 0 was left without a step"):

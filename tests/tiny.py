@@ -178,7 +178,6 @@ def config(world: Path, **changes) -> DistillationConfig:
         warmup=0,
         decay="constant",
         out=str(world / "run"),
-        cache=str(world / "cache"),
         evaluate=False,
         sample_every=0,
         save_every=100,

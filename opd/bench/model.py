@@ -221,7 +221,7 @@ def make_world(work: Work, device: torch.device) -> World:
     size = SIZES[work.size]
     cfg = work.config()
     model = planned(work, device)
-    model.grids[model.shape, cfg.steps] = shifted_levels(cfg.steps, size.shift)
+    model.grids[cfg.steps] = shifted_levels(cfg.steps, size.shift)
     model.transformer = random_transformer(size, model.dtype)
     teachers = {}
     if isinstance(cfg, DistillationConfig):
@@ -249,7 +249,7 @@ def planned(work: Work, device: torch.device) -> Model:
     side = work.pixels // size.factor
     shape = (size.transformer["in_channels"], side, side)
     text = RandomText(text_shapes(size), dtype, device)
-    return Model(sd3, Path("no-folder"), skeleton_of(work.size), [shape], text, dtype, device)
+    return Model(sd3, Path("no-folder"), skeleton_of(work.size), shape, text, dtype, device)
 
 
 @cache

@@ -13,12 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd import adapters, kernels, trajectory
+from opd import adapters, kernels
 from opd.adapters import BASE
 from opd.bench.model import World, attach_student, merged_copy
-from opd.conditioning import TextBatch
-from opd.data import MicroBatch, micro_batches, seed_of
-from opd.diagnostics import Distances
+from opd.data import MicroBatch, micro_batches
+from opd.diagnostics import summed
 from opd.model import Model
 from opd.optim import Trained
 from opd.teachers import Teacher, adapter_teacher
@@ -45,74 +44,54 @@ class Released:
         self.ours = Distillation(world.cfg, world.model, world.pools, {}, self.trained)
 
     def step(self, step: int) -> tuple[dict, float]:
-        plan = self.ours.plan(step)
-        squares = Distances(self.cfg, self.model, list(self.ours.teachers), plan.anchor_T)
-        stored = []
-        for batch in self.batches(plan):
-            stored.append((batch, self.sample(plan, batch)))
-        for batch, states in stored:
-            squares_BTK = self.learn(plan, batch, states)
-            prompts_B = [plan.prompts_N[n] for n in batch.samples]
-            squares.add(squares_BTK, prompts_B, plan.routed_NK[batch.samples], batch.real, plan.queried)
-        squares.collect()
-        norm = self.trained.update(step)
-        return squares.metrics(), norm
-
-    def batches(self, plan: Plan) -> list[MicroBatch]:
-        """One task after the other."""
-        batches = []
-        for task in dict.fromkeys(plan.route_N):
+        plan, stored = self.ours.plan(step), []
+        for task in dict.fromkeys(plan.route_N):  # one task after the other
             mine = {n: name for n, name in enumerate(plan.route_N) if name == task}
-            batches += micro_batches(mine, self.cfg.micro_batch, 1, 0)
-        return batches
+            for batch in micro_batches(mine, self.cfg.micro_batch, 1, 0):
+                stored.append((batch, self.sample(plan, batch)))
+        sums_RT = torch.zeros(len(self.ours.names) + 1, self.cfg.steps, device=self.model.device)
+        for batch, states in stored:
+            distances_BTK = self.learn(plan, batch, states)
+            sums_RT += summed(distances_BTK, plan.routed_NK[batch.samples], self.ours.anchor)
+        norm = self.trained.update(step)
+        return self.ours.metrics(plan, sums_RT.double().cpu()), norm
 
+    @torch.no_grad()
     def sample(self, plan: Plan, batch: MicroBatch) -> list[State]:
-        """Every state of the trajectories, the student's forward passes without gradients."""
-        cfg, model = self.cfg, self.model
-        text = self.texts(plan, batch).by(model.conditioning)
-        index = torch.tensor(batch.samples, device=model.device)
-        seeds = [seed_of(cfg.seed, plan.step, "noise", i) for i in range(cfg.steps)]
-        path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, seeds)
-        start = seed_of(cfg.seed, plan.step, "start")
-        x = kernels.normal((len(index), *model.shape), start, index, device=model.device)
-
-        def student(state: State) -> Tensor:
-            return model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-
-        with adapters.use(model.transformer, model.trained):
-            return trajectory.rollout(x, path, index, student)
+        """Every state of the trajectories."""
+        text = self.model.text([plan.prompts_N[n].text for n in batch.samples])
+        states = []
+        with adapters.use(self.model.transformer, self.model.trained):
+            for state in self.ours.walk(plan.step, batch.samples, self.cfg.steps):
+                state.step(self.model.velocity(state.x, state.sigma_B, text, self.cfg.guidance))
+                states.append(state)
+        return states
 
     def learn(self, plan: Plan, batch: MicroBatch, states: list[State]) -> Tensor:
-        """The training pass over stored states. Returns |v_b - v_k,b|^2 (B, T, K) like
-        `Distillation.learn`."""
-        cfg, model = self.cfg, self.model
-        names = list(self.ours.teachers)
+        """The training pass over stored states. Returns |v_b - v_k,b|^2 (B, T, K)."""
+        cfg, model, names = self.cfg, self.model, self.ours.names
+        prompts = [plan.prompts_N[n].text for n in batch.samples]
+        text = model.text(prompts)
         task = plan.route_N[batch.samples[0]]
-        texts = self.texts(plan, batch)
-        text = texts.by(model.conditioning)
+        columns, teachers, weights = [names.index(task)], [self.teacher(task)], [1.0]
+        if cfg.anchor_weight > 0:
+            columns.append(names.index(cfg.anchor))
+            teachers.append(self.anchor())
+            weights.append(cfg.anchor_weight)
+        alpha_BK = torch.tensor([weights] * len(text), device=model.device)
         scale = 1 / (len(plan.prompts_N) * len(plan.queried))
-        squares_BTK = torch.zeros(len(text), cfg.steps, len(names), device=model.device)
+        distances_BTK = torch.zeros(len(text), cfg.steps, len(names), device=model.device)
         for i in plan.queried:
             state = states[i]
             with adapters.use(model.transformer, model.trained):
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-                columns = [names.index(task)]
-                targets = [self.teacher(task)(state.x, state.sigma_B, texts)]
-                weights = [1.0]
-                if cfg.anchor_weight > 0:
-                    columns.append(names.index(cfg.anchor))
-                    targets.append(self.anchor()(state.x, state.sigma_B, texts))
-                    weights.append(cfg.anchor_weight)
-                alpha_BK = torch.tensor([weights] * len(text), device=model.device)
+                targets = [teacher(state.x, state.sigma_B, prompts) for teacher in teachers]
                 w_B = torch.full_like(state.sigma_B, plan.weight_T[i])
-                loss_B, squares_BK = kernels.velocity_mse(v, targets, alpha_BK, w_B)
+                loss_B, distances_BK = kernels.velocity_mse(v, targets, alpha_BK, w_B)
                 (loss_B.sum() * scale).backward()
             for k, column in enumerate(columns):
-                squares_BTK[:, i, column] = squares_BK[:, k]
-        return squares_BTK
-
-    def texts(self, plan: Plan, batch: MicroBatch) -> TextBatch:
-        return TextBatch([plan.prompts_N[n].text for n in batch.samples])
+                distances_BTK[:, i, column] = distances_BK[:, k]
+        return distances_BTK
 
     def anchor(self) -> Teacher:
         if self.cfg.anchor == BASE:
@@ -123,14 +102,12 @@ class Released:
 
     def teacher(self, name: str) -> Teacher:
         """The copy `name`, in the run's dtype by autocast, without gradients."""
-        whole = self.copies[name]
-        dtype = self.model.dtype
+        whole, dtype = self.copies[name], self.model.dtype
 
         @torch.no_grad()
-        def velocity(x_BCHW: Tensor, sigma_B: Tensor, texts: TextBatch) -> Tensor:
-            text = texts.by(whole.conditioning)
+        def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[str]) -> Tensor:
             mixed = dtype != torch.float32
             with torch.autocast(self.model.device.type, dtype=dtype, enabled=mixed):
-                return whole.velocity(x_BCHW, sigma_B, text, self.cfg.teacher_guidance)
+                return whole.velocity(x_BCHW, sigma_B, whole.text(prompts), self.cfg.teacher_guidance)
 
         return velocity

@@ -106,7 +106,7 @@ def loop(out: Path, name: str, flags: list[str]) -> Part:
 
 def distil(out: Path, rehearse: bool) -> Part:
     """The miniature, as the README's first command makes it."""
-    flags = ["--out", str(out / "mini"), "--cache", str(out / "cache")]
+    flags = ["--out", str(out / "mini")]
     if rehearse:
         flags += ["--iterations", "2", "--prompts-per-step", "3", "--no-evaluate", "--sample-every", "0"]
     return Part("distil", ["train.py", "mini", *flags], 480, {})

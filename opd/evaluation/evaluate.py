@@ -27,7 +27,7 @@ from opd.data import Prompt, load_tasks
 from opd.evaluation import layouts, tables
 from opd.evaluation import score as gallery
 from opd.evaluation.records import Record, RecordFolder
-from opd.evaluation.score import Batch, Judge, Row, Sampling, Splits
+from opd.evaluation.score import Asked, Batch, Judge, Row, Splits
 from opd.evaluation.statistics import summarise
 from opd.files import check_folder, digest, write_json
 from opd.flags import Texts, at_least_one, not_negative, require, time_limit
@@ -42,8 +42,6 @@ from opd.rewards import Reward
 class Arguments:
     model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
-    family: str = "sd3"
-    """Model family: the module opd/families/FAMILY.py."""
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
     """Name and source of each adapter."""
     base: bool = True
@@ -79,8 +77,6 @@ class Arguments:
     """Use the pipeline's T5 encoder where it has one."""
     batch: int = 128
     """Images per forward pass and call of a scorer."""
-    cache: str = "~/.cache/flow-opd"
-    """Encoded prompts."""
     records: str = ""
     """Folder for the pictures and their records; what it holds already is not made again."""
     pictures: str = ""
@@ -198,7 +194,7 @@ def score_models(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]
     rows = rows_of(args)
     scorers = scorers_of(args, dict.fromkeys(prompt.task for prompt in prompts))
     check_prompts(scorers, prompts)
-    sampling = Sampling(args.count, args.steps, args.seed, args.per_prompt, args.batch)
+    sampling = Asked(args.count, args.steps, args.seed, args.per_prompt, args.batch)
     batches = gallery.planned(rows, splits, sampling, settings_of(args, rows))
     device = ranks.start()
     folder = None
@@ -208,7 +204,9 @@ def score_models(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]
     load(scorers, device)
     model = None
     if any(not record.thumbnail for batch in batches for record in batch):
-        model = Model.ready(args, device, list(dict.fromkeys(prompt.text for prompt in prompts)))
+        model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
+        lacking = [record for batch in batches for record in batch if not record.thumbnail]
+        model.load_with(args.adapters, list(dict.fromkeys(record.prompt for record in lacking)))
         try_scorers(scorers, prompts, model.pixels)
 
     def pictures(batch: Batch) -> Tensor:
@@ -225,7 +223,7 @@ def score_models(args: Arguments) -> tuple[list[Record], dict[str, list[Reward]]
 
 def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
     """Row -> what its records say about the model."""
-    shared = {name: getattr(args, name) for name in ("model", "family", "resolution", "dtype", "t5")}
+    shared = {name: getattr(args, name) for name in ("model", "resolution", "dtype", "t5")}
     settings = {}
     for name, row in rows.items():
         settings[name] = shared

@@ -14,7 +14,7 @@ from opd import ranks
 from opd.data import Prompt, permutation
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, record_of, thumbnail_of
 from opd.flags import require
-from opd.model import Model
+from opd.model import Model, Sampling
 from opd.rewards import Reward, find_reward
 from opd.rewards.scoring import Scoring
 
@@ -31,7 +31,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Asked:
     """How many pictures, and how."""
 
     count: int
@@ -46,9 +46,7 @@ class Sampling:
 # ---- what is to be made --------------------------------------------------------------------------
 
 
-def planned(
-    rows: dict[str, Row], splits: Splits, sampling: Sampling, settings: dict[str, dict]
-) -> list[Batch]:
+def planned(rows: dict[str, Row], splits: Splits, sampling: Asked, settings: dict[str, dict]) -> list[Batch]:
     """The batches of all pictures, in order; each has one row, split and task. `settings`: row -> what its
     records say about how it was sampled."""
     batches = []
@@ -131,9 +129,7 @@ def made(model: Model, rows: dict[str, Row], batch: Batch) -> Tensor:
         row.adapter,
         [record.prompt for record in batch],
         [record.index for record in batch],
-        steps=first.settings["steps"],
-        seed=first.seed,
-        guidance=row.guidance,
+        Sampling(first.settings["steps"], first.seed, row.guidance),
     )
     return in_8_bits(images_BCHW)
 

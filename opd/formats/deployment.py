@@ -27,10 +27,9 @@ KEY = "flow-opd"  # under which files of weights and pictures hold what they are
 class Deployment:
     model: str
     """The base: pipeline directory or Hub id."""
-    family: str
     guidance: float
     resolution: str
-    """Pixels per side, or HEIGHTxWIDTH; of a student that was trained on several all, spaces between."""
+    """Pixels per side, or HEIGHTxWIDTH."""
     steps: int
     """ODE steps."""
     t5: bool
@@ -53,9 +52,8 @@ def deployment_of(cfg: RunConfig, model: Model) -> Deployment:
         tokens = model.family.T5_TOKENS
     return Deployment(
         model=cfg.model,
-        family=cfg.family,
         guidance=cfg.deployed_guidance(),
-        resolution=" ".join(model.resolutions),
+        resolution=model.resolution,
         steps=cfg.eval_steps,
         t5=cfg.t5,
         t5_tokens=tokens,

@@ -14,18 +14,16 @@ from torch import Tensor
 
 from opd.data import numbered_lines, require_prompt, seed_of
 from opd.files import reading, replace, write_safetensors
-from opd.flags import require
 
-Shape = tuple[int, int, int]
 CAPTION_KEYS = ("prompt", "text", "caption")
 
 
 @dataclass
 class Images:
-    latents: dict[Shape, Tensor]
-    """(C, H, W) of every --resolution -> (N, C, H, W), scaled as the transformer sees them."""
+    latents: Tensor
+    """(N, C, H, W), scaled as the transformer sees them."""
     captions: list[str]
-    log_shift: dict[Shape, float]
+    log_shift: float
     """Mean of logit(sigma) in training: log of the family's shift."""
 
     def of_step(self, count: int, seed: int, step: int) -> list[int]:
@@ -46,16 +44,11 @@ def load_images(source: str, model) -> Images:
     """
     folder = Path(source).expanduser()
     captions, rows = read_metadata(folder)
-    log_shift = {shape: model.family.log_shift(model.folder, shape) for shape in model.shapes}
+    log_shift = model.family.log_shift(model.folder, model.shape)
     if (folder / "latents.safetensors").is_file():
-        several = f"--resolution {' '.join(model.resolutions)}: {folder} holds latents of one size"
-        require(len(model.shapes) == 1, f"{several}; give that alone, or images")
         latents = read_latents(folder / "latents.safetensors", (len(rows), *model.shape))
-        return Images({model.shape: latents}, captions, log_shift)
-    latents, files = {}, find_files(folder, rows)
-    for shape in model.shapes:
-        with model.at(shape):
-            latents[shape] = encode_files(files, model)
+    else:
+        latents = encode_files(find_files(folder, rows), model)
     return Images(latents, captions, log_shift)
 
 

@@ -11,7 +11,7 @@ from opd.data import Prompt
 from opd.evaluation.score import cases_of
 from opd.flags import at_least_one, require, time_limit
 from opd.formats.images import write_samples
-from opd.model import Model
+from opd.model import Model, Sampling
 from opd.rewards import Reward, find_reward
 
 Case = tuple[int, Prompt]  # noise index and prompt: what a sample is made from
@@ -102,11 +102,7 @@ def draw(args, model: Model, task: str, cases: list[Case], guidance: float) -> T
         task,
         [prompt.text for _, prompt in cases],
         [index for index, _ in cases],
-        steps=args.steps,
-        seed=args.seed,
-        guidance=guidance,
-        rollout=args.sampler,
-        noise_level=args.noise_level,
+        Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level),
     )
 
 

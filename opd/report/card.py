@@ -105,7 +105,7 @@ def usage(cfg: RunConfig) -> str:
     if cfg.full:
         return "This is the `transformer/` of the pipeline; put it in the place of the base's."
     lines = [
-        f"    python sample.py --model {cfg.model} --family {cfg.family} --adapters student=THIS_FOLDER",
+        f"    python sample.py --model {cfg.model} --adapters student=THIS_FOLDER",
         "",
         "reads `deployment.json`. In diffusers: `pipe.load_lora_weights(THIS_FOLDER)`; PEFT reads it too.",
     ]

@@ -166,7 +166,7 @@ def commands(folder: Path, settings: dict) -> str:
         f"torchrun train.py --config {quoted}/config.json --seed 1 --out NEW",
     ]
     if not settings.get("full"):
-        student = f"--model {model} --family {settings['family']} --adapters student={quoted}/student"
+        student = f"--model {model} --adapters student={quoted}/student"
         lines += [f"python sample.py {student} --prompts PROMPTS", f"python -m opd.evaluation {student}"]
     return f"<h2>Commands</h2>\n<pre>{html.escape(chr(10).join(lines))}</pre>"
 

@@ -12,12 +12,12 @@ from opd.data import Prompt, load_tasks
 from opd.evaluation import score as gallery
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
-from opd.evaluation.score import Judge, Row, Sampling
+from opd.evaluation.score import Asked, Judge, Row
 from opd.evaluation.statistics import Cell, summarise
 from opd.files import replace, write_json
 from opd.formats.images import Images
 from opd.formats.pictures import labelled_grid, save_image
-from opd.model import Model
+from opd.model import Model, Sampling
 from opd.optim import Trained, due
 from opd.ranks import say
 from opd.report.card import push_student, write_card
@@ -68,9 +68,9 @@ class Report:
     def records(self, rows: dict[str, Row], splits: gallery.Splits, count: int) -> list[Record]:
         """`count` pictures per row, split and task, made and scored; no picture is kept (collectives)."""
         cfg = self.cfg
-        sampling = Sampling(count, cfg.eval_steps, cfg.seed, batch=cfg.micro_batch)
+        sampling = Asked(count, cfg.eval_steps, cfg.seed, batch=cfg.micro_batch)
         shared = {"model": cfg.model, "dtype": cfg.dtype, "t5": cfg.t5}
-        shared["resolution"] = self.model.resolutions[0]
+        shared["resolution"] = self.model.resolution
         batches = gallery.planned(rows, splits, sampling, dict.fromkeys(rows, shared))
         judge = Judge(self.scorers, cfg.reward_timeout, strict=False)
         return judge.records(batches, lambda batch: self.pictures(rows, batch), None)
@@ -97,14 +97,8 @@ class Report:
     def sample_grid(self, trained: Trained, done: int) -> None:
         """The student's images of fixed prompts from fixed noise: samples/STEP.png."""
         with trained.averaged():
-            images = self.model.images(
-                self.model.trained,
-                self.texts,
-                list(range(len(self.texts))),
-                steps=self.cfg.eval_steps,
-                seed=0,
-                guidance=self.cfg.deployed_guidance(),
-            )
+            sampling = Sampling(self.cfg.eval_steps, 0, self.cfg.deployed_guidance())
+            images = self.model.images(self.model.trained, self.texts, list(range(len(self.texts))), sampling)
         if self.folder.active:
             grid = labelled_grid({f"{done}": list(images)}, self.texts)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
@@ -220,7 +214,8 @@ def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[
     texts = fixed_texts(data)
     if not is_scored(cfg):
         return texts
+    count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
     for pools in splits(cfg, data).values():
         for pool in pools.values():
-            texts += [prompt.text for prompt in pool]
+            texts += [prompt.text for _, prompt in gallery.cases_of(pool, count)]
     return texts
