@@ -93,9 +93,9 @@ def test_diffusers_and_peft_still_read_the_student(world, folder):
 
 
 def test_without_the_flag_it_is_the_guidance_of_training(world):
-    cfg, model, *_ = tiny.build(tiny.config(world, guidance=3.0, t5=False, resolution=("16", "8x16")))
+    cfg, model, *_ = tiny.build(tiny.config(world, guidance=3.0, t5=False, resolution="16x8"))
     deployment = deployment_of(cfg, model)
-    assert (deployment.guidance, deployment.resolution) == (3.0, "16 8x16")
+    assert (deployment.guidance, deployment.resolution) == (3.0, "16x8")
     assert (deployment.t5, deployment.t5_tokens) == (False, 0)
     assert deployment_of(replace(cfg, deploy_guidance=1.5), model).guidance == 1.5
 

@@ -109,7 +109,7 @@ def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, extra
             # in any order
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7) and one[key] != 0
         assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)  # the same samples
-        assert two["cosine"] == pytest.approx(one["cosine"], abs=1e-3) and two["groups"] == one["groups"]
+        assert two["groups"] == one["groups"]
         assert (
             two["ratio"]["largest"] == pytest.approx(one["ratio"]["largest"], rel=1e-2)
             and one["ratio"]["clipped"] > 0
@@ -127,8 +127,8 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     counted = counted_by(forked.ranks(tmp_path, 2, given, "tests.counted_run"))
     trained, table = (
         counted["trained"],
-        (2 * 3 + 1) * 3,
-    )  # sums and counts of 2 teachers and anchor, samples; 3 states
+        3 * 3,
+    )  # sums of 2 teachers and anchor; 3 states
     stop = 1  # whether any rank was told to stop
     assert counted["reduced"] == [stop, table, trained] * 3
     assert counted["scattered"] == 0
@@ -136,14 +136,6 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     assert counted["parameters"] - 4 * trained <= 1.02 * frozen / shard_size
     # Adam's moments and a gradient per trained number, the VAE, the text, the schedules.
     assert counted["alive"] - counted["parameters"] < 0.6 * counted["whole"]
-
-
-def test_two_processes_take_the_same_sizes(world, tmp_path):
-    several = [*distil(world), "--resolution", "8", "8x16"]
-    one, two = (launch(world, tmp_path / str(count), count, *several) for count in (1, 2))
-    assert two == pytest.approx(one, rel=1e-4)
-    rows = [json.loads(line) for line in (tmp_path / "2/metrics.jsonl").read_text().splitlines()]
-    assert {row["resolution"] for row in rows} == {"8", "8x16"}
 
 
 # One `srun` for each node's torchrun, both of them here.

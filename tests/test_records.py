@@ -125,7 +125,7 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
     again = copy(folder, tmp_path / "again")
     times = {file: file.stat().st_mtime_ns for file in again.rglob("*.png")}
     monkeypatch.setattr(gallery, "made", lambda *_: pytest.fail("a picture was made again"))
-    monkeypatch.setattr(evaluate.Model, "ready", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate.Model, "plan", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
     evaluate.main(flags(world, again, "--scorers", f"{HERE}:reddish"))
     out = tmp_path / "scores.json"
@@ -151,7 +151,9 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
     resumed = tmp_path / "resumed"
     more = ["--rewards", f"red={HERE}:kills", f"blue={HERE}:bright"]
     asked_for = {ASKED: str(tmp_path / "asked")}
-    killed = forked.main("opd.evaluation", tmp_path / "log", flags(world, resumed, *more), **asked_for)
+    killed = forked.main(
+        "opd.evaluation.evaluate", tmp_path / "log", flags(world, resumed, *more), **asked_for
+    )
     assert killed.ended() == -signal.SIGKILL
     [part] = resumed.glob("records.part-*")
     part.write_text(part.read_text()[:-20])
@@ -172,7 +174,7 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
 
 def test_two_ranks_write_the_same_records_and_the_same_table(world, folder, tmp_path):
     given = flags(world, tmp_path / "two", "--out", str(tmp_path / "two.json"))
-    forked.finished(forked.ranks(tmp_path / "logs", 2, given, "opd.evaluation"))
+    forked.finished(forked.ranks(tmp_path / "logs", 2, given, "opd.evaluation.evaluate"))
     assert (tmp_path / "two/records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     for file in folder.rglob("*.png"):
         other = tmp_path / "two" / file.relative_to(folder)

@@ -168,7 +168,7 @@ def timing(stage, watch: Stopwatch) -> Iterator[None]:
             phase = asked
             if name != adapters.STUDENT:
                 phase = constant("teachers")
-            time_call(model, "branches", phase)
+            time_call(model, "velocity", phase)
         for name in kernels.__all__:
             time_call(kernels, name, constant("kernels"))
         time_call(stage.trained, "update", constant("optimizer"))
