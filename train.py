@@ -136,7 +136,6 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
             report.sample_grid(trained, done)
         report.show(done)
     say_phases(folder.metrics())
-    folder.curves()
     return True
 
 

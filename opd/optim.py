@@ -51,10 +51,6 @@ class Trained:
         taught = adapters.parameters_of(model.transformer, EMA)
         if taught:
             self.average = dict(zip(self.parameters, taught.values(), strict=True))
-        self.full = model.trained == BASE
-        """Whether all weights are trained: then they are sharded, and so is the state."""
-        self.carried: dict[str, Tensor] = {}
-        """Numbers that a stage carries from step to step."""
         self.updates = 0
         """Calls of `update` in this process."""
 
@@ -126,43 +122,18 @@ class Trained:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to resume from, on rank 0, as whole tensors (collectives)."""
-        return ranks.gathered(self.tensors())
-
-    def parts(self) -> dict[str, Tensor]:
-        """Everything to resume from: of what is sharded this rank's part, to be read or filled. Moments that
-        no step has made yet are zero, as AdamW makes them."""
-        for parameter in self.parameters.values():
-            if not self.optimizer.state[parameter]:
-                zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        return self.tensors()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a state holds, by name."""
-        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
+        """Everything to resume from, by name, to be read or filled: of what is sharded this rank's part.
+        Moments that no step has made yet are zero, as AdamW makes them."""
+        tensors = {}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
+            moments = self.optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.tensor(0.0)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[key] = torch.zeros_like(parameter.detach())
+            tensors[f"model/{name}"] = parameter.detach()
+            for key, value in moments.items():
                 tensors[f"optimizer/{key}/{name}"] = value
         for name, average in self.average.items():
             tensors[f"average/{name}"] = average
-        for name, number in self.carried.items():
-            tensors[f"carried/{name}"] = number
         return tensors
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned, on any number of ranks."""
-        for name, parameter in self.parameters.items():
-            ranks.load_full(parameter, tensors[f"model/{name}"])
-            if f"optimizer/step/{name}" not in tensors:  # saved before any step succeeded
-                continue
-            moments = {}
-            for key in ("exp_avg", "exp_avg_sq"):
-                moments[key] = torch.zeros_like(parameter.detach())
-                ranks.load_full(moments[key], tensors[f"optimizer/{key}/{name}"])
-            step = tensors[f"optimizer/step/{name}"].clone()
-            self.optimizer.state[parameter] = {"step": step, **moments}
-        for name, average in self.average.items():
-            ranks.load_full(average, tensors[f"average/{name}"])
-        for name, number in self.carried.items():
-            number.copy_(tensors[f"carried/{name}"])

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 TIMEOUT = timedelta(minutes=30)
@@ -199,11 +199,3 @@ def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if rank() == 0:
             found[name] = whole.cpu().contiguous()
     return found
-
-
-def load_full(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor into a parameter or optimizer state, sharded or not."""
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    with torch.no_grad():
-        parameter.copy_(value)

@@ -90,7 +90,7 @@ def report_and_stop():
 
 def main():
     """train.py PRESET --field value ..., counted."""
-    RunFolder.save_state_of = measured("largest_saved", RunFolder.save_state_of)
+    RunFolder.save_to_go_on = measured("largest_saved", RunFolder.save_to_go_on)
     RunFolder.export = measured("largest_exported", RunFolder.export)
     train.train = counted_train
     dist.all_reduce = all_reduce

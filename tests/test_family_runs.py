@@ -9,6 +9,7 @@ import torch
 from opd import ranks
 from opd.diagnostics import STATISTICS
 from opd.families import load_family
+from opd.runfolder import latest_state
 from opd.setup import set_up
 from tests import forked, tiny, tiny_grpo
 from tests.test_families import FIXTURES
@@ -49,7 +50,7 @@ def test_a_killed_run_and_two_ranks_replicated_then_sharded_are_one_rank(own, tm
     assert run.ended() == 0, run.printed()
 
     run = forked.train(tmp_path / "log", distil(own, killed, iterations=1000))
-    forked.wait_for(lambda: (killed / "state.safetensors").exists())
+    forked.wait_for(lambda: latest_state(killed) > 0)
     run.process.kill()
     run.process.join()
     done, longer = max(2, steps_saved(killed)), tmp_path / "longer"

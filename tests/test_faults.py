@@ -8,13 +8,14 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from opd import files, ranks
+from opd import ranks, runfolder
 from opd.data import Prompt
 from opd.rewards import find_reward
 from opd.runfolder import RunFolder
@@ -160,27 +161,27 @@ def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
     settings = {"iterations": 4, "save_every": 1, "sample_every": 0}
     train.run(tiny.config(world, out=str(tmp_path / "whole"), **settings))
     cfg = tiny.config(world, out=str(tmp_path / "run"), **settings)
-    write, written = files.save_file, []
+    written = []
 
-    def full(tensors, path, metadata):
-        if "state" in str(path):
-            written.append(path)
+    def full(tensors, storage_writer):
+        written.append(storage_writer.path)
         if len(written) == 3:
-            path.write_bytes(b"half of it")
+            Path(storage_writer.path).mkdir()
+            (Path(storage_writer.path) / "half").write_bytes(b"half of it")
             raise OSError(number, reason)
-        write(tensors, path, metadata)
+        write(tensors, storage_writer=storage_writer)
 
-    days = itertools.count()
+    days, write = itertools.count(), runfolder.dcp.save
     monkeypatch.setattr(time, "time", lambda: 1.8e9 - 86400 * next(days))
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(runfolder.dcp, "save", full)
     with pytest.raises(SystemExit, match=f"error: .*{reason}"):
         train.run(cfg)
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    monkeypatch.setattr(files, "save_file", write)
+    monkeypatch.setattr(runfolder.dcp, "save", write)
     train.run(cfg)
     assert "resuming" in capsys.readouterr().out
-    for name in ("state.safetensors", "student/adapter_model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    name = "student/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_run_folder_that_is_deleted_under_a_run_ends_it_in_a_line(world, tmp_path, monkeypatch):

@@ -20,9 +20,7 @@ from opd.families import sd3
 from opd.formats import lora_files
 from opd.formats.images import find_files, read_metadata
 from opd.model import Model
-from opd.runfolder import RunFolder
 from opd.settings import from_json, read_config, to_json
-from tests import tiny
 from tests.test_settings import DISTIL, FINETUNE
 
 ROOT = Path(__file__).parents[1]
@@ -203,21 +201,6 @@ def test_parts_of_pipelines(world, tmp_path_factory, part, data):
     content = data.draw(st.sampled_from([with_junk(whole, data), damaged(whole, data.draw(damage))]))
     with broken(folder / part, content):
         refused("pipelines", lambda: Model.plan(str(folder), "float32", "", CPU, True))
-
-
-@fuzz(40)
-@given(damage)
-def test_states_to_resume_from(tmp_path_factory, how):
-    out = tmp_path_factory.getbasetemp() / "fuzzed_run"
-    folder = RunFolder(tiny.config(out, out=str(out)), active=True)
-    folder.save_state(3, {"x": torch.arange(9.0)})
-    file = out / "state.safetensors"
-    content = damaged(file.read_bytes(), how)
-    file.write_bytes(content)
-    if not refused("states", folder.load_state):
-        done, tensors = folder.load_state()
-        assert done >= 0 and isinstance(tensors, dict)
-    assert file.read_bytes() == content
 
 
 ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]

@@ -174,7 +174,7 @@ def test_run_folder_holds_everything(run):
         "student/README.md",
         "report.html",
         "checkpoints/000002",
-        "state.safetensors",
+        "state/000002",
     ):
         assert (out / name).exists(), name
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

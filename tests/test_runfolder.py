@@ -1,20 +1,19 @@
-"""The run folder: what is logged, what survives a resume or a crash, and its curves."""
+"""The run folder: whose it is, what is logged, and what survives a resume or a crash."""
 
 import json
 import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import files
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
-from opd.runfolder import FREE, RunFolder, flatten
-from opd.settings import field_names, read_config, to_json
+from opd.runfolder import FREE, RunFolder, check_same_run, flatten, save_state
+from opd.settings import field_names, read_config
+from tests import tiny
 
 
 def config(folder, **changes):
@@ -35,17 +34,22 @@ def test_flatten():
     assert flatten({"a": 1, "b": {"c": 2, "d": {"e": "x"}}}) == {"a": 1, "b/c": 2, "b/d/e": "x"}
 
 
-def test_metrics_past_the_checkpoint_are_dropped_on_resume(tmp_path):
-    run = RunFolder(config(tmp_path), active=True)
-    assert run.load_state() == (0, {}) and run.metrics() == []
+def test_what_is_past_the_state_is_dropped_on_resume(world, tmp_path):
+    """And a line that a kill has cut."""
+    cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path / "run")))
+    run = RunFolder(cfg, active=True)
+    assert run.resume(trained) == 0 and run.metrics() == []
     for row in rows(1, 2, 3):
         run.log(row)
-    run.save_state(2, {"x": torch.arange(3.0)})
+    run.save_to_go_on(trained, 2)
     with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
-    resumed = RunFolder(config(tmp_path), active=True)
-    step, state = resumed.load_state()
-    assert step == 2 and list(state) == ["x"] and torch.equal(state["x"], torch.arange(3.0))
+        file.write('{"step": 4, "lo')
+    before = {name: tensor.clone() for name, tensor in trained.state().items()}
+    for parameter in trained.parameters.values():
+        parameter.data.zero_()
+    resumed = RunFolder(cfg, active=True)
+    assert resumed.resume(trained) == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state().items())
     resumed.log(rows(3)[0])
     assert resumed.metrics() == rows(1, 2, 3)
 
@@ -74,19 +78,16 @@ def test_a_folder_belongs_to_one_living_run(tmp_path):
     RunFolder(config(tmp_path), active=True)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
+def test_a_run_killed_before_its_first_state_starts_over(tmp_path):
     run = RunFolder(config(tmp_path), active=True)
     run.log(rows(1)[0])
     again = RunFolder(config(tmp_path, lr=0.5), active=True)  # nothing to mix with, so any setting may change
-    assert again.load_state() == (0, {}) and again.metrics() == []
     assert json.loads((again.path / "config.json").read_text())["lr"] == 0.5
 
 
 def test_inactive_ranks_write_nothing(tmp_path):
     run = RunFolder(config(tmp_path), active=False)
     run.log(rows(1)[0])
-    run.save_state(1, {"x": torch.ones(1)})
-    run.curves()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,63 +103,32 @@ def different(value):
     return "other"
 
 
-def checkpointed(cfg):
-    RunFolder(cfg, active=True).save_state(1, {"x": torch.ones(1)})
-    return cfg
+def with_state(cfg):
+    run = RunFolder(cfg, active=True)
+    save_state(run.path, 1, {"x": torch.ones(1)})
+    return cfg, run.path
 
 
-def settings(free):
-    """(class, field) for each field of each stage that may change on resume, or may not."""
-    rows = [(kind, name) for kind in STAGES.values() for name in sorted(field_names(kind))]
-    return [(kind, name) for kind, name in rows if (name in FREE) == free]
-
-
-def test_what_may_change_is_how_a_run_is_computed_logged_and_scored():
-    shared = set.intersection(*map(field_names, STAGES.values()))
-    assert {
-        "iterations",
-        "out",
-        "micro_batch",
-        "shard_size",
-        "checkpointing",
-        "tracker",
-        "eval_steps",
-    } <= FREE & shared
-    assert {"evaluate", "rewards", "heldout", "watch_every", "reward_timeout"} <= FREE - shared
-    assert not FREE & {
-        "model",
-        "dtype",
-        "seed",
-        "lr",
-        "prompts",
-        "teachers",
-        "group",
-        "train_rewards",
-        "data",
-    }
-
-
-@pytest.mark.parametrize("kind, name", [row for row in settings(True) if row[1] not in ("out", "tracker")])
-def test_free_settings_may_change_on_resume(kind, name, tmp_path):
-    cfg = checkpointed(kind(out=str(tmp_path / "run")))
-    run = RunFolder(replace(cfg, **{name: different(getattr(cfg, name))}), active=True)
-    assert run.load_state()[0] == 1
-
-
-@pytest.mark.parametrize("kind, name", settings(False))
-def test_other_settings_may_not(kind, name, tmp_path):
-    cfg = checkpointed(kind(out=str(tmp_path / "run")))
-    RunFolder(cfg, active=True)
-    other = replace(cfg, **{name: different(getattr(cfg, name))})
-    with pytest.raises(ValueError, match=f"other settings: {name} .* -> .*; choose another --out") as caught:
-        RunFolder(other, active=True)
-    assert str(tmp_path) in str(caught.value)
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(json.dumps(to_json(cfg)))
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_may_change_on_resume_is_how_a_run_is_computed_logged_and_scored(stage, tmp_path):
+    """Every setting is changed: the free ones go on, the others are refused by name and change nothing."""
+    cfg, path = with_state(STAGES[stage](out=str(tmp_path / "run")))
+    saved = (path / "config.json").read_bytes()
+    for name in field_names(STAGES[stage]) - {"out"}:
+        other = replace(cfg, **{name: different(getattr(cfg, name))})
+        if name in FREE:
+            check_same_run(other, path)
+        else:
+            with pytest.raises(ValueError, match=f"other settings: {name} .* -> .*; choose another --out"):
+                RunFolder(other, active=True)
+    assert (path / "config.json").read_bytes() == saved
+    assert {"iterations", "micro_batch", "shard_size", "eval_steps"} <= FREE
+    assert not FREE & {"model", "dtype", "seed", "lr", "prompts", "teachers", "group", "data"}
 
 
 def test_a_run_of_another_stage_is_refused(tmp_path):
     out = str(tmp_path / "run")
-    cfg = checkpointed(SFTConfig(out=out))
+    cfg, _ = with_state(SFTConfig(out=out))
     for kind, stage in ((DistillationConfig, "opd"), (GRPOConfig, "grpo")):
         message = (
             f"run holds a run of stage sft, and this is stage {stage}; choose another --out, or delete that"
@@ -176,7 +146,7 @@ def test_the_settings_are_saved_with_their_stage(tmp_path):
 
 
 def test_saved_settings_that_cannot_be_read_are_refused_by_name(tmp_path):
-    cfg = checkpointed(config(tmp_path))
+    cfg, _ = with_state(config(tmp_path))
     file = tmp_path / "run" / "config.json"
     file.write_text(file.read_text().replace('"lr"', '"learning_rate"'))
     message = "config.json.*no field 'learning_rate'; choose another --out, or delete that folder"
@@ -188,7 +158,7 @@ def test_tensorboard_gets_the_flat_numbers(tmp_path):
     run = RunFolder(config(tmp_path, tracker="tensorboard"), active=True)
     for row in rows(1, 2):
         run.log(row)
-    run.tracker.flush()
+    run.tracker.board.flush()
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"step", "loss", "red/loss", "red/kl/1.000", "grad_norm"}
@@ -211,15 +181,3 @@ def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
     assert file.read_text() == "old" and [p.name for p in file.parent.iterdir()] == ["x.txt"]
     files.replace(file, lambda p: p.write_text("new"))
     assert file.read_text() == "new"
-
-
-def test_curves_are_drawn(tmp_path):
-    run = RunFolder(config(tmp_path), active=True)
-    for row in rows(*range(1, 6)):
-        run.log(row)
-    run.curves()
-    image = Image.open(run.path / "curves.png")
-    assert image.format == "PNG" and image.width > 600
-    assert (
-        len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
-    )  # axes and coloured lines, not a blank sheet

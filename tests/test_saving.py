@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from opd import identity
 from opd.model import Model
-from opd.runfolder import RunFolder
+from opd.runfolder import RunFolder, save_state
 from tests import tiny
 
 BRIGHT = "tests.tiny_grpo:brightness"
@@ -62,7 +63,8 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
     for folder in ("student", "checkpoints/000005", "samples"):
         shutil.rmtree(out / folder)
     (out / "student").mkdir()
-    (out / ".state.safetensors.123.tmp").write_bytes(b"half")
+    (out / "state/.000006.tmp").mkdir()
+    (out / "state/.000006.tmp/half").write_bytes(b"half")
     (out / "student" / ".adapter_model.safetensors.4.tmp").write_bytes(b"half")
     train.run(cfg)
     assert snapshot(out) == before
@@ -72,15 +74,26 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
     assert mode == 0o666 & ~umask
 
 
-def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path):
-    folder = RunFolder(tiny.config(world, out=str(tmp_path)), active=True)
-    folder.save_state(3, {"x": torch.ones(9)})
-    file = tmp_path / "state.safetensors"
+def cut(file):
     file.write_bytes(file.read_bytes()[:-5])
-    half = file.read_bytes()
-    with pytest.raises(OSError, match="state.safetensors is damaged .*--cold-start .*student"):
-        folder.load_state()
-    assert file.read_bytes() == half
+
+
+def lacking(file):
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("damage", [cut, lacking, Path.unlink])
+def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, damage):
+    cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path)))
+    RunFolder(cfg, active=True).save_to_go_on(trained, 3)
+    (file,) = (tmp_path / "state/000003").glob("*.safetensors")
+    damage(file)
+    half = snapshot(tmp_path / "state")
+    with pytest.raises(OSError, match="state/000003 is damaged .*student"):
+        RunFolder(cfg, active=True).resume(trained)
+    assert snapshot(tmp_path / "state") == half
 
 
 # ---- whose folder it is ------------------------------------------------------------------------------------
@@ -118,7 +131,7 @@ def linked_checkpoint(out):
     [
         (theirs, "holds 'config.json' and no run; choose an empty --out"),
         (notes, "holds 'notes.txt' and no run"),
-        (student_alone, "holds a student, but no state.safetensors to resume from; choose another --out"),
+        (student_alone, "holds a student, but no state/ to resume from; choose another --out"),
         (linked_student, "student is a link; a run writes into its own folder"),
         (linked_metrics, "metrics.jsonl is a link"),
         (linked_checkpoint, "000020 is a link"),
@@ -149,7 +162,7 @@ def test_a_run_resumes_with_the_same_contents_wherever_they_lie_or_says_which_ch
     cfg = tiny.config(tmp_path / "one", out=out)
     folder = RunFolder(cfg, active=True)
     folder.check_contents(identity.contents(cfg, planned(cfg)))
-    folder.save_state(1, {"x": torch.ones(1)})
+    save_state(folder.path, 1, {"x": torch.ones(1)})
 
     shutil.move(tmp_path / "one", tmp_path / "two")
     moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)

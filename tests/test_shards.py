@@ -42,7 +42,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(world, tmp_path, lat
     file = "student/diffusion_pytorch_model.safetensors"
     torch.testing.assert_close(load_file(parts / file), load_file(whole / file), rtol=1e-3, atol=1e-5)
 
-    part = next(file for file in (parts / "state/000006").iterdir() if file.suffix == ".distcp")
+    part = next(file for file in (parts / "state/000006").iterdir() if file.suffix == ".safetensors")
     part.write_bytes(part.read_bytes()[:100])
     again = forked.train(tmp_path / "log", arguments(world, parts, latents, iterations=6))
     assert again.ended() == 1

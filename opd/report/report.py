@@ -102,7 +102,7 @@ class Report:
         if self.folder.active:
             grid = labelled_grid({f"{done}": list(images)}, self.texts)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
-            self.folder.picture("samples", grid, done)
+            self.folder.tracker.picture("samples", grid, done)
 
     def table(self, trained: Trained) -> None:
         """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
