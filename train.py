@@ -63,7 +63,7 @@ def main() -> None:
             print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]), flush=True)
             print(forecast(cfg))
             return
-    with signals.heard():
+    with signals.handled():
         run(cfg)
 
 
@@ -80,7 +80,7 @@ def run(cfg: RunConfig) -> None:
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)
         stage = choose_stage(cfg, model, data, rewards, trained)
-        with signals.waiting():
+        with signals.deferred():
             finished = train(cfg, stage, trained, folder, report)
         if finished:
             report.table(trained)
@@ -98,7 +98,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
     for step in bar:
-        signal = signals.asked(model.device)
+        signal = signals.received(model.device)
         if signal:
             bar.close()
             folder.save_to_go_on(trained, step)

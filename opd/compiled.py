@@ -11,10 +11,8 @@ import shutil
 from collections.abc import Callable
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from opd.flags import require
 
@@ -33,38 +31,9 @@ def check_compiler() -> None:
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
     """From outside, after checkpointing is set and before weights are sharded: both wrap compiled code."""
-    # On a CPU, tanh as an exponential takes a third of the time. Its error is absolute (1e-7), and GELU adds
-    # one to it.
-    torch._inductor.config.cpp.use_decompose_tanh = True
-    torch._inductor.config.post_grad_custom_post_pass = BiasAsAddition()
+    torch._dynamo.config.recompile_limit = GRAPHS
     for block in blocks:
-        block.forward = with_any_rows(
-            torch.compile(block.forward, backend=BACKEND, fullgraph=True, recompile_limit=GRAPHS)
-        )
-
-
-class BiasAsAddition(CustomGraphPass):
-    """x W + b as a product and an addition, on a CPU: there the product with a bias first copies the bias to
-    every row, whereas an addition joins the pass over the activations that comes next. For GPUs inductor does
-    so by itself."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        aten = torch.ops.aten
-        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            bias, left, right = node.args
-            of_rows = bias.meta["val"].dim() == 1 and not node.kwargs
-            if not of_rows or node.meta["val"].device.type != "cpu":
-                continue
-            with graph.inserting_before(node):
-                product = graph.call_function(aten.mm.default, (left, right))
-                total = graph.call_function(aten.add.Tensor, (product, bias))
-            product.meta["val"] = total.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
-
-    def uuid(self) -> bytes:
-        """What the compiler's cache knows this version by."""
-        return get_hash_for_files((__file__,))
+        block.forward = with_any_rows(torch.compile(block.forward, backend=BACKEND, fullgraph=True))
 
 
 def with_any_rows(forward: Callable) -> Callable:

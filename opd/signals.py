@@ -11,33 +11,30 @@ import torch
 
 from opd import ranks
 
-HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO = 2.0
 """Seconds in which a further signal is the same one: a scheduler signals the launcher and the ranks, and the
 launcher passes its own on."""
-GO_ON = "the same command goes on"
 
 
-class Ear:
-    """What this process has heard. Python calls `note` in the main thread, between two of its steps."""
+class SignalHandler:
+    """Python calls `handle` in the main thread, between two of its instructions."""
 
     number: int = 0
     """The first signal; 0 = none yet."""
     since: float = 0.0
-    saves: bool = False
-    """Whether somebody will ask, and save before the end."""
+    deferred: bool = False
+    """Whether the loop will look at the number, and save before the end."""
 
-    def forget(self) -> None:
-        self.number, self.since, self.saves = 0, 0.0, False
-
-    def note(self, number: int, frame) -> None:
+    def handle(self, number: int, frame) -> None:
         # What is saved is renamed into place when it is whole, so leaving at any moment does no harm. An
         # exception might be swallowed by whatever runs here.
         now = time.monotonic()
-        if self.number == 0 and self.saves:
+        if self.number == 0 and self.deferred:
             self.number, self.since = number, now
         elif self.number == 0:
-            line = f"\nstopped by {signal.Signals(number).name}; {GO_ON} after the last checkpoint\n"
+            name = signal.Signals(number).name
+            line = f"\nstopped by {name}; the same command goes on after the last checkpoint\n"
             if ranks.rank() == 0:
                 os.write(1, line.encode())
             os._exit(0)
@@ -45,15 +42,15 @@ class Ear:
             os._exit(128 + number)
 
 
-_ear = Ear()  # signals belong to the process, and so does this
+_handler = SignalHandler()  # signals belong to the process, and so does this
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Inside, a signal of HEARD ends the process with one line and status 0, or waits for `asked` where that
-    is called; a later one ends it at once."""
-    _ear.forget()
-    before = {number: signal.signal(number, _ear.note) for number in HEARD}
+def handled() -> Iterator[None]:
+    """Inside, a signal of HANDLED ends the process with one line and status 0, or waits for `received` where
+    that is called; a later one ends it at once."""
+    _handler.number, _handler.since, _handler.deferred = 0, 0.0, False
+    before = {number: signal.signal(number, _handler.handle) for number in HANDLED}
     try:
         yield
     finally:
@@ -62,18 +59,18 @@ def heard() -> Iterator[None]:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Inside, a signal waits until `asked` is called."""
-    _ear.saves = True
+def deferred() -> Iterator[None]:
+    """Inside, a signal waits until `received` is called."""
+    _handler.deferred = True
     try:
         yield
     finally:
-        _ear.saves = False
+        _handler.deferred = False
 
 
-def asked(device: torch.device) -> str:
+def received(device: torch.device) -> str:
     """The name of a signal that any rank has received, the same on all of them, or "" (a collective)."""
-    number = int(ranks.largest(torch.tensor(_ear.number, device=device)))
+    number = int(ranks.largest(torch.tensor(_handler.number, device=device)))
     if number == 0:
         return ""
     return signal.Signals(number).name
