@@ -1,8 +1,9 @@
 """Every fast path finds the losses and gradients of the plain one: a sample at a time, eager, on one rank.
 
 float32: sums in another order, a relative 1e-5. bfloat16: the same sums may end in another last bit of a
-number, which has 8 of them, a difference of 2^-8. A loss is a mean of squared differences of two such numbers,
-each about as large as their difference: 2 * 2 * 2^-8 = 2^-6 bounds it, and a gradient, a product of two.
+number, which has 8 of them, a difference of 2^-8. A loss is a mean of squared differences of two such
+numbers, each about as large as their difference: 2 * 2 * 2^-8 = 2^-6 bounds it, and a gradient, a product of
+two.
 """
 
 import json
