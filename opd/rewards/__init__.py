@@ -25,7 +25,7 @@ How it fails. What can be known before training is a ValueError that names the r
 that is malformed or cannot be imported (`find_reward`), models that do not load (`Reward.load`), prompts
 that cannot be scored and a wrong return value (`Reward.check`). Later, under `Reward.start`, a call that
 raises, hangs or returns something else than B finite scores is repeated prompt by prompt; what still fails
-is NaN and has a reason, and the caller decides."""
+is NaN and has a reason, and the caller decides. A reward that calls os._exit ends the run."""
 
 import functools
 import importlib
@@ -41,7 +41,7 @@ from torch import Tensor
 from opd.data import Prompt
 from opd.flags import require
 from opd.rewards.about import About
-from opd.rewards.scoring import Scoring, fault_of, no_exit
+from opd.rewards.scoring import Scoring, fault_of
 
 SHORT = {
     "jpeg_compressibility": "opd.rewards.jpeg:compressibility",
@@ -144,7 +144,7 @@ class Reward:
         texts = [prompt.text for prompt in probe]
         grey_BCHW = torch.full((len(probe), 3, *pixels), 0.5)
         try:
-            with torch.no_grad(), no_exit():
+            with torch.no_grad():
                 scores = self(grey_BCHW, texts, [prompt.metadata for prompt in probe])
         except (Exception, SystemExit) as error:
             raised = f"raised {type(error).__name__} on grey images of {texts}"
@@ -168,17 +168,9 @@ class Reward:
                 where = f"task {task!r}: {prompt.source} {prompt.text!r}"
                 require(not fault, f"{where} cannot be scored by {term.name}: {fault}")
 
-    def start(
-        self,
-        images_BCHW: Tensor,
-        prompts: list[str],
-        metadata: list[dict],
-        timeout: float,
-        retries: int = 1,
-    ) -> Scoring:
-        """Score a batch in a guarded thread; `timeout` in seconds per call, `retries` per prompt that
-        failed."""
-        return Scoring(self, images_BCHW, prompts, metadata, timeout, retries)
+    def start(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict], timeout: float) -> Scoring:
+        """Score a batch beside the caller; `timeout` in seconds per call."""
+        return Scoring(self, images_BCHW, prompts, metadata, timeout)
 
 
 def _weight(text: str, name: str, spec: str) -> float:

@@ -1,194 +1,134 @@
-"""Scores of one batch, computed in a guarded thread: no failure of a reward stops the caller or goes
-unnoticed."""
+"""Scores of one batch, computed beside the caller: no failure of a reward stops the run or goes unnoticed."""
 
 import copy
 import math
-import os
-import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from opd.flags import require
-
-_TURN = threading.Lock()  # calls run one at a time: batches wait for each other outside their time-outs
-_LATE_RETRIES = 2  # after so many in one batch no further prompt of it is tried again
+MOST_LATE = 2
+"""After so many late retries of a batch, its further prompts are not tried again."""
 
 
 class Scoring:
-    """The scores of one batch, computed in a daemon thread while the caller goes on.
+    """The scores of one batch, computed while the caller goes on.
 
-    Where the call for the whole batch fails, all of its prompts are scored again, one at a time; where it
-    gives some images a score that is not finite, their prompts are. What still fails is NaN and has a
-    reason. Threads cannot be stopped: a reward that hangs keeps its thread, but neither the caller nor the
-    end of the process waits for it."""
+    Where the call for the whole batch fails, the images without a finite score are scored once again, prompt
+    by prompt. What still fails is NaN and has a reason."""
 
     def __init__(
-        self,
-        function,
-        images_BCHW: Tensor,
-        prompts: list[str],
-        metadata: list[dict],
-        timeout: float,
-        retries: int = 1,
+        self, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict], timeout: float
     ):
         """`function`: a reward or anything that is called like one. `timeout`: seconds for one call.
-        `retries`: further calls for a prompt that failed. `images_BCHW` must stay as they are. ValueError
-        for unequal counts."""
-        counts = f"{len(images_BCHW)} images, {len(prompts)} prompts, {len(metadata)} metadata"
-        equal = len(images_BCHW) == len(prompts) == len(metadata)
-        require(equal, f"{counts}: give as many of each")
+        `images_BCHW` must stay as they are. ValueError for unequal counts."""
+        if not len(images_BCHW) == len(prompts) == len(metadata):
+            counts = f"{len(images_BCHW)} images, {len(prompts)} prompts, {len(metadata)} metadata"
+            raise ValueError(f"{counts}: give as many of each")
         self.function = function
         self.images_BCHW = images_BCHW
         self.prompts = prompts
         self.metadata = metadata
         self.timeout = timeout
-        self.retries = retries
-        self.device = _current_gpu()
         self.scores_B = torch.full((len(prompts),), math.nan)
-        self.reasons = dict.fromkeys(range(len(prompts)), "")  # position -> why it has no score
+        self.failures = dict.fromkeys(range(len(prompts)), "")  # row -> why it has no score
         self.seconds = 0.0
-        self.error = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.call = self._call(list(self.failures))
 
     def result(self) -> tuple[Tensor, dict[int, str], float]:
-        """Wait for the scores (B,) float32 on the CPU, NaN where failed; for each failed position the
-        reason; and the seconds from the start to the last score. May be asked again."""
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.scores_B, self.reasons, self.seconds
-
-    def _run(self) -> None:
-        start = time.monotonic()
-        try:
-            self._score_batch()
-        except Exception as error:  # ours, not the reward's; `result` raises it
-            self.error = error
-        self.seconds = time.monotonic() - start
-
-    def _score_batch(self) -> None:
-        """All images at once, then again those prompts of which an image still lacks its score."""
-        everything = list(range(len(self.prompts)))
-        self._score(everything)
-        failed = dict.fromkeys(self.prompts[i] for i in self.reasons)
+        """Wait for the scores (B,) float32 on the CPU, NaN where failed; for each failed row the reason; and
+        the seconds that the calls took."""
+        self._take(list(self.failures), self.call)
         late = 0
-        for text in failed:
-            positions = [i for i in everything if self.prompts[i] == text]
-            late = self._retry(positions, late)
+        for text in dict.fromkeys(self.prompts[row] for row in self.failures):
+            rows = [row for row in self.failures if self.prompts[row] == text]
+            if late < MOST_LATE:
+                late += self._take(rows, self._call(rows))
+            else:
+                self._fail(rows, "reward kept timing out")
+        return self.scores_B, self.failures, self.seconds
 
-    def _retry(self, positions: list[int], late: int) -> int:
-        """Score the images of one prompt again while some have no score. `late` counts the batch's retries
-        that took too long; the new count is returned."""
-        if self.retries and late == _LATE_RETRIES:
-            self._note(positions, "reward kept timing out")
-        for _ in range(self.retries):
-            complete = self.reasons.keys().isdisjoint(positions)
-            if complete or late == _LATE_RETRIES:
-                break
-            late += self._score(positions)
-        return late
+    def _call(self, rows: list[int]) -> "Call":
+        """Copies, because a call that is late runs on beside the next one."""
+        images_BCHW = self.images_BCHW[rows]
+        prompts = [self.prompts[row] for row in rows]
+        metadata = copy.deepcopy([self.metadata[row] for row in rows])
+        return Call(self.timeout, self.function, images_BCHW, prompts, metadata)
 
-    def _score(self, positions: list[int]) -> bool:
-        """Call the reward for these images and note what came of it; True if it took too long."""
-        try:
-            with _TURN:
-                answer = self._ask(positions)
-        except queue.Empty:
-            self._note(positions, f"took longer than {self.timeout:g} s")
+    def _take(self, rows: list[int], call: "Call") -> bool:
+        """Wait for a call and note what it gave for these rows; True if it was late."""
+        answer = call.answer_in_time()
+        self.seconds += call.seconds
+        if answer is None:
+            self._fail(rows, f"took longer than {self.timeout:g} s")
             return True
-        self._note(positions, answer)
+        if isinstance(answer, str):
+            self._fail(rows, answer)
+            return False
+        for row, score in zip(rows, answer, strict=True):
+            if math.isfinite(score):
+                self.scores_B[row] = score
+                del self.failures[row]
+            else:
+                self._fail([row], f"returned {score}")
         return False
 
-    def _ask(self, positions: list[int]) -> list[float] | str:
-        """Scores or failure, from a call in a thread of its own. It gets copies, because a call that is
-        given up runs on beside the next one; its late answer goes into a queue that nobody reads any
-        more."""
-        answers = queue.SimpleQueue()
-        images_BCHW = self.images_BCHW[positions]
-        prompts = [self.prompts[i] for i in positions]
-        metadata = [copy.deepcopy(self.metadata[i]) for i in positions]
-        arguments = (answers, self.device, self.function, images_BCHW, prompts, metadata)
-        threading.Thread(target=_call, args=arguments, daemon=True).start()
-        return answers.get(timeout=self.timeout)
-
-    def _note(self, positions: list[int], answer: list[float] | str) -> None:
-        """Fill in the scores that are finite, and say why the others are missing."""
-        if isinstance(answer, str):
-            for position in positions:
-                self._fail(position, answer)
-            return
-        for position, score in zip(positions, answer, strict=True):
-            if math.isfinite(score):
-                self._keep(position, score)
-            else:
-                self._fail(position, f"returned {score}")
-
-    def _keep(self, position: int, score: float) -> None:
-        """The first finite score of an image stays."""
-        if position in self.reasons:
-            self.scores_B[position] = score
-            del self.reasons[position]
-
-    def _fail(self, position: int, failure: str) -> None:
-        if position in self.reasons:
-            self.reasons[position] = f"prompt {self.prompts[position]!r}: {failure}"
+    def _fail(self, rows: list[int], reason: str) -> None:
+        for row in rows:
+            self.failures[row] = f"prompt {self.prompts[row]!r}: {reason}"
 
 
-def _current_gpu() -> int | None:
-    """The caller's GPU, for the threads: a new thread would be on GPU 0."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.current_device()
-    return None
+class Call:
+    """One call of a reward, in a daemon thread of its own: neither the caller nor the end of the process
+    waits for a call that hangs.
 
+    Calls run one at a time. Each begins when the one before it has ended or is late, and its time runs from
+    there."""
 
-def _call(
-    answers: queue.SimpleQueue,
-    device: int | None,
-    function,
-    images_BCHW: Tensor,
-    prompts: list[str],
-    metadata: list[dict],
-) -> None:
-    """Put the scores as numbers, or in words what went wrong."""
-    try:
-        if device is not None:
-            torch.cuda.set_device(device)
-        with torch.no_grad(), no_exit():
-            scores = function(images_BCHW, prompts, metadata)
-        fault = fault_of(scores, len(prompts))
-        answers.put(fault or scores.float().tolist())
-    except BaseException as error:  # SystemExit too: it would end the thread without a word
-        answers.put(f"raised {type(error).__name__}: {error}")
+    newest = None
 
+    def __init__(
+        self, timeout: float, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
+    ):
+        self.timeout = timeout
+        self.seconds = timeout  # until it ends
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self.gpu = None
+        if torch.cuda.is_initialized():
+            self.gpu = torch.cuda.current_device()
+        before, Call.newest = Call.newest, self
+        arguments = (before, function, images_BCHW, prompts, metadata)
+        threading.Thread(target=self._run, args=arguments, daemon=True).start()
 
-_guest = threading.local()
-_leave = os._exit
+    def _run(self, before: "Call | None", function, *batch) -> None:
+        if before is not None:
+            before.answer_in_time()
+        self.start = time.monotonic()
+        self.begun.set()
+        try:
+            self.answer = self._scores(function, *batch)
+        except BaseException as error:  # SystemExit too: it would end the thread without a word
+            self.answer = f"raised {type(error).__name__}: {error}"
+        self.seconds = time.monotonic() - self.start
+        self.ended.set()
 
+    @torch.no_grad()
+    def _scores(
+        self, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
+    ) -> list[float] | str:
+        """The scores as numbers, or what is wrong with them."""
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a new thread would be on GPU 0
+        scores = function(images_BCHW, prompts, metadata)
+        return fault_of(scores, len(prompts)) or scores.float().tolist()
 
-@contextmanager
-def no_exit() -> Iterator[None]:
-    """Inside, os._exit of this thread raises SystemExit: a reward must not end the run without a word. A
-    process that the reward forks may end itself."""
-    _guest.process = os.getpid()
-    try:
-        yield
-    finally:
-        _guest.process = None
-
-
-def _exit(status: int) -> None:
-    if getattr(_guest, "process", None) == os.getpid():
-        raise SystemExit(f"os._exit({status})")
-    _leave(status)
-
-
-os._exit = _exit
+    def answer_in_time(self) -> list[float] | str | None:
+        """Wait for the scores, or in words what went wrong; None if the call still runs after its time."""
+        self.begun.wait()
+        if self.ended.wait(max(0.0, self.start + self.timeout - time.monotonic())):
+            return self.answer
+        return None
 
 
 def fault_of(scores, count: int) -> str:
