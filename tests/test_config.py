@@ -439,7 +439,7 @@ def test_the_sd35_teachers_know_their_rewards(name):
         reward = find_reward(spec)
         assert PRESETS[name].prompts[task] and len(reward.about) == len(reward.terms)
     if name == "sd35-grpo-quality":
-        shares = [term.weight * reward.about[term.name].divisor for term in reward.terms]
+        shares = [term.weight * term.function.divisor for term in reward.terms]
         assert shares == pytest.approx([0.8, 0.2], abs=1e-3)  # of PickScore / 26 and of DeQA / 5
 
 

@@ -136,10 +136,8 @@ def test_a_blank_picture_scores_zero_without_a_word(reward, capfd):
 
 def test_it_says_what_it_is(reward):
     about = reward.about["ocr"]
-    assert about.model.startswith("PP-OCRv6") and about.licence == "Apache-2.0" and about.divisor == 1
-    assert re.fullmatch(r"rapidocr \d+\.\d+\.\d+, onnxruntime \d+\.\d+\.\d+", about.engine)
-    folded = rewards.find_reward("ocr@folded").about["ocr@folded"]
-    assert "folded" in folded.definition and "folded" not in about.definition
+    assert re.search(r"; rapidocr \d+\.\d+\.\d+, onnxruntime \d+\.\d+\.\d+$", about)
+    assert "folded" in rewards.find_reward("ocr@folded").about["ocr@folded"] and "folded" not in about
 
 
 def test_what_cannot_be_scored_is_named(reward, tmp_path):

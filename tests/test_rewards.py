@@ -154,7 +154,9 @@ def test_jpeg_rewards_order_flat_against_noise():
 def test_a_nan_image_is_not_a_compressible_one():
     images = torch.full((2, 3, 16, 16), 0.5)
     images[1, 0, 3, 3] = math.nan
-    assert jpeg.compressibility(images, ["", ""], [{}, {}]).isnan().tolist() == [False, True]
+    reward = rewards.find_reward("jpeg_compressibility")
+    scores, failures, _ = reward.start(images, ["a", "b"], [{}, {}], 30.0).result()
+    assert scores.isnan().tolist() == [False, True] and "holds a NaN" in failures[1]
 
 
 # ---- names --------------------------------------------
@@ -239,7 +241,7 @@ class Variant:
         if argument == "broken":
             raise OSError("no such variant")
         self.argument = argument
-        self.about = rewards.About(f"letters {argument}", "none", "0", "length of the prompt", "tests")
+        self.about = f"letters {argument}"
 
     def prompt_fault(self, text, metadata):
         return "" if "a" in text else f"no a in it ({metadata['n']})"
@@ -261,7 +263,7 @@ def test_a_reward_tells_what_its_terms_state_about_themselves():
     reward = rewards.find_reward(f"{HERE}:Variant@x+{HERE}:brightness")
     (name,) = reward.about
     assert name == f"{HERE}:Variant@x"
-    assert reward.about[name].model == "letters x" and reward.about[name].divisor == 1
+    assert reward.about[name] == "letters x" and reward.divisor == 1
 
 
 def test_a_prompt_that_cannot_be_scored_is_named_with_its_line(tmp_path):
@@ -303,9 +305,9 @@ def test_a_prompt_that_cannot_be_scored_is_named_with_its_line(tmp_path):
         ("opd.rewards:find_reward", "must accept"),
         ("opd.rewards:jpeg_incompressibility", "cannot be imported"),
         ("opd.rewards:SHORT", "must accept"),
-        ("opd.rewards:Reward", "without arguments.*'terms'"),
+        ("opd.rewards:Reward", "cannot be made: .*'terms'"),
         (f"{HERE}:Uncallable", "must accept"),
-        (f"{HERE}:Unmakable", "without arguments: no weights here"),
+        (f"{HERE}:Unmakable", "cannot be made: no weights here"),
         ("inf*jpeg_compressibility", "not finite"),
         ("nan*jpeg_compressibility", "not finite"),
         ("jpeg_compressibility+1e999*jpeg_compressibility", "not finite"),

@@ -148,8 +148,7 @@ def abouts_of(scorers: dict[str, list[Reward]]) -> list[str]:
     for own in scorers.values():
         for scorer in own:
             for name, about in scorer.about.items():
-                facts = [f"{key} {value}" for key, value in asdict(about).items()]
-                lines[name] = f"{name}: {', '.join(facts)}"
+                lines[name] = f"{name}: {about}"
     return list(lines.values())
 
 
@@ -168,10 +167,7 @@ def divisors_of(scorers: dict[str, list[Reward]]) -> dict[str, float]:
     divisors = {}
     for own in scorers.values():
         for scorer in own:
-            divisors[scorer.spec] = 1.0
-            if len(scorer.terms) == 1:
-                for about in scorer.about.values():
-                    divisors[scorer.spec] = about.divisor
+            divisors[scorer.spec] = scorer.divisor
     return divisors
 
 

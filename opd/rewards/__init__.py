@@ -10,12 +10,12 @@ may carry
     metadata_keys = ("key", ...)    what the metadata of every prompt must hold
     prompt_fault(text, metadata)    why a prompt cannot be scored, "" if it can
     load(device)                    loads its models, on this rank's device
-    about = About(...)              model, licence, size, definition, engine, divisor: said beside the scores
+    about = "..."                   model, licence, size, definition and engine, said beside the scores
+    divisor = 26.0                  raw score / divisor is the papers' reward, about in [0, 1]
 
 A class has one instance per process and argument, however many rewards name it, and `load` runs once before
 the first call. Scores may be on any device; moving the images to the models is the reward's job. A call that
-timed out may still run beside the next one. Raw scores are those of the papers' tables; `about.divisor` makes
-the paper's reward of them.
+timed out may still run beside the next one. Raw scores are those of the papers' tables.
 
 How it is named. `module:function` or `module:Class`; a short name from the table SHORT; either followed by
 `@ARGUMENT`, the one string that a class is made with (weights, an endpoint, a variant), as in
@@ -39,8 +39,6 @@ import torch
 from torch import Tensor
 
 from opd.data import Prompt
-from opd.flags import require
-from opd.rewards.about import About
 from opd.rewards.scoring import Scoring, fault_of
 
 SHORT = {
@@ -66,22 +64,24 @@ SHORT = {
 
 _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
 _TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w.]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
-_LOADED = []  # functions and instances whose load() has run in this process
+_LOADED = {}  # id -> function or instance whose load() has run in this process
 
 
 def find_reward(spec: str) -> "Reward":
     """The reward called `spec`, its modules imported and its classes made. ValueError naming the spec and
     the fix."""
-    well_formed = re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec, re.IGNORECASE)
-    require(
-        well_formed is not None,
-        f"scorer {spec!r}: write it as module:function_or_class, as one of the short names "
-        f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
-        "0.7*module:a+0.3*module:b (an argument holds no space, + or *)",
-    )
+    if not re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec, re.IGNORECASE):
+        raise ValueError(
+            f"scorer {spec!r}: write it as module:function_or_class, as one of the short names "
+            f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
+            "0.7*module:a+0.3*module:b (an argument holds no space, + or *)"
+        )
     terms = []
     for weight, name in re.findall(_TERM, spec, re.IGNORECASE):
-        terms.append(Term(_weight(weight, name, spec), name, _find_function(name, spec)))
+        weight = float(weight or 1)
+        if not math.isfinite(weight):
+            raise ValueError(f"scorer {spec!r}: the weight {weight} of {name} is not finite")
+        terms.append(Term(weight, name, _find_function(name, spec)))
     return Reward(spec, terms)
 
 
@@ -92,6 +92,10 @@ class Term:
     function: Callable
     """A function, or the instance of a class."""
 
+    @property
+    def metadata_keys(self) -> tuple[str, ...]:
+        return getattr(self.function, "metadata_keys", ())
+
 
 class Reward:
     """A reward or a weighted sum of rewards, found once per run: checking, training, watching and reporting
@@ -100,26 +104,34 @@ class Reward:
     def __init__(self, spec: str, terms: list[Term]):
         self.spec = spec
         self.terms = terms
-        self.metadata_keys = _keys_of_all(terms)
+        self.metadata_keys = tuple(dict.fromkeys(key for term in terms for key in term.metadata_keys))
 
     @property
-    def about(self) -> dict[str, About]:
+    def about(self) -> dict[str, str]:
         """What the terms state about themselves, by name; a term that states nothing is left out. Final once
         `load` has run."""
         return {term.name: term.function.about for term in self.terms if hasattr(term.function, "about")}
+
+    @property
+    def divisor(self) -> float:
+        """Of its raw scores in the papers' averages; 1 for a sum, which has no scale."""
+        if len(self.terms) > 1:
+            return 1.0
+        return getattr(self.terms[0].function, "divisor", 1.0)
 
     def load(self, device: torch.device) -> None:
         """Load the models of every term that has some, unless this process has loaded them before.
         ValueError naming the spec if that fails."""
         for term in self.terms:
-            if not hasattr(term.function, "load") or _is_loaded(term.function):
+            function = term.function
+            if not hasattr(function, "load") or id(function) in _LOADED:
                 continue
             try:
-                term.function.load(device)
+                function.load(device)
             except Exception as error:  # whatever the user's code raises
                 what = f"load({device}) of {term.name} raised {type(error).__name__}"
                 raise ValueError(f"scorer {self.spec!r}: {what}: {error}") from error
-            _LOADED.append(term.function)
+            _LOADED[id(function)] = function
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """The raw scores (B,), unguarded. A reward that is no sum answers as it pleases (`fault_of` judges
@@ -131,7 +143,8 @@ class Reward:
         for term in self.terms:
             scores_B = term.function(images_BCHW, prompts, metadata)
             fault = fault_of(scores_B, len(prompts))
-            require(not fault, f"{term.name} {fault}")
+            if fault:
+                raise ValueError(f"{term.name} {fault}")
             total_B += term.weight * scores_B.detach().to("cpu", torch.float32)
         return total_B
 
@@ -150,56 +163,54 @@ class Reward:
             raised = f"raised {type(error).__name__} on grey images of {texts}"
             raise ValueError(f"{reward} {raised}: {error}") from error
         fault = fault_of(scores, len(probe))
-        wanted = f"wanted: a floating tensor of shape ({len(probe)},), a score per image"
-        require(not fault, f"{reward} {fault} ({wanted})")
+        if fault:
+            wanted = f"wanted: a floating tensor of shape ({len(probe)},), a score per image"
+            raise ValueError(f"{reward} {fault} ({wanted})")
 
     def check_metadata(self, task: str, prompts: list[Prompt]) -> None:
         """ValueError naming the first prompt that lacks a key of `metadata_keys`, or that a term cannot
         score, with its file and line."""
         for prompt in prompts:
             for key in self.metadata_keys:
-                require(
-                    key in prompt.metadata,
-                    f"task {task!r}: reward {self.spec!r} needs {key!r} with every prompt, but "
-                    f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl",
-                )
+                if key not in prompt.metadata:
+                    raise ValueError(
+                        f"task {task!r}: reward {self.spec!r} needs {key!r} with every prompt, but "
+                        f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl"
+                    )
             for term in self.terms:
-                fault = _prompt_fault(term.function, prompt)
-                where = f"task {task!r}: {prompt.source} {prompt.text!r}"
-                require(not fault, f"{where} cannot be scored by {term.name}: {fault}")
+                if not hasattr(term.function, "prompt_fault"):
+                    continue
+                fault = term.function.prompt_fault(prompt.text, prompt.metadata)
+                if fault:
+                    where = f"task {task!r}: {prompt.source} {prompt.text!r}"
+                    raise ValueError(f"{where} cannot be scored by {term.name}: {fault}")
 
     def start(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict], timeout: float) -> Scoring:
         """Score a batch beside the caller; `timeout` in seconds per call."""
         return Scoring(self, images_BCHW, prompts, metadata, timeout)
 
 
-def _weight(text: str, name: str, spec: str) -> float:
-    if not text:
-        return 1.0
-    weight = float(text)
-    message = f"scorer {spec!r}: the weight {text} of {name} is not finite; write a number"
-    require(math.isfinite(weight), message)
-    return weight
-
-
 def _find_function(name: str, spec: str) -> Callable:
     """The function called `name`, or the instance of the class; `spec` is what the user wrote."""
     path, at, argument = name.partition("@")
-    module, _, attribute = _path(path, spec).rpartition(":")
+    if ":" not in path and path not in SHORT:
+        known = ", ".join(SHORT)
+        raise ValueError(f"scorer {spec!r}: no short name {path!r} ({known}); write it as module:function")
+    module, _, attribute = SHORT.get(path, path).rpartition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
     if inspect.isclass(function):
         function = _made(function, argument, name, spec)
-    else:
-        require(not at, f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument}")
+    elif at:
+        raise ValueError(f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument}")
     try:
         inspect.signature(function).bind(None, None, None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"scorer {spec!r}: {name} must accept (images, prompts, metadata)") from error
-    is_string = isinstance(_metadata_keys(function), str)
-    require(not is_string, f"scorer {spec!r}: metadata_keys of {name} is a string; make it a tuple")
+    if isinstance(getattr(function, "metadata_keys", ()), str):
+        raise ValueError(f"scorer {spec!r}: metadata_keys of {name} is a string; make it a tuple")
     return function
 
 
@@ -207,10 +218,7 @@ def _made(kind: type, argument: str, name: str, spec: str) -> Callable:
     try:
         return _instance(kind, argument)
     except Exception as error:  # whatever the user's class raises
-        what = f"the class {name} cannot be made"
-        if not argument:
-            what = f"the class {name} cannot be made without arguments"
-        raise ValueError(f"scorer {spec!r}: {what}: {error}") from error
+        raise ValueError(f"scorer {spec!r}: the class {name} cannot be made: {error}") from error
 
 
 @functools.cache
@@ -219,38 +227,3 @@ def _instance(kind: type, argument: str) -> Callable:
     if argument:
         return kind(argument)
     return kind()
-
-
-def _path(name: str, spec: str) -> str:
-    """module:attribute of a name, short or not."""
-    if ":" in name:
-        return name
-    known = ", ".join(SHORT)
-    require(
-        name in SHORT, f"scorer {spec!r}: {name!r} is no short name ({known}); write it as module:function"
-    )
-    return SHORT[name]
-
-
-def _is_loaded(function: Callable) -> bool:
-    return any(loaded is function for loaded in _LOADED)  # an instance may define == or be unhashable
-
-
-def _metadata_keys(function: Callable) -> tuple[str, ...]:
-    if hasattr(function, "metadata_keys"):
-        return function.metadata_keys
-    return ()
-
-
-def _prompt_fault(function: Callable, prompt: Prompt) -> str:
-    if hasattr(function, "prompt_fault"):
-        return function.prompt_fault(prompt.text, prompt.metadata)
-    return ""
-
-
-def _keys_of_all(terms: list[Term]) -> tuple[str, ...]:
-    """The keys that some term needs, each once."""
-    keys = []
-    for term in terms:
-        keys.extend(_metadata_keys(term.function))
-    return tuple(dict.fromkeys(keys))

@@ -1,9 +1,5 @@
 """BLIP-VQA, T2I-CompBench's score of colours, shapes and textures: is each thing that the prompt names there?
 
-| name | weights | licence | size | score |
-|---|---|---|---|---|
-| blip_vqa | Salesforce/blip-vqa-capfilt-large | BSD-3-Clause | 385 M | product of P(yes), 0-1 |
-
 Of T2I-CompBench++, this and `clipscore@openai/clip-vit-base-patch32` (its non-spatial relations) run here.
 Missing: 2D- and 3D-spatial relations and numeracy (UniDet's detector, a depth model), complex prompts (3-in-1
 of these all). Pictures are resized as the weights' processor says; the benchmark resizes to 480 px.
@@ -11,16 +7,12 @@ of these all). Pictures are resized as the weights' processor says; the benchmar
 A prompt's things are the list "noun_phrases" of its metadata or, where that is missing, what spaCy's
 en_core_web_sm takes for noun chunks, as the benchmark does (.[compbench])."""
 
-import importlib.metadata
-
 import torch
 from torch import Tensor
 
 from opd.files import locate
-from opd.flags import require
-from opd.rewards.about import About
 from opd.rewards.clip import FILES, whole
-from opd.rewards.inputs import need, pictures
+from opd.rewards.inputs import need, pictures, versions
 
 BLIP = "Salesforce/blip-vqa-capfilt-large"
 SPACY = "en_core_web_sm"
@@ -38,12 +30,9 @@ class BlipVqa:
     def __init__(self, source: str = BLIP):
         self.source = source
         self.chunker = None
-        self.about = About(
-            model=source,
-            licence="BSD-3-Clause",
-            size="385 M parameters",
-            definition='product over noun phrases of P(yes) / (P(yes) + P(no)) to "PHRASE?"; 0-1',
-            engine=f"transformers {importlib.metadata.version('transformers')}, float32",
+        self.about = (
+            f'{source}, BSD-3-Clause, 385 M parameters: product over noun phrases of P(yes) to "PHRASE?" '
+            f"among yes and no, 0-1; {versions('transformers')}, float32"
         )
 
     def load(self, device: torch.device) -> None:
@@ -55,10 +44,9 @@ class BlipVqa:
         self.model.requires_grad_(False)
         processor = BlipProcessor.from_pretrained(folder)
         self.resized, self.tokenizer, self.device = processor.image_processor, processor.tokenizer, device
-        self.yes = self.tokenizer.convert_tokens_to_ids("yes")
-        self.no = self.tokenizer.convert_tokens_to_ids("no")
-        unknown = self.tokenizer.unk_token_id
-        require(unknown not in (self.yes, self.no), f"{self.source}: its vocabulary has no words yes and no")
+        self.yes_no = self.tokenizer.convert_tokens_to_ids(["yes", "no"])
+        if self.tokenizer.unk_token_id in self.yes_no:
+            raise ValueError(f"{self.source}: its vocabulary has no words yes and no")
 
     def prompt_fault(self, text: str, metadata: dict) -> str:
         try:
@@ -85,8 +73,8 @@ class BlipVqa:
         if "noun_phrases" not in metadata:
             return self.chunks(text)[:MOST_PHRASES]
         given = metadata["noun_phrases"]
-        is_list = isinstance(given, list) and all(isinstance(phrase, str) for phrase in given)
-        require(is_list, f'"noun_phrases" must be a list of texts, got {given!r}')
+        if not isinstance(given, list) or not all(isinstance(phrase, str) for phrase in given):
+            raise ValueError(f'"noun_phrases" must be a list of texts, got {given!r}')
         return given[:MOST_PHRASES]
 
     def chunks(self, text: str) -> list[str]:
@@ -120,4 +108,4 @@ class BlipVqa:
             encoder_hidden_states=asked_QTD,
             encoder_attention_mask=tokens.attention_mask,
         ).logits[:, 0]
-        return answers_QV[:, [self.yes, self.no]].softmax(1)[:, 0]
+        return answers_QV[:, self.yes_no].softmax(1)[:, 0]

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from opd.files import locate
-from opd.flags import require
 
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -31,7 +30,6 @@ class Clip:
         self.device = device
         self.scale = model.logit_scale.exp().item()
 
-    @torch.no_grad()
     def of_pictures(self, pictures: list[Image.Image]) -> Tensor:
         """(B, D) float32 on the CPU, rows of length 1."""
         pixels_BCHW = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
@@ -48,15 +46,13 @@ class Clip:
 
     @torch.no_grad()
     def of_texts(self, texts: list[str]) -> Tensor:
-        """(B, D) float32 on the CPU, rows of length 1; a text is cut at 77 tokens."""
+        """(B, D) float32 on the CPU, rows of length 1; a text is cut at the model's 77 tokens."""
+        longest = self.model.config.text_config.max_position_embeddings
         tokens = self.processor.tokenizer(
-            texts, padding=True, truncation=True, max_length=self._longest(), return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self.device)
         pooled_BD = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
         return F.normalize(self.model.text_projection(pooled_BD).cpu(), dim=1)
-
-    def _longest(self) -> int:
-        return self.model.config.text_config.max_position_embeddings
 
 
 def load_clip(source: str, device: torch.device, processor: str = "") -> Clip:
@@ -82,14 +78,17 @@ def whole(from_pretrained: Callable, folder: Path):
     """The float32 model in `folder`. ValueError if its file lacks weights: transformers makes them up."""
     model, info = from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     missing = sorted(info["missing_keys"])
-    require(not missing, f"{folder}: its weights lack {len(missing)} tensors, such as {missing[:2]}")
+    if missing:
+        raise ValueError(f"{folder}: its weights lack {len(missing)} tensors, such as {missing[:2]}")
     return model
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of one that torch.load reads with weights_only=True."""
+def read_weights(what: str, source: str, name: str) -> dict[str, Tensor]:
+    """Tensors of the file `source`, or of the file `name` in a directory or Hub repository: a .safetensors,
+    or a pickle that torch.load reads with weights_only=True."""
     from safetensors.torch import load_file
 
+    file = file_in(what, source, name)
     if file.suffix == ".safetensors":
         return load_file(file)
     weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -99,8 +98,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def file_in(what: str, source: str, name: str) -> Path:
-    """The weights file `source`, or the file `name` of a directory or Hub repository. FileNotFoundError
-    naming what is missing."""
+    """The file `source`, or the file `name` of a directory or Hub repository. FileNotFoundError naming what
+    is missing."""
     found = locate(what, source, [name])
     if found.is_dir():
         found = found / name

@@ -1,9 +1,11 @@
-"""JSON over HTTP, asked patiently: what `judge` and `remote` send their pictures through.
+"""JSON over HTTP, asked patiently: what the judges and the workers get their pictures through.
 
 A server may be slow, answer 500 or send garbage. It is asked again after a pause; then the failure is said
 with its reason. Nothing is ever taken for a score that is none, and nothing is unpickled."""
 
+import base64
 import http.client
+import io
 import json
 import math
 import time
@@ -12,9 +14,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from PIL import Image
 from torch import Tensor
-
-from opd.flags import require
 
 TIMEOUT = 60.0
 """Seconds for one request."""
@@ -27,65 +28,54 @@ LONGEST = 16 * 2**20
 """Bytes of an answer; longer ones are garbage."""
 
 
-class Unanswered(ValueError):
-    """A server that did not give a usable answer; the message names it and says why."""
-
-
 def ask(url: str, body: dict | None = None, key: str = "") -> dict:
-    """GET `url`, or POST `body`; the JSON object that comes back. `key`: a bearer token. Unanswered after
-    TRIES."""
-    pause = PAUSE
-    for last_try in [False] * (TRIES - 1) + [True]:
+    """GET `url`, or POST `body`; the JSON object that comes back. `key`: a bearer token. ValueError, naming
+    server and reason, after TRIES, or at once for an answer that would be the same again."""
+    for number in range(TRIES):
+        if number > 0:
+            time.sleep(PAUSE * 2 ** (number - 1))
         try:
             return _ask_once(url, body, key)
-        except _Refused as error:
-            raise Unanswered(f"{url}: {error}") from error
+        except urllib.error.HTTPError as error:
+            reason = f"status {error.code}: {error.read(200)!r}"
+            if error.code < 500 and error.code not in (408, 429):
+                raise ValueError(f"{url}: {reason}") from error
+        except TimeoutError:
+            reason = f"no answer within {TIMEOUT:g} s"
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if last_try:
-                raise Unanswered(f"{url}: {TRIES} tries failed, the last: {_said(error)}") from error
-        time.sleep(pause)
-        pause *= 2
-
-
-class _Refused(Exception):
-    """An answer that would be the same again."""
+            reason = str(error) or type(error).__name__
+    raise ValueError(f"{url}: {TRIES} tries failed, the last: {reason}")
 
 
 def _ask_once(url: str, body: dict | None, key: str) -> dict:
-    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, headers={"Content-Type": "application/json"})
     if key:
-        headers["Authorization"] = f"Bearer {key}"
-    data = None
+        request.add_header("Authorization", f"Bearer {key}")
     if body is not None:
-        data = json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            text = response.read(LONGEST)
-    except urllib.error.HTTPError as error:
-        said = f"status {error.code}: {error.read(200)!r}"
-        if error.code < 500 and error.code not in (408, 429):
-            raise _Refused(said) from error
-        raise ValueError(said) from error
+        request.data = json.dumps(body).encode()
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        text = response.read(LONGEST)
     try:
         answer = json.loads(text)
     except ValueError as error:
         raise ValueError(f"not JSON: {text[:80]!r}") from error
-    require(isinstance(answer, dict), f"no JSON object: {text[:80]!r}")
+    if not isinstance(answer, dict):
+        raise ValueError(f"no JSON object: {text[:80]!r}")
     return answer
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, TimeoutError) or "timed out" in str(error):
-        return f"no answer within {TIMEOUT:g} s"
-    return str(error) or type(error).__name__
 
 
 def checked_url(endpoint: str, example: str) -> str:
     """`endpoint` without its last slash. ValueError if it is no http address."""
-    named = endpoint.startswith(("http://", "https://"))
-    require(named, f"it needs the address of a server, got {endpoint!r}; write {example}")
+    if not endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"it needs the address of a server, got {endpoint!r}; write {example}")
     return endpoint.rstrip("/")
+
+
+def png_base64(picture: Image.Image) -> str:
+    """The picture as a PNG file in base64, as JSON carries it."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def gather(requests: list, prompts: list[str]) -> Tensor:

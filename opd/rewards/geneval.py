@@ -1,23 +1,17 @@
 """GenEval: are the objects of the prompt there, in number, colour and place? (arXiv 2310.11513)
 
-| model | licence | size |
-|---|---|---|
-| facebook/mask2former-swin-small-coco-instance, detector | see its card | 69 M |
-| openai/clip-vit-large-patch14, colours | MIT | 428 M |
-
     geneval             official, 0 or 1: what tables print, as the mean of the six tags' means
     geneval_strict      0 or 1: counts are exact
     geneval_dense       partial credit: the training reward
 
-Definitions: opd/rewards/geneval_rules.py. Both models run in transformers (extra geneval: scipy, without
-which Mask2Former does not start). The published numbers come from the same network in mmdet 2.x, whose
-resizing differs a little. Argument: DETECTOR,CLIP, directories or Hub ids.
+Definitions: opd/rewards/geneval_rules.py. Detector and CLIP run in transformers (extra geneval: scipy,
+without which Mask2Former does not start). The published numbers come from the same network in mmdet 2.x,
+whose resizing differs a little. Argument: DETECTOR[,CLIP], directories or Hub ids.
 
 An object's colour is the nearest of ten by CLIP: the picture is cut to the object's box, with everything
 outside its mask painted #999; a colour's text vector is the mean of three templates."""
 
 import functools
-import importlib.metadata
 import warnings
 
 import torch
@@ -26,12 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opd.files import locate
-from opd.flags import require
 from opd.rewards import geneval_rules
-from opd.rewards.about import About
 from opd.rewards.clip import FILES, VIT_L, load_clip, whole
 from opd.rewards.geneval_rules import CLASSES, COLOURS, CONFIDENCE, Found, kept
-from opd.rewards.inputs import need, pictures
+from opd.rewards.inputs import need, pictures, versions
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 TEMPLATES = (
@@ -46,12 +38,55 @@ LEAST_ON_KNOWN = 0.1
 """Confidence that something must reach on the known picture; a detector that sees nothing gives .01."""
 
 
-class Eyes:
-    """The detector and CLIP, shared by the three scores. The objects found in the last pictures are kept, so
-    that a second score of the same pictures detects nothing anew."""
+class Official:
+    """Argument: DETECTOR[,CLIP]."""
+
+    metadata_keys = ("tag", "include")
+    rule = staticmethod(geneval_rules.official)
+    definition = "official: at least the count, colours and positions of the most confident, excludes; 0 or 1"
+
+    def __init__(self, sources: str = DETECTOR):
+        need("geneval", "scipy")
+        self.detector = detector_of(sources)
+        detector, clip = self.detector.source, self.detector.clip_source
+        models = f"{detector}, see its card for the licence, 69 M parameters, and {clip}, MIT, 428 M"
+        engine = f"{versions('transformers')}, float32 (published: mmdet 2)"
+        self.about = f"{models}: {self.definition}; {engine}"
+
+    def load(self, device: torch.device) -> None:
+        self.detector.load(device)
+
+    def prompt_fault(self, text: str, metadata: dict) -> str:
+        return geneval_rules.metadata_fault(metadata)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """Scores (B,). Warns where no picture holds any object."""
+        found = self.detector.find(images_BCHW)
+        if len(found) >= 8 and not any(found):
+            warnings.warn(f"GenEval's detector found no object in any of {len(found)} pictures", stacklevel=2)
+        scores = []
+        for picture, items, row in zip(pictures(images_BCHW), found, metadata, strict=True):
+            colours_of = functools.partial(self.detector.colours, picture)
+            scores.append(self.rule(kept(items, row["tag"]), row, colours_of))
+        return torch.tensor(scores)
+
+
+class Strict(Official):
+    rule = staticmethod(geneval_rules.strict)
+    definition = "strict: exactly the count, colour and position asked for, excludes ignored; 0 or 1"
+
+
+class Dense(Official):
+    rule = staticmethod(geneval_rules.dense)
+    definition = "dense reward of Flow-GRPO's server: mean of partial credits; at most 1, may be negative"
+
+
+class Detector:
+    """Mask2Former, and CLIP for colours, shared by the three scores. The objects found in the last pictures
+    are kept, so that a second score of the same pictures detects nothing anew."""
 
     def __init__(self, sources: str):
-        self.detector_source, _, clip = sources.partition(",")
+        self.source, _, clip = sources.partition(",")
         self.clip_source = clip or VIT_L
         self.loaded = False
         self.last = (None, None)  # images and what was found in them, replaced as one
@@ -62,21 +97,21 @@ class Eyes:
             return
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-        folder = locate("detector", self.detector_source, FILES)
+        folder = locate("detector", self.source, FILES)
         self.processor = AutoImageProcessor.from_pretrained(folder)
-        self.detector = whole(Mask2FormerForUniversalSegmentation.from_pretrained, folder)
-        classes = self.detector.config.num_labels
-        require(classes == len(CLASSES), f"{folder}: {classes} classes, COCO has {len(CLASSES)}")
-        self.detector.to(device).eval().requires_grad_(False)
+        self.model = whole(Mask2FormerForUniversalSegmentation.from_pretrained, folder)
+        classes = self.model.config.num_labels
+        if classes != len(CLASSES):
+            raise ValueError(f"{folder}: {classes} classes, COCO has {len(CLASSES)}")
+        self.model.to(device).eval().requires_grad_(False)
         self.device = device
         self.clip = load_clip(self.clip_source, device)
         self.texts_of = functools.cache(self._texts_of)
         (found,) = self._detect([known_picture()], least=0.0)
         best = max((item.confidence for item in found), default=0.0)
-        seen = f"the detector finds nothing in a picture of a stop sign (best confidence {best:.3f})"
-        require(
-            best >= LEAST_ON_KNOWN, f"{seen}: check its weights, {self.detector_source}, and torch's kernels"
-        )
+        if best < LEAST_ON_KNOWN:
+            seen = f"the detector finds nothing in a picture of a stop sign (best confidence {best:.3f})"
+            raise ValueError(f"{seen}: check its weights, {self.source}, and torch's kernels")
         self.loaded = True
 
     def find(self, images_BCHW: Tensor) -> list[list[Found]]:
@@ -94,7 +129,7 @@ class Eyes:
         for start in range(0, len(batch), BATCH):
             some = batch[start : start + BATCH]
             inputs = self.processor(images=some, return_tensors="pt")
-            outputs = self.detector(pixel_values=inputs["pixel_values"].to(self.device))
+            outputs = self.model(pixel_values=inputs["pixel_values"].to(self.device))
             # On the CPU, where transformers makes the maps that it fills.
             outputs.class_queries_logits = outputs.class_queries_logits.float().cpu()
             outputs.masks_queries_logits = outputs.masks_queries_logits.float().cpu()
@@ -121,56 +156,8 @@ class Eyes:
 
 
 @functools.cache
-def eyes_of(sources: str) -> Eyes:
-    return Eyes(sources)
-
-
-class Official:
-    """Argument: DETECTOR[,CLIP]."""
-
-    metadata_keys = ("tag", "include")
-    rule = staticmethod(geneval_rules.official)
-    definition = "official: at least the count, colours and positions of the most confident, excludes; 0 or 1"
-
-    def __init__(self, sources: str = DETECTOR):
-        need("geneval", "scipy")
-        self.eyes = eyes_of(sources)
-        self.about = About(
-            model=f"{self.eyes.detector_source}, {self.eyes.clip_source}",
-            licence="detector: see its card, CLIP: MIT",
-            size="69 M + 428 M parameters",
-            definition=self.definition,
-            engine=f"transformers {importlib.metadata.version('transformers')}, float32 (published: mmdet 2)",
-        )
-
-    def load(self, device: torch.device) -> None:
-        self.eyes.load(device)
-
-    def prompt_fault(self, text: str, metadata: dict) -> str:
-        return geneval_rules.metadata_fault(metadata)
-
-    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        """Scores (B,). Warns where no picture holds any object."""
-        found = self.eyes.find(images_BCHW)
-        if len(found) >= 8 and not any(found):
-            warnings.warn(f"GenEval's detector found no object in any of {len(found)} pictures", stacklevel=2)
-        scores = []
-        for picture, items, row in zip(pictures(images_BCHW), found, metadata, strict=True):
-            colours_of = functools.partial(self.eyes.colours, picture)
-            scores.append(self.rule(kept(items, row["tag"]), row, colours_of))
-        return torch.tensor(scores)
-
-
-class Strict(Official):
-    rule = staticmethod(geneval_rules.strict)
-    definition = "strict: exactly the count, colour and position asked for, excludes ignored; 0 or 1"
-
-
-class Dense(Official):
-    rule = staticmethod(geneval_rules.dense)
-    definition = (
-        "dense training reward of Flow-GRPO's server: mean of partial credits; at most 1, may be negative"
-    )
+def detector_of(sources: str) -> Detector:
+    return Detector(sources)
 
 
 def _found(instance: dict) -> list[Found]:
@@ -184,14 +171,9 @@ def _found(instance: dict) -> list[Found]:
 
 def box_of(mask_HW: Tensor) -> tuple[float, float, float, float]:
     """left, top, right, bottom: the last two lie past the last pixel."""
-    rows = torch.nonzero(mask_HW.any(1))[:, 0]
-    columns = torch.nonzero(mask_HW.any(0))[:, 0]
-    return (
-        float(columns[0]),
-        float(rows[0]),
-        float(columns[-1] + 1),
-        float(rows[-1] + 1),
-    )
+    rows, columns = torch.nonzero(mask_HW, as_tuple=True)
+    corners = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    return tuple(float(corner) for corner in corners)
 
 
 def cut_out(picture: Image.Image, item: Found) -> Image.Image:

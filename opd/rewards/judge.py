@@ -1,14 +1,8 @@
 """Judges: vision-language models behind an OpenAI-style HTTP endpoint (vLLM, SGLang) that grade a picture.
 
-| name | model | grade | default text |
-|---|---|---|---|
-| unified_reward | CodeGoat24/UnifiedReward-7b-v1.5, 512 px | 1-5, decimals | alignment and quality |
-| qwenvl | Qwen/Qwen3-VL-30B-A3B-Instruct | 1-5, whole | as in Flow-OPD's Fig. 6 |
-| qwenvl_released | the same | 1-5, whole | as in its released code: five grades per axis |
-
 Argument: the endpoint, as in `qwenvl@http://localhost:8001/v1`; the model is the one that the server says it
-runs, at temperature 0. Raw grades are the tables', reward = grade / 5. A key goes into JUDGE_API_KEY. The
-texts are written here from their descriptions, NOT word for word those of the papers, so grades are to be
+runs, at temperature 0. Raw grades are the tables', 1 to 5; reward = grade / 5. A key goes into JUDGE_API_KEY.
+The texts are written here from their descriptions, NOT word for word those of the papers, so grades are to be
 compared with grades of this code; a subclass with another `text` and `pattern` is a judge of its own.
 
 An answer without a grade, or with one out of range, is a failure and never 0."""
@@ -21,10 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd.flags import require
-from opd.rewards.about import About
-from opd.rewards.endpoint import ask, checked_url, gather
-from opd.rewards.inputs import pictures, png_base64
+from opd.rewards.endpoint import ask, checked_url, gather, png_base64
+from opd.rewards.inputs import pictures
 
 HIGHEST = 5.0
 
@@ -59,26 +51,18 @@ class Judge:
     """What the judges share; a subclass says what is asked and where the grade stands."""
 
     model: str
-    licence: str
-    size: str
+    """The model that the text was written for, and its licence."""
     text: str
     pattern: str
-    pixels = 0  # resize pictures to so many pixels per side; 0 = as they are
+    """Of the answer; its group is the grade."""
+    pixels = 0
+    """Resize pictures to so many pixels per side; 0 = as they are."""
+    divisor = HIGHEST
 
     def __init__(self, endpoint: str = ""):
         self.endpoint = checked_url(endpoint, "qwenvl@http://localhost:8001/v1")
         self.key = os.environ.get("JUDGE_API_KEY", "")
-        self.about = self._about("not asked yet")
-
-    def _about(self, served: str) -> About:
-        return About(
-            model=self.model,
-            licence=self.licence,
-            size=self.size,
-            definition="grade 1-5 by the named text (worded here, not the paper's words), temperature 0",
-            engine=f"{self.endpoint} runs {served}",
-            divisor=HIGHEST,
-        )
+        self.about = f"{self.model}: grade 1-5 by a text worded here, not the paper's words, temperature 0"
 
     def load(self, device: torch.device) -> None:
         """Ask the server for its model. ValueError if it does not answer."""
@@ -87,7 +71,7 @@ class Judge:
             self.served = str(answer["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{self.endpoint}/models names no model: {str(answer)[:80]}") from error
-        self.about = self._about(self.served)
+        self.about = f"{self.about}; {self.endpoint} runs {self.served}"
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Grades (B,); NaN where the judge gave none."""
@@ -118,29 +102,29 @@ class Judge:
     def grade_in(self, said: str) -> float:
         """The grade in a judge's words. ValueError if there is none from 1 to 5."""
         match = re.search(self.pattern, said)
-        require(match is not None, f"{self.endpoint}: no grade in {said[-80:]!r}")
+        if match is None:
+            raise ValueError(f"{self.endpoint}: no grade in {said[-80:]!r}")
         grade = float(match.group(1))
-        require(1 <= grade <= HIGHEST, f"{self.endpoint}: the grade {grade:g} is not in 1-5")
+        if not 1 <= grade <= HIGHEST:
+            raise ValueError(f"{self.endpoint}: the grade {grade:g} is not in 1-5")
         return grade
 
 
 class UnifiedReward(Judge):
-    model = "CodeGoat24/UnifiedReward-7b-v1.5"
-    licence = "see its card"
-    size = "8 B parameters"
+    model = "CodeGoat24/UnifiedReward-7b-v1.5, see its card for the licence, 8 B parameters"
     text = UNIFIED
     pattern = r"Final Score:\s*(-?\d+(?:\.\d+)?)"
     pixels = 512
 
 
 class QwenVL(Judge):
-    model = "Qwen/Qwen3-VL-30B-A3B-Instruct, prompt after Fig. 6"
-    licence = "Apache-2.0"
-    size = "30 B parameters, 3 B active"
+    model = "Qwen/Qwen3-VL-30B-A3B-Instruct, Apache-2.0, 3 B of 30 B parameters active, text after Fig. 6"
     text = QWENVL
     pattern = r"<OverallScore>\s*(-?\d+(?:\.\d+)?)\s*</OverallScore>"
 
 
 class QwenVLReleased(QwenVL):
-    model = "Qwen/Qwen3-VL-30B-A3B-Instruct, prompt after the released code"
+    """By the text of Flow-OPD's released code: five grades per axis."""
+
+    model = "Qwen/Qwen3-VL-30B-A3B-Instruct, Apache-2.0, 3 B of 30 B parameters active, text after the code"
     text = QWENVL_RELEASED

@@ -16,7 +16,6 @@ the floor of the scale. Writing more text than asked for costs nothing (`target 
 `ocr@folded` compares typography as its plain form: curly quotes, dashes, fractions, full-width letters. The
 released formula takes `“` for an error where the reader sees `"`."""
 
-import importlib.metadata
 import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from opd.flags import require
-from opd.rewards.about import About
-from opd.rewards.inputs import need, pictures
+from opd.rewards.inputs import need, pictures, versions
 
 _PLAIN = str.maketrans("‘’‚“”„‐‑‒–—―−⁄", "'''\"\"\"-------/")
 
@@ -37,31 +34,24 @@ class Ocr:
     """Argument: "" for the released formula, "folded" for plain typography."""
 
     def __init__(self, typography: str = ""):
-        known = typography in ("", "folded")
-        require(known, f"unknown typography {typography!r}; write ocr or ocr@folded")
+        if typography not in ("", "folded"):
+            raise ValueError(f"unknown typography {typography!r}; write ocr or ocr@folded")
         need("ocr", "rapidocr", "onnxruntime")
         self.folded = typography == "folded"
         self.own = threading.local()  # an engine per thread, as one engine serves one call at a time
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("rapidocr", "onnxruntime")]
-        formula = (
-            "1 - edit distance / length, spaces and case ignored, 1 where the target is contained; [0, 1]"
-        )
+        formula = "1 - edit distance / length, spaces and case ignored, 1 where the target is contained"
         if self.folded:
-            formula = f"{formula}; typography folded"
-        self.about = About(
-            model="PP-OCRv6 small, detection and recognition",
-            licence="Apache-2.0",
-            size="31 MB",
-            definition=formula,
-            engine=", ".join(versions),
-        )
+            formula = f"{formula}, typography folded"
+        model = "PP-OCRv6 small, detection and recognition, Apache-2.0, 31 MB"
+        self.about = f"{model}: {formula}, 0-1; {versions('rapidocr', 'onnxruntime')}"
 
     def load(self, device: torch.device) -> None:
         """An engine for each thread that torch may use. ValueError if a known picture is misread."""
         self.threads = ThreadPoolExecutor(torch.get_num_threads())
         text = self.read(_sign("Flow 42"))
-        message = f"read {text!r} off a sign that says 'Flow 42'; reinstall rapidocr and onnxruntime"
-        require(ocr_score("Flow 42", text) == 1, message)
+        if ocr_score("Flow 42", text) < 1:
+            said = f"read {text!r} off a sign that says 'Flow 42'"
+            raise ValueError(f"{said}; reinstall rapidocr and onnxruntime")
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Scores (B,) in [0, 1]. ValueError for a prompt without a target."""
@@ -122,7 +112,8 @@ def _sign(text: str) -> Image.Image:
 def target_of(prompt: str) -> str:
     """The text between the first pair of straight double quotes. ValueError if there is none."""
     fault = target_fault(prompt)
-    require(not fault, f"prompt {prompt!r}: {fault}")
+    if fault:
+        raise ValueError(f"prompt {prompt!r}: {fault}")
     return prompt.split('"')[1]
 
 
@@ -130,9 +121,7 @@ def target_fault(prompt: str) -> str:
     """Why a prompt has no target, "" if it has one."""
     parts = prompt.split('"')
     if len(parts) < 3:
-        return (
-            'it needs the text to be written between straight double quotes, as in a sign that says "Hello"'
-        )
+        return 'it needs its text between straight double quotes, as in a sign that says "Hello"'
     if not parts[1].strip():
         return "there is no text between its first pair of double quotes"
     return ""

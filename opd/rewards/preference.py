@@ -1,32 +1,20 @@
 """Scores of human preference that are a CLIP model and a formula. Raw scores are the tables'.
 
-| name | weights | licence | size | score |
-|---|---|---|---|---|
-| pickscore | yuvalkirstain/PickScore_v1 | MIT | 986 M | exp(logit scale) cos(picture, prompt), 20-24 |
-| clipscore | openai/clip-vit-large-patch14 | MIT | 428 M | cos(picture, prompt), about .28 |
-| aesthetic | LAION's improved predictor on that | Apache-2.0 | 428 M | MLP of the picture, 1-10 |
-| hpsv2 | xswu/HPSv2, HPS_v2.1, ViT-H | Apache-2.0 | 986 M | cos(picture, prompt), .2-.35 |
-
-Rewards of papers: pickscore / 26, clipscore / 0.3 (Flow-GRPO). Each takes other weights as its argument:
-`pickscore@/weights/PickScore_v1`; aesthetic and hpsv2 take a file or directory and, after a comma, the CLIP
-that they build on: `hpsv2@/weights/HPS_v2.1_compressed.pt,/weights/vit-h`. Files are safetensors, or pickles
-read with weights_only=True. All is float32. Pictures are resized by PIL, where Flow-GRPO's clipscore resizes
-tensors: last digits differ.
+Each takes other weights as its argument: `pickscore@/weights/PickScore_v1`; aesthetic and hpsv2 take a file
+or directory and, after a comma, the CLIP that they build on:
+`hpsv2@/weights/HPS_v2.1_compressed.pt,/weights/vit-h`. Files are safetensors, or pickles read with
+weights_only=True. All is float32. Pictures are resized by PIL, where Flow-GRPO's clipscore resizes tensors:
+last digits differ.
 
 ImageReward (BLIP with a cross-attending text encoder) has no class in transformers that loads its weights:
 run it as a worker (opd/rewards/remote.py)."""
-
-import importlib.metadata
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from opd.flags import require
-from opd.rewards.about import About
 from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights
-from opd.rewards.inputs import pictures
-from opd.rewards.openclip import to_transformers
+from opd.rewards.inputs import pictures, versions
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
@@ -35,23 +23,15 @@ HPS = "xswu/HPSv2"
 HPS_FILE = "HPS_v2.1_compressed.pt"
 
 
-def _engine() -> str:
-    return f"transformers {importlib.metadata.version('transformers')}, float32"
-
-
 class PickScore:
     """Argument: directory or Hub id of the weights."""
 
+    divisor = 26.0
+
     def __init__(self, source: str = PICKSCORE):
         self.source = source
-        self.about = About(
-            model=source,
-            licence="MIT",
-            size="986 M parameters",
-            definition="exp(logit scale) * cosine of picture and prompt; about 20-24",
-            engine=_engine(),
-            divisor=26.0,
-        )
+        formula = "exp(logit scale) * cosine of picture and prompt, about 20-24"
+        self.about = _about(f"{source}, MIT, 986 M parameters", formula)
 
     def load(self, device: torch.device) -> None:
         self.clip = load_clip(self.source, device, processor=VIT_H)
@@ -63,16 +43,11 @@ class PickScore:
 class ClipScore:
     """Argument: directory or Hub id of a CLIP model."""
 
+    divisor = 0.3  # Flow-GRPO's: logits / 30
+
     def __init__(self, source: str = VIT_L):
         self.source = source
-        self.about = About(
-            model=source,
-            licence="MIT",
-            size="428 M parameters",
-            definition="cosine of picture and prompt; about .28",
-            engine=_engine(),
-            divisor=0.3,
-        )
+        self.about = _about(f"{source}, MIT, 428 M parameters", "cosine of picture and prompt, about .28")
 
     def load(self, device: torch.device) -> None:
         self.clip = load_clip(self.source, device)
@@ -84,65 +59,23 @@ class ClipScore:
 class Aesthetic:
     """Argument: the predictor's file or directory[,CLIP]. Looks at the picture alone."""
 
+    divisor = 10.0
+
     def __init__(self, sources: str = AESTHETIC):
         self.source, self.clip_source = _pair(sources, VIT_L)
-        self.about = About(
-            model=f"{self.source} on {self.clip_source}",
-            licence="Apache-2.0, CLIP: MIT",
-            size="428 M parameters",
-            definition="LAION's improved aesthetic predictor: MLP of CLIP's unit vector of the picture; 1-10",
-            engine=_engine(),
-            divisor=10.0,
-        )
+        model = f"{self.source}, Apache-2.0, on {self.clip_source}, MIT, 428 M parameters"
+        self.about = _about(model, "LAION's improved MLP of CLIP's unit vector of the picture, 1-10")
 
     def load(self, device: torch.device) -> None:
-        """ValueError if the weights are not the predictor's."""
-        weights = read_weights(file_in("aesthetic predictor", self.source, AESTHETIC_FILE))
+        """RuntimeError if the weights are not the predictor's."""
+        weights = read_weights("aesthetic predictor", self.source, AESTHETIC_FILE)
         self.clip = load_clip(self.clip_source, device)
         self.head = AestheticHead(self.clip.model.config.projection_dim)
-        _load_strictly(self.head, weights, self.source)
+        self.head.load_state_dict(weights)
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         return self.head(self.clip.of_pictures(pictures(images_BCHW)))
-
-
-class HPSv2:
-    """Argument: the weights' file or directory[,CLIP ViT-H, for its sizes and its tokenizer]."""
-
-    def __init__(self, sources: str = HPS):
-        self.source, self.clip_source = _pair(sources, VIT_H)
-        self.about = About(
-            model=f"{self.source}, {HPS_FILE}",
-            licence="Apache-2.0",
-            size="986 M parameters",
-            definition="HPSv2.1: cosine of picture (longest side 224, padded with black) and prompt; .2-.35",
-            engine=_engine(),
-        )
-
-    def load(self, device: torch.device) -> None:
-        """ValueError if the weights do not fit the CLIP that is named."""
-        from transformers import CLIPConfig, CLIPModel
-
-        weights = to_transformers(read_weights(file_in("HPSv2", self.source, HPS_FILE)))
-        processor = load_processor(self.clip_source)
-        config = CLIPConfig.from_pretrained(file_in("CLIP", self.clip_source, "config.json"))
-        model = CLIPModel(config).float()
-        _load_strictly(model, weights, self.source)
-        self.clip = Clip(model, processor, device)
-
-    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        size = self.clip.model.config.vision_config.image_size
-        padded = [padded_to_square(picture, size) for picture in pictures(images_BCHW)]
-        pixels = self.clip.processor.image_processor(
-            images=padded, do_resize=False, do_center_crop=False, return_tensors="pt"
-        ).pixel_values
-        return (self.clip.of_pixels(pixels) * self.clip.of_texts(prompts)).sum(1)
-
-
-def _cosines(clip: Clip, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-    """(B,) cosine of each picture and its own prompt."""
-    return (clip.of_pictures(pictures(images_BCHW)) * clip.of_texts(prompts)).sum(1)
 
 
 class AestheticHead(nn.Module):
@@ -167,6 +100,34 @@ class AestheticHead(nn.Module):
         return self.layers(features_BD)[:, 0]
 
 
+class HPSv2:
+    """Argument: the weights' file or directory[,CLIP ViT-H, for its sizes and its tokenizer]."""
+
+    def __init__(self, sources: str = HPS):
+        self.source, self.clip_source = _pair(sources, VIT_H)
+        formula = "HPSv2.1: cosine of picture (longest side 224, padded with black) and prompt, .2-.35"
+        self.about = _about(f"{self.source}, Apache-2.0, 986 M parameters", formula)
+
+    def load(self, device: torch.device) -> None:
+        """RuntimeError if the weights do not fit the CLIP that is named."""
+        from transformers import CLIPConfig, CLIPModel
+
+        weights = read_weights("HPSv2", self.source, HPS_FILE)
+        processor = load_processor(self.clip_source)
+        config = CLIPConfig.from_pretrained(file_in("CLIP", self.clip_source, "config.json"))
+        model = CLIPModel(config).float()
+        model.load_state_dict(in_transformers_names(weights))
+        self.clip = Clip(model, processor, device)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        size = self.clip.model.config.vision_config.image_size
+        padded = [padded_to_square(picture, size) for picture in pictures(images_BCHW)]
+        pixels = self.clip.processor.image_processor(
+            images=padded, do_resize=False, do_center_crop=False, return_tensors="pt"
+        ).pixel_values
+        return (self.clip.of_pixels(pixels) * self.clip.of_texts(prompts)).sum(1)
+
+
 def padded_to_square(picture: Image.Image, size: int) -> Image.Image:
     """Longest side `size` (bicubic), in the middle of a black square."""
     scale = size / max(picture.size)
@@ -177,22 +138,55 @@ def padded_to_square(picture: Image.Image, size: int) -> Image.Image:
     return square
 
 
+# HPSv2's weights have open_clip's names. Applied in this order: `visual.` is gone before the text's turn.
+OPEN_CLIP_NAMES = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+
+
+def in_transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's state dict as one for CLIPModel. The projections are transposed, and attention's joint
+    input projection is cut into query, key and value."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if name in ("visual.proj", "text_projection"):
+            tensor = tensor.T
+        for old, new in OPEN_CLIP_NAMES.items():
+            name = name.replace(old, new)
+        if ".in_proj_" in name:
+            for part, rows in zip(("q_proj.", "k_proj.", "v_proj."), tensor.chunk(3), strict=True):
+                renamed[name.replace("in_proj_", part)] = rows
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def _cosines(clip: Clip, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
+    """(B,) cosine of each picture and its own prompt."""
+    return (clip.of_pictures(pictures(images_BCHW)) * clip.of_texts(prompts)).sum(1)
+
+
 def _pair(sources: str, clip: str) -> tuple[str, str]:
     """WEIGHTS[,CLIP] -> both."""
-    weights, comma, named = sources.partition(",")
-    if comma:
-        return weights, named
-    return weights, clip
+    weights, _, named = sources.partition(",")
+    return weights, named or clip
 
 
-def _load_strictly(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """ValueError naming the first tensor that is missing, left over, or of another shape."""
-    own = module.state_dict()
-    ignored = {name for name in weights if name.endswith("position_ids")}
-    missing = sorted(own.keys() - weights.keys())
-    extra = sorted(weights.keys() - own.keys() - ignored)
-    require(not missing and not extra, f"{source}: missing tensors {missing[:2]}, unknown ones {extra[:2]}")
-    for name, tensor in own.items():
-        shapes = f"{source}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
-        require(weights[name].shape == tensor.shape, shapes)
-    module.load_state_dict({name: weights[name].float() for name in own})
+def _about(model: str, definition: str) -> str:
+    return f"{model}: {definition}; {versions('transformers')}, float32"

@@ -10,7 +10,7 @@ speaks JSON. opd/rewards/worker.py is one, short, to start from.
 
 Argument: the worker's address, as in `deqa@http://localhost:8000`. The protocol:
 
-    GET  /about    {"name", "model", "licence", "size", "definition", "engine"}
+    GET  /about    {"name": "deqa", "about": "model, licence, size: definition; engine"}
     POST /score    {"images": [PNG in base64, ...], "prompts": [...], "metadata": [...]} -> {"scores": [...]}
 
 with one finite number per image, or null where it has none. /about must name the scorer that was asked for.
@@ -22,10 +22,8 @@ import math
 import torch
 from torch import Tensor
 
-from opd.flags import require
-from opd.rewards.about import About
-from opd.rewards.endpoint import ask, checked_url, gather
-from opd.rewards.inputs import pictures, png_base64
+from opd.rewards.endpoint import ask, checked_url, gather, png_base64
+from opd.rewards.inputs import pictures
 
 BATCH = 16
 """Images per request."""
@@ -41,19 +39,17 @@ class Remote:
 
     def __init__(self, endpoint: str = ""):
         self.endpoint = checked_url(endpoint, f"{self.name or 'remote'}@http://localhost:8000")
-        unknown = "not asked yet"
-        self.about = About(unknown, unknown, unknown, unknown, self.endpoint, self.divisor)
+        self.about = f"{self.endpoint}, not asked yet"
 
     def load(self, device: torch.device) -> None:
         """Ask the worker what it is. ValueError if it does not answer or is another one."""
         said = ask(f"{self.endpoint}/about")
-        wanted = ("name", "model", "licence", "size", "definition", "engine")
-        missing = [key for key in wanted if key not in said]
-        require(not missing, f"{self.endpoint}/about lacks {missing}")
-        right = self.name in ("", said["name"])
-        require(right, f"{self.endpoint} is a worker for {said['name']!r}, wanted {self.name!r}")
-        model, licence, size, definition, engine = (str(said[key]) for key in wanted[1:])
-        self.about = About(model, licence, size, definition, f"{engine}, at {self.endpoint}", self.divisor)
+        for key in ("name", "about"):
+            if key not in said:
+                raise ValueError(f"{self.endpoint}/about lacks {key!r}: {str(said)[:80]}")
+        if self.name not in ("", said["name"]):
+            raise ValueError(f"{self.endpoint} is a worker for {said['name']!r}, wanted {self.name!r}")
+        self.about = f"{said['about']}, at {self.endpoint}"
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Scores (B,); NaN where the worker gave none."""
@@ -70,18 +66,19 @@ class Remote:
         answer = ask(f"{self.endpoint}/score", body)
         got = answer.get("scores")
         count = len(body["images"])
-        right = isinstance(got, list) and len(got) == count
-        require(
-            right, f'{self.endpoint}: wanted {{"scores": [...]}} with {count} numbers, got {str(answer)[:80]}'
-        )
+        if not isinstance(got, list) or len(got) != count:
+            wanted = f'wanted {{"scores": [...]}} with {count} numbers'
+            raise ValueError(f"{self.endpoint}: {wanted}, got {str(answer)[:80]}")
         return got
 
     def _checked(self, score) -> float:
         """ValueError for what is no number of the scorer's range."""
         number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        require(number, f"{self.endpoint}: {score!r} is no score")
-        inside = self.low <= score <= self.high
-        require(inside, f"{self.endpoint}: the score {score:g} is not in {self.low:g} to {self.high:g}")
+        if not number:
+            raise ValueError(f"{self.endpoint}: {score!r} is no score")
+        if not self.low <= score <= self.high:
+            limits = f"{self.low:g} to {self.high:g}"
+            raise ValueError(f"{self.endpoint}: the score {score:g} is not in {limits}")
         return float(score)
 
 

@@ -13,14 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image, ImageStat
 
-ABOUT = {
-    "name": "brightness",
-    "model": "none",
-    "licence": "none",
-    "size": "0",
-    "definition": "mean of all channels, in [0, 1]",
-    "engine": f"Pillow {Image.__version__}",
-}
+ABOUT = {"name": "brightness", "about": f"mean of all channels, 0-1; Pillow {Image.__version__}"}
 
 
 def score(picture: Image.Image, prompt: str, metadata: dict) -> float:
