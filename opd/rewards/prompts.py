@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,10 +25,11 @@ import tyro
 
 from opd.data import interleave, load_prompts, seed_of
 from opd.files import replace
-from opd.flags import Shares, at_least_one, require
+from opd.flags import Shares
 from opd.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+ENDINGS = {"geneval": ".jsonl", "ocr": ".txt"}
 TEST_SHARE = 10
 """One in so many scenes or texts belongs to the test split."""
 TRIES = 200
@@ -65,30 +67,27 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def check(args: Arguments) -> None:
-    at_least_one(args, "count")
-    ending = {"geneval": ".jsonl", "ocr": ".txt"}[args.kind]
-    require(args.out.endswith(ending), f"--out {args.out!r}: {args.kind} prompts are a {ending} file")
+    if args.count < 1:
+        raise ValueError(f"--count is {args.count}; it must be at least 1")
+    if not args.out.endswith(ENDINGS[args.kind]):
+        raise ValueError(f"--out {args.out!r}: {args.kind} prompts are a {ENDINGS[args.kind]} file")
     for tag, share in args.mix.items():
-        require(tag in TAGS, f"--mix names the tag {tag!r}; known: {', '.join(TAGS)}")
-        require(share >= 1, f"--mix {tag}={share}: shares are at least 1; leave the tag out instead")
-    require(len(args.mix) > 0, "--mix is empty; name at least one TAG=SHARE")
+        if tag not in TAGS:
+            raise ValueError(f"--mix names the tag {tag!r}; known: {', '.join(TAGS)}")
+        if share < 1:
+            raise ValueError(f"--mix {tag}={share}: shares are at least 1; leave the tag out instead")
+    if not args.mix:
+        raise ValueError("--mix is empty; name at least one TAG=SHARE")
 
 
 def make(args: Arguments) -> list[str]:
     """The lines of the file."""
+    known = [prompt for file in args.without for prompt in load_prompts(file, "--without", None)]
     if args.kind == "ocr":
-        taken = {text_key(prompt.text) for prompt in _read(args.without)}
-        return ocr_prompts(args.count, args.seed, args.split, taken)
-    taken = {scene_key(prompt.metadata) for prompt in _read(args.without)}
+        return ocr_prompts(args.count, args.seed, args.split, {text_key(prompt.text) for prompt in known})
+    taken = {scene_key(prompt.metadata) for prompt in known}
     rows = geneval_prompts(args.count, args.seed, args.split, args.mix, taken)
     return [json.dumps(row) for row in rows]
-
-
-def _read(files: tuple[str, ...]) -> list:
-    prompts = []
-    for file in files:
-        prompts += load_prompts(file, "--without", None)
-    return prompts
 
 
 def split_of(key) -> str:
@@ -98,29 +97,25 @@ def split_of(key) -> str:
     return "train"
 
 
-class Drawing:
-    """Prompts of one split, drawn anew until one is found that was not drawn before."""
-
-    def __init__(self, split: str, taken: set):
-        self.split = split
-        self.taken = taken
-        self.seen = set()
-
-    def next(self, draw: Callable, key_of: Callable, text_of: Callable):
-        """The first draw whose text is new, or after many tries the last of the split. ValueError if
-        --without leaves none."""
+def distinct(draws: list[Callable], split: str, taken: set, key_of: Callable, text_of: Callable) -> list:
+    """A prompt of the split from each of `draws`: the first whose text was not drawn before, or after many
+    tries the last. `taken`: keys to leave out; ValueError if that leaves none."""
+    found, seen = [], set()
+    for draw in draws:
         last = None
         for _ in range(TRIES):
             candidate = draw()
             key = key_of(candidate)
-            if split_of(key) != self.split or key in self.taken:
+            if split_of(key) != split or key in taken:
                 continue
             last = candidate
-            if text_of(candidate) not in self.seen:
+            if text_of(candidate) not in seen:
                 break
-        require(last is not None, f"--without leaves no {self.split} prompt of a kind; name fewer files")
-        self.seen.add(text_of(last))
-        return last
+        if last is None:
+            raise ValueError(f"--without leaves no {split} prompt of a kind; name fewer files")
+        seen.add(text_of(last))
+        found.append(last)
+    return found
 
 
 # ---- GenEval --------------------------------------------
@@ -131,18 +126,15 @@ def geneval_prompts(
 ) -> list[dict]:
     """Rows with tag, include, exclude where the tag has it, and prompt. `taken`: scenes to leave out."""
     rng = np.random.default_rng(seed_of(seed, "geneval prompts", split))
-    drawing = Drawing(split, taken or set())
     tags = interleave(mix)
-    rows = []
-    for number in range(count):
-        scene = SCENES[tags[number % len(tags)]]
-        rows.append(drawing.next(lambda scene=scene: scene(rng), scene_key, lambda row: row["prompt"]))
-    return rows
+    draws = [partial(SCENES[tags[number % len(tags)]], rng) for number in range(count)]
+    return distinct(draws, split, taken or set(), scene_key, lambda row: row["prompt"])
 
 
 def scene_key(row: dict) -> tuple:
     """What a row asks for, the order of its objects and their direction aside."""
-    require("tag" in row and "include" in row, f"no GenEval metadata (tag, include) in {row!r}")
+    if "tag" not in row or "include" not in row:
+        raise ValueError(f"no GenEval metadata (tag, include) in {row!r}")
     things = [(clause["class"], clause["count"], clause.get("color", "")) for clause in row["include"]]
     return (row["tag"], *sorted(things))
 
@@ -187,12 +179,7 @@ def color_attr(rng) -> dict:
 
 
 SCENES = {
-    "single_object": single_object,
-    "two_object": two_object,
-    "counting": counting,
-    "colors": colors,
-    "position": position,
-    "color_attr": color_attr,
+    scene.__name__: scene for scene in (single_object, two_object, counting, colors, position, color_attr)
 }
 
 
@@ -256,14 +243,14 @@ def ocr_prompts(count: int, seed: int, split: str, taken: set | None = None) -> 
     """Prompts such as `a road sign that reads "Visit the Golden Bakery", at night in the rain`. `taken`:
     texts to leave out, as `text_key` gives them."""
     rng = np.random.default_rng(seed_of(seed, "ocr prompts", split))
-    drawing = Drawing(split, taken or set())
-    return [drawing.next(lambda: _sign(rng), text_key, text_key) for _ in range(count)]
+    return distinct([partial(_sign, rng)] * count, split, taken or set(), text_key, text_key)
 
 
 def text_key(prompt: str) -> str:
     """The text to be written, as the OCR reward compares it."""
     parts = prompt.split('"')
-    require(len(parts) >= 3, f"no text between double quotes in {prompt!r}")
+    if len(parts) < 3:
+        raise ValueError(f"no text between double quotes in {prompt!r}")
     return parts[1].replace(" ", "").lower()
 
 
