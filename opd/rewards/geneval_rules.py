@@ -72,33 +72,26 @@ def kept(found: list[Found], tag: str) -> Objects:
 
 def relations(a: Found, b: Found) -> set[str]:
     """Where `a` lies, seen from `b`. The offset is shortened by the slack, but divided by its full length."""
-    x, y = (_offset(a, b, axis) for axis in (0, 1))
-    x_short = _shortened(x, SLACK * (_size(a, 0) + _size(b, 0)))
-    y_short = _shortened(y, SLACK * (_size(a, 1) + _size(b, 1)))
-    if abs(x_short) < 1e-3 and abs(y_short) < 1e-3:
+    offsets, shortened = [], []
+    for axis in (0, 1):
+        offset = _centre(a, axis) - _centre(b, axis)
+        slack = SLACK * (_size(a, axis) + _size(b, axis))
+        offsets.append(offset)
+        shortened.append(math.copysign(max(abs(offset) - slack, 0), offset))
+    x, y = shortened
+    if abs(x) < 1e-3 and abs(y) < 1e-3:
         return set()
-    length = math.hypot(x, y)
-    directions = {
-        "left of": -x_short,
-        "right of": x_short,
-        "above": -y_short,
-        "below": y_short,
-    }
-    return {relation for relation, distance in directions.items() if distance / length > DIRECTION}
+    distances = zip(RELATIONS, (-x, x, -y, y), strict=True)
+    length = math.hypot(*offsets)
+    return {relation for relation, distance in distances if distance / length > DIRECTION}
 
 
-def _offset(a: Found, b: Found, axis: int) -> float:
-    centre_a = (a.box[axis] + a.box[axis + 2]) / 2
-    centre_b = (b.box[axis] + b.box[axis + 2]) / 2
-    return centre_a - centre_b
+def _centre(item: Found, axis: int) -> float:
+    return (item.box[axis] + item.box[axis + 2]) / 2
 
 
 def _size(item: Found, axis: int) -> float:
     return abs(item.box[axis + 2] - item.box[axis])
-
-
-def _shortened(distance: float, slack: float) -> float:
-    return math.copysign(max(abs(distance) - slack, 0), distance)
 
 
 def _all_related(relation: str, some: list[Found], others: list[Found]) -> bool:
@@ -158,8 +151,7 @@ def dense(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
         group = None
         credits.append(_closeness(len(found), clause["count"]))
         if len(found) == clause["count"]:
-            credits += _colour_credits(found, clause, colours_of)
-            credits += _position_credits(found, clause, groups, colours_of)
+            credits += _further_credits(found, clause, groups, colours_of)
             group = _match(found, clause, groups, colours_of)
         elif "color" in clause or "position" in clause:
             credits.append(0.0)
@@ -167,24 +159,23 @@ def dense(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
     return sum(credits) / len(credits)
 
 
-def _colour_credits(found: list[Found], clause: dict, colours_of: ColoursOf) -> list[float]:
-    if "color" not in clause:
-        return []
-    right = colours_of(found).count(clause["color"])
-    return [_closeness(right, clause["count"])]
-
-
-def _position_credits(found: list[Found], clause: dict, groups: list, colours_of: ColoursOf) -> list[float]:
-    if "position" not in clause:
-        return []
-    if "color" in clause and colours_of(found).count(clause["color"]) != clause["count"]:
-        return []
-    relation, target = clause["position"]
-    if groups[target] is None:
-        return [0.0]
-    if _all_related(relation, found, groups[target]):
-        return [1.0]
-    return [0.0, 1.0]
+def _further_credits(found: list[Found], clause: dict, groups: list, colours_of: ColoursOf) -> list[float]:
+    """Of colour and position, where the count is right."""
+    credits = []
+    if "color" in clause:
+        right = colours_of(found).count(clause["color"])
+        credits.append(_closeness(right, clause["count"]))
+        if right != clause["count"]:
+            return credits
+    if "position" in clause:
+        relation, target = clause["position"]
+        if groups[target] is None:
+            credits.append(0.0)
+        elif _all_related(relation, found, groups[target]):
+            credits.append(1.0)
+        else:
+            credits += [0.0, 1.0]
+    return credits
 
 
 def _closeness(found: int, asked: int) -> float:
