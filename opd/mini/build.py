@@ -13,12 +13,6 @@
 
 Specialists by supervised fine-tuning instead, on data that is clean in their own respect:
 torchrun train.py mini-sft-$t. Names after the pipeline make those data alone: data runs/mini-data $P text.
-
-A larger base that computes nearly the same, with text encoders of its own, and a specialist grown from it:
-
-    python -m opd.mini.build larger opd/mini/weights/base runs/mini-large
-    python train.py mini-sft-text --full --lr 5e-4 --model runs/mini-large --out runs/mini-large-text
-    python -m opd.mini.build base runs/mini-large runs/mini-large-text/student runs/mini-large-teacher
 """
 
 import json
@@ -89,14 +83,14 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer, seed: int, width: int = WIDTH) -> CLIPTextModelWithProjection:
+def make_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
     """A frozen random CLIP text encoder. Wide embeddings, so that every word keeps its own direction."""
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
@@ -127,13 +121,7 @@ def make_vae(channels: tuple[int, int] = (16, 32)) -> AutoencoderKL:
     )
 
 
-def make_transformer(
-    width: int = 192,
-    layers: int = 4,
-    text_width: int = WIDTH,
-    latent: int = RESOLUTION // 2,
-    patch: int = 2,
-) -> SD3Transformer2DModel:
+def make_transformer(latent: int = RESOLUTION // 2, patch: int = 2) -> SD3Transformer2DModel:
     """An MMDiT whose adaLN modulations and output start at zero; diffusers leaves them random. `latent`:
     latent pixels per side."""
     model = SD3Transformer2DModel(
@@ -141,12 +129,12 @@ def make_transformer(
         patch_size=patch,
         in_channels=8,
         out_channels=8,
-        num_layers=layers,
-        attention_head_dim=width // 4,
+        num_layers=4,
+        attention_head_dim=48,
         num_attention_heads=4,
-        joint_attention_dim=2 * text_width,
-        caption_projection_dim=width,
-        pooled_projection_dim=2 * text_width,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=latent // patch * 2,
         qk_norm="rms_norm",
     )
@@ -211,28 +199,18 @@ def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
     train_vae(vae, images, vae_steps)
     torch.manual_seed(1)
     transformer = make_transformer()
-    encoders = [make_text_encoder(tokenizer, seed) for seed in (2, 3)]
-    assembled(transformer, vae, tokenizer, encoders).to(torch.bfloat16).save_pretrained(folder)
-
-
-def assembled(
-    transformer: SD3Transformer2DModel,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    encoders: list[CLIPTextModelWithProjection],
-) -> StableDiffusion3Pipeline:
-    """A pipeline without T5 of these parts."""
-    return StableDiffusion3Pipeline(
+    pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         vae=vae.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        text_encoder=encoders[0],
+        text_encoder=make_text_encoder(tokenizer, 2),
         tokenizer=tokenizer,
-        text_encoder_2=encoders[1],
+        text_encoder_2=make_text_encoder(tokenizer, 3),
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
     )
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
 
 
 def build_data(folder: Path, pipeline: Path, *names: Path) -> None:
@@ -249,58 +227,6 @@ def build_data(folder: Path, pipeline: Path, *names: Path) -> None:
         lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
         replace(folder / name / "metadata.jsonl", partial(Path.write_text, data=lines))
         print(f"{folder / name}: {count} latents, std {latents.float().std():.3f}", flush=True)
-
-
-# ---- a larger base ---------------------------------------------------------------------------------------
-
-
-def build_larger(pipeline: Path, folder: Path, layers: int = 6, width: int = 96) -> None:
-    """Another pipeline on the same latents: the transformer with more blocks, which start as the identity,
-    and two freshly drawn, wider text encoders, its text embedders fitted to what the old ones made."""
-    small = sd3.load_text(pipeline, torch.float32, torch.device("cpu"), t5=False)
-    tokenizer = small.tokenizer
-    torch.manual_seed(4)
-    transformer = make_transformer(layers=layers, text_width=width)
-    encoders = [make_text_encoder(tokenizer, seed, width) for seed in (5, 6)]
-    pipe = assembled(transformer, sd3.load_vae(pipeline), tokenizer, encoders)
-    old = sd3.load_transformer(pipeline, torch.float32)
-    carry_over(old, pipe.transformer)
-    prompts = ["", *(prompt for task in world.TASKS for prompt in world.split(task)[0][::3])]
-    texts = [sd3.collate(sd3.encode_prompts(text, prompts, torch.device("cpu"))) for text in (small, pipe)]
-    fit(old, pipe.transformer, *texts)
-    pipe.to(torch.bfloat16).save_pretrained(folder)
-
-
-@torch.no_grad()
-def carry_over(old: SD3Transformer2DModel, new: SD3Transformer2DModel) -> None:
-    """Every weight that has a place in `new`. The blocks between the old ones and the last, which has no text
-    stream to hand on, keep their zero gates and so change nothing."""
-    last, new_last = f"transformer_blocks.{len(old.transformer_blocks) - 1}.", len(new.transformer_blocks) - 1
-    state = new.state_dict()
-    for name, tensor in old.state_dict().items():
-        place = name.replace(last, f"transformer_blocks.{new_last}.")
-        if state[place].shape == tensor.shape:
-            state[place].copy_(tensor)
-
-
-@torch.no_grad()
-def fit(old: SD3Transformer2DModel, new: SD3Transformer2DModel, *texts: dict[str, torch.Tensor]) -> None:
-    """The embedders of `new` by least squares: of tokens and pooled text, from its encoders' outputs to what
-    the embedders of `old` make of theirs. The bias is the old one, as the tokens of an absent T5 are zeros.
-    Directions that texts hardly take are left out: bfloat16 would round away what large weights make of them.
-    """
-    pairs = (
-        (old.context_embedder, new.context_embedder, "embeds"),
-        (old.time_text_embed.text_embedder.linear_1, new.time_text_embed.text_embedder.linear_1, "pooled"),
-    )
-    for source, target, name in pairs:
-        given, wanted = (text[name].flatten(0, -2).double() for text in reversed(texts))
-        wanted = wanted @ source.weight.double().T
-        solution = torch.linalg.lstsq(given, wanted, rcond=1e-3, driver="gelsd").solution
-        target.weight.copy_(solution.T)
-        target.bias.copy_(source.bias)
-        error = (given @ solution - wanted).square().sum() / wanted.square().sum()
-        print(f"{name}: {error:.4f} of the square is left", flush=True)
 
 
 # ---- installing ------------------------------------------------------------------------------------------
@@ -332,8 +258,6 @@ def main(arguments: list[str]) -> None:
         build_pipeline(*paths)
     elif command == "data" and len(paths) >= 2 and {path.name for path in paths[2:]} <= set(DATA):
         build_data(*paths)
-    elif (command, len(paths)) == ("larger", 2):
-        build_larger(*paths)
     elif command == "base" and len(paths) in (2, 3):
         install_base(*paths)
     elif (command, len(paths)) == ("teacher", 2):

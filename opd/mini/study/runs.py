@@ -38,9 +38,7 @@ class Reference:
 SAMPLES = "runs/mini-samples/latents.safetensors"
 SFT_START = "runs/mini-sft-start/student"
 TEXT_DATA = "runs/mini-data/text/metadata.jsonl"
-LARGE = "runs/mini-large/model_index.json"
-FULL, LARGE_TEXT = "runs/mini-full-text/student", "runs/mini-large-text/student"
-FULL_TEACHER, LARGE_TEACHER = "runs/mini-full-teacher", "runs/mini-large-teacher"
+FULL, FULL_TEACHER = "runs/mini-full-text/student", "runs/mini-full-teacher"
 TUNE = (
     "train.py mini-sft-text --full --lr 5e-4 --iterations 120 --prompts-per-step 32 --micro-batch 32"
     " --sample-every 0"
@@ -54,9 +52,6 @@ PREPARED = {
     TEXT_DATA: f"-m opd.mini.build data runs/mini-data {BASE} text",
     FULL: f"{TUNE} --out runs/mini-full-text",
     FULL_TEACHER: f"{INSTALL} {BASE} {FULL} {FULL_TEACHER}",
-    LARGE: f"-m opd.mini.build larger {BASE} runs/mini-large",
-    LARGE_TEXT: f"{TUNE} --model runs/mini-large --out runs/mini-large-text",
-    LARGE_TEACHER: f"{INSTALL} runs/mini-large {LARGE_TEXT} {LARGE_TEACHER}",
 }
 STARTS = (SAMPLES, SFT_START)
 # Teachers on the mix's terms, one set per seed: its beta, and no more images in all. The quality teacher sees
@@ -64,7 +59,6 @@ STARTS = (SAMPLES, SFT_START)
 EQUAL = {"compose": "equal-compose", "text": "equal-text", "quality": "all-quality"}
 TEACHERS = tuple(EQUAL.values())
 FROM_FULL = (TEXT_DATA, FULL)
-FROM_LARGE = (TEXT_DATA, LARGE, LARGE_TEXT, LARGE_TEACHER)
 
 # One teacher of one task, from the base, with the share of the way from base to teacher in the log.
 ONE_TEACHER = (
@@ -72,20 +66,10 @@ ONE_TEACHER = (
     " --prompts-per-step 20 --micro-batch 20"
 )
 TEXT_ONLY = f"{ONE_TEACHER} --iterations 25 --diagnose-every 25 --diagnose-prompts 32"
-EVERY_STATE = f"{ONE_TEACHER} --iterations 100 --queries 0 --diagnose-every 50 --diagnose-prompts 32"
-# Teachers of other kinds and sizes.
+# Teachers of other kinds.
 OTHERS = {
     "full": Recipe(
         "student of the full teacher", f"{TEXT_ONLY} --teachers text={FULL}", FROM_FULL, ("text",)
-    ),
-    "large": Recipe(
-        "student of the larger teacher", f"{TEXT_ONLY} --teachers text={LARGE_TEACHER}", FROM_LARGE, ("text",)
-    ),
-    "large-100": Recipe(
-        "the same, 100 steps on all nine states",
-        f"{EVERY_STATE} --teachers text={LARGE_TEACHER}",
-        FROM_LARGE,
-        ("text",),
     ),
 }
 PROMPTS = " ".join(f"{task}=opd/mini/prompts/{task}.train.{kind}" for task, kind in KINDS.items())
@@ -290,17 +274,11 @@ REFERENCES = {
         (*FROM_FULL, FULL_TEACHER),
         ("text",),
     ),
-    "large-teacher": Reference(
-        {"base": "larger teacher: 6 blocks, text encoders of its own"},
-        f"--model {LARGE_TEACHER} --adapters --guidance 1",
-        FROM_LARGE,
-        ("text",),
-    ),
 }
 # Table -> its rows.
 TABLES = {
     "references": ("guided", "sft-start"),
-    "other teachers": ("full-teacher", "full", "large-teacher", "large", "large-100"),
+    "other teachers": ("full-teacher", "full"),
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS),
     "pace": (*TEACHERS, "mix-all"),
