@@ -221,12 +221,16 @@ def build_data(folder: Path, pipeline: Path, *names: Path) -> None:
     for seed, (name, (count, mix, degrade)) in enumerate(DATA.items(), start=10):
         if name not in wanted:
             continue
-        images, captions = draw(count, seed, mix, **degrade)
-        latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images.split(256)])
-        write_safetensors(folder / name / "latents.safetensors", {"latents": latents})
-        lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
-        replace(folder / name / "metadata.jsonl", partial(Path.write_text, data=lines))
-        print(f"{folder / name}: {count} latents, std {latents.float().std():.3f}", flush=True)
+        write_data(folder / name, vae, *draw(count, seed, mix, **degrade))
+
+
+def write_data(folder: Path, vae: AutoencoderKL, images_u8: torch.Tensor, captions: list[str]) -> None:
+    """Latents and captions, as stage sft reads them."""
+    latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images_u8.split(256)])
+    write_safetensors(folder / "latents.safetensors", {"latents": latents})
+    lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
+    replace(folder / "metadata.jsonl", partial(Path.write_text, data=lines))
+    print(f"{folder}: {len(captions)} latents, std {latents.float().std():.3f}", flush=True)
 
 
 # ---- installing ------------------------------------------------------------------------------------------

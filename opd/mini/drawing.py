@@ -1,38 +1,14 @@
 """The miniature world's pictures: 24x24, drawn by a program from a prompt and a seed.
 
-Every image has a backdrop that is lively (colourful) or dull (greyish) and may carry noise.
+Every image has a backdrop that is lively (colourful) or dull (greyish) and may carry noise."""
 
-    python -m opd.mini.drawing sheet.png     # a contact sheet
-"""
-
-import sys
 from functools import cache
 from itertools import product
 
 import numpy as np
-from PIL import Image
 
-from opd.mini.world import (
-    CAPTION_ERROR,
-    CELL,
-    COUNTS,
-    FONT,
-    PALETTE,
-    PANEL_COL,
-    PANEL_HW,
-    PANEL_ROW,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    SIZE,
-    TASKS,
-    TIMES,
-    Spec,
-    all_prompts,
-    misname,
-    parse,
-    spec_of,
-)
+from opd.mini import world
+from opd.mini.world import SIZE, parse
 
 _HUE_OFFSET = np.array([5.0, 3.0, 1.0], np.float32)
 _DOWN = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None]
@@ -63,11 +39,11 @@ def _place(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple[str, 
     """(colour, shape, grid row, grid column) of each object of a compose prompt."""
     if len(words) == 5:
         row, col = rng.integers(2, size=2)
-        dr, dc = RELATIONS[words[2]]
+        dr, dc = world.RELATIONS[words[2]]
         first = ((dr + 1) // 2 if dr else row, (dc + 1) // 2 if dc else col)
         second = ((1 - dr) // 2 if dr else row, (1 - dc) // 2 if dc else col)
         return [(*words[:2], *first), (*words[-2:], *second)]
-    nouns = [words[1:]] * COUNTS[words[0]] if len(words) == 3 else [words[:2], words[2:]]
+    nouns = [words[1:]] * world.COUNTS[words[0]] if len(words) == 3 else [words[:2], words[2:]]
     cells = rng.permutation(4)
     return [(*noun, cell // 2, cell % 2) for noun, cell in zip(nouns, cells, strict=False)]  # cells to spare
 
@@ -75,16 +51,17 @@ def _place(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple[str, 
 def _draw_objects(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
     for colour, shape, row, col in _place(words, rng):
         jitter_y, jitter_x = rng.integers(2, size=2)
-        y, x = row * CELL + 1 + jitter_y, col * CELL + 1 + jitter_x
-        image_HWC[y : y + 9, x : x + 9][SHAPES[shape]] = PALETTE[colour]
+        y, x = row * world.CELL + 1 + jitter_y, col * world.CELL + 1 + jitter_x
+        image_HWC[y : y + 9, x : x + 9][world.SHAPES[shape]] = world.PALETTE[colour]
 
 
 def _draw_sign(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
-    top = PANEL_ROW + rng.integers(3)
-    image_HWC[top : top + PANEL_HW[0], PANEL_COL : PANEL_COL + PANEL_HW[1]] = 0.97
+    top = world.PANEL_ROW + rng.integers(3)
+    height, width = world.PANEL_HW
+    image_HWC[top : top + height, world.PANEL_COL : world.PANEL_COL + width] = 0.97
     for i, char in enumerate(words):
-        x = PANEL_COL + 1 + 6 * i
-        image_HWC[top + 1 : top + 8, x : x + 5][FONT[char]] = 0.08
+        x = world.PANEL_COL + 1 + 6 * i
+        image_HWC[top + 1 : top + 8, x : x + 5][world.FONT[char]] = 0.08
 
 
 def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.ndarray:
@@ -94,7 +71,7 @@ def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.n
     phase: of the hills' wave.
     """
     adjective, place, time = words
-    sky_top, sky_low, light, disc, height, column = TIMES[time]
+    sky_top, sky_low, light, disc, height, column = world.TIMES[time]
     horizon = (18 if adjective == "wide" else 14) + lower
     rows = np.arange(SIZE, dtype=np.float32)[:, None]
     sky = np.asarray(sky_top) + np.clip(rows / horizon, 0, 1) * (np.asarray(sky_low) - sky_top)
@@ -104,7 +81,7 @@ def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.n
     image[y**2 + x**2 <= radius**2] = disc
     wave = 1.6 * np.sin(np.arange(SIZE) * 0.55 + 6.3 * phase) if adjective == "rolling" else np.zeros(SIZE)
     depth = rows - horizon - wave.round()  # rows below the horizon
-    ground = np.asarray(PLACES[place]) * light * (1.05 - 0.018 * np.clip(depth, 0, None))[..., None]
+    ground = np.asarray(world.PLACES[place]) * light * (1.05 - 0.018 * np.clip(depth, 0, None))[..., None]
     land = depth >= 0
     image[land] = ground[land]
     if adjective == "calm":  # the light lies still on the ground
@@ -122,19 +99,17 @@ def _draw_scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
 def scenes(prompt: str) -> np.ndarray:
     """Every clean picture of a landscape, the hills' wave in eighths: (6 or 48, 24, 24, 3) in [0, 1]; none
     for other prompts."""
-    spec = spec_of(prompt)
-    if spec is None or spec.task != "quality":
+    if prompt not in world.specs() or parse(prompt).task != "quality":
         return np.zeros((0, SIZE, SIZE, 3), np.float32)
-    phases = np.arange(8) / 8 if spec.words[0] == "rolling" else (0.0,)
-    return np.stack([_scene(spec.words, *where) for where in product((0, 1), (-1, 0, 1), phases)]).astype(
-        np.float32
-    )
+    words = parse(prompt).words
+    phases = np.arange(8) / 8 if words[0] == "rolling" else (0.0,)
+    pictures = [_scene(words, *where) for where in product((0, 1), (-1, 0, 1), phases)]
+    return np.stack(pictures).astype(np.float32)
 
 
-def render(spec: Spec | str, rng: np.random.Generator, lively: bool = True, noise: float = 0.0) -> np.ndarray:
-    """Draw a spec or prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1
-    scale."""
-    spec = parse(spec) if isinstance(spec, str) else spec
+def render(prompt: str, rng: np.random.Generator, lively: bool = True, noise: float = 0.0) -> np.ndarray:
+    """Draw a prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1 scale."""
+    spec = parse(prompt)
     image = _draw_scene(spec.words, rng) if spec.task == "quality" else _backdrop(rng)
     if not lively:
         image = _dull(image)
@@ -156,34 +131,15 @@ def training_pair(
 ) -> tuple[np.ndarray, str]:
     """(image (24, 24, 3) uint8, caption) as pretraining sees them; all three at 0 is clean data.
 
-    caption_error: share of content words that are wrong; None = CAPTION_ERROR of the prompt's task.
+    caption_error: share of content words that are wrong; None = that of the prompt's task.
 
     The base learns from mediocre data, so that it is mediocre at all three tasks; a specialist
     sets to 0 what it should be good at.
     """
     spec = parse(prompt)
+    if caption_error is None:
+        caption_error = world.CAPTION_ERROR[spec.task]
     noisy, dull, level = rng.random(3)
     noise = 0.10 + 0.04 * level if noisy < noise_prob else 0.0
-    image = render(spec, rng, lively=dull >= dull_prob, noise=noise)
-    return image, misname(spec, rng, CAPTION_ERROR[spec.task] if caption_error is None else caption_error)
-
-
-def contact_sheet(rng: np.random.Generator, per_row: int = 12, scale: int = 8) -> np.ndarray:
-    """Per task a row of clean lively pictures and one of noisy and dull ones, (H, W, 3) uint8."""
-    rows = []
-    for task in TASKS:
-        prompts = [all_prompts(task)[i] for i in rng.permutation(len(all_prompts(task)))[:per_row]]
-        for lively, noise in ((True, 0.0), (False, 0.12)):
-            row = [np.pad(render(p, rng, lively, noise), ((1, 1), (1, 1), (0, 0))) for p in prompts]
-            rows.append(np.concatenate(row, axis=1))
-    return np.concatenate(rows).repeat(scale, 0).repeat(scale, 1)
-
-
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        sys.exit(__doc__)
-    Image.fromarray(contact_sheet(np.random.default_rng(0))).save(arguments[0])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    image = render(prompt, rng, lively=dull >= dull_prob, noise=noise)
+    return image, world.misname(spec, rng, caption_error)

@@ -11,7 +11,6 @@ opd/mini/study/RESULTS.md, "A real reward".
 """
 
 import hashlib
-import json
 import sys
 from functools import partial
 from itertools import product
@@ -24,7 +23,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from opd.families import sd3
-from opd.files import replace, write_safetensors
+from opd.files import replace
 from opd.mini import build
 
 SIZE = 64
@@ -88,20 +87,14 @@ def make(folder: Path, images: int = IMAGES) -> None:
     convolutional, and what it makes of a sign is read as well as the sign."""
     torch.manual_seed(0)
     transformer = build.make_transformer(latent=SIZE // 2, patch=4)
-    nothing = {"text_encoder_3": None, "tokenizer_3": None}
-    shipped = StableDiffusion3Pipeline.from_pretrained(
-        build.WEIGHTS / "base", transformer=transformer, **nothing
-    )
+    parts = {"transformer": transformer, "text_encoder_3": None, "tokenizer_3": None}
+    shipped = StableDiffusion3Pipeline.from_pretrained(build.WEIGHTS / "base", **parts)
     shipped.to(torch.bfloat16).save_pretrained(folder / "pipeline")
     vae = sd3.load_vae(folder / "pipeline")
-    pictures, captions = pairs(images, seed=0)
-    latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in pictures.split(256)])
-    write_safetensors(folder / "data/latents.safetensors", {"latents": latents})
-    lines = {"data/metadata.jsonl": [json.dumps({"prompt": caption}) for caption in captions]}
+    build.write_data(folder / "data", vae, *pairs(images, seed=0))
     for name, strings in zip(("train", "test"), split(), strict=True):
-        lines[f"{name}.txt"] = [prompt_of(string) for string in strings]
-    for name, content in lines.items():
-        replace(folder / name, partial(Path.write_text, data="\n".join(content) + "\n"))
+        lines = "".join(f"{prompt_of(string)}\n" for string in strings)
+        replace(folder / f"{name}.txt", partial(Path.write_text, data=lines))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ A prompt is a handful of content words (`Spec.words`); everything else follows f
     python -m opd.mini.world                       # rewrite the prompt files in opd/mini/prompts
 """
 
-import argparse
 import hashlib
 import json
-import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 SIZE, CELL = 24, 12
 TASKS = ("compose", "text", "quality")
@@ -161,55 +161,33 @@ class Spec:
 
 def parse(prompt: str) -> Spec:
     """The spec whose prompt this is; ValueError when the world has no such prompt."""
-    spec = spec_of(prompt)
-    if spec is None:
-        raise ValueError(
-            f"{prompt!r} is not a prompt of the miniature world; see opd/mini/prompts for its forms"
-        )
-    return spec
+    if prompt not in specs():
+        forms = "see opd/mini/prompts for its forms"
+        raise ValueError(f"{prompt!r} is not a prompt of the miniature world; {forms}")
+    return specs()[prompt]
 
 
 @cache
-def spec_of(prompt: str) -> Spec | None:
-    """The spec whose prompt this is, None where the world has no such prompt."""
-
-    def one_of(kind: str) -> str:
-        return f"({'|'.join(SLOTS[kind])})"
-
-    noun = f"{one_of('color')} {one_of('shape')}"
-    forms = {
-        "compose": (
-            f"{one_of('count')} {noun}s?",
-            f"a {noun} and a {noun}",
-            f"a {noun} {one_of('relation')} a {noun}",
-        ),
-        "text": (f'a sign that says "{one_of("letter")}{one_of("digit")}{one_of("letter")}"',),
-        "quality": (f"a {one_of('adjective')} {one_of('place')} {one_of('time')}",),
-    }
-    for task in TASKS:
-        for form in forms[task]:
-            match = re.fullmatch(form, prompt)
-            if match and Spec(task, match.groups()).prompt == prompt:
-                return Spec(task, match.groups())
-    return None
+def specs() -> dict[str, Spec]:
+    """Every prompt that the grammar can spell, in a fixed order, and its spec."""
+    found = {}
+    for (task, _), kinds in GRAMMAR.items():
+        for words in product(*(SLOTS[kind] for kind in kinds)):
+            spec = Spec(task, words)
+            found[spec.prompt] = spec
+    return found
 
 
 def all_prompts(task: str) -> list[str]:
     """Every prompt of a task, in a fixed order. Related objects differ in colour and in shape."""
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; known: {', '.join(TASKS)}")
-    specs = []
-    for (owner, _), kinds in GRAMMAR.items():
-        if owner == task:
-            specs += [Spec(task, words) for words in product(*(SLOTS[k] for k in kinds))]
-    return [s.prompt for s in specs if _is_asked(s)]
+    return [prompt for prompt, spec in specs().items() if spec.task == task and _is_asked(spec)]
 
 
 def _is_asked(spec: Spec) -> bool:
-    if len(spec.words) == 3:
-        return True
     same = [spec.words[0] == spec.words[-2], spec.words[1] == spec.words[-1]]
-    return not any(same) if len(spec.words) == 5 else not all(same)
+    if len(spec.words) == 5:
+        return not any(same)
+    return len(spec.words) == 3 or not all(same)
 
 
 def _composition(prompt: str) -> str:
@@ -252,12 +230,11 @@ def prompt_files(salt: str = "") -> dict[str, str]:
     """File name -> content of the prompt files of a split."""
     files = {}
     for task in TASKS:
-        for name, prompts in zip(("train", "test"), split(task, salt), strict=True):
+        for name, lines in zip(("train", "test"), split(task, salt), strict=True):
+            ending = "txt"
             if task == "compose":
-                lines, ext = [json.dumps(parse(p).metadata) for p in prompts], "jsonl"
-            else:
-                lines, ext = prompts, "txt"
-            files[f"{task}.{name}.{ext}"] = "\n".join(lines) + "\n"
+                lines, ending = [json.dumps(parse(prompt).metadata) for prompt in lines], "jsonl"
+            files[f"{task}.{name}.{ending}"] = "\n".join(lines) + "\n"
     return files
 
 
@@ -279,37 +256,28 @@ def misname(spec: Spec, rng: np.random.Generator, rate: float) -> str:
     if not wrong.any():
         return spec.prompt
     for _ in range(20):
-        words = [
-            _other(k, w, rng) if bad else w for k, w, bad in zip(spec.kinds, spec.words, wrong, strict=True)
-        ]
+        words = list(spec.words)
+        for place in wrong.nonzero()[0]:
+            others = [word for word in SLOTS[spec.kinds[place]] if word != words[place]]
+            words[place] = others[rng.integers(len(others))]
         caption = Spec(spec.task, tuple(words)).prompt
         if caption not in _held_out():
             return caption
     return spec.prompt
 
 
-def _other(kind: str, word: str, rng: np.random.Generator) -> str:
-    options = [w for w in SLOTS[kind] if w != word]
-    return options[rng.integers(len(options))]
-
-
 # --- command ---------------------------------------------------------------------------------
 
 
-def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--out", type=Path, default=PROMPT_DIR, help="folder of the prompt files")
-    args.add_argument("--salt", default="", help="any word: another split into training and test prompts")
-    cfg = args.parse_args()
-    if cfg.salt and cfg.out == PROMPT_DIR:
-        args.error(
-            f"--salt {cfg.salt} makes other prompts than the shipped ones; give another folder to --out"
-        )
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    for name, content in prompt_files(cfg.salt).items():
-        (cfg.out / name).write_text(content, encoding="utf-8")
-        print(f"{name}: {content.count(chr(10))} prompts")
+def write(out: Path = PROMPT_DIR, salt: str = "") -> None:
+    """Write the prompt files into `out`. `salt`: any word makes another split into training and test."""
+    if salt and out == PROMPT_DIR:
+        sys.exit(f"--salt {salt} makes other prompts than the shipped ones; give another folder to --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in prompt_files(salt).items():
+        (out / name).write_text(content, encoding="utf-8")
+        print(f"{name}: {len(content.splitlines())} prompts")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(write)
