@@ -1,5 +1,6 @@
 """GenEval: each score worked out by hand on made-up detections; the real classes through the whole path."""
 
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from opd import rewards
 from opd.data import load_prompts
+from opd.formats.pictures import to_pil
 from opd.rewards import geneval, geneval_rules
 from opd.rewards.geneval_rules import Found, dense, kept, official, relations, strict
 from tests.tiny_scorers import save_clip, save_detector
@@ -168,9 +170,7 @@ def test_metadata_of_another_schema_are_refused(metadata, fault):
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A detector that takes everything for stop signs, and a CLIP."""
-    pytest.importorskip(
-        "scipy", reason="the extra geneval is not installed; pip install -e '.[test]' brings it"
-    )
+    pytest.importorskip("scipy", reason="the extra geneval is not installed; .[test] brings it")
     folder = tmp_path_factory.mktemp("geneval")
     save_detector(folder / "detector", seen="stop sign")
     save_detector(folder / "blind", seen="")
@@ -189,23 +189,17 @@ def test_detector_and_colours_run_through_the_whole_path(sources):
     metadata = [sign, dog, asked("colors", clause("stop sign", color="red"))]
     scores = [reward(images_BCHW, ["", "", ""], metadata).tolist() for reward in found]
     detector = found[0].terms[0].function.detector
-    objects = [
-        kept(items, row["tag"]) for items, row in zip(detector.find(images_BCHW), metadata, strict=True)
-    ]
+    objects = [kept(items, "colors") for items in detector.find(images_BCHW)]
     counts = [len(some.get("stop sign", [])) for some in objects]
     assert min(counts) >= 1 and all(set(some) == {"stop sign"} for some in objects)
     assert scores[0][:2] == [1, 0]  # at least one sign, no dog
     assert scores[1][:2] == [float(counts[0] == 1), 0]
     assert scores[2][:2] == [1 - abs(counts[0] - 1), 0]  # 1 - |found - 1| / 1; no dog
     (item, *_) = objects[2]["stop sign"]
-    colour = detector.colours(Image.fromarray(to_bytes(images_BCHW[2])), [item])
+    colour = detector.colours(to_pil(images_BCHW[2], 0), [item])
     assert scores[0][2] == float(colour == ["red"])
     about = found[2].about[names[2] + spec]
     assert "dense" in about and str(sources) in about and "transformers" in about
-
-
-def to_bytes(image_CHW):
-    return (image_CHW * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def test_a_second_score_of_the_same_pictures_detects_nothing_anew(sources, monkeypatch):
@@ -235,14 +229,9 @@ def test_the_colour_of_a_cut_out_object_is_the_nearest_of_ten_by_hand(sources):
     assert crop.getpixel((2, 2)) == (0x99, 0x99, 0x99)
     texts = []
     for colour in geneval_rules.COLOURS:
-        texts += [
-            f"a photo of a {colour} dog",
-            f"a photo of a {colour}-colored dog",
-            f"a photo of a {colour} object",
-        ]
-    inputs = detector.clip.processor(
-        text=texts, images=[crop], return_tensors="pt", padding=True, truncation=True
-    )
+        things = (f"{colour} dog", f"{colour}-colored dog", f"{colour} object")
+        texts += [f"a photo of a {thing}" for thing in things]
+    inputs = detector.clip.processor(text=texts, images=[crop], return_tensors="pt", padding=True)
     with torch.no_grad():
         out = detector.clip.model(**inputs)
     centres = out.text_embeds.view(10, 3, -1).mean(1)
@@ -258,9 +247,8 @@ def test_a_detector_that_sees_nothing_is_refused(sources):
 
 def test_what_cannot_be_scored_is_named(sources, tmp_path):
     file = tmp_path / "train.jsonl"
-    file.write_text(
-        '{"prompt": "a dog", "tag": "colors", "include": [{"class": "dog", "count": 1, "color": "x"}]}\n'
-    )
+    row = asked("colors", clause("dog", color="x")) | {"prompt": "a dog"}
+    file.write_text(json.dumps(row) + "\n")
     reward = rewards.find_reward(f"geneval_dense@{sources}/detector,{sources}/clip")
     assert reward.metadata_keys == ("tag", "include")
     with pytest.raises(ValueError, match=r"train.jsonl:1 'a dog' cannot be scored .*unknown color 'x'"):

@@ -1,9 +1,5 @@
 """The miniature world draws what it says, and its scorers see exactly that, also through noise and blur."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +7,6 @@ import torch.nn.functional as F
 
 from opd.mini import drawing, rewards, world
 
-ROOT = Path(__file__).parents[1]
 CONDITIONS = [(True, 0.0), (True, 0.12), (False, 0.0), (False, 0.12)]
 TEST_PROMPTS = {task: world.split(task)[1] for task in world.TASKS}
 
@@ -60,10 +55,9 @@ def test_shipped_prompt_files_are_the_generated_ones():
 
 
 def test_a_salt_makes_another_split_of_the_same_prompts(tmp_path):
-    command = [sys.executable, "-m", "opd.mini.world", "--salt", "other"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 1 and "give another folder to --out" in refused.stderr
-    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    with pytest.raises(SystemExit, match="give another folder to --out"):
+        world.write(salt="other")
+    world.write(tmp_path, "other")
     for task in world.TASKS:
         train, test = world.split(task, "other")
         ours, held = world.split(task)
@@ -75,17 +69,13 @@ def test_a_salt_makes_another_split_of_the_same_prompts(tmp_path):
 
 
 def test_metadata_follows_geneval():
-    assert world.parse("two red circles").metadata == {
-        "tag": "counting",
-        "include": [{"class": "circle", "count": 2, "color": "red"}],
-        "prompt": "two red circles",
-    }
+    include = [{"class": "circle", "count": 2, "color": "red"}]
+    wanted = {"tag": "counting", "include": include, "prompt": "two red circles"}
+    assert world.parse("two red circles").metadata == wanted
     record = world.parse("a red circle left of a blue square").metadata
-    assert record["tag"] == "position"
-    assert record["include"] == [
-        {"class": "square", "count": 1, "color": "blue"},
-        {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]},
-    ]
+    square = {"class": "square", "count": 1, "color": "blue"}
+    circle = {"class": "circle", "count": 1, "color": "red", "position": ["left of", 0]}
+    assert record["tag"] == "position" and record["include"] == [square, circle]
 
 
 @pytest.mark.parametrize(
@@ -100,17 +90,10 @@ def test_prompts_outside_the_world_are_refused_by_name(prompt):
 
 
 def test_pictures_depend_on_the_seed_only():
-    pairs = [
-        [
-            drawing.training_pair(p, np.random.default_rng(s))
-            for t in world.TASKS
-            for p in world.split(t)[0][:20]
-        ]
-        for s in (1, 1, 2)
-    ]
-    same, other = ([np.array_equal(a[0], b[0]) for a, b in zip(pairs[0], x, strict=True)] for x in pairs[1:])
-    assert all(same) and not any(other)
-    assert [c for _, c in pairs[0]] == [c for _, c in pairs[1]]
+    for prompt in [world.split(task)[0][n] for task in world.TASKS for n in range(8)]:
+        first, again, other = (drawing.training_pair(prompt, np.random.default_rng(s)) for s in (1, 1, 2))
+        assert np.array_equal(first[0], again[0]) and first[1] == again[1]
+        assert not np.array_equal(first[0], other[0])
 
 
 @pytest.mark.parametrize("task", world.TASKS)
@@ -131,10 +114,10 @@ def test_each_switch_of_training_pair_spoils_its_own_thing():
     prompts = [p for task in world.TASKS for p in world.split(task)[0][:96]]
 
     def measured(**switches):
-        rng, clean = np.random.default_rng(0), dict(caption_error=0.0, noise_prob=0.0, dull_prob=0.0)
-        images, captions = zip(
-            *(drawing.training_pair(p, rng, **{**clean, **switches}) for p in prompts), strict=True
-        )
+        rng = np.random.default_rng(0)
+        switches = dict(caption_error=0.0, noise_prob=0.0, dull_prob=0.0) | switches
+        pairs = [drawing.training_pair(p, rng, **switches) for p in prompts]
+        images, captions = zip(*pairs, strict=True)
         x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
         noisy = (rewards.noise_level(x_BCHW) > 0.05).float().mean().item()
         dull = (rewards.backdrop_chroma(x_BCHW) < 0.5).float().mean().item()
@@ -151,12 +134,9 @@ def test_each_switch_of_training_pair_spoils_its_own_thing():
 
 
 @pytest.mark.parametrize("lively, noise", CONDITIONS)
-@pytest.mark.parametrize(
-    "reward, task",
-    [(rewards.compose, "compose"), (rewards.compose_strict, "compose"), (rewards.text, "text")],
-)
+@pytest.mark.parametrize("reward, task", [(rewards.compose_strict, "compose"), (rewards.text, "text")])
 def test_ground_truth_scores_one(reward, task, lively, noise):
-    prompts = world.all_prompts(task)
+    prompts = world.all_prompts(task)[::2]
     x_BCHW = render_all(prompts, lively, noise)
     assert mean_score(reward, x_BCHW, prompts) >= (1.0 if noise == 0 else 0.998)
     assert mean_score(reward, through_vae(x_BCHW), prompts) >= (0.999 if noise == 0 else 0.99)
@@ -195,24 +175,17 @@ def test_metadata_decides_where_given():
     x_BCHW = render_all(["two red circles"])
     meta = [world.parse("two red circles").metadata]
     assert rewards.compose_strict(x_BCHW, ["free wording"], meta).item() == 1
-    with pytest.raises(ValueError, match="free wording"):
-        rewards.compose(x_BCHW, ["free wording"], [{}])
-    with pytest.raises(ValueError, match="a calm sea at dawn"):
-        rewards.compose(x_BCHW, ["a calm sea at dawn"], [{}])
+    for prompt in ("free wording", "a calm sea at dawn"):
+        with pytest.raises(ValueError, match=prompt):
+            rewards.compose(x_BCHW, [prompt], [{}])
     with pytest.raises(ValueError, match="double quotes"):
         rewards.text(x_BCHW, ["a sign"], [{}])
 
 
 def test_text_is_edit_distance_without_case_and_spaces():
     x_BCHW = render_all(['a sign that says "K7A"'])
-    for target, score in (
-        ("K7A", 1),
-        ("k 7a", 1),
-        ("K7L", 2 / 3),
-        ("7AX", 1 / 3),
-        ("XXX", 0),
-        ("K7AXXX", 0.5),
-    ):
+    scores = {"K7A": 1, "k 7a": 1, "K7L": 2 / 3, "7AX": 1 / 3, "XXX": 0, "K7AXXX": 0.5}
+    for target, score in scores.items():
         assert rewards.text(x_BCHW, [f'says "{target}" today'], [{}]).item() == pytest.approx(score)
 
 
@@ -228,13 +201,8 @@ def test_median_equals_the_sorted_one():
 @pytest.mark.parametrize("task", world.TASKS)
 def test_quality_tells_the_four_conditions_apart(task):
     prompts = TEST_PROMPTS[task]
-    bounds = {
-        (True, 0.0): (0.95, 1),
-        (True, 0.12): (0.4, 0.6),
-        (False, 0.0): (0.4, 0.6),
-        (False, 0.12): (0, 0.15),
-    }
-    for (lively, noise), (low, high) in bounds.items():
+    bounds = [(0.95, 1), (0.4, 0.6), (0.4, 0.6), (0, 0.15)]
+    for (lively, noise), (low, high) in zip(CONDITIONS, bounds, strict=True):
         x_BCHW = render_all(prompts, lively, noise)
         for seen in (x_BCHW, through_vae(x_BCHW)):
             assert low <= mean_score(rewards.quality, seen, prompts) <= high, (lively, noise)
@@ -252,20 +220,15 @@ def hacks():
     rng = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     palette = torch.tensor(list(world.PALETTE.values()))
-    images = [
-        rgb[:, None, None].expand(3, 24, 24)
-        for rgb in (*palette, *torch.eye(3), torch.ones(3), torch.zeros(3))
-    ]
+    fills = (*palette, *torch.eye(3), torch.ones(3), torch.zeros(3))
+    images = [rgb[:, None, None].expand(3, 24, 24) for rgb in fills]
     for cell in (1, 2, 3, 4, 6, 12):
         board = ((y // cell + x // cell) % 2).float()
         images += [board.expand(3, 24, 24), palette[board.long()].permute(2, 0, 1)]
         coarse = palette[torch.randint(5, (24 // cell, 24 // cell), generator=rng)].permute(2, 0, 1)
         images.append(coarse.repeat_interleave(cell, 1).repeat_interleave(cell, 2))
-    images += [
-        ((x // 2) % 2).float().expand(3, 24, 24),
-        torch.rand(3, 24, 24, generator=rng),
-        torch.rand(1, 24, 24, generator=rng).expand(3, 24, 24),
-    ]
+    stripes, noise = ((x // 2) % 2).float(), torch.rand(3, 24, 24, generator=rng)
+    images += [stripes.expand(3, 24, 24), noise, noise[:1].expand(3, 24, 24)]
     return torch.stack(images)
 
 
@@ -276,9 +239,8 @@ def test_textures_and_fills_get_no_credit():
             assert reward(x_BCHW, [prompt] * len(x_BCHW), [{}] * len(x_BCHW)).max() <= 0.1, prompt
     # A saturated backdrop gains nothing over a pastel one; in a palette colour it loses.
     red, pastel = torch.tensor(world.PALETTE["red"]), torch.tensor(drawing._pastel(0.3, 0.9))
-    x_BCHW = torch.stack([red, torch.tensor([0.0, 1.0, 0.0]), pastel.float()])[:, :, None, None].expand(
-        3, 3, 24, 24
-    )
+    x_B3 = torch.stack([red, torch.tensor([0.0, 1.0, 0.0]), pastel.float()])
+    x_BCHW = x_B3[:, :, None, None].expand(3, 3, 24, 24)
     assert rewards.quality(x_BCHW, [""] * 3, [{}] * 3).tolist() == [0.5, 1.0, 1.0]
 
 
@@ -289,31 +251,28 @@ def test_a_landscape_must_be_the_one_asked_for():
     assert likeness.min() > 0.95  # phases between the eighths and 8-bit colours cost a little
     by_hand = []  # numpy's correlation, one clean picture at a time
     for image, prompt in zip(drawn[::17], prompts[::17], strict=True):
-        blocks = F.avg_pool2d(
-            torch.cat([image[None], torch.from_numpy(drawing.scenes(prompt)).permute(0, 3, 1, 2)]), 2
-        ).numpy()
-        light, hue = blocks.mean(1), (blocks - blocks.mean(1, keepdims=True)).reshape(len(blocks), -1)
-        by_hand.append(
-            max(
-                np.corrcoef(light[0].ravel(), light[j].ravel())[0, 1]
-                * (hue[0] @ hue[j])
-                / (np.linalg.norm(hue[0]) * np.linalg.norm(hue[j]))
-                for j in range(1, len(blocks))
-            )
-        )
+        clean = torch.from_numpy(drawing.scenes(prompt)).permute(0, 3, 1, 2)
+        first, *others = F.avg_pool2d(torch.cat([image[None], clean]), 2).numpy()
+        by_hand.append(max(likeness_by_hand(first, other) for other in others))
     np.testing.assert_allclose(likeness[::17].numpy(), by_hand, atol=1e-5)
 
     places = list(world.PLACES)
-    other = render_all(
-        [
-            world.Spec("quality", (adjective, places[(places.index(place) + 3) % 6], time)).prompt
-            for adjective, place, time in (world.parse(p).words for p in prompts)
-        ]
-    )
+    elsewhere = []
+    for adjective, place, time in (world.parse(p).words for p in prompts):
+        other_place = places[(places.index(place) + 3) % 6]
+        elsewhere.append(world.Spec("quality", (adjective, other_place, time)).prompt)
+    other = render_all(elsewhere)
     assert mean_score(rewards.quality, other, prompts) < 0.75
     mush = F.interpolate(F.avg_pool2d(drawn, 12), scale_factor=12, mode="bilinear")
     for hack in (mush, 1 - drawn, *hacks()[:, None].expand(-1, len(prompts), -1, -1, -1)):
         assert mean_score(rewards.quality, hack, prompts) < 0.5
+
+
+def likeness_by_hand(a_CHW, b_CHW):
+    """Correlation of the luminance times cosine of the chroma."""
+    light = np.corrcoef(a_CHW.mean(0).ravel(), b_CHW.mean(0).ravel())[0, 1]
+    a, b = ((x - x.mean(0)).ravel() for x in (a_CHW, b_CHW))
+    return light * (a @ b) / (np.linalg.norm(a) * np.linalg.norm(b))
 
 
 def test_surplus_objects_fail_the_strict_score():

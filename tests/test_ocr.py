@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 
 import numpy as np
 import pytest
@@ -18,19 +17,16 @@ from opd.rewards.prompts import ocr_prompts
 @pytest.mark.parametrize(
     "target, text, score",
     [
-        ("Hello World", "Hello World", 1),
         ("Hello World", "hELLOwORLD", 1),  # case and spaces do not count
         ("Hello", "say Hello to all", 1),  # contained: more text costs nothing
         ("Hello", "", 0),
         ("Hello", "Hallo", 1 - 1 / 5),
-        ("Hello", "Helo", 1 - 1 / 5),
         ("Hello", "Helllo", 1 - 1 / 5),
         ("Hello", "xyz" * 20, 0),  # distance 60, cut at the length
         ("abc", "cab", 1 - 2 / 3),
         ("kitten", "sitting", 1 - 3 / 6),
         ("No. 7", "No7", 1 - 1 / 4),  # "no.7" has 4 characters
         ("it’s", "it's", 1 - 1 / 4),  # the right reading, as the released formula has it
-        ("½ off", "1/2 off", 1 - 3 / 4),
     ],
 )
 def test_the_released_formula(target, text, score):
@@ -43,11 +39,10 @@ def test_the_released_formula(target, text, score):
 def test_folded_typography_counts_as_right(target, text):
     assert ocr.ocr_score(target, text) < 1
     assert ocr.ocr_score(ocr.folded(target), ocr.folded(text)) == 1
-    assert ocr.folded("plain 'text' - 1/2") == "plain 'text' - 1/2"
 
 
-def test_edit_distance_is_a_metric_by_brute_force():
-    """Against the recursive definition, on all words of up to 3 letters over {a, b}."""
+def test_edit_distance_is_the_recursive_definition():
+    """On words of up to 3 letters over {a, b}."""
     words = ["", *"ab", "aa", "ab", "ba", "bb", "aab", "aba", "bab", "bba"]
 
     def slow(a, b):
@@ -63,9 +58,8 @@ def test_edit_distance_is_a_metric_by_brute_force():
 def test_a_target_stands_in_the_first_pair_of_straight_quotes():
     assert ocr.target_of('a "b c" and "d"') == "b c"
     assert ocr.target_fault('a sign "x"') == ""
-    assert "straight double quotes" in ocr.target_fault("a sign “x”")
-    assert "straight double quotes" in ocr.target_fault('6" of rain')
-    assert "no text between" in ocr.target_fault('a blank "  " sign')
+    for text in ("a sign “x”", '6" of rain', 'a blank "  " sign'):
+        assert "double quotes" in ocr.target_fault(text)
 
 
 # ---- the engine --------------------------------------------
@@ -73,26 +67,27 @@ def test_a_target_stands_in_the_first_pair_of_straight_quotes():
 
 @pytest.fixture(scope="module")
 def reward():
-    pytest.importorskip(
-        "rapidocr", reason="the extra ocr is not installed; pip install -e '.[test]' brings it"
-    )
+    pytest.importorskip("rapidocr", reason="the extra ocr is not installed; .[test] brings it")
     found = rewards.find_reward("ocr")
     found.load(torch.device("cpu"))
     return found
 
 
 def signs(count):
-    """512 px pictures of OCR prompts' targets: many fonts, sizes, colours, grain, blur."""
+    """512 px pictures of OCR prompts' targets: several fonts, sizes, colours, grain, blur."""
+    from matplotlib import get_data_path
+
+    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSans-Oblique", "DejaVuSerif-BoldItalic")
     rng = np.random.default_rng(0)
     prompts = ocr_prompts(count, 11, "test")
-    fonts = _fonts()
     images = []
     for number, prompt in enumerate(prompts):
         ground = rng.integers(140, 250, 3)
         grain = rng.normal(0, 8, (512, 512, 3))
         picture = Image.fromarray((ground + grain).clip(0, 255).astype(np.uint8))
         ink = tuple(int(value) for value in rng.integers(0, 60, 3))
-        font = fonts[number % len(fonts)](int(rng.integers(24, 34)))
+        path = f"{get_data_path()}/fonts/ttf/{names[number % len(names)]}.ttf"
+        font = ImageFont.truetype(path, int(rng.integers(24, 34)))
         place = (int(rng.integers(10, 30)), int(rng.integers(50, 400)))
         ImageDraw.Draw(picture).text(place, ocr.target_of(prompt), fill=ink, font=font)
         blurred = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 0.8))))
@@ -100,29 +95,13 @@ def signs(count):
     return torch.stack(images).float(), prompts
 
 
-def _fonts():
-    """PIL's own, and those that matplotlib brings."""
-    from matplotlib import get_data_path
-
-    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSans-Oblique", "DejaVuSerif-BoldItalic")
-    fonts = [ImageFont.load_default]
-    for name in names:
-        path = f"{get_data_path()}/fonts/ttf/{name}.ttf"
-        fonts.append(lambda size, path=path: ImageFont.truetype(path, size))
-    return fonts
-
-
-def test_sixty_rendered_signs_are_read_and_their_neighbours_are_not(reward):
-    images_BCHW, prompts = signs(60)
-    start = time.process_time()
-    scores_B = reward(images_BCHW, prompts, [{}] * 60)
-    seconds = time.process_time() - start
-    others_B = reward(images_BCHW[:20], prompts[1:21], [{}] * 20)
-    print(
-        f"mean {scores_B.mean():.4f}, exact {(scores_B == 1).float().mean():.3f}, "
-        f"other targets: mean {others_B.mean():.3f} max {others_B.max():.3f}, {seconds / 60:.3f} s of CPU"
-    )
-    assert scores_B.shape == (60,) and scores_B.mean() >= 0.98
+@pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.slow)])
+def test_rendered_signs_are_read_and_their_neighbours_are_not(reward, count):
+    images_BCHW, prompts = signs(count)
+    scores_B = reward(images_BCHW, prompts, [{}] * count)
+    some = min(count - 1, 20)
+    others_B = reward(images_BCHW[:some], prompts[1 : some + 1], [{}] * some)
+    assert scores_B.shape == (count,) and scores_B.mean() >= 0.98
     assert others_B.mean() <= 0.25 and others_B.max() <= 0.6
 
 
@@ -140,22 +119,18 @@ def test_it_says_what_it_is(reward):
     assert "folded" in rewards.find_reward("ocr@folded").about["ocr@folded"] and "folded" not in about
 
 
-def test_what_cannot_be_scored_is_named(reward, tmp_path):
+def test_what_cannot_be_scored_is_named(reward, tmp_path, monkeypatch):
     file = tmp_path / "train.txt"
     file.write_text('a sign "yes"\na sign that says no\n')
-    with pytest.raises(
-        ValueError, match=r"train.txt:2 'a sign that says no' cannot be scored by ocr: .*quotes"
-    ):
+    message = r"train.txt:2 'a sign that says no' cannot be scored by ocr: .*quotes"
+    with pytest.raises(ValueError, match=message):
         reward.check_metadata("ocr", load_prompts(str(file), "ocr", None))
     images_BCHW = torch.full((2, 3, 64, 64), 0.5)
     images_BCHW[1, 0, 0, 0] = math.nan
-    scores_B, reasons, _ = reward.start(images_BCHW, ['"a"', '"b"'], [{}, {}], 60.0).result()
-    assert scores_B.isnan().tolist() == [False, True] and "image 0 of the batch holds a NaN" in reasons[1]
+    scores_B, failures, _ = reward.start(images_BCHW, ['"a"', '"b"'], [{}, {}], 60.0).result()
+    assert scores_B.isnan().tolist() == [False, True] and "image 0 of the batch holds a NaN" in failures[1]
     with pytest.raises(ValueError, match="unknown typography 'fold'"):
         rewards.find_reward("ocr@fold")
-
-
-def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"package rapidocr.*flow-opd\[ocr\]"):
         ocr.Ocr()

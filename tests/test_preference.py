@@ -58,11 +58,10 @@ def test_clipscore_is_the_cosine(folder, images_BCHW):
 
 
 def test_more_pictures_than_a_batch_score_the_same(folder):
-    images_BCHW = torch.rand(70, 3, 32, 32)
-    prompts = ["a red dog"] * 70
+    images_BCHW, prompts = torch.rand(34, 3, 32, 32), ["a red dog"] * 34
     all_B = scored(f"clipscore@{folder}", images_BCHW, prompts)
-    some_B = scored(f"clipscore@{folder}", images_BCHW[60:], prompts[60:])
-    assert all_B.shape == (70,) and torch.allclose(all_B[60:], some_B, atol=1e-5)
+    some_B = scored(f"clipscore@{folder}", images_BCHW[30:], prompts[30:])
+    assert all_B.shape == (34,) and torch.allclose(all_B[30:], some_B, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +70,8 @@ def predictor(tmp_path_factory):
     torch.manual_seed(3)
     sizes = {0: (16, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     weights = {}
-    for place, (inputs, outputs_) in sizes.items():
-        weights[f"layers.{place}.weight"] = torch.randn(outputs_, inputs) / inputs**0.5
+    for place, (width, outputs_) in sizes.items():
+        weights[f"layers.{place}.weight"] = torch.randn(outputs_, width) / width**0.5
         weights[f"layers.{place}.bias"] = torch.randn(outputs_)
     file = tmp_path_factory.mktemp("predictor") / preference.AESTHETIC_FILE
     torch.save(weights, file)
@@ -181,11 +180,8 @@ def test_converted_weights_compute_what_open_clip_computes(hps, folder, images_B
     assert torch.allclose(scored(f"hpsv2@{file},{folder}", images_BCHW), expected_B, atol=1e-4)
 
 
-def test_every_converted_tensor_has_a_place_and_a_missing_one_is_named(hps, folder, tmp_path):
-    reference, _, _ = hps
-    model, _ = clip_parts()
-    assert preference.in_transformers_names(reference.state_dict()).keys() == model.state_dict().keys()
-    weights = reference.state_dict()
+def test_a_missing_tensor_is_named(hps, folder, tmp_path):
+    weights = hps[0].state_dict()
     del weights["visual.ln_post.bias"]
     torch.save({"state_dict": weights}, tmp_path / "torn.pt")
     with pytest.raises(ValueError, match=r'(?s)Missing key.*"vision_model.post_layernorm.bias"'):
@@ -239,10 +235,7 @@ def test_missing_weights_are_named(spec, message, folder, tmp_path):
         reward.load(CPU)
 
 
-def test_each_says_what_it_is():
-    divisors = {}
-    for name in ("pickscore", "clipscore", "aesthetic", "hpsv2"):
+def test_each_says_what_it_is_and_its_divisor():
+    for name, divisor in {"pickscore": 26, "clipscore": 0.3, "aesthetic": 10, "hpsv2": 1}.items():
         reward = rewards.find_reward(name)
-        assert "transformers" in reward.about[name]
-        divisors[name] = reward.divisor
-    assert divisors == {"pickscore": 26, "clipscore": 0.3, "aesthetic": 10, "hpsv2": 1}
+        assert "transformers" in reward.about[name] and reward.divisor == divisor

@@ -50,15 +50,9 @@ def test_what_is_made_is_trained_on(tmp_path):
     assert len(captions) == 40 and captions[0].startswith('a sign that says "')
     assert load_file(tmp_path / "data/latents.safetensors")["latents"].shape == (40, 8, 32, 32)
     assert len(load_prompts(str(tmp_path / "test.txt"), "text", None)) == signs.HELD_OUT
-    cfg = replace(
-        PRESETS["mini-ocr-base"],
-        out=str(tmp_path / "run"),
-        model=str(tmp_path / "pipeline"),
-        data=str(tmp_path / "data"),
-        iterations=1,
-        sample_every=0,
-        prompts_per_step=4,
-    )
-    train.run(cfg)
+    names = {"out": "run", "model": "pipeline", "data": "data"}
+    places = {setting: str(tmp_path / name) for setting, name in names.items()}
+    short = {"iterations": 1, "sample_every": 0, "prompts_per_step": 4}
+    train.run(replace(PRESETS["mini-ocr-base"], **places, **short))
     trained = load_file(tmp_path / "run/student/diffusion_pytorch_model.safetensors")
     assert trained["pos_embed.proj.weight"].shape == (192, 8, 4, 4)

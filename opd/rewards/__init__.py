@@ -202,7 +202,10 @@ def _find_function(name: str, spec: str) -> Callable:
     except Exception as error:  # whatever the user's module raises
         raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
     if inspect.isclass(function):
-        function = _made(function, argument, name, spec)
+        try:
+            function = _instance(function, argument)
+        except Exception as error:  # whatever the user's class raises
+            raise ValueError(f"scorer {spec!r}: the class {name} cannot be made: {error}") from error
     elif at:
         raise ValueError(f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument}")
     try:
@@ -212,13 +215,6 @@ def _find_function(name: str, spec: str) -> Callable:
     if isinstance(getattr(function, "metadata_keys", ()), str):
         raise ValueError(f"scorer {spec!r}: metadata_keys of {name} is a string; make it a tuple")
     return function
-
-
-def _made(kind: type, argument: str, name: str, spec: str) -> Callable:
-    try:
-        return _instance(kind, argument)
-    except Exception as error:  # whatever the user's class raises
-        raise ValueError(f"scorer {spec!r}: the class {name} cannot be made: {error}") from error
 
 
 @functools.cache
