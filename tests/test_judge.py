@@ -248,7 +248,8 @@ def test_a_worker_gets_png_prompts_and_metadata_in_batches(serve):
     bodies = [body for _, body in server.asked if body]
     assert [len(body["images"]) for body in bodies] == [16, 4]
     assert bodies[1]["prompts"] == ["p16", "p17", "p18", "p19"] and bodies[1]["metadata"][0] == {"n": 16}
-    assert reward.about[f"deqa@{server.url}"] == f"{ABOUT['about']}, at {server.url}" and reward.divisor == 5
+    about = f"{ABOUT['about']}, at {server.url}; reward: score / 5"
+    assert reward.about == {f"deqa@{server.url}": about} and reward.divisor == 5
 
 
 BAD_WORKERS = [

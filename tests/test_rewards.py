@@ -181,7 +181,8 @@ def test_a_reward_tells_what_its_terms_state_about_themselves(monkeypatch):
     name = f"{HERE}:Counted@x"
     monkeypatch.setattr(Counted, "divisor", 2.0, raising=False)
     sum_of_two = rewards.find_reward(f"{name}+{HERE}:brightness")
-    assert sum_of_two.about == {name: "twice the brightness"} and sum_of_two.divisor == 1
+    assert sum_of_two.about == {name: "twice the brightness; reward: score / 2"}
+    assert sum_of_two.divisor == 1
     assert rewards.find_reward(name).divisor == 2
 
 

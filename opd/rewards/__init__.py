@@ -110,7 +110,14 @@ class Reward:
     def about(self) -> dict[str, str]:
         """What the terms state about themselves, by name; a term that states nothing is left out. Final once
         `load` has run."""
-        return {term.name: term.function.about for term in self.terms if hasattr(term.function, "about")}
+        lines = {}
+        for term in self.terms:
+            if not hasattr(term.function, "about"):
+                continue
+            lines[term.name] = term.function.about
+            if hasattr(term.function, "divisor"):
+                lines[term.name] += f"; reward: score / {term.function.divisor:g}"
+        return lines
 
     @property
     def divisor(self) -> float:

@@ -35,7 +35,6 @@ class Remote:
     name = ""
     low = -math.inf
     high = math.inf
-    divisor = 1.0
 
     def __init__(self, endpoint: str = ""):
         self.endpoint = checked_url(endpoint, f"{self.name or 'remote'}@http://localhost:8000")
