@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opd.mini import drawing, world
-from opd.rewards.ocr import edit_distance
+from opd.rewards.ocr import edit_distance, target_of
 
 COLOURS, SHAPES = list(world.PALETTE), list(world.SHAPES)
 OTHER = len(SHAPES)  # an object in a palette colour that is none of the shapes
@@ -230,9 +230,7 @@ def text(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tenso
     """1 - edit distance / length between the sign and the text in the first pair of double quotes."""
     scores = []
     for prompt, found in zip(prompts, read(images_BCHW), strict=True):
-        if prompt.count('"') < 2:
-            raise ValueError(f"the text reward needs a target in double quotes, but the prompt is {prompt!r}")
-        target = prompt.split('"')[1].replace(" ", "").upper()
+        target = target_of(prompt).replace(" ", "").upper()
         scores.append(1 - min(edit_distance(found, target), len(target)) / len(target))
     return torch.tensor(scores)
 

@@ -23,37 +23,37 @@ HPS = "xswu/HPSv2"
 HPS_FILE = "HPS_v2.1_compressed.pt"
 
 
-class PickScore:
-    """Argument: directory or Hub id of the weights."""
-
-    divisor = 26.0
-
-    def __init__(self, source: str = PICKSCORE):
-        self.source = source
-        formula = "exp(logit scale) * cosine of picture and prompt, about 20-24"
-        self.about = _about(f"{source}, MIT, 986 M parameters", formula)
-
-    def load(self, device: torch.device) -> None:
-        self.clip = load_clip(self.source, device, processor=VIT_H)
-
-    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        return self.clip.scale * _cosines(self.clip, images_BCHW, prompts)
-
-
 class ClipScore:
-    """Argument: directory or Hub id of a CLIP model."""
+    """Cosine of picture and prompt. Argument: directory or Hub id of a CLIP model."""
 
     divisor = 0.3  # Flow-GRPO's: logits / 30
+    facts = "MIT, 428 M parameters: cosine of picture and prompt, about .28"
 
     def __init__(self, source: str = VIT_L):
         self.source = source
-        self.about = _about(f"{source}, MIT, 428 M parameters", "cosine of picture and prompt, about .28")
+        self.about = f"{source}, {self.facts}; {engine()}"
 
     def load(self, device: torch.device) -> None:
         self.clip = load_clip(self.source, device)
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        return _cosines(self.clip, images_BCHW, prompts)
+        return (self.clip.of_pictures(pictures(images_BCHW)) * self.clip.of_texts(prompts)).sum(1)
+
+
+class PickScore(ClipScore):
+    """The cosine by a CLIP that was trained on choices, times its logit scale."""
+
+    divisor = 26.0
+    facts = "MIT, 986 M parameters: exp(logit scale) * cosine of picture and prompt, about 20-24"
+
+    def __init__(self, source: str = PICKSCORE):
+        super().__init__(source)
+
+    def load(self, device: torch.device) -> None:
+        self.clip = load_clip(self.source, device, processor=VIT_H)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        return self.clip.scale * super().__call__(images_BCHW, prompts, metadata)
 
 
 class Aesthetic:
@@ -63,41 +63,34 @@ class Aesthetic:
 
     def __init__(self, sources: str = AESTHETIC):
         self.source, self.clip_source = _pair(sources, VIT_L)
-        model = f"{self.source}, Apache-2.0, on {self.clip_source}, MIT, 428 M parameters"
-        self.about = _about(model, "LAION's improved MLP of CLIP's unit vector of the picture, 1-10")
+        models = f"{self.source}, Apache-2.0, on {self.clip_source}, MIT, 428 M parameters"
+        self.about = f"{models}: LAION's improved MLP of CLIP's unit vector of the picture, 1-10; {engine()}"
 
     def load(self, device: torch.device) -> None:
         """RuntimeError if the weights are not the predictor's."""
         weights = read_weights("aesthetic predictor", self.source, AESTHETIC_FILE)
         self.clip = load_clip(self.clip_source, device)
-        self.head = AestheticHead(self.clip.model.config.projection_dim)
-        self.head.load_state_dict(weights)
+        self.head = aesthetic_head(self.clip.model.config.projection_dim)
+        self.head.load_state_dict({name.removeprefix("layers."): w for name, w in weights.items()})
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        return self.head(self.clip.of_pictures(pictures(images_BCHW)))
+        return self.head(self.clip.of_pictures(pictures(images_BCHW)))[:, 0]
 
 
-class AestheticHead(nn.Module):
-    """Linear layers without activations; the places of the released Dropouts are kept, as the weights are
-    named by place."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024),
-            nn.Identity(),
-            nn.Linear(1024, 128),
-            nn.Identity(),
-            nn.Linear(128, 64),
-            nn.Identity(),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
-
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """(B,)"""
-        return self.layers(features_BD)[:, 0]
+def aesthetic_head(width: int) -> nn.Sequential:
+    """Linear layers without activations. The released Dropouts keep their places, by which the weights are
+    named."""
+    return nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.Identity(),
+        nn.Linear(1024, 128),
+        nn.Identity(),
+        nn.Linear(128, 64),
+        nn.Identity(),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
 
 
 class HPSv2:
@@ -106,7 +99,7 @@ class HPSv2:
     def __init__(self, sources: str = HPS):
         self.source, self.clip_source = _pair(sources, VIT_H)
         formula = "HPSv2.1: cosine of picture (longest side 224, padded with black) and prompt, .2-.35"
-        self.about = _about(f"{self.source}, Apache-2.0, 986 M parameters", formula)
+        self.about = f"{self.source}, Apache-2.0, 986 M parameters: {formula}; {engine()}"
 
     def load(self, device: torch.device) -> None:
         """RuntimeError if the weights do not fit the CLIP that is named."""
@@ -177,16 +170,11 @@ def in_transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _cosines(clip: Clip, images_BCHW: Tensor, prompts: list[str]) -> Tensor:
-    """(B,) cosine of each picture and its own prompt."""
-    return (clip.of_pictures(pictures(images_BCHW)) * clip.of_texts(prompts)).sum(1)
-
-
 def _pair(sources: str, clip: str) -> tuple[str, str]:
     """WEIGHTS[,CLIP] -> both."""
     weights, _, named = sources.partition(",")
     return weights, named or clip
 
 
-def _about(model: str, definition: str) -> str:
-    return f"{model}: {definition}; {versions('transformers')}, float32"
+def engine() -> str:
+    return f"{versions('transformers')}, float32"

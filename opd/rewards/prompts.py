@@ -27,6 +27,7 @@ from opd.data import interleave, load_prompts, seed_of
 from opd.files import replace
 from opd.flags import Shares
 from opd.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS
+from opd.rewards.ocr import target_of
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 ENDINGS = {"geneval": ".jsonl", "ocr": ".txt"}
@@ -248,10 +249,7 @@ def ocr_prompts(count: int, seed: int, split: str, taken: set | None = None) -> 
 
 def text_key(prompt: str) -> str:
     """The text to be written, as the OCR reward compares it."""
-    parts = prompt.split('"')
-    if len(parts) < 3:
-        raise ValueError(f"no text between double quotes in {prompt!r}")
-    return parts[1].replace(" ", "").lower()
+    return target_of(prompt).replace(" ", "").lower()
 
 
 def _sign(rng) -> str:
