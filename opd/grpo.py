@@ -30,8 +30,7 @@ from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
 from opd.rewards import Reward
-from opd.rewards.collect import gather_scores
-from opd.rewards.scoring import Scoring
+from opd.rewards.scoring import Scoring, gather_scores
 from opd.trajectory import State
 
 ADVANTAGE_CLIP = 5.0

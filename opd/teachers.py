@@ -18,7 +18,7 @@ from opd.data import MicroBatch, Prompt, micro_batches
 from opd.flags import require
 from opd.model import Model
 from opd.rewards import Reward
-from opd.rewards.collect import gather_scores
+from opd.rewards.scoring import gather_scores
 from opd.trajectory import State
 
 Teacher = Callable[[Tensor, Tensor, list[str]], Tensor]

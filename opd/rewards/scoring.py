@@ -8,6 +8,8 @@ import time
 import torch
 from torch import Tensor
 
+from opd import ranks
+
 MOST_LATE = 2
 """After so many late retries of a batch, its further prompts are not tried again."""
 
@@ -142,3 +144,24 @@ def fault_of(scores, count: int) -> str:
     if tuple(scores.shape) != (count,):
         return f"returned shape {tuple(scores.shape)} for {count} images"
     return ""
+
+
+def gather_scores(
+    pending: list[tuple[list[int], Scoring]], count: int, device: torch.device
+) -> tuple[Tensor, list[str], float]:
+    """Wait for the scorings of some samples each (collectives). Returns the scores (count,) float64 of all
+    ranks' samples, NaN where none was asked for or it failed, on `device`; all ranks' failures in words; and
+    the seconds that this rank's scorers were busy."""
+    scores_N = torch.zeros(count, dtype=torch.float64, device=device)
+    asked_N = torch.zeros(count, dtype=torch.float64, device=device)
+    failures, busy = [], 0.0
+    for samples, scoring in pending:
+        scores_B, failed, seconds = scoring.result()
+        scores_N[samples] = scores_B.to(device, torch.float64)
+        asked_N[samples] = 1.0
+        failures += sorted(set(failed.values()))
+        busy += seconds
+    ranks.total(scores_N)
+    ranks.total(asked_N)
+    everywhere = [failure for failures_of_rank in ranks.gather(failures) for failure in failures_of_rank]
+    return torch.where(asked_N > 0, scores_N, torch.nan), everywhere, busy
