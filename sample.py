@@ -22,8 +22,19 @@ from PIL.PngImagePlugin import PngInfo
 from opd import adapters, errors
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
-from opd.flags import Numbers, Texts, at_least_one, at_most, check_seed, dashed, finite, plain_names, require
-from opd.formats import samples
+from opd.flags import (
+    Numbers,
+    Texts,
+    at_least_one,
+    at_most,
+    check_seed,
+    dashed,
+    finite,
+    plain_names,
+    require,
+    time_limit,
+)
+from opd.formats import latents
 from opd.formats.deployment import KEY, guidance_of
 from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.model import Model, Sampling, find_device
@@ -158,12 +169,16 @@ def check(args: Arguments) -> None:
         require(noise <= 1, f"--sampler cps needs --noise-level in (0, 1], got {noise}")
 
 
+def sampling_of(args: Arguments, guidance: float) -> Sampling:
+    return Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level)
+
+
 def make(
     args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]
 ) -> list[torch.Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
-    sampling = Sampling(args.steps, args.seed, args.guidance, args.sampler, args.noise_level)
+    sampling = sampling_of(args, args.guidance)
     for i in range(0, len(prompts), args.batch):
         piece = slice(i, i + args.batch)
         images += list(model.images(adapter, prompts[piece], index[piece], sampling))
@@ -222,15 +237,18 @@ def refuse_settings_of_the_other_kind(args: Arguments) -> None:
 
 def write_latents(args: Arguments) -> None:
     """--save latents: what the teachers sample, for stage sft."""
-    samples.check(args)
+    at_least_one(args, "count")
+    time_limit(args, "reward_timeout")
+    latents.check_samples(args)
     pools = load_tasks(args.tasks)
-    filters = samples.find_filters(args, pools)
+    filters = latents.find_filters(args, pools)
     scales = guidance_of(args.adapters, args.guidance)
     model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
     for task, chosen in filters.items():
         chosen.reward.load(model.device)
         chosen.reward.check(task, pools[task], model.pixels)
-    samples.save_latents(args, model, pools, scales, filters)
+    samplings = {task: sampling_of(args, scales[task]) for task in pools}
+    latents.save_samples(args, model, pools, samplings, filters)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,7 +40,7 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     file = resolve(path)
     if not file.is_file():
         raise FileNotFoundError(f"prompts of task {task!r}: no file {path!r}")
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = {".txt": _read_txt, ".jsonl": read_jsonl, ".csv": _read_csv}
     if file.suffix not in readers:
         raise ValueError(f"prompts {path!r}: unknown ending {file.suffix!r}; use one of {', '.join(readers)}")
     prompts = []
@@ -87,7 +87,8 @@ def _read_txt(file: Path):
     return [(number, {"prompt": line}) for number, line in numbered_lines(file)]
 
 
-def _read_jsonl(file: Path):
+def read_jsonl(file: Path):
+    """(line number, object) of every line. ValueError naming the line that is none."""
     for number, line in numbered_lines(file):
         try:
             row = json.loads(line)
@@ -133,6 +134,18 @@ def seed_of(*parts: int | str) -> int:
     training."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def fair_sample(pool: list[Prompt], count: int, per_prompt: int = 1) -> list[tuple[int, Prompt]]:
+    """`count` (noise index, prompt) pairs over count / per_prompt prompts: each of them once before any
+    twice, each time with other noise. `count` 0: every prompt, `per_prompt` times.
+
+    In a fixed shuffled order, because files are sorted by kind and their first lines are no fair sample.
+    """
+    order = permutation(len(pool), 0, "evaluate", 0)
+    count = count or per_prompt * len(pool)
+    prompts = min(len(pool), math.ceil(count / per_prompt))
+    return [(index, pool[order[index % prompts]]) for index in range(count)]
 
 
 # ---- the batch of a step -----------------------------------------------------------------------------------

@@ -7,15 +7,14 @@ from opd import adapters, compiled, memory, ranks
 from opd.adapters import BASE, EMA, START, STUDENT
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
-from opd.evaluation.score import specs_of
 from opd.flags import require
 from opd.formats import merging
-from opd.formats.images import Images, load_images
+from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora
 from opd.model import Model
 from opd.ranks import say
 from opd.report.report import shown_texts, splits
-from opd.rewards import Reward, find_reward
+from opd.rewards import Reward, find_reward, specs_of
 from opd.teacher_files import Whole, described, read_teachers
 from opd.teachers import teacher_names
 

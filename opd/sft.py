@@ -6,7 +6,7 @@ from torch import Tensor
 from opd import adapters, flow, kernels, ranks
 from opd.config import SFTConfig
 from opd.data import MicroBatch, micro_batches, seed_of
-from opd.formats.images import Images
+from opd.formats.latents import Images
 from opd.model import Model
 from opd.optim import Trained
 

@@ -18,7 +18,7 @@ from opd.config import STAGES
 from opd.data import load_prompts
 from opd.families import sd3
 from opd.formats import lora_files
-from opd.formats.images import find_files, read_metadata
+from opd.formats.latents import find_files, read_metadata
 from opd.model import Model
 from opd.settings import from_json, read_config, to_json
 from tests.test_settings import DISTIL, FINETUNE

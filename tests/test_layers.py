@@ -15,7 +15,7 @@ opd.files opd.flags opd.ranks opd.data opd.lora opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
 opd
 opd.formats.deployment opd.optim opd.memory opd.sft opd.grpo opd.runfolder
-opd.evaluation opd.formats.samples
+opd.evaluation
 opd.report
 opd.setup opd.probe opd.judging train sample
 opd.mini

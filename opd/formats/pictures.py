@@ -1,4 +1,4 @@
-"""Pictures: images as files, and labelled grids of them."""
+"""Pictures: files, tensors, and labelled grids of them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from opd.files import replace
+from opd.files import reading, replace
 
 # Of a grid, in pixels.
 TOP = 48  # for three lines of caption
@@ -16,8 +16,19 @@ GAP = 4  # between images
 LETTER = 7  # width of one in a row's name
 
 
+def read_image(file: Path) -> Image.Image:
+    """RGB. ValueError naming a file that is no picture."""
+    with reading(f"image {str(file)!r}"):
+        return Image.open(file).convert("RGB")
+
+
 def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     replace(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB -> (3, H, W) float32 in [0, 1]."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float() / 255
 
 
 def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
@@ -30,13 +41,10 @@ def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
 
 def labelled_grid(rows: dict[str, list[torch.Tensor]], columns: list[str], pixels: int = 120) -> Image.Image:
     """One picture: a row of images (3, H, W) per name, a caption above every column."""
-    tiles = {}
-    for name, images in rows.items():
-        tiles[name] = [to_pil(image, pixels) for image in images]
+    tiles = {name: [to_pil(image, pixels) for image in images] for name, images in rows.items()}
     first_row = next(iter(tiles.values()))
     width, height = first_row[0].size
-    longest_name = max(len(name) for name in rows)
-    left = 12 + LETTER * longest_name
+    left = 12 + LETTER * max(len(name) for name in rows)
     right = left + len(columns) * (width + GAP)
     bottom = TOP + len(rows) * (height + GAP)
     canvas = Image.new("RGB", (right, bottom), "white")
@@ -48,8 +56,7 @@ def labelled_grid(rows: dict[str, list[torch.Tensor]], columns: list[str], pixel
         y = TOP + row * (height + GAP)
         draw.text((6, y + height // 2 - 6), name, fill="black")
         for column, image in enumerate(images):
-            x = left + column * (width + GAP)
-            canvas.paste(image, (x, y))
+            canvas.paste(image, (left + column * (width + GAP), y))
     return canvas
 
 

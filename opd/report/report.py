@@ -15,7 +15,7 @@ from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Asked, Judge, Row
 from opd.evaluation.statistics import Cell, summarise
 from opd.files import replace, write_json
-from opd.formats.images import Images
+from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
 from opd.model import Model, Sampling
 from opd.optim import Trained, due

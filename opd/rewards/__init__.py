@@ -67,6 +67,11 @@ _TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w.]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
 _LOADED = {}  # id -> function or instance whose load() has run in this process
 
 
+def specs_of(text: str) -> list[str]:
+    """The scorers of a task, TASK=SPEC,SPEC. The first is the task's own, in means and curves."""
+    return [spec.strip() for spec in text.split(",")]
+
+
 def find_reward(spec: str) -> "Reward":
     """The reward called `spec`, its modules imported and its classes made. ValueError naming the spec and
     the fix."""

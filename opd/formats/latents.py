@@ -1,0 +1,227 @@
+"""Latents with captions, the data of stage sft: read from images or from latents.safetensors, and written by
+`sample.py --save latents`, which keeps what each task's teacher makes of that task's prompts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opd.data import Prompt, fair_sample, read_jsonl, require_prompt, seed_of
+from opd.files import replace, write_safetensors
+from opd.formats.pictures import read_image, to_tensor
+from opd.rewards import Reward, find_reward
+
+CAPTION_KEYS = ("prompt", "text", "caption")
+
+
+@dataclass
+class Images:
+    latents: Tensor
+    """(N, C, H, W), scaled as the transformer sees them."""
+    captions: list[str]
+    log_shift: float
+    """Mean of logit(sigma) in training: log of the family's shift."""
+
+    def of_step(self, count: int, seed: int, step: int) -> list[int]:
+        """Which `count` images step `step` trains on: endless shuffled epochs, a pure function."""
+        first, size = step * count, len(self.captions)
+        chosen = []
+        while len(chosen) < count:
+            epoch, place = divmod(first + len(chosen), size)
+            order = np.random.default_rng(seed_of(seed, "images", epoch)).permutation(size)
+            chosen += order[place : place + count - len(chosen)].tolist()
+        return chosen
+
+
+# ---- reading ---------------------------------------------------------------------------------------
+
+
+def load_images(source: str, model) -> Images:
+    """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once.
+
+    FileNotFoundError / ValueError naming the file or line for missing, unreadable or misshapen data.
+    """
+    folder = Path(source).expanduser()
+    captions, rows = read_metadata(folder)
+    log_shift = model.family.log_shift(model.folder, model.shape)
+    if (folder / "latents.safetensors").is_file():
+        latents = read_latents(folder / "latents.safetensors", (len(rows), *model.shape))
+    else:
+        latents = encode_files(find_files(folder, rows), model)
+    return Images(latents, captions, log_shift)
+
+
+def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
+    """Captions and rows of metadata.jsonl. FileNotFoundError / ValueError naming the line."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        wanted = 'one line {"file_name", "prompt"} per image, or {"prompt"} per latent of latents.safetensors'
+        raise FileNotFoundError(f"{str(folder)!r} holds no metadata.jsonl; give {wanted}")
+    captions, rows = [], []
+    for number, row in read_jsonl(file):
+        captions.append(caption_of(row, f"{file}:{number}"))
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} is empty")
+    return captions, rows
+
+
+def caption_of(row: dict, where: str) -> str:
+    """The first text under one of CAPTION_KEYS. ValueError with `where` if there is none."""
+    for key in CAPTION_KEYS:
+        if isinstance(row.get(key), str):
+            require_prompt(row[key], where)
+            return row[key]
+    raise ValueError(f"{where}: no caption; expected a text under one of {', '.join(CAPTION_KEYS)}")
+
+
+def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
+    """The tensor `latents`, which must have the shape `wanted`; it is checked before the data is read."""
+    try:
+        with safe_open(file, "pt") as content:
+            shape = tuple(content.get_slice("latents").get_shape())
+    except SafetensorError as error:
+        raise ValueError(f"{file} holds no tensor 'latents' ({error})") from error
+    if shape != wanted:
+        fitting = f"with {wanted[0]} captions and this model and --resolution it must be {wanted}"
+        raise ValueError(f"{file} has shape {shape}; {fitting}")
+    latents = load_file(file)["latents"]
+    bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{file}: {len(bad)} latents hold NaN or infinity, first: number {bad[0]}")
+    return latents
+
+
+def find_files(folder: Path, rows: list[dict]) -> list[Path]:
+    """The image of every row. ValueError for a row without, FileNotFoundError for one that is not there."""
+    for number, row in enumerate(rows, 1):
+        line = f"{folder}/metadata.jsonl: line {number}"
+        if "file_name" not in row:
+            raise ValueError(f'{line} has no "file_name", and there is no latents.safetensors')
+        require_inside(folder, row["file_name"], line)
+    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
+    if missing:
+        named = f"{folder}/metadata.jsonl names {len(missing)} images"
+        raise FileNotFoundError(f"{named} that do not exist, first: {missing[0]!r}")
+    return [folder / row["file_name"] for row in rows]
+
+
+def require_inside(folder: Path, name, line: str) -> None:
+    """ValueError for a file_name that is no path below `folder`: whoever made the data would choose which of
+    the user's files are read."""
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; keep the images inside it')
+
+
+def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
+    """Image files -> latents (N, C, H, W) in the model's dtype."""
+    vae = model.family.load_vae(model.folder).to(model.device)
+    latents = []
+    for i in range(0, len(files), batch):
+        images = [to_tensor(cropped(read_image(file), *model.pixels)) for file in files[i : i + batch]]
+        encoded = model.family.encode_images(vae, torch.stack(images).to(model.device))
+        latents.append(encoded.to("cpu", model.dtype))
+    return torch.cat(latents)
+
+
+def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image resized until it just covers height x width; what stands out is cut off on both sides
+    alike."""
+    scale = max(height / image.height, width / image.width)
+    if scale != 1:
+        across, down = max(width, round(scale * image.width)), max(height, round(scale * image.height))
+        image = image.resize((across, down), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+# ---- sampling and keeping --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which samples of a task are good enough."""
+
+    reward: Reward
+    least: float
+    timeout: float
+    """Seconds after which a call of the reward is given up."""
+
+
+def check_samples(args) -> None:
+    """What sample.py is asked for with --save latents; ValueError naming flag and value."""
+    if not args.tasks:
+        raise ValueError("--tasks is empty: give at least one TASK=FILE pair")
+    for task in args.tasks:
+        if task not in ("base", *args.adapters):
+            raise ValueError(f"task {task!r} has no adapter of its name; add --adapters {task}=ADAPTER")
+    filtered = set(args.rewards)
+    if filtered != set(args.at_least) or not filtered <= set(args.tasks):
+        tasks = f"tasks {list(args.rewards)} have --rewards, {list(args.at_least)} have --at-least"
+        raise ValueError(f"{tasks}: a filter needs both, and its task must be in --tasks {list(args.tasks)}")
+    for name in ("metadata.jsonl", "latents.safetensors"):
+        if (Path(args.out) / name).exists():
+            raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
+
+
+def find_filters(args, pools: dict[str, list[Prompt]]) -> dict[str, Filter]:
+    """Task -> its filter, where it has one; every prompt holds the metadata that the reward needs."""
+    filters = {}
+    for task, spec in args.rewards.items():
+        reward = find_reward(spec)
+        reward.check_metadata(task, pools[task])
+        filters[task] = Filter(reward, args.at_least[task], args.reward_timeout)
+    return filters
+
+
+def save_samples(args, model, pools: dict[str, list[Prompt]], samplings: dict, filters: dict) -> None:
+    """Sample `args.count` times per task, the adapter of its name as `samplings` says, and write what its
+    filter passes: float16, half the size of float32 and finer than bfloat16. ValueError where nothing of a
+    task passes."""
+    latents, rows = [], []
+    for task, pool in pools.items():
+        cases, before = fair_sample(pool, args.count), len(rows)
+        for start in range(0, len(cases), args.batch):
+            index, prompts = zip(*cases[start : start + args.batch], strict=True)
+            texts = [prompt.text for prompt in prompts]
+            latents_BCHW = model.latents(task, texts, list(index), samplings[task])
+            found = [{"prompt": text, "task": task} for text in texts]
+            if task in filters:
+                good, found = passing(filters[task], model.decode(latents_BCHW), prompts, found)
+                latents_BCHW = latents_BCHW[good]
+            latents += latents_BCHW.cpu().half()
+            rows += found
+        print(f"{task}: kept {len(rows) - before} of {len(cases)} samples")
+        if len(rows) == before:
+            threshold = f"--at-least {task}={filters[task].least}"
+            raise ValueError(
+                f"none of the {len(cases)} samples of task {task!r} reaches {threshold}; lower it"
+            )
+    write_samples(Path(args.out), torch.stack(latents), rows)
+    print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
+
+
+def passing(
+    chosen: Filter, images_BCHW: Tensor, prompts: list[Prompt], rows: list[dict]
+) -> tuple[list[int], list[dict]]:
+    """(the positions that pass, their rows with the reward); a sample without a score does not pass."""
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    scores_B, _, _ = chosen.reward.start(images_BCHW, texts, metadata, chosen.timeout).result()
+    good = (scores_B >= chosen.least).nonzero().flatten().tolist()
+    return good, [rows[b] | {"reward": scores_B[b].item()} for b in good]
+
+
+def write_samples(folder: Path, latents: Tensor, rows: list[dict]) -> None:
+    """A data directory of latents (N, C, H, W) with a row of metadata each, the caption under "prompt"."""
+    write_safetensors(folder / "latents.safetensors", {"latents": latents.contiguous()})
+    # Last: without it the folder is no data.
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    replace(folder / "metadata.jsonl", lambda path: path.write_text(lines))
