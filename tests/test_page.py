@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from opd import ranks
-from opd.evaluation.statistics import MEASURES
 from opd.report import card, page
 from opd.report.svg import Curve, chart, heat_map
 from opd.runfolder import RunFolder
@@ -231,13 +230,7 @@ def test_the_card_says_what_the_student_is(world, folder):
         assert f"teacher {name}: `{world / name}`, sha256 `{digest}`" in text
     assert "guidance: 1.5" in text and "resolution: 8 px" in text and "3 steps" in text
     assert "licence of the base: not known" in text
-    cells = json.loads((folder / "cells.json").read_text())
-    cells = [cell for cell in cells if cell["scorer"] not in MEASURES]
-    [cell] = [c for c in cells if (c["row"], c["split"], c["tag"]) == ("student", "held-out", "")]
-    assert cell["n"] == 5
-    [result] = [r for r in data.eval_results if r.dataset_name == "red (held-out)"]
-    assert result.metric_value == pytest.approx(cell["mean"], abs=1e-4) and "n=5" in result.metric_name
-    assert re.search(r"\| red \(held-out\) \| `brightness` \| \d\.\d+ ±\.\d+ \| 5 \|", text)
+    assert data.eval_results is None
     assert (folder / "table.txt").read_text().strip() in text
 
 
@@ -245,9 +238,8 @@ def test_the_base_and_its_licence_are_named_where_they_are_known(settings, tmp_p
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: community\n---\n# Base\n")
     model = SimpleNamespace(folder=tmp_path)
     cfg = replace(settings, model="owner/base")
-    data = card.front_matter(cfg, model, [])
+    data = card.front_matter(cfg, card.licence_of(model))
     assert (data.base_model, data.license, data.license_name) == ("owner/base", "other", "community")
-    assert card.licence_text(model) == " (licence of the base: community)"
 
 
 # ---- the Hub and the trackers -----------------------------------------------------------------------

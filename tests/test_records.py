@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from opd.evaluation import evaluate
-from opd.evaluation import score as gallery
-from opd.evaluation.records import Record, RecordFolder, in_8_bits, read_picture
+from opd.evaluation import evaluate, score
+from opd.evaluation.records import Record, RecordFolder, in_8_bits
 from opd.evaluation.statistics import MEASURES
-from tests import forked
+from opd.formats.pictures import read_image, to_tensor
+from opd.model import Sampling
+from tests import forked, tiny
 
 HERE = "tests.test_records"
 ASKED = "FLOW_OPD_TEST_ASKED"  # names a file in which the scorers note what they were asked
@@ -71,6 +72,10 @@ def folder(world, tmp_path_factory):
     return folder
 
 
+def read_picture(file):
+    return to_tensor(read_image(file))
+
+
 def lines(folder):
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
@@ -96,15 +101,7 @@ def test_every_picture_has_a_line_that_says_how_to_make_it(world, folder):
 
 def test_a_picture_is_that_of_the_model(world, folder):
     """Not of another row, prompt or noise."""
-    from opd.model import Model, Sampling
-
-    args = evaluate.Arguments(
-        model=str(world / "pipeline"),
-        adapters={"red": str(world / "red")},
-        dtype="float32",
-    )
-    texts = [row["prompt"] for row in lines(folder)]
-    model = Model.plan(args.model, args.dtype, "", torch.device("cpu"), True).load_with(args.adapters, texts)
+    model = tiny.build(tiny.config(world))[1]
     for row in lines(folder)[::5]:
         image = model.images(row["row"], [row["prompt"]], [row["index"]], Sampling(2, 0, 1.0))
         difference = (in_8_bits(image)[0] - read_picture(folder / row["file"])).abs().max()
@@ -124,7 +121,7 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
     not one is asked twice."""
     again = copy(folder, tmp_path / "again")
     times = {file: file.stat().st_mtime_ns for file in again.rglob("*.png")}
-    monkeypatch.setattr(gallery, "made", lambda *_: pytest.fail("a picture was made again"))
+    monkeypatch.setattr(score, "made", lambda *_: pytest.fail("a picture was made again"))
     monkeypatch.setattr(evaluate.Model, "plan", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
     evaluate.main(flags(world, again, "--scorers", f"{HERE}:reddish"))
@@ -184,10 +181,17 @@ def test_two_ranks_write_the_same_records_and_the_same_table(world, folder, tmp_
     assert one["cells"] == two["cells"] and one["scores"] == two["scores"]
 
 
+def test_ranks_take_as_many_turns_each_and_no_batch_counts_twice(monkeypatch):
+    monkeypatch.setattr(score.ranks, "world", lambda: 2)
+    monkeypatch.setattr(score.ranks, "rank", lambda: 0)
+    assert list(score.dealt(["a", "b", "c"])) == [("a", True), ("c", True)]
+    monkeypatch.setattr(score.ranks, "rank", lambda: 1)
+    assert list(score.dealt(["a", "b", "c"])) == [("b", True), ("c", False)]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (("--steps", "3"), "steps 2 -> 3"),
         (("--guidance", "2"), "guidance 1.0 -> 2.0"),
         (("--seed", "1"), "seed 0 -> 1"),
         (("--adapters", "red=BLUE"), "sha256"),
@@ -204,8 +208,6 @@ def test_pictures_made_otherwise_are_not_mixed(world, folder, change, message):
 
 # ---- folders of others ------------------------------------------------------------------------------
 
-GENEVAL = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats"}
-
 
 def paint(file: Path, value: int, side: int = 8):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -217,47 +219,21 @@ def score_pictures(folder, *more):
     return lines(folder)
 
 
-def test_a_folder_in_genevals_layout(tmp_path, capsys):
-    for number, tag in enumerate(("counting", "colors")):
-        place = tmp_path / f"{number:05d}"
-        for index in range(2):
-            paint(place / "samples" / f"{index:04d}.png", 51 * (number + index))
-        (place / "metadata.jsonl").write_text(json.dumps(GENEVAL | {"tag": tag, "prompt": tag}))
-    paint(tmp_path / "grid.png", 0)
-    rows = score_pictures(tmp_path)
-    assert [row["scores"][f"{HERE}:bright"] for row in rows] == pytest.approx([0, 0.2, 0.2, 0.4])
-    assert [(row["task"], row["tag"], row["index"]) for row in rows][2:] == [
-        ("geneval", "colors", i) for i in (0, 1)
-    ]
-    assert rows[0]["metadata"]["include"] == GENEVAL["include"]
-    printed = capsys.readouterr().out
-    assert "1 pictures" in printed and "grid.png" in printed
-    assert "mean of tags" in printed and "0.200" in printed and "best of prompt" in printed
-
-
-def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path):
-    names = ["a.png", "b.png", "deeper/c.png"]
+def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path, capsys):
+    names = ["a.png", "b.png", "deeper/c.png", "deeper/d.png"]
     for number, name in enumerate(names):
         paint(tmp_path / name, 51 * number, side=8 * (number + 1))
     rows = [{"file_name": name, "prompt": f"p{name}", "task": "own", "note": 1} for name in names]
+    rows[3] |= {"tag": "counting", "prompt": rows[2]["prompt"]}
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = score_pictures(tmp_path)
-    assert [row["scores"][f"{HERE}:bright"] for row in found] == pytest.approx([0, 0.2, 0.4])
-    assert found[0]["task"] == "own" and found[0]["metadata"] == {"note": 1}
-
-
-def test_a_folder_in_compbenchs_layout(tmp_path):
-    for index in range(2):
-        paint(tmp_path / "samples" / f"a green bench and a blue bowl_{index:06d}.png", 51)
-    rows = score_pictures(tmp_path)
-    assert {row["prompt"] for row in rows} == {"a green bench and a blue bowl"}
-    assert [row["index"] for row in rows] == [0, 1]
-
-
-def write(folder, text, pictures=("a.png",)):
-    for name in pictures:
-        paint(folder / name, 0)
-    (folder / "metadata.jsonl").write_text(text)
+    assert [row["scores"][f"{HERE}:bright"] for row in found] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert [(row["task"], row["tag"]) for row in found] == [("own", "")] * 3 + [("own", "counting")]
+    assert found[0]["metadata"] == {"note": 1} and found[3]["metadata"] == {"note": 1, "tag": "counting"}
+    printed = capsys.readouterr().out
+    assert "4 pictures of" in printed and "mean of tags" in printed and "best of prompt" in printed
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    assert score_pictures(tmp_path) == found  # what records.jsonl knows stays
 
 
 ONE = json.dumps({"file_name": "a.png", "prompt": "p"})
@@ -266,15 +242,16 @@ ONE = json.dumps({"file_name": "a.png", "prompt": "p"})
 @pytest.mark.parametrize(
     "text, message",
     [
-        (f"{ONE}\n" + ONE.replace("a.png", "b.png"), "1 of 2 pictures are missing: b.png"),
+        (f"{ONE}\n" + ONE.replace("a.png", "b.png"), "1 images that do not exist, first: 'b.png'"),
         (f"{ONE}\n{{", "metadata.jsonl:2: not JSON"),
-        ("[1]", "metadata.jsonl:1: expected an object"),
-        ('{"prompt": "p"}', 'metadata.jsonl:1: no "file_name"'),
-        ('{"file_name": "a.png", "prompt": " "}', 'metadata.jsonl:1: no "prompt"'),
+        ('{"prompt": "p"}', 'metadata.jsonl: line 1 has no "file_name"'),
+        ('{"file_name": "a.png", "prompt": " "}', "'a.png' has an empty prompt"),
+        ('{"file_name": "../a.png", "prompt": "p"}', "leads out of the folder"),
     ],
 )
 def test_a_folder_that_is_wrong_is_named(tmp_path, text, message):
-    write(tmp_path, text)
+    paint(tmp_path / "a.png", 0)
+    (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         score_pictures(tmp_path)
 
@@ -283,11 +260,11 @@ def test_other_wrong_folders(tmp_path):
     with pytest.raises(SystemExit, match="no such folder"):
         score_pictures(tmp_path / "nowhere")
     paint(tmp_path / "a.png", 0)
-    with pytest.raises(SystemExit, match="nothing says what its pictures show"):
+    with pytest.raises(SystemExit, match="holds no metadata.jsonl"):
         score_pictures(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
     (tmp_path / "metadata.jsonl").write_text(ONE)
-    with pytest.raises(SystemExit, match="a.png: not a readable picture"):
+    with pytest.raises(SystemExit, match="error: image '.*a.png': cannot be read"):
         score_pictures(tmp_path)
     paint(tmp_path / "a.png", 0)
     with pytest.raises(SystemExit, match="task 'pictures' has no scorer"):
@@ -309,28 +286,3 @@ def test_the_newest_line_of_a_picture_counts(tmp_path):
     assert folder.merge() == {"a": old.scored("x", 1.0, "")} == RecordFolder(tmp_path).merge()
     with pytest.raises(ValueError, match="is not finite; try --dtype float32"):
         folder.keep([old], torch.full((1, 3, 8, 8), torch.nan))
-
-
-# ---- prompt files as users have them ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, text, count",
-    [
-        ("drawbench/test.txt", "A red colored car.\nA black colored car.\nA red colored car.\n", 3),
-        ("ocr/test.txt", 'A shop sign that says "Fresh Bread"\nA badge reading "½ off"\n', 2),
-        ("color_val.txt", "a green bench and a blue bowl\nA bathroom with green tile\n", 2),
-        ("test_metadata.jsonl", f"{json.dumps(GENEVAL)}\n" * 4, 4),
-    ],
-)
-def test_prompt_files_as_users_have_them(world, tmp_path, name, text, count):
-    """Every line counts, also where files repeat them; --count 0 takes all."""
-    file = tmp_path / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(text)
-    files = ["--prompts", f"t={file}", "--heldout", "--rewards", f"t={HERE}:bright", "--adapters"]
-    folder = tmp_path / "records"
-    evaluate.main(flags(world, folder, *files, "--count", "0", "--per-prompt", "1"))
-    assert len(lines(folder)) == count
-    assert {row["prompt"] for row in lines(folder)} <= {*text.splitlines(), GENEVAL["prompt"]}
-    assert {row["tag"] for row in lines(folder)} == ({"counting"} if name.endswith("l") else {""})

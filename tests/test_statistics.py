@@ -17,10 +17,10 @@ from opd.evaluation.statistics import (
     average_of_paper,
     best_of_prompt,
     clustered,
-    diversity_of,
+    diversity_across,
+    diversity_within,
     pixels_of,
     summarise,
-    variety_of,
 )
 from opd.evaluation.tables import label, number, remarks, scores_of, table
 
@@ -35,6 +35,12 @@ def scored(scores, row="student", task="t", prompt="p", index=0, tag="", thumbna
     made = dict(metadata={}, seed=0, settings={}, thumbnail=thumbnail)
     return Record(**place, **made, scores=scores, reasons=reasons or {})
 
+
+def thumbnail(pixels) -> str:
+    return base64.b64encode(np.asarray(pixels, dtype=np.uint8).tobytes()).decode()
+
+
+BLACK, WHITE = thumbnail(np.zeros(192)), thumbnail(np.full(192, 255))
 
 # ---- errors -----------------------------------------------------------------------------------------
 
@@ -90,11 +96,11 @@ def test_sub_scores_per_picture_and_per_prompt():
     for (tag, prompt), values in scores.items():
         for index, value in enumerate(values):
             records.append(record(prompt=prompt, tag=tag, index=index, geneval=value))
-    cells = {cell.tag: cell for cell in summarise(records, {"geneval": 2.0})}
+    cells = {cell.tag: cell for cell in summarise(records, ["geneval"])}
     assert list(cells) == [ALL, "colors", "counting", TAGS]
     whole = cells[ALL]
     assert (whole.n, whole.missing, whole.prompts) == (8, 1, 5)
-    assert (whole.mean, whole.best, whole.scaled) == (0.5, 3 / 5, 0.25)
+    assert (whole.mean, whole.best) == (0.5, 3 / 5)
     assert (cells["colors"].mean, cells["colors"].best) == (3 / 4, 2 / 3)
     assert (cells["counting"].mean, cells["counting"].best) == (1 / 4, 1 / 2)
     overall = cells[TAGS]
@@ -110,8 +116,7 @@ def test_the_papers_average():
     records += [record(task="geneval", geneval=0.6, tag="a", prompt="q", index=2)]  # tags weigh the same
     records += [record(task="ocr", ocr=0.59, prompt=str(i), index=i) for i in range(3)]
     records += [record(task="drawbench", deqa=4.07, pickscore=21.64)]
-    divisors = {"geneval": 1.0, "ocr": 1.0, "deqa": 5.0, "pickscore": 26.0}
-    cells = summarise(records, divisors)
+    cells = summarise(records, ["geneval", "ocr", "deqa", "pickscore"])
     expected = (0.63 + 0.59 + 4.07 / 5 + 21.64 / 26) / 4
     assert average_of_paper(cells, "student", "held-out") == pytest.approx(expected)
     assert average_of_paper([c for c in cells if c.scorer != "deqa"], "student", "held-out") is None
@@ -119,38 +124,31 @@ def test_the_papers_average():
     heading, row = text.splitlines()[2:4]
     assert heading.split()[-1] == "Avg" and row.split()[-1] == f"{expected:.3f}"
     assert "drawbench:pickscore" in heading and "21.64" in row
-    assert "scaled" in text and f"{21.64 / 26:.3f}" in text
 
 
 # ---- diversity --------------------------------------------------------------------------------------
 
 
-def thumbnail(pixels) -> str:
-    return base64.b64encode(np.asarray(pixels, dtype=np.uint8).tobytes()).decode()
-
-
-def test_diversity_is_the_distance_of_pictures_of_one_prompt():
-    black, white = thumbnail(np.zeros(192)), thumbnail(np.full(192, 255))
+def test_diversity_within_a_prompt_is_the_distance_of_pictures_of_one_prompt():
     place = ("student", "held-out", "t")
-    records = [record(prompt="a", thumbnail=black), record(prompt="b", thumbnail=white)]
-    assert diversity_of(place, records) == []  # each prompt has one
-    records += [record(prompt="a", thumbnail=black), record(prompt="b", thumbnail=black)]
-    [cell] = diversity_of(place, records)
+    records = [record(prompt="a", thumbnail=BLACK), record(prompt="b", thumbnail=WHITE)]
+    assert diversity_within(place, records) == []  # each prompt has one
+    records += [record(prompt="a", thumbnail=BLACK), record(prompt="b", thumbnail=BLACK)]
+    [cell] = diversity_within(place, records)
     assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (DIVERSITY, 0.5, 2, 2)
-    [cell] = diversity_of(place, [*records, record(prompt="b", thumbnail=black)])  # pairs 1, 1, 0
+    [cell] = diversity_within(place, [*records, record(prompt="b", thumbnail=BLACK)])  # pairs 1, 1, 0
     assert cell.mean == pytest.approx((0 + 2 / 3) / 2)
     noise = np.random.default_rng(0).integers(256, size=(40, 192))
-    [cell] = diversity_of(place, [record(thumbnail=thumbnail(pixels)) for pixels in noise])
+    [cell] = diversity_within(place, [record(thumbnail=thumbnail(pixels)) for pixels in noise])
     assert cell.mean == pytest.approx(math.sqrt(1 / 6), abs=0.01)
 
 
-def test_variety_is_the_distance_of_pictures_of_different_prompts(monkeypatch):
+def test_diversity_across_prompts_is_the_distance_of_pictures_of_different_prompts(monkeypatch):
     """By hand, and against loops over pairs; its error against drawing the prompts anew."""
-    black, white = thumbnail(np.zeros(192)), thumbnail(np.full(192, 255))
     place = ("student", "held-out", "t")
-    alike = [record(prompt="a", thumbnail=black), record(prompt="a", thumbnail=white)]
-    assert variety_of(place, alike) == [] and variety_of(place, [record(prompt="c")]) == []
-    [cell] = variety_of(place, [*alike, record(prompt="b", thumbnail=white)])  # pairs 1, 0
+    alike = [record(prompt="a", thumbnail=BLACK), record(prompt="a", thumbnail=WHITE)]
+    assert diversity_across(place, alike) == [] and diversity_across(place, [record(prompt="c")]) == []
+    [cell] = diversity_across(place, [*alike, record(prompt="b", thumbnail=WHITE)])  # pairs 1, 0
     assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (VARIETY, 0.5, 2, 2)
 
     random = np.random.default_rng(0)
@@ -162,14 +160,14 @@ def test_variety_is_the_distance_of_pictures_of_different_prompts(monkeypatch):
         return [record(prompt=str(n // 2), thumbnail=thumbnail(p)) for n, p in enumerate(pictures)]
 
     records = drawn()
-    [cell] = variety_of(place, records)
+    [cell] = diversity_across(place, records)
     pairs = [(a, b) for a, b in combinations(records, 2) if a.prompt != b.prompt]
     distances = [((pixels_of(a.thumbnail) - pixels_of(b.thumbnail)) ** 2).mean() ** 0.5 for a, b in pairs]
     assert cell.n == len(pairs) and cell.mean == pytest.approx(np.mean(distances))
-    means = [variety_of(place, drawn())[0].mean for _ in range(200)]
+    means = [diversity_across(place, drawn())[0].mean for _ in range(200)]
     assert cell.error == pytest.approx(np.std(means), rel=0.3)
     monkeypatch.setattr(statistics, "MOST", 20)
-    assert variety_of(place, records)[0].prompts == 20
+    assert diversity_across(place, records)[0].prompts == 20
 
 
 # ---- the table --------------------------------------------------------------------------------------
@@ -182,8 +180,9 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
             value = 0.5 * (index % 2) + shift
             scores = {"m:own": value, "0.5*m:a+m:b": 20 * value}
             tag = "odd" if index % 2 else "even"
-            records.append(scored(scores, row=row, prompt=str(index // 2), index=index, tag=tag))
-    cells = summarise(records, {"m:own": 1.0, "0.5*m:a+m:b": 1.0})
+            place = dict(row=row, prompt=str(index // 2), index=index, tag=tag)
+            records.append(scored(scores, thumbnail=BLACK if index % 2 else WHITE, **place))
+    cells = summarise(records, ["m:own", "0.5*m:a+m:b"])
     first = {"t": "m:own"}
     lines = table(cells, first, "n=8").splitlines()
     assert lines[:2] == ["n=8", ""]
@@ -192,6 +191,8 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
     assert lines[4].split()[:3] == ["student", "0.500", "±.000"]
     assert lines[6].split() == "held-out t: own best of prompt even odd mean of tags".split()
     assert lines[8].split()[:3] == ["student", "0.750", "0.250"]
+    assert lines[14].split() == "held-out t: diversity within a prompt across prompts".split()
+    assert lines[16].split() == ["student", "1.000", "±.000", "0.500", "±.000"]
     assert scores_of(cells, first)["student"] == {"held-out": {"t": 0.5, "mean": 0.5}}
     assert label("0.5*m.n:a + m:b@/weights/x") == "0.5*a + b@/weights/x"
     assert label("deqa@http://host.name:8000/v1") == "deqa@http://host.name:8000/v1"
@@ -201,9 +202,9 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
 def test_missing_scores_and_constant_scorers_are_said():
     records = [record(prompt=str(i), index=i, ocr=0.0) for i in range(8)]
     records += [record(prompt="x", index=8, ocr=None, reasons={"ocr": "took longer than 60 s"})]
-    [missing, constant] = remarks(summarise(records, {"ocr": 1.0}), records)
+    [missing, constant] = remarks(summarise(records, ["ocr"]), records)
     assert missing == "student, held-out t, ocr: 1 of 9 pictures have no score: took longer than 60 s"
     assert constant == "student, held-out t, ocr: all 8 pictures have the same score, 0"
     nothing = [record(prompt=str(i), index=i, ocr=None, reasons={"ocr": "why"}) for i in range(2)]
-    cells = summarise(nothing, {"ocr": 1.0})
+    cells = summarise(nothing, ["ocr"])
     assert math.isnan(cells[0].mean) and "nan" in table(cells, {"t": "ocr"}, "")

@@ -7,7 +7,7 @@ own; a run that was killed leaves parts, which the next one takes over.
 
 import base64
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from opd import ranks
 from opd.data import Prompt
+from opd.files import reading
 from opd.files import replace as replace_file
-from opd.flags import require
-from opd.formats.pictures import save_image, to_pil
+from opd.formats.latents import find_files, read_metadata
+from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
 
 LINES = "records.jsonl"
 THUMBNAIL = 8  # pixels per side
@@ -51,7 +52,7 @@ class Record:
     """Scorer -> why it gave none."""
 
     def lacks(self, scorer: str) -> bool:
-        return scorer not in self.scores or self.scores[scorer] is None
+        return self.scores.get(scorer) is None
 
     def scored(self, scorer: str, value: float | None, reason: str) -> "Record":
         """This record with one more value, or the reason why there is none."""
@@ -64,21 +65,24 @@ class Record:
 def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, settings: dict) -> Record:
     """The record of a picture that is to be made."""
     place = "/".join(quote(name, safe="= ") for name in (row, split, prompt.task))
-    tag = ""
-    if "tag" in prompt.metadata:
-        tag = str(prompt.metadata["tag"])
     return Record(
         file=f"{place}/{index:06d}.png",
         row=row,
         split=split,
         task=prompt.task,
-        tag=tag,
+        tag=tag_of(prompt.metadata),
         prompt=prompt.text,
         metadata=prompt.metadata,
         index=index,
         seed=seed,
         settings=settings,
     )
+
+
+def tag_of(metadata: dict) -> str:
+    if "tag" in metadata:
+        return str(metadata["tag"])
+    return ""
 
 
 # ---- pictures as numbers -------------------------------------------------------------------------
@@ -96,27 +100,16 @@ def thumbnail_of(image_3HW: Tensor) -> str:
     return base64.b64encode(small.tobytes()).decode()
 
 
-def read_picture(file: Path) -> Tensor:
-    """(3, H, W) float32 in [0, 1]. ValueError naming a file that is no picture."""
-    try:
-        with Image.open(file) as image:
-            data = bytearray(image.convert("RGB").tobytes())
-            width, height = image.size
-    except OSError as error:
-        raise ValueError(f"{file}: not a readable picture ({error})") from error
-    pixels_HWC = torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3)
-    return pixels_HWC.permute(2, 0, 1).float() / 255
-
-
 # ---- a folder of them ----------------------------------------------------------------------------
 
 
 class RecordFolder:
     """Every method that is not about one's own batch is called on all ranks."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str):
         self.path = Path(path).expanduser()
-        require(self.path.is_dir() or not self.path.exists(), f"{str(path)!r} is a file; name a folder")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{path!r} is a file; name a folder")
         self.part = self.path / f"records.part-{ranks.rank()}.jsonl"
 
     def merge(self) -> dict[str, Record]:
@@ -132,28 +125,29 @@ class RecordFolder:
                 part.unlink()
         ranks.barrier()
         known = read_lines(self.path / LINES)
-        ranks.barrier()
+        ranks.barrier()  # all ranks have seen the same before one of them adds to it
         return known
 
-    def has_picture(self, record: Record) -> bool:
-        return (self.path / record.file).is_file()
+    def has_pictures(self, records: list[Record]) -> bool:
+        return all((self.path / record.file).is_file() for record in records)
 
-    def pictures(self, batch: list[Record]) -> Tensor:
+    def pictures(self, records: list[Record]) -> Tensor:
         """(B, 3, H, W), as they were scored when they were made."""
-        return torch.stack([read_picture(self.path / record.file) for record in batch])
+        return torch.stack([to_tensor(read_image(self.path / record.file)) for record in records])
 
-    def keep(self, batch: list[Record], images_BCHW: Tensor) -> None:
+    def keep(self, records: list[Record], images_BCHW: Tensor) -> None:
         """Save pictures. ValueError for one that is not finite."""
-        for record, image in zip(batch, images_BCHW, strict=True):
-            broken = f"the picture of {record.row!r} for {record.prompt!r} is not finite; try --dtype float32"
-            require(bool(image.isfinite().all()), broken)
+        for record, image in zip(records, images_BCHW, strict=True):
+            if not image.isfinite().all():
+                what = f"the picture of {record.row!r} for {record.prompt!r}"
+                raise ValueError(f"{what} is not finite; try --dtype float32")
             save_image(to_pil(image, 1), self.path / record.file)
 
-    def append(self, batch: list[Record]) -> None:
+    def append(self, records: list[Record]) -> None:
         """Lines of this rank's part, on disk when this returns."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.part, "a") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in batch)
+            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
 
 
 def write_lines(file: Path, records: list[Record]) -> None:
@@ -172,18 +166,57 @@ def read_lines(file: Path, cut: bool = False) -> dict[str, Record]:
     known = {}
     for number, line in enumerate(lines, 1):
         if line:
-            record = from_line(line, f"{file}:{number}")
+            with reading(f"{file}:{number}: no record"):
+                record = Record(**json.loads(line))
             known[record.file] = record
     return known
 
 
-def from_line(line: str, where: str) -> Record:
-    """ValueError with `where` for a line that is no record."""
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    wanted = {setting.name for setting in fields(Record)}
-    fits = isinstance(values, dict) and values.keys() == wanted
-    require(fits, f"{where}: no record; expected an object with {', '.join(sorted(wanted))}")
-    return Record(**values)
+# ---- pictures that someone else made ---------------------------------------------------------------
+
+
+def read_pictures(folder: RecordFolder) -> list[Record]:
+    """What records.jsonl knows, and what metadata.jsonl says of further pictures: a line each with
+    "file_name" and "prompt", also row, split, task, tag (collectives).
+
+    FileNotFoundError for missing pictures, or where nothing is known; ValueError for a wrong line.
+    """
+    known = folder.merge()
+    records = list(known.values())
+    if not known or (folder.path / "metadata.jsonl").is_file():
+        captions, rows = read_metadata(folder.path)
+        find_files(folder.path, rows)  # refuses those that are missing, or not in this folder
+        for index, (prompt, row) in enumerate(zip(captions, rows, strict=True)):
+            if not prompt.strip():
+                raise ValueError(f"{folder.path}/metadata.jsonl: {row['file_name']!r} has an empty prompt")
+            if row["file_name"] not in known:
+                records.append(foreign(folder.path.name, prompt.strip(), row, index))
+    missing = [record.file for record in records if not folder.has_pictures([record])]
+    if missing:
+        count = f"{len(missing)} of {len(records)} pictures"
+        raise FileNotFoundError(f"{folder.path}: {count} are missing: {', '.join(missing[:3])}")
+    return records
+
+
+def foreign(folder: str, prompt: str, row: dict, index: int) -> Record:
+    names = {"row": folder or "pictures", "split": "pictures", "task": "pictures"}
+    for name in names:
+        if name in row:
+            names[name] = str(row[name])
+    metadata = {key: row[key] for key in row if key not in ("file_name", "prompt", *names)}
+    made = {"metadata": metadata, "tag": tag_of(row), "index": index, "seed": 0, "settings": {}}
+    return Record(file=row["file_name"], prompt=prompt, **names, **made)
+
+
+def sized_alike(folder: Path, records: list[Record], size: int) -> list[list[Record]]:
+    """Lists of at most `size`, each of one row, split and task, and of pictures of one size."""
+    groups = {}
+    for record in sorted(records, key=lambda record: record.file):
+        with reading(f"image {str(folder / record.file)!r}"), Image.open(folder / record.file) as image:
+            key = (record.row, record.split, record.task, image.size)
+        groups.setdefault(key, []).append(record)
+    return [piece for group in groups.values() for piece in pieces(group, size)]
+
+
+def pieces(records: list[Record], size: int) -> list[list[Record]]:
+    return [records[start : start + size] for start in range(0, len(records), size)]

@@ -1,91 +1,69 @@
-"""Pictures for the rows of a table, made and scored: what opd.evaluation and a run's reports share.
+"""Pictures for the rows of a table, made and scored: what opd.evaluation and a run's report share.
 
-A batch of pictures is scored while the next is made. The batches are the same whatever the number of ranks
-and are dealt to them whole, so pictures and scores are the same bits on any number.
+A batch is scored while the next one is made. The batches are the same whatever the number of ranks and are
+dealt to them whole, so pictures and scores are the same bits on any number.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from opd import ranks
-from opd.data import Prompt, permutation
-from opd.evaluation.records import Record, RecordFolder, in_8_bits, record_of, thumbnail_of
-from opd.flags import require
+from opd.adapters import BASE
+from opd.data import Prompt, fair_sample
+from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.model import Model, Sampling
-from opd.rewards import Reward, find_reward
+from opd.rewards import Reward, find_reward, specs_of
 from opd.rewards.scoring import Scoring
 
 Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
-Batch = list[Record]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the table is made with."""
+    """What makes the pictures of a row of the table."""
 
     adapter: str
-    guidance: float
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How many pictures, and how."""
+class Batch:
+    """Pictures of one row, split and task, which are made and scored together."""
 
-    count: int
-    """Pictures per task and split; 0 = every prompt, `per_prompt` times."""
-    steps: int
-    seed: int
-    per_prompt: int = 1
-    """Pictures of one prompt, each from its own noise."""
-    batch: int = 128
+    records: list[Record]
+    row: Row | None
+    """What makes them; None: they lie in the folder of records."""
 
 
 # ---- what is to be made --------------------------------------------------------------------------
 
 
-def planned(rows: dict[str, Row], splits: Splits, sampling: Asked, settings: dict[str, dict]) -> list[Batch]:
-    """The batches of all pictures, in order; each has one row, split and task. `settings`: row -> what its
-    records say about how it was sampled."""
+def planned(
+    rows: dict[str, Row],
+    splits: Splits,
+    settings: dict[str, dict],
+    count: int,
+    per_prompt: int = 1,
+    batch: int = 128,
+) -> list[Batch]:
+    """The batches, of at most `batch` pictures, of all rows, splits and tasks, in order: `count` pictures of
+    each task and split, `per_prompt` of a prompt (data.fair_sample). `settings`: row -> what its records say
+    about the model."""
     batches = []
     for name, row in rows.items():
-        said = {"adapter": row.adapter, "guidance": row.guidance, "steps": sampling.steps} | settings[name]
+        sampling = row.sampling
+        made = {"adapter": row.adapter, "guidance": sampling.guidance, "steps": sampling.steps}
+        made |= settings[name]
         for split, pools in splits.items():
             for pool in pools.values():
-                records = []
-                for index, prompt in cases_of(pool, sampling.count, sampling.per_prompt):
-                    records.append(record_of(name, split, prompt, index, sampling.seed, said))
-                batches += pieces(records, sampling.batch)
+                sample = fair_sample(pool, count, per_prompt)
+                records = [record_of(name, split, prompt, n, sampling.seed, made) for n, prompt in sample]
+                batches += [Batch(piece, row) for piece in pieces(records, batch)]
     return batches
-
-
-def cases_of(pool: list[Prompt], count: int, per_prompt: int = 1) -> list[tuple[int, Prompt]]:
-    """`count` (noise index, prompt) pairs over count / per_prompt prompts: each of them once before any
-    twice, each time with other noise.
-
-    In a fixed shuffled order, because files are sorted by kind and their first lines are no fair sample.
-    """
-    order = permutation(len(pool), 0, "evaluate", 0)
-    count = count or per_prompt * len(pool)
-    prompts = min(len(pool), math.ceil(count / per_prompt))
-    return [(index, pool[order[index % prompts]]) for index in range(count)]
-
-
-def pieces(records: Batch, size: int) -> list[Batch]:
-    return [records[start : start + size] for start in range(0, len(records), size)]
-
-
-def dealt(batches: list[Batch]) -> list[tuple[Batch, bool]]:
-    """This rank's batches, and whether each counts: ranks get the same number of them (collectives must
-    match), and those that a rank has too few of are repetitions, which enter nothing."""
-    mine = []
-    for turn in range(math.ceil(len(batches) / ranks.world())):
-        place = turn * ranks.world() + ranks.rank()
-        counts = place < len(batches)
-        mine.append((batches[min(place, len(batches) - 1)], counts))
-    return mine
 
 
 def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
@@ -95,13 +73,14 @@ def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
     known = folder.merge()
     filled = []
     for batch in batches:
-        for record in batch:
+        found = [known[record.file] for record in batch.records if record.file in known]
+        for record in batch.records:
             if record.file in known:
                 check_same(known[record.file], record, folder)
-        if all(record.file in known and folder.has_picture(record) for record in batch):
-            batch = [known[record.file] for record in batch]
+        if len(found) == len(batch.records) and folder.has_pictures(found):
+            batch = Batch(found, None)
         filled.append(batch)
-    ranks.barrier()  # all ranks have seen the same folder before one of them adds to it
+    ranks.barrier()  # all ranks have looked at the folder before one of them adds to it
     return filled
 
 
@@ -109,149 +88,157 @@ def check_same(known: Record, wanted: Record, folder: RecordFolder) -> None:
     """ValueError unless a picture that is there already was made as it would be now."""
     before = known.settings | {"seed": known.seed, "prompt": known.prompt}
     now = wanted.settings | {"seed": wanted.seed, "prompt": wanted.prompt}
-    changes = []
-    for name in before | now:
-        if name not in before or name not in now or before[name] != now[name]:
-            old = before[name] if name in before else "nothing"
-            new = now[name] if name in now else "nothing"
-            changes.append(f"{name} {old!r} -> {new!r}")
-    way_out = "choose another --records, or delete that folder"
-    other = f"{folder.path} holds {known.file} made otherwise: {', '.join(changes)}"
-    require(not changes, f"{other}; {way_out}")
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    if changed:
+        changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
+        other = f"{folder.path} holds {known.file} made otherwise: {changes}"
+        raise ValueError(f"{other}; choose another --records, or delete that folder")
 
 
-def made(model: Model, rows: dict[str, Row], batch: Batch) -> Tensor:
-    """The pictures (B, 3, H, W) of a batch, rounded as a PNG rounds them (collectives where the model is
-    sharded)."""
-    first = batch[0]
-    row = rows[first.row]
-    images_BCHW = model.images(
-        row.adapter,
-        [record.prompt for record in batch],
-        [record.index for record in batch],
-        Sampling(first.settings["steps"], first.seed, row.guidance),
-    )
+# ---- making and scoring --------------------------------------------------------------------------
+
+
+def score(
+    batches: list[Batch], scorers: "Scorers", model: Model | None = None, folder: RecordFolder | None = None
+) -> list[Record]:
+    """All records of `batches`, in their order, with all their scores (collectives). What is new is written
+    into `folder` as soon as it is known."""
+    todo = [batch for batch in batches if batch.row or scorers.lacking(batch.records)]
+    new, started = [], None
+    for batch, counts in dealt(todo):
+        images_BCHW = pictures(batch, model, folder)
+        if started is not None:
+            new += scorers.collect(started, folder)
+        started = scorers.start(batch.records, images_BCHW) if counts else None
+    if started is not None:
+        new += scorers.collect(started, folder)
+    scored = {record.file: record for part in ranks.gather(new) for record in part}
+    if folder is not None:
+        folder.merge()
+    return [scored.get(record.file) or record for batch in batches for record in batch.records]
+
+
+def dealt(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether each counts: ranks get the same number of them (collectives must
+    match), and those that a rank has too few of are repetitions, which enter nothing."""
+    for turn in range(math.ceil(len(batches) / ranks.world())):
+        place = turn * ranks.world() + ranks.rank()
+        yield batches[min(place, len(batches) - 1)], place < len(batches)
+
+
+def pictures(batch: Batch, model: Model | None, folder: RecordFolder | None) -> Tensor:
+    """(B, 3, H, W), made and kept in the folder, or read from there."""
+    if batch.row is None:
+        return folder.pictures(batch.records)
+    images_BCHW = made(batch.records, batch.row, model)
+    if folder is not None:
+        folder.keep(batch.records, images_BCHW)
+    return images_BCHW
+
+
+def made(records: list[Record], row: Row, model: Model) -> Tensor:
+    """The pictures (B, 3, H, W), rounded as a PNG rounds them (collectives where the model is sharded)."""
+    adapter = row.adapter
+    if adapter in model.teachers:  # it has a transformer of its own
+        model, adapter = model.teachers[adapter], BASE
+    prompts = [record.prompt for record in records]
+    images_BCHW = model.images(adapter, prompts, [record.index for record in records], row.sampling)
     return in_8_bits(images_BCHW)
 
 
-# ---- scoring -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Started:
+    """A batch whose scores are under way."""
+
+    records: list[Record]
+    asked: list[tuple[Reward, list[int], Scoring]]
+    """Scorer, the positions that it was asked about, and its answer to come."""
 
 
-def specs_of(text: str) -> list[str]:
-    """`--rewards TASK=SPEC,SPEC`: the scorers of a task. The first is the task's own, in means and curves."""
-    return [spec.strip() for spec in text.split(",")]
+class Scorers:
+    """The scorers of every task. With `strict` one that has never answered ends the command, before hours are
+    spent on it; else, and later, a picture without a score is counted and has a reason."""
 
+    def __init__(self, of_task: dict[str, list[Reward]], timeout: float, strict: bool):
+        self.of_task, self.timeout, self.strict = of_task, timeout, strict
+        self.first = {task: own[0].spec for task, own in of_task.items()}
+        """Task -> its own scorer, which makes its mean."""
+        self.answered = set()
 
-def abouts_of(scorers: dict[str, list[Reward]]) -> list[str]:
-    """What every scorer states about itself, a line each."""
-    lines = {}
-    for own in scorers.values():
-        for scorer in own:
-            for name, about in scorer.about.items():
-                lines[name] = f"{name}: {about}"
-    return list(lines.values())
+    def check_metadata(self, prompts: list[Prompt]) -> None:
+        """ValueError unless every scorer of its task can score every prompt."""
+        for task, own in self.of_task.items():
+            for scorer in own:
+                scorer.check_metadata(task, [prompt for prompt in prompts if prompt.task == task])
+
+    def load(self, device: torch.device) -> None:
+        for scorer in self.each():
+            scorer.load(device)
+
+    def attempt(self, prompts: list[Prompt], pixels: tuple[int, int]) -> None:
+        """Call every scorer once per task on grey images, before hours are spent on better ones."""
+        for task, own in self.of_task.items():
+            for scorer in own:
+                scorer.check(task, [prompt for prompt in prompts if prompt.task == task], pixels)
+
+    def lacking(self, records: list[Record]) -> bool:
+        """Whether a record still lacks a score."""
+        return any(record.lacks(own.spec) for record in records for own in self.of_task[record.task])
+
+    def start(self, records: list[Record], images_BCHW: Tensor) -> Started:
+        """Ask every scorer of the batch's task about the pictures that it has not scored."""
+        asked = []
+        for scorer in self.of_task[records[0].task]:
+            places = [i for i, record in enumerate(records) if record.lacks(scorer.spec)]
+            if places:
+                prompts = [records[i].prompt for i in places]
+                metadata = [records[i].metadata for i in places]
+                answer = scorer.start(images_BCHW[places], prompts, metadata, self.timeout)
+                asked.append((scorer, places, answer))
+        thumbnails = map(thumbnail_of, images_BCHW)
+        shown = [replace(record, thumbnail=t) for record, t in zip(records, thumbnails, strict=True)]
+        return Started(shown, asked)
+
+    def collect(self, started: Started, folder: RecordFolder | None) -> list[Record]:
+        """Wait for the scores: the batch's records with them, written into `folder`."""
+        records = list(started.records)
+        for scorer, places, answer in started.asked:
+            scores_B, reasons, _ = answer.result()
+            self.check(scorer, records[0], len(places), list(reasons.values()))
+            for position, place in enumerate(places):
+                value, reason = scores_B[position].item(), ""
+                if position in reasons:
+                    value, reason = None, reasons[position]
+                records[place] = records[place].scored(scorer.spec, value, reason)
+        if folder is not None:
+            folder.append(records)
+        return records
+
+    def check(self, scorer: Reward, record: Record, count: int, reasons: list[str]) -> None:
+        """ValueError for a scorer that has never answered, where that ends the command."""
+        if len(reasons) < count:
+            self.answered.add(scorer.spec)
+        if self.strict and scorer.spec not in self.answered:
+            missing = f"no score for {count} of {count} images of {record.row!r}: {'; '.join(reasons[:3])}"
+            raise ValueError(f"task {record.task!r}: reward {scorer.spec!r} gave {missing}")
+
+    def specs(self) -> list[str]:
+        return list(dict.fromkeys(scorer.spec for scorer in self.each()))
+
+    def abouts(self) -> list[str]:
+        """What every scorer states about itself, a line each."""
+        lines = {f"{name}: {about}": None for scorer in self.each() for name, about in scorer.about.items()}
+        return list(lines)
+
+    def each(self) -> list[Reward]:
+        return [scorer for own in self.of_task.values() for scorer in own]
 
 
 def find_scorers(rewards: dict[str, str]) -> dict[str, list[Reward]]:
     """Task -> its scorers, each found once. ValueError naming one that cannot be."""
-    found = {}
-    for text in rewards.values():
-        for spec in specs_of(text):
-            if spec not in found:
-                found[spec] = find_reward(spec)
+    specs = dict.fromkeys(spec for text in rewards.values() for spec in specs_of(text))
+    found = {spec: find_reward(spec) for spec in specs}
     return {task: [found[spec] for spec in specs_of(text)] for task, text in rewards.items()}
-
-
-def divisors_of(scorers: dict[str, list[Reward]]) -> dict[str, float]:
-    """Scorer -> what its raw score is divided by in the paper's averages; 1 for a sum, which has no scale."""
-    divisors = {}
-    for own in scorers.values():
-        for scorer in own:
-            divisors[scorer.spec] = scorer.divisor
-    return divisors
-
-
-class Judge:
-    """Scores pictures. With `strict` a scorer that has never answered ends the command, before hours are
-    spent on it; else, and later, a picture without a score is counted and has a reason."""
-
-    def __init__(self, scorers: dict[str, list[Reward]], timeout: float, strict: bool):
-        self.scorers, self.timeout, self.strict = scorers, timeout, strict
-        self.answered = set()
-
-    def records(
-        self, batches: list[Batch], pictures: Callable[[Batch], Tensor], folder: RecordFolder | None
-    ) -> list[Record]:
-        """All records of `batches`, in their order, with all their scores (collectives). `pictures` makes or
-        reads a batch (B, 3, H, W). What is new is written into `folder` as soon as it is known."""
-        todo = [batch for batch in batches if self.is_open(batch)]
-        new = []
-        running = None
-        for batch, counts in dealt(todo):
-            images_BCHW = pictures(batch)
-            if running is not None:
-                new += self.finish(*running, folder)
-            running = None
-            if counts:
-                running = self.start(batch, images_BCHW)
-        if running is not None:
-            new += self.finish(*running, folder)
-        everywhere = ranks.gather([asdict(record) for record in new])
-        judged = {values["file"]: Record(**values) for part in everywhere for values in part}
-        if folder is not None:
-            folder.merge()
-        everything = [record for batch in batches for record in batch]
-        return [judged[record.file] if record.file in judged else record for record in everything]
-
-    def is_open(self, batch: Batch) -> bool:
-        """Whether a picture is still to be made, or lacks a score."""
-        for record in batch:
-            if not record.thumbnail or any(record.lacks(own.spec) for own in self.scorers[record.task]):
-                return True
-        return False
-
-    def start(
-        self, batch: Batch, images_BCHW: Tensor
-    ) -> tuple[Batch, list[tuple[Reward, list[int], Scoring]]]:
-        """The batch with its thumbnails, and per scorer the positions that it is asked about."""
-        work = []
-        for scorer in self.scorers[batch[0].task]:
-            places = [i for i, record in enumerate(batch) if record.lacks(scorer.spec)]
-            if places:
-                prompts = [batch[i].prompt for i in places]
-                metadata = [batch[i].metadata for i in places]
-                work.append(
-                    (scorer, places, scorer.start(images_BCHW[places], prompts, metadata, self.timeout))
-                )
-        shown = []
-        for record, image in zip(batch, images_BCHW, strict=True):
-            shown.append(replace(record, thumbnail=thumbnail_of(image)))
-        return shown, work
-
-    def finish(
-        self, batch: Batch, work: list[tuple[Reward, list[int], Scoring]], folder: RecordFolder | None
-    ) -> Batch:
-        """The batch with what its scorers said, kept in `folder`."""
-        for scorer, places, scoring in work:
-            scores, reasons, _ = scoring.result()
-            self.check(scorer, batch[0], len(places), reasons)
-            for position, place in enumerate(places):
-                value, reason = float(scores[position]), ""
-                if position in reasons:
-                    value, reason = None, reasons[position]
-                batch[place] = batch[place].scored(scorer.spec, value, reason)
-        if folder is not None:
-            folder.append(batch)
-        return batch
-
-    def check(self, scorer: Reward, record: Record, count: int, reasons: dict[int, str]) -> None:
-        if len(reasons) < count:
-            self.answered.add(scorer.spec)
-        if not self.strict or scorer.spec in self.answered:
-            return
-        first = "; ".join(list(reasons.values())[:3])
-        missing = f"no score for {len(reasons)} of {count} images of {record.row!r}"
-        raise ValueError(f"task {record.task!r}: reward {scorer.spec!r} gave {missing}: {first}")
 
 
 def mean_score(records: list[Record], scorer: str) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 from opd.evaluation.records import THUMBNAIL, Record
 
 ALL, TAGS = "", "mean of tags"
+# How far apart pictures lie, of one prompt and of different ones. The keys are those of committed results.
 DIVERSITY, VARIETY = "diversity", "variety"
-MEASURES = (DIVERSITY, VARIETY)  # of the pictures themselves: no scorer takes part
-MOST = 1000  # pictures of a group that variety compares
+MEASURES = {DIVERSITY: "within a prompt", VARIETY: "across prompts"}
+MOST = 1000  # pictures of a group that are compared across prompts
 # The four scorers of the paper's tables; their raw scores are divided by what makes about 1 of the best.
 PAPER = {"geneval": 1.0, "ocr": 1.0, "deqa": 5.0, "pickscore": 26.0}
 
@@ -43,54 +44,46 @@ class Cell:
     """Standard error of the mean, clustered by prompt; NaN for fewer than two prompts."""
     best: float
     """Mean over prompts of the best picture of each: GenEval's score per prompt."""
-    scaled: float
-    """Mean divided by the scorer's divisor: what the paper's averages are made of."""
 
 
-def summarise(records: list[Record], divisors: dict[str, float]) -> list[Cell]:
+def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
     """The cells of every row, split and task: per scorer of all pictures, of every tag, and their mean; the
-    diversity where a prompt has several pictures, the variety where there are several prompts.
+    diversity within a prompt where one has several pictures, and across prompts where there are several.
 
-    `divisors`: scorer -> what its raw score is divided by. Scores of others, which records may hold from
-    before, are left out.
+    Scores of other scorers, which records may hold from before, are left out.
     """
     groups = {}
     for record in records:
         groups.setdefault((record.row, record.split, record.task), []).append(record)
     cells = []
     for place, group in groups.items():
-        for scorer, divisor in divisors.items():
-            if any(scorer in record.scores for record in group):
-                cells += cells_of(place, group, scorer, divisor)
-        cells += diversity_of(place, group) + variety_of(place, group)
+        for scorer in scorers:
+            having = [record for record in group if scorer in record.scores]
+            if having:
+                cells += cells_of(place, having, scorer)
+        cells += diversity_within(place, group) + diversity_across(place, group)
     return cells
 
 
-def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str, divisor: float) -> list[Cell]:
-    having = [record for record in group if scorer in record.scores]
-    cells = [cell(place, having, scorer, ALL, divisor)]
-    tags = sorted({record.tag for record in having} - {""})
+def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> list[Cell]:
+    cells = [cell(place, group, scorer, ALL)]
+    tags = sorted({record.tag for record in group} - {""})
     if not tags:
         return cells
-    parts = []
-    for tag in tags:
-        parts.append(cell(place, [record for record in having if record.tag == tag], scorer, tag, divisor))
+    parts = [cell(place, [record for record in group if record.tag == tag], scorer, tag) for tag in tags]
     mean, error = mean_of(parts)
     best = sum(part.best for part in parts) / len(parts)
     counts = [sum(getattr(part, name) for part in parts) for name in ("n", "missing", "prompts")]
-    overall = Cell(*place, scorer, TAGS, *counts, mean, error, best, mean / divisor)
-    return [*cells, *parts, overall]
+    return [*cells, *parts, Cell(*place, scorer, TAGS, *counts, mean, error, best)]
 
 
-def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str, divisor: float) -> Cell:
+def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str) -> Cell:
     scored = [record for record in group if record.scores[scorer] is not None]
     values = [record.scores[scorer] for record in scored]
     prompts = [record.prompt for record in scored]
-    mean, error = clustered(values, prompts)
     best, _ = clustered(*best_of_prompt(values, prompts))
-    count = len(set(prompts))
-    missing = len(group) - len(scored)
-    return Cell(*place, scorer, tag, len(scored), missing, count, mean, error, best, mean / divisor)
+    counts = len(scored), len(group) - len(scored), len(set(prompts))
+    return Cell(*place, scorer, tag, *counts, *clustered(values, prompts), best)
 
 
 # ---- means and their errors ----------------------------------------------------------------------
@@ -132,7 +125,7 @@ def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:
 # ---- diversity -----------------------------------------------------------------------------------
 
 
-def diversity_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
+def diversity_within(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
     """How far the pictures of one prompt lie apart; nothing where no prompt has two pictures.
 
     The root mean squared difference of two pictures, reduced to 8 x 8 pixels with values in [0, 1], averaged
@@ -152,14 +145,14 @@ def diversity_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]
     if not spreads:
         return []
     mean, error = clustered(spreads, [str(i) for i in range(len(spreads))])
-    return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error, mean, mean)]
+    return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error, mean)]
 
 
-def variety_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
+def diversity_across(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
     """How far pictures of different prompts lie apart, which shows a style that has spread to all of them;
     nothing where there are fewer than two prompts.
 
-    The distance is that of diversity, averaged over pairs; of many pictures, MOST at a fixed stride. The
+    The distance is that within a prompt, averaged over pairs; of many pictures, MOST at a fixed stride. The
     error is that of a mean over pairs: 2 / sqrt(P) times the deviation of the P prompts' own mean distances.
     """
     having = [record for record in group if record.thumbnail]
@@ -182,7 +175,7 @@ def variety_of(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
         own_P.append(distance_NN[own][apart_NN[own]].mean())
     error = 2 * float(np.std(own_P, ddof=1)) / math.sqrt(len(names))
     pairs = int(apart_NN.sum()) // 2
-    return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error, mean, mean)]
+    return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error, mean)]
 
 
 def pixels_of(thumbnail: str) -> np.ndarray:

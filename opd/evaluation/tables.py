@@ -22,15 +22,20 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
 
 def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
-    Below, for every scorer of a task, what is known of tags, prompts and scales; diversity and variety."""
+    Below, for every scorer of a task, what is known of tags and prompts; then the diversity."""
     lines = [note]
     for split in dict.fromkeys(cell.split for cell in cells):
         lines += ["", *text_of(split, means(cells, split, first))]
-    for split, task, scorer in dict.fromkeys((cell.split, cell.task, cell.scorer) for cell in cells):
-        here = [cell for cell in cells if (cell.split, cell.task, cell.scorer) == (split, task, scorer)]
-        block = behind(here)
+    blocks = {}
+    for cell in cells:
+        title = f"{cell.split} {cell.task}: {label(cell.scorer)}"
+        if cell.scorer in MEASURES:
+            title = f"{cell.split} {cell.task}: diversity"
+        blocks.setdefault(title, []).append(cell)
+    for title, own in blocks.items():
+        block = behind(own)
         if block:
-            lines += ["", *text_of(f"{split} {task}: {label(scorer)}", block)]
+            lines += ["", *text_of(title, block)]
     return "\n".join(lines)
 
 
@@ -54,19 +59,17 @@ def means(cells: list[Cell], split: str, first: dict[str, str]) -> Block:
 
 
 def behind(cells: list[Cell]) -> Block:
-    """What is behind the mean of one scorer on one task: {} where there is nothing more to say."""
+    """What is behind the mean of one scorer on one task, or the diversity: {} where there is nothing more to
+    say."""
     block = {}
     for cell in cells:
         texts = block.setdefault(cell.row, {})
         if cell.scorer in MEASURES:
-            texts[cell.scorer] = number(cell.mean, cell.error)
+            texts[MEASURES[cell.scorer]] = number(cell.mean, cell.error)
         elif cell.tag != ALL:
             texts[cell.tag] = number(cell.mean, cell.error)
-        else:
-            if cell.prompts < cell.n:
-                texts["best of prompt"] = number(cell.best, math.nan)
-            if cell.scaled != cell.mean:
-                texts["scaled"] = number(cell.scaled, math.nan)
+        elif cell.prompts < cell.n:
+            texts["best of prompt"] = number(cell.best, math.nan)
     return {row: texts for row, texts in block.items() if texts}
 
 

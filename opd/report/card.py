@@ -3,12 +3,10 @@
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from opd.adapters import BASE, STUDENT
+from opd.adapters import BASE
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
-from opd.evaluation.statistics import ALL, MEASURES, Cell
-from opd.evaluation.tables import label, number
 from opd.files import digest, replace, resolve
 from opd.formats.deployment import deployment_of
 from opd.model import Model
@@ -21,65 +19,45 @@ METHODS = {
 }
 
 
-def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, cells: list[Cell], table: str) -> None:
-    """README.md of the student in `folder` after `done` steps; `cells` and `table` are its scores, if any."""
+def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str) -> None:
+    """README.md of the student in `folder` after `done` steps; `table` are its scores, "" without."""
     deployment = deployment_of(cfg, model)
+    licence = licence_of(model)
+    named = licence.get("license_name") or licence.get("license") or "not known; look it up"
+    t5 = "not used"
+    if deployment.t5:
+        t5 = f"used where the pipeline has one, {deployment.t5_tokens} tokens"
     parts = [
-        f"---\n{front_matter(cfg, model, cells).to_yaml()}\n---",
+        f"---\n{front_matter(cfg, licence).to_yaml()}\n---",
         f"# {name_of(cfg)}",
         f"Made by {METHODS[stage_of(cfg)]}, {done} steps.",
         "## How to sample it",
-        "\n".join(
-            [
-                f"- base: `{cfg.model}`{licence_text(model)}",
-                f"- guidance: {deployment.guidance:g} (1 = none)",
-                f"- resolution: {deployment.resolution} px",
-                f"- steps: {deployment.steps} (ODE)",
-                f"- T5: {t5_text(deployment.t5, deployment.t5_tokens)}",
-            ]
-        ),
+        f"- base: `{cfg.model}` (licence of the base: {named})\n"
+        f"- guidance: {deployment.guidance:g} (1 = none)\n"
+        f"- resolution: {deployment.resolution} px\n"
+        f"- steps: {deployment.steps} (ODE)\n"
+        f"- T5: {t5}",
         usage(cfg),
         "## What it was made from",
         "\n".join(origins(cfg)),
         training_text(cfg),
     ]
-    if cells:
-        parts += ["## Scores", score_table(cells), f"```\n{table}\n```"]
+    if table:
+        parts += ["## Scores", f"```\n{table}\n```"]
     text = "\n\n".join(parts) + "\n"
     replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def front_matter(cfg: RunConfig, model: Model, cells: list[Cell]) -> ModelCardData:
-    """The base as a Hub id (a local path means nothing there), its licence where its own card states one, and
-    the student's scores."""
+def front_matter(cfg: RunConfig, licence: dict[str, str]) -> ModelCardData:
+    """The base as a Hub id: a local path means nothing there."""
     base = None
     if not resolve(cfg.model).exists():
         base = cfg.model
     tags = ["text-to-image", "flow-matching", f"stage-{stage_of(cfg)}"]
     if not cfg.full:
         tags.append("lora")
-    results = []
-    for cell in student_cells(cells):
-        result = EvalResult(
-            task_type="text-to-image",
-            dataset_type="prompts",
-            dataset_name=f"{cell.task} ({cell.split})",
-            dataset_config=cell.task,  # results of one config and split would be merged
-            dataset_split=cell.split,
-            metric_type=label(cell.scorer),
-            metric_value=round(cell.mean, 4),
-            metric_name=f"{label(cell.scorer)}, n={cell.n}, standard error {cell.error:.4f}",
-        )
-        results.append(result)
-    return ModelCardData(
-        base_model=base,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=tags,
-        model_name=name_of(cfg),
-        eval_results=results or None,
-        **licence_of(model),
-    )
+    kind = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    return ModelCardData(base_model=base, model_name=name_of(cfg), **kind, **licence)
 
 
 def licence_of(model: Model) -> dict[str, str]:
@@ -91,25 +69,12 @@ def licence_of(model: Model) -> dict[str, str]:
     return {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
 
 
-def licence_text(model: Model) -> str:
-    known = licence_of(model)
-    name = known.get("license_name") or known.get("license")
-    return f" (licence of the base: {name})" if name else " (licence of the base: not known; look it up)"
-
-
-def t5_text(used: bool, tokens: int) -> str:
-    return f"used where the pipeline has one, {tokens} tokens" if used else "not used"
-
-
 def usage(cfg: RunConfig) -> str:
     if cfg.full:
         return "This is the `transformer/` of the pipeline; put it in the place of the base's."
-    lines = [
-        f"    python sample.py --model {cfg.model} --adapters student=THIS_FOLDER",
-        "",
-        "reads `deployment.json`. In diffusers: `pipe.load_lora_weights(THIS_FOLDER)`; PEFT reads it too.",
-    ]
-    return "\n".join(lines)
+    command = f"python sample.py --model {cfg.model} --adapters student=THIS_FOLDER"
+    others = "In diffusers: `pipe.load_lora_weights(THIS_FOLDER)`; PEFT reads it too."
+    return f"    {command}\n\nreads `deployment.json`. {others}"
 
 
 def origins(cfg: RunConfig) -> list[str]:
@@ -150,18 +115,6 @@ def digest_of_weights(path: Path) -> str:
     return digest(*files)
 
 
-def student_cells(cells: list[Cell]) -> list[Cell]:
-    return [cell for cell in cells if cell.row == STUDENT and cell.tag == ALL and cell.scorer not in MEASURES]
-
-
-def score_table(cells: list[Cell]) -> str:
-    lines = ["| prompts | scorer | score ± standard error | n |", "|---|---|---|---|"]
-    for cell in student_cells(cells):
-        place = f"{cell.task} ({cell.split})"
-        lines.append(f"| {place} | `{label(cell.scorer)}` | {number(cell.mean, cell.error)} | {cell.n} |")
-    return "\n".join(lines)
-
-
 def name_of(cfg: RunConfig) -> str:
     if cfg.push:
         return cfg.push.partition("/")[2]
@@ -179,9 +132,8 @@ def check_login(push: str) -> None:
         HfApi().whoami()
     except Exception as error:  # not logged in, no network
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"--push {push!r}: log in first (hf auth login), or leave it out ({reason})"
-        ) from error
+        way_out = "log in first (hf auth login), or leave it out"
+        raise ValueError(f"--push {push!r}: {way_out} ({reason})") from error
 
 
 def push_student(folder: Path, push: str) -> str:

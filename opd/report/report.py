@@ -3,17 +3,15 @@
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
 from opd import ranks
 from opd.adapters import BASE, START, STUDENT
 from opd.config import DistillationConfig, RunConfig, SFTConfig
-from opd.data import Prompt, load_tasks
-from opd.evaluation import score as gallery
+from opd.data import Prompt, fair_sample, load_tasks
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
-from opd.evaluation.score import Asked, Judge, Row
-from opd.evaluation.statistics import Cell, summarise
+from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
+from opd.evaluation.statistics import summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
@@ -22,7 +20,7 @@ from opd.optim import Trained, due
 from opd.ranks import say
 from opd.report.card import push_student, write_card
 from opd.report.page import write_page
-from opd.rewards import Reward
+from opd.rewards import Reward, specs_of
 from opd.runfolder import RunFolder
 
 
@@ -39,15 +37,12 @@ class Report:
     ):
         self.cfg, self.model, self.folder = cfg, model, folder
         self.texts = fixed_texts(data)
-        self.cells: list[Cell] = []
-        self.text = ""
+        self.scores = ""
         """The table, once there is one."""
-        self.splits = {}
-        self.scorers = {}
         if is_scored(cfg):
             self.splits = splits(cfg, data)
-            for task, text in cfg.rewards.items():
-                self.scorers[task] = [rewards[spec] for spec in gallery.specs_of(text)]
+            own = {task: [rewards[spec] for spec in specs_of(text)] for task, text in cfg.rewards.items()}
+            self.scorers = Scorers(own, cfg.reward_timeout, strict=False)
 
     def watch(self, trained: Trained, done: int) -> dict:
         """{"watch": the student's score on held-out prompts of every task, trained on or not}, {} where it is
@@ -55,34 +50,23 @@ class Report:
         cfg = self.cfg
         if isinstance(cfg, SFTConfig) or not due(done, cfg.watch_every, cfg.iterations):
             return {}
-        rows = {STUDENT: Row(self.model.trained, cfg.deployed_guidance())}
-        held_out = {"held-out": self.splits["held-out"]}
+        rows = {STUDENT: Row(self.model.trained, sampling_of(cfg, cfg.deployed_guidance()))}
+        held_out = self.splits["held-out"]
         with trained.averaged():
-            records = self.records(rows, held_out, cfg.watch_prompts)
+            records = self.records(rows, {"held-out": held_out}, cfg.watch_prompts)
         scores = {}
-        for task in held_out["held-out"]:
+        for task in held_out:
             own = [record for record in records if record.task == task]
-            scores[task] = gallery.mean_score(own, self.scorers[task][0].spec)
+            scores[task] = mean_score(own, self.scorers.first[task])
         return {"watch": scores}
 
-    def records(self, rows: dict[str, Row], splits: gallery.Splits, count: int) -> list[Record]:
+    def records(self, rows: dict[str, Row], splits: Splits, count: int) -> list[Record]:
         """`count` pictures per row, split and task, made and scored; no picture is kept (collectives)."""
         cfg = self.cfg
-        sampling = Asked(count, cfg.eval_steps, cfg.seed, batch=cfg.micro_batch)
         shared = {"model": cfg.model, "dtype": cfg.dtype, "t5": cfg.t5}
-        shared["resolution"] = self.model.resolution
-        batches = gallery.planned(rows, splits, sampling, dict.fromkeys(rows, shared))
-        judge = Judge(self.scorers, cfg.reward_timeout, strict=False)
-        return judge.records(batches, lambda batch: self.pictures(rows, batch), None)
-
-    def pictures(self, rows: dict[str, Row], batch: gallery.Batch) -> Tensor:
-        """A teacher with a transformer of its own makes its pictures by itself."""
-        label = batch[0].row
-        name = rows[label].adapter
-        if name in self.model.teachers:
-            alone = {label: Row(BASE, rows[label].guidance)}
-            return gallery.made(self.model.teachers[name], alone, batch)
-        return gallery.made(self.model, rows, batch)
+        settings = dict.fromkeys(rows, shared | {"resolution": self.model.resolution})
+        batches = planned(rows, splits, settings, count, batch=cfg.micro_batch)
+        return score(batches, self.scorers, self.model)
 
     def restore(self, trained: Trained, done: int) -> None:
         """Grid, cards and page of the saved step: a run may have been killed between saving and these."""
@@ -115,22 +99,21 @@ class Report:
         say(f"scoring {', '.join(rows)}")
         with trained.averaged():
             records = self.records(rows, self.splits, cfg.eval_prompts)
-        cells = summarise(records, gallery.divisors_of(self.scorers))
-        first = {task: own[0].spec for task, own in self.scorers.items()}
-        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps"
-        note += f", guidance {cfg.deployed_guidance()}"
+        scorers = self.scorers
+        cells = summarise(records, scorers.specs())
+        guidance = f"guidance {cfg.deployed_guidance()}"
         if isinstance(cfg, DistillationConfig):
-            note += f" (teachers {cfg.teacher_guidance})"
-        text = tables.table(cells, first, f"{note}, seed {cfg.seed}")
-        said = [*tables.remarks(cells, records), *gallery.abouts_of(self.scorers)]
-        text = "\n".join([text, *said])
-        say(text)
+            guidance += f" (teachers {cfg.teacher_guidance})"
+        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, {guidance}"
+        lines = [tables.table(cells, scorers.first, f"{note}, seed {cfg.seed}")]
+        self.scores = "\n".join([*lines, *tables.remarks(cells, records), *scorers.abouts()])
+        say(self.scores)
         if self.folder.active:
-            write_lines(self.folder.path / LINES, records)
-            write_json(self.folder.path / "cells.json", [asdict(cell) for cell in cells])
-            write_json(self.folder.path / "scores.json", tables.scores_of(cells, first))
-            replace(self.folder.path / "table.txt", lambda path: path.write_text(text + "\n"))
-        self.cells, self.text = cells, text
+            path = self.folder.path
+            write_lines(path / LINES, records)
+            write_json(path / "cells.json", [asdict(cell) for cell in cells])
+            write_json(path / "scores.json", tables.scores_of(cells, scorers.first))
+            replace(path / "table.txt", lambda file: file.write_text(self.scores + "\n"))
 
     def show(self, done: int) -> None:
         """As often as the run saves: a card beside each exported student, and report.html."""
@@ -149,24 +132,28 @@ class Report:
         path = self.folder.path
         for student in (path / "student", path / "checkpoints" / f"{done:06d}"):
             if student.is_dir():
-                write_card(student, self.cfg, self.model, done, self.cells, self.text)
+                write_card(student, self.cfg, self.model, done, self.scores)
         write_page(path)
 
 
 def rows_of_table(cfg: RunConfig) -> dict[str, Row]:
     """Base and start are sampled as the student is, teachers as they taught."""
-    deployed = cfg.deployed_guidance()
+    deployed = sampling_of(cfg, cfg.deployed_guidance())
     rows = {BASE: Row(BASE, deployed)}
     if isinstance(cfg, DistillationConfig):
         for name in cfg.teachers:
             label, guidance = name, cfg.guidance_of(name)
-            if name in cfg.teacher_guidances or name == BASE and guidance != deployed:
+            if name in cfg.teacher_guidances or name == BASE and guidance != deployed.guidance:
                 label = f"{name} g={guidance:g}"
-            rows[label] = Row(cfg.adapter_of(name), guidance)
+            rows[label] = Row(cfg.adapter_of(name), sampling_of(cfg, guidance))
     if cfg.cold_start != "base":
         rows[START] = Row(START, deployed)
     rows[STUDENT] = Row(STUDENT, deployed)
     return rows
+
+
+def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
+    return Sampling(cfg.eval_steps, cfg.seed, guidance)
 
 
 def say_phases(rows: list[dict]) -> None:
@@ -178,14 +165,13 @@ def say_phases(rows: list[dict]) -> None:
         for phase, value in row["seconds"].items():
             seconds[phase] += value
     whole = seconds["rollout"] + seconds["reward"] + seconds["train"]
-    if whole == 0:
-        return
-    shares = [f"{phase} {seconds[phase] / whole:.0%}" for phase in ("rollout", "reward", "train")]
-    scoring, waited = seconds["scoring"], seconds["reward"]
-    say(
-        f"time: {', '.join(shares)}; rewards were computed for {scoring:.0f} s, "
-        f"of which {waited:.0f} s were waited for"
-    )
+    if whole > 0:
+        shares = [f"{phase} {seconds[phase] / whole:.0%}" for phase in ("rollout", "reward", "train")]
+        computed = f"rewards were computed for {seconds['scoring']:.0f} s"
+        say(f"time: {', '.join(shares)}; {computed}, of which {seconds['reward']:.0f} s were waited for")
+
+
+# ---- the prompts of a report -----------------------------------------------------------------------
 
 
 def fixed_texts(data: dict[str, list[Prompt]] | Images) -> list[str]:
@@ -202,7 +188,7 @@ def is_scored(cfg: RunConfig) -> bool:
     return not isinstance(cfg, SFTConfig) and (cfg.evaluate or cfg.watch_every > 0)
 
 
-def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, dict[str, list[Prompt]]]:
+def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
     """The prompts of the table: those of training and, if there are any, those held out."""
     if not cfg.heldout:
         return {"train": data}
@@ -212,10 +198,9 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, dict[str,
 def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
     """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
     texts = fixed_texts(data)
-    if not is_scored(cfg):
-        return texts
-    count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
-    for pools in splits(cfg, data).values():
-        for pool in pools.values():
-            texts += [prompt.text for _, prompt in gallery.cases_of(pool, count)]
+    if is_scored(cfg):
+        count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
+        for pools in splits(cfg, data).values():
+            for pool in pools.values():
+                texts += [prompt.text for _, prompt in fair_sample(pool, count)]
     return texts
