@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -139,7 +138,6 @@ def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
 ):
     """The third state is not written: one line, exit status 1, the second whole; once it can be, it ends
     with the files of a run that never stopped. The clock, meanwhile, jumps a day back at every look."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     settings = {"iterations": 4, "save_every": 1, "sample_every": 0}
     train.run(tiny.config(world, out=str(tmp_path / "whole"), **settings))
     cfg = tiny.config(world, out=str(tmp_path / "run"), **settings)
@@ -167,7 +165,6 @@ def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
 
 
 def test_a_run_folder_that_is_deleted_under_a_run_ends_it_in_a_line(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     cfg = tiny.config(world, out=str(tmp_path / "run"), iterations=3, save_every=1, sample_every=0)
     log = RunFolder.log
 

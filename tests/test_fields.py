@@ -187,10 +187,7 @@ def configured(stage: str, settings: dict) -> RunConfig:
 
 
 def run(place: Path, cfg: RunConfig) -> Ran:
-    """`train.py --config FILE` in a new folder, in this process.
-
-    Without matplotlib: drawing the curves would take longer than the run.
-    """
+    """`train.py --config FILE` in a new folder, in this process."""
     folder = place.parent / "runs" / str(len(list((place.parent / "runs").iterdir())))
     folder.mkdir()
     (folder / "place").symlink_to(place)
@@ -200,7 +197,6 @@ def run(place: Path, cfg: RunConfig) -> Ran:
     with pytest.MonkeyPatch.context() as patch, counting(ran):
         patch.setattr(compiled, "BACKEND", "eager")  # the same graphs without minutes of compiling
         patch.setattr(sys, "argv", ["train.py", "--config", str(file)])
-        patch.setitem(sys.modules, "matplotlib.figure", None)
         patch.chdir(folder)
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             ran.error = ending()

@@ -1,6 +1,7 @@
-"""report.html and the card of a real run, a page made by hand, the upload up to the Hub's boundary."""
+"""report.html, figures and card of a real run, a page made by hand, the upload up to the Hub's boundary."""
 
 import hashlib
+import html
 import json
 import re
 import sys
@@ -18,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from opd import ranks
-from opd.report import card, page
-from opd.report.svg import Curve, chart, heat_map
+from opd.report import card, page, plots
+from opd.report.plots import png
 from opd.runfolder import RunFolder
 from opd.settings import to_json
 from tests import tiny
@@ -100,35 +101,27 @@ class Tags(HTMLParser):
         return [attributes for tag, attributes in self.found if tag == name]
 
 
-def check_self_contained(text):
-    """No element that loads anything, no address but pictures that are in the page."""
+def pictures_of(text):
+    """The addresses of the page's pictures. No element loads anything, no address leads out of the page."""
     tags = Tags(text)
     assert not [tag for tag, _ in tags.found if tag in ("script", "link", "iframe", "object", "a", "form")]
-    addresses = [
-        value
-        for _, attributes in tags.found
-        for name, value in attributes.items()
-        if name in ("src", "href", "srcset", "data", "poster", "xlink:href")
-    ]
-    assert all(address.startswith("data:image/") for address in addresses)
-    assert "url(" not in text and "@import" not in text
+    named = [value for _, attributes in tags.found for name, value in attributes.items() if name == "src"]
+    assert all(address.startswith("data:image/") for address in named)
+    assert not any(word in text for word in ("url(", "@import", "href=", "srcset="))
     [policy] = [meta["content"] for meta in tags.named("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'")
-    return tags
+    return named
 
 
 # ---- the page ---------------------------------------------------------------------------------------
 
 
 def test_the_page_of_a_run(folder):
+    """Curves, maps and two grids; every number of the table."""
     text = (folder / "report.html").read_text()
-    tags = check_self_contained(text)
+    assert len(pictures_of(text)) == 2 + len(list((folder / "samples").iterdir())) == 4
     assert "<h1>my &lt;run&gt;</h1>" in text and "step 3 of 3" in text
-    assert len(tags.named("img")) == len(list((folder / "samples").iterdir())) == 2
-    for title in ("loss, nats per dimension", "gradient norm", "red: KL by sigma and step"):
-        assert title in text
-    table = (folder / "table.txt").read_text()
-    assert table.splitlines()[-1] in text.replace("&lt;", "<")
+    assert html.escape((folder / "table.txt").read_text()) in text
     assert "--config" in text and "opd.evaluation" in text and "deploy_guidance" in text
 
 
@@ -150,7 +143,7 @@ def test_the_page_is_written_at_every_save(settings, world, tmp_path):
 
 def by_hand(folder, rows, pictures=0, width=20):
     (folder / "samples").mkdir(parents=True)
-    settings = {"stage": "opd", "model": "m<o>del", "family": "sd3", "iterations": 30, "full": False}
+    settings = {"stage": "opd", "model": "m<o>del", "iterations": 30, "full": False}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(1, pictures + 1):
@@ -165,55 +158,58 @@ def test_a_strip_of_pictures_from_the_first_to_the_last(tmp_path):
     assert steps[0] == 1 and steps[-1] == 30 and len(steps) == 12 and steps == sorted(set(steps))
     assert "Curves" not in text and "m&lt;o&gt;del" in text
     wide = by_hand(tmp_path / "wide", [], pictures=1, width=3000)
-    [picture] = check_self_contained(wide).named("img")
-    assert picture["src"].startswith("data:image/jpeg;base64,")
+    [picture] = pictures_of(wide)
+    assert picture.startswith("data:image/jpeg;base64,")
 
 
-def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path):
-    watched = {"text": 0.5, "failed": float("nan")}
-    rows = [{"step": step, "reward": {"text": step / 10}, "watch": watched} for step in range(1, 5)]
-    text = by_hand(tmp_path / "run", [*rows, {"step": 5, "reward": {"text": float("nan")}}])
-    assert "<text" in text and "reward" in text and "held-out score" in text
-    assert "gradient norm" not in text and "KL" not in text
-    cut = tmp_path / "run" / "metrics.jsonl"
-    cut.write_text(cut.read_text() + '{"step": 6, "rew')
-    page.main([str(tmp_path / "run")])
-    assert "step 5 of 30" in (tmp_path / "run" / "report.html").read_text()
+def test_a_cut_line_and_a_folder_without_a_run(tmp_path):
+    folder = tmp_path / "run"
+    by_hand(folder, [{"step": 5, "loss": 0.1}])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    page.main([str(folder)])
+    assert "step 5 of 30" in (folder / "report.html").read_text()
+    for arguments in ([str(tmp_path)], []):
+        with pytest.raises(SystemExit, match="error: usage: .* a folder with a config.json"):
+            page.main(arguments)
 
 
-def test_a_curve_goes_through_its_points():
-    """Equal steps are equally far apart; a logarithmic scale makes equal factors equal heights."""
-    svg = chart("t", [Curve("a", [(0, 1.0), (5, 10.0), (10, 100.0)])], True)
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="(.*?)"', svg)[1].split()]
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y1 - y0 == pytest.approx(y2 - y1, abs=0.11)
-    assert x0 < x1 and y0 > y1  # SVG's y runs downwards
-    flat = chart("t", [Curve("a<", [(1, 2.0)])], False)
-    assert "a&lt;" in flat and "nan" not in flat
-    long = chart("t", [Curve("a", [(i, 1.0) for i in range(5000)])], False)
-    assert len(re.search(r'points="(.*?)"', long)[1].split()) < 500 and "step 4999" in long
+# ---- the figures ------------------------------------------------------------------------------------
 
 
-def test_a_heat_map_is_darker_where_the_kl_is_larger():
-    columns = [(step, {"1.000": 10.0**-step, "0.500": 10.0}) for step in range(3)]
-    svg = heat_map("t", [*columns, (3, {"0.500": float("inf")})])
-    cells = re.findall(r'fill="(.*?)"><title>sigma (.*?): (.*?)</title>', svg)
-    assert len(cells) == 2 * 4
-    shades = {
-        (sigma, said): int(re.search(r"(\d+)%\)", fill)[1]) for fill, sigma, said in cells if "hsl" in fill
+def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monkeypatch):
+    """Every curve goes through its finite points."""
+    rows = [{"step": step, "reward": {"text": step / 10}, "red": {"loss": 0.1**step}} for step in (1, 2, 4)]
+    rows[0] |= {"watch": {"text": 0.5, "failed": float("nan")}}
+    rows.append({"step": 5, "reward": {"text": float("nan")}})
+    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(rows).axes}
+    assert list(panels) == ["held-out score", "reward", "loss, nats per dimension"]
+    drawn = {
+        title: [(line.get_label(), line.get_xydata().tolist()) for line in panel.lines]
+        for title, panel in panels.items()
     }
-    assert shades["1.000", "1"] < shades["1.000", "0.1"] < shades["1.000", "0.01"]
-    assert shades["0.500", "10"] < shades["1.000", "1"]
-    assert ("#eee", "1.000", "not measured") in cells and ("#000", "0.500", "inf") in cells
-    many = heat_map("t", [(step, {"1.000": 1.0}) for step in range(1000)])
-    assert many.count("<title>") == 80
+    assert drawn["held-out score"] == [("text", [[1, 0.5]])]
+    assert drawn["reward"] == [("text", [[1, 0.1], [2, 0.2], [4, 0.4]])]
+    assert [panel.get_yscale() for panel in panels.values()] == ["linear", "linear", "log"]
+    assert plots.curve_figure([]) is None and plots.kl_figure(rows) is None
+    monkeypatch.setattr(plots, "png", png)
+    by_hand(tmp_path / "run", rows)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "run/curves.png")))) > 10
 
 
-def test_no_run_folder_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: .*is no run folder: it has no config.json"):
-        page.main([str(tmp_path)])
-    with pytest.raises(SystemExit, match="usage"):
-        page.main([])
+def test_a_map_holds_the_mean_kl_of_each_noise_level_and_step():
+    """Dark is large; steps share columns; what was not measured and what is no number are told apart."""
+    logged = [{"step": step, "red": {"kl": {"1.000": 10.0**-step, "0.500": 10.0}}} for step in range(3)]
+    logged.append({"step": 3, "red": {"kl": {"0.500": float("inf")}}, "blue": {"kl": {"0.500": 0.0}}})
+    red, blue, _ = plots.kl_figure(logged).axes  # the third is the scale
+    [image] = red.images
+    colours = image.to_rgba(image.get_array())[..., 0]  # of red, light to dark
+    assert colours[0, 0] < colours[0, 1] < colours[0, 2] and colours[1, 0] < colours[0, 0]
+    assert colours[1, 3] == 0 and colours[0, 3] == pytest.approx(0xE8 / 255, abs=0.01)
+    [image] = blue.images
+    assert (image.to_rgba(image.get_array()) == 1).all()
+    many = [(step, {"1.000": float(step)}) for step in range(160)]
+    assert plots.kl_grid(many)[0].tolist() == [2 * column + 0.5 for column in range(80)]
 
 
 # ---- the card ---------------------------------------------------------------------------------------
@@ -283,5 +279,5 @@ def test_wandb_gets_the_grids(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", stub)
     cfg = tiny.config(tmp_path, out=str(tmp_path / "run"), tracker="wandb")
     folder = RunFolder(cfg, active=True)
-    folder.picture("samples", Image.new("RGB", (3, 2)), 7)
+    folder.tracker.picture("samples", Image.new("RGB", (3, 2)), 7)
     assert logged == [({"samples": ("image", (3, 2))}, 7)]

@@ -19,12 +19,6 @@ from tests import tiny
 BRIGHT = "tests.tiny_grpo:brightness"
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """To draw them would take longer than the runs."""
-    monkeypatch.setitem(train.sys.modules, "matplotlib.figure", None)
-
-
 def snapshot(folder):
     """Every file below, by content."""
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
