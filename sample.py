@@ -9,6 +9,7 @@
 """
 
 import json
+import operator
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Literal
 
 import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from opd import adapters, errors
 from opd.data import load_prompts, load_tasks
@@ -31,7 +33,6 @@ from opd.flags import (
     dashed,
     finite,
     plain_names,
-    require,
     time_limit,
 )
 from opd.formats import latents
@@ -102,143 +103,46 @@ class Arguments:
     """With --again: fetch the model and the adapter that the PNG names from the Hub if they are not here."""
 
 
-ORIGIN = {"adapter": str, "index": int, "place": int}
-"""What a PNG tells besides the arguments: the row, its number, and where in the forward pass it was."""
+ONLY = {
+    "images": ("prompts", "images"),
+    "latents": ("tasks", "count", "rewards", "at_least", "reward_timeout"),
+}
+"""Flags that only one --save reads."""
 
 
-IMAGES_ONLY = ("prompts", "images")
-LATENTS_ONLY = ("tasks", "count", "rewards", "at_least", "reward_timeout")
+def main(arguments: list[str] | None = None) -> None:
+    args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    with errors.in_one_line(ValueError, OSError):
+        if args.again:
+            repeat(args)
+        elif args.save == "latents":
+            write_latents(args)
+        else:
+            write_images(args)
 
 
-def read_settings(file: str) -> dict:
-    """The settings in a PNG's metadata. FileNotFoundError / ValueError if there are none."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"--again {file!r}: no such file")
-    try:
-        info = Image.open(file).info
-    except UnidentifiedImageError as error:
-        raise ValueError(f"--again {file!r}: this is not an image") from error
-    if KEY not in info:
-        raise ValueError(f"--again {file!r}: this image carries no settings of sample.py")
-    with reading(f"--again {file!r}: the settings in this image"):
-        settings = json.loads(info[KEY])
-        require(isinstance(settings, dict), "expected an object")
-        for name, kind in ORIGIN.items():
-            require(type(settings.get(name)) is kind, f"{name!r} is missing or no {kind.__name__}")
-    return settings
-
-
-def trusted(args: Arguments, settings: dict) -> Arguments:
-    """The settings of a PNG, with this call's own places. A stranger may have written them: ValueError for
-    wrong ones, and for sources that are not here, unless the user trusts the PNG."""
-    own = {"out": args.out, "device": args.device}
-    theirs = asdict(args) | settings | own | {"again": "", "trust_png": False}
-    with reading(f"--again {args.again!r}: the settings in this image"):
-        used = restore(Arguments, theirs, "sample.py")
-        require(len(used.prompts) == 1, "expected one prompt")
-    for source in (used.model, *used.adapters.values()):
-        print(f"{args.again} was made with {source!r}")
-        fetched = "is not on this machine; add --trust-png to fetch it from the Hub"
-        here = args.trust_png or resolve(source).exists() or not is_hub_id(source)
-        require(here, f"--again {args.again!r}: {source!r} {fetched}")
-    return used
-
-
-def load(args: Arguments, prompts: list[str]) -> Model:
-    """The model with all adapters attached and the prompts encoded; whatever can be refused is refused
-    first."""
+def write_images(args: Arguments) -> None:
+    """A PNG of every row and prompt, and the grid of them."""
     check(args)
-    device = find_device(args.device, "device")
-    model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
-    return model.load_with(args.adapters, prompts)
-
-
-def check(args: Arguments) -> None:
-    """Every argument that can be judged by itself. ValueError with its value and the flag."""
-    at_least_one(args, "images", "steps", "batch")
-    at_most(args, 10_000, "images", "steps", "batch")
-    check_seed(args)
-    plain_names("--adapters", args.adapters)
-    finite(args, "noise_level")
-    if args.guidance is not None:
-        finite(args, "guidance")
-    noise = args.noise_level
-    if args.sampler != "ode":
-        require(noise > 0, f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
-    if args.sampler == "cps":
-        require(noise <= 1, f"--sampler cps needs --noise-level in (0, 1], got {noise}")
-
-
-def sampling_of(args: Arguments, guidance: float) -> Sampling:
-    return Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level)
-
-
-def make(
-    args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]
-) -> list[torch.Tensor]:
-    """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
-    images = []
-    sampling = sampling_of(args, args.guidance)
-    for i in range(0, len(prompts), args.batch):
-        piece = slice(i, i + args.batch)
-        images += list(model.images(adapter, prompts[piece], index[piece], sampling))
-    return images
-
-
-def write(
-    args: Arguments, image: torch.Tensor, adapter: str, prompt: str, index: int, place: int, batch: int
-) -> Path:
-    """One PNG with everything that is needed to make it again: even its place among the `batch` images of its
-    forward pass, since rounding depends on both."""
-    settings = asdict(args) | {
-        "prompts": [prompt],
-        "adapter": adapter,
-        "index": index,
-        "place": place,
-        "batch": batch,
-        "adapters": {adapter: args.adapters[adapter]} if adapter != adapters.BASE else {},
-    }
-    info = PngInfo()
-    info.add_text(KEY, json.dumps(settings))
-    path = Path(args.out) / f"{slug(prompt)}.{index}.{adapter}.png"
-    save_image(to_pil(image, 1), path, info)
-    return path
-
-
-def slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-
-
-def repeat(args: Arguments) -> None:
-    """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the
-    same bits."""
-    settings = read_settings(args.again)
-    adapter, index, place = (settings.pop(name) for name in ORIGIN)
-    args = trusted(args, settings)
-    known = adapter == adapters.BASE or adapter in args.adapters
-    require(known, f"the image was made with adapter {adapter!r}, which its settings do not name")
-    inside = 0 <= place < args.batch and 0 <= index < 2**31
-    require(inside, f"the image was number {place} of {args.batch} and {index} in all; that cannot be")
-    model = load(args, list(args.prompts))
-    images = make(args, model, adapter, list(args.prompts) * args.batch, [index] * args.batch)
-    print(write(args, images[place], adapter, args.prompts[0], index, place, args.batch))
-
-
-def refuse_settings_of_the_other_kind(args: Arguments) -> None:
-    """ValueError for a flag that would do nothing."""
-    unused = LATENTS_ONLY
-    if args.save == "latents":
-        unused = IMAGES_ONLY
-    for name in unused:
-        value, usual = getattr(args, name), getattr(Arguments(), name)
-        changed = f"--{dashed(name)} does nothing with --save {args.save}"
-        require(value == usual, f"{changed}; leave it out, or use the other --save")
+    prompts = read_prompts(args)
+    scales = guidance_of(args.adapters, args.guidance)
+    model = load(args, prompts)
+    columns = [prompt for prompt in prompts for _ in range(args.images)]
+    rows = {}
+    for adapter, guidance in scales.items():
+        used = replace(args, guidance=guidance)
+        rows[adapter] = make(used, model, adapter, columns, list(range(len(columns))))
+        for index, image in enumerate(rows[adapter]):
+            place = index % args.batch
+            size = min(args.batch, len(columns) - index + place)  # of its forward pass
+            write(replace(used, prompts=(columns[index],), batch=size), image, adapter, index, place)
+    save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
+    print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 
 
 def write_latents(args: Arguments) -> None:
-    """--save latents: what the teachers sample, for stage sft."""
-    at_least_one(args, "count")
-    time_limit(args, "reward_timeout")
+    """What the teachers sample, as data of stage sft."""
+    check(args)
     latents.check_samples(args)
     pools = load_tasks(args.tasks)
     filters = latents.find_filters(args, pools)
@@ -247,39 +151,120 @@ def write_latents(args: Arguments) -> None:
     for task, chosen in filters.items():
         chosen.reward.load(model.device)
         chosen.reward.check(task, pools[task], model.pixels)
-    samplings = {task: sampling_of(args, scales[task]) for task in pools}
+    samplings = {task: sampling_of(replace(args, guidance=scales[task])) for task in pools}
     latents.save_samples(args, model, pools, samplings, filters)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    with errors.in_one_line(ValueError, OSError):
-        if args.again:
-            return repeat(args)
-        refuse_settings_of_the_other_kind(args)
-        if args.save == "latents":
-            return write_latents(args)
-        if len(args.prompts) == 1 and Path(args.prompts[0]).suffix in (".txt", ".jsonl", ".csv"):
-            prompts = [p.text for p in load_prompts(args.prompts[0], "any", None)]
-        else:
-            prompts = list(args.prompts)
-        require(
-            bool(prompts) and all(p.strip() for p in prompts),
-            "--prompts: give at least one, none of them empty",
-        )
-        scales = guidance_of(args.adapters, args.guidance)
-        check_folder(args.out)
-        model = load(args, prompts)
-    columns = [p for p in prompts for _ in range(args.images)]
-    rows = {}
-    for adapter, guidance in scales.items():
-        used = replace(args, guidance=guidance)
-        rows[adapter] = make(used, model, adapter, columns, list(range(len(columns))))
-        for n, (prompt, image) in enumerate(zip(columns, rows[adapter], strict=True)):
-            place = n % args.batch
-            write(used, image, adapter, prompt, n, place, min(args.batch, len(columns) - n + place))
-    save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
-    print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
+# ---- what is asked for -----------------------------------------------------------------------------
+
+
+def check(args: Arguments) -> None:
+    """Every argument that can be judged by itself. ValueError with its value and the flag."""
+    at_least_one(args, "images", "steps", "batch", "count")
+    at_most(args, 10_000, "images", "steps", "batch")
+    check_seed(args)
+    time_limit(args, "reward_timeout")
+    finite(args, "noise_level", *(["guidance"] if args.guidance is not None else []))
+    plain_names("--adapters", args.adapters)
+    noise = args.noise_level
+    if args.sampler != "ode" and noise <= 0:
+        raise ValueError(f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
+    if args.sampler == "cps" and noise > 1:
+        raise ValueError(f"--sampler cps needs --noise-level in (0, 1], got {noise}")
+    for kind, names in ONLY.items():
+        for name in names:
+            if kind != args.save and getattr(args, name) != getattr(Arguments(), name):
+                unread = f"--{dashed(name)} does nothing with --save {args.save}"
+                raise ValueError(f"{unread}; leave it out, or use the other --save")
+    check_folder(args.out)
+
+
+def read_prompts(args: Arguments) -> list[str]:
+    """--prompts, or what the file that they name holds."""
+    if len(args.prompts) == 1 and Path(args.prompts[0]).suffix in (".txt", ".jsonl", ".csv"):
+        return [prompt.text for prompt in load_prompts(args.prompts[0], "any", None)]
+    if not args.prompts or not all(prompt.strip() for prompt in args.prompts):
+        raise ValueError("--prompts: give at least one, none of them empty")
+    return list(args.prompts)
+
+
+def load(args: Arguments, prompts: list[str]) -> Model:
+    """The model with all adapters attached and the prompts encoded."""
+    device = find_device(args.device, "device")
+    model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
+    return model.load_with(args.adapters, prompts)
+
+
+# ---- making ----------------------------------------------------------------------------------------
+
+
+def sampling_of(args: Arguments) -> Sampling:
+    return Sampling(args.steps, args.seed, args.guidance, args.sampler, args.noise_level)
+
+
+def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
+    """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
+    images = []
+    for i in range(0, len(prompts), args.batch):
+        piece = slice(i, i + args.batch)
+        images += model.images(adapter, prompts[piece], index[piece], sampling_of(args))
+    return images
+
+
+def write(args: Arguments, image: Tensor, adapter: str, index: int, place: int) -> Path:
+    """One PNG with everything that is needed to make it again: even its place among the `args.batch` images
+    of its forward pass, since rounding depends on both."""
+    own = {name: source for name, source in args.adapters.items() if name == adapter}
+    settings = asdict(replace(args, adapters=own)) | {"adapter": adapter, "index": index, "place": place}
+    info = PngInfo()
+    info.add_text(KEY, json.dumps(settings))
+    path = Path(args.out) / f"{slug(args.prompts[0])}.{index}.{adapter}.png"
+    save_image(to_pil(image, 1), path, info)
+    return path
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+
+
+# ---- making again ----------------------------------------------------------------------------------
+
+
+def repeat(args: Arguments) -> None:
+    """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the
+    same bits."""
+    with reading(f"--again {args.again!r}"):
+        settings = read_settings(args.again)
+        adapter, index, place = settings.pop("adapter"), settings.pop("index"), settings.pop("place")
+        used = trusted(args, settings)
+        possible = 0 <= operator.index(place) < used.batch and 0 <= operator.index(index) < 2**31
+        if not possible or len(used.prompts) != 1 or adapter not in (adapters.BASE, *used.adapters):
+            raise ValueError(
+                f"no image of {used.prompts} by {adapter!r} is number {place} and {index} in all"
+            )
+    model = load(used, list(used.prompts))
+    images = make(used, model, adapter, list(used.prompts) * used.batch, [index] * used.batch)
+    print(write(used, images[place], adapter, index, place))
+
+
+def read_settings(file: str) -> dict:
+    info = Image.open(file).info
+    if KEY not in info:
+        raise ValueError("this image carries no settings of sample.py")
+    return json.loads(info[KEY])
+
+
+def trusted(args: Arguments, settings: dict) -> Arguments:
+    """The settings of a PNG, with this call's own places. A stranger may have written them: ValueError for
+    wrong ones, and for sources that are not here, unless the user trusts the PNG."""
+    own = {"out": args.out, "device": args.device, "again": "", "trust_png": False}
+    used = restore(Arguments, asdict(args) | settings | own, "sample.py")
+    check(used)
+    for source in (used.model, *used.adapters.values()):
+        print(f"{args.again} was made with {source!r}")
+        if is_hub_id(source) and not resolve(source).exists() and not args.trust_png:
+            raise ValueError(f"{source!r} is not on this machine; add --trust-png to fetch it from the Hub")
+    return used
 
 
 if __name__ == "__main__":
