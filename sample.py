@@ -25,7 +25,6 @@ from opd import adapters, errors
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
 from opd.flags import (
-    Numbers,
     Texts,
     at_least_one,
     at_most,
@@ -33,7 +32,6 @@ from opd.flags import (
     dashed,
     finite,
     plain_names,
-    time_limit,
 )
 from opd.formats import latents
 from opd.formats.deployment import KEY, guidance_of
@@ -67,12 +65,6 @@ class Arguments:
     """latents: task -> file of prompts; the adapter of the task's name samples them."""
     count: int = 256
     """latents: samples per task; prompts are repeated with other noise where a file has fewer."""
-    rewards: Texts = field(default_factory=dict)
-    """latents: task -> reward, module:function or a sum, that filters its samples; none = all are kept."""
-    at_least: Numbers = field(default_factory=dict)
-    """latents: task -> smallest reward that is kept."""
-    reward_timeout: float = 60.0
-    """latents: seconds after which a call of a reward is given up."""
     images: int = 1
     """Images per prompt."""
     steps: int = 20
@@ -103,10 +95,7 @@ class Arguments:
     """With --again: fetch the model and the adapter that the PNG names from the Hub if they are not here."""
 
 
-ONLY = {
-    "images": ("prompts", "images"),
-    "latents": ("tasks", "count", "rewards", "at_least", "reward_timeout"),
-}
+ONLY = {"images": ("prompts", "images"), "latents": ("tasks", "count")}
 """Flags that only one --save reads."""
 
 
@@ -145,14 +134,10 @@ def write_latents(args: Arguments) -> None:
     check(args)
     latents.check_samples(args)
     pools = load_tasks(args.tasks)
-    filters = latents.find_filters(args, pools)
     scales = guidance_of(args.adapters, args.guidance)
     model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
-    for task, chosen in filters.items():
-        chosen.reward.load(model.device)
-        chosen.reward.check(task, pools[task], model.pixels)
     samplings = {task: sampling_of(replace(args, guidance=scales[task])) for task in pools}
-    latents.save_samples(args, model, pools, samplings, filters)
+    latents.save_samples(args, model, pools, samplings)
 
 
 # ---- what is asked for -----------------------------------------------------------------------------
@@ -163,7 +148,6 @@ def check(args: Arguments) -> None:
     at_least_one(args, "images", "steps", "batch", "count")
     at_most(args, 10_000, "images", "steps", "batch")
     check_seed(args)
-    time_limit(args, "reward_timeout")
     finite(args, "noise_level", *(["guidance"] if args.guidance is not None else []))
     plain_names("--adapters", args.adapters)
     noise = args.noise_level

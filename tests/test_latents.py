@@ -21,8 +21,6 @@ from opd.formats.pictures import read_image, to_tensor
 from opd.model import Sampling
 from tests import tiny
 
-BRIGHT = "tests.tiny_grpo:brightness"
-
 
 @pytest.fixture(scope="module")
 def model(world):
@@ -181,20 +179,6 @@ def test_every_task_is_sampled_by_its_teacher(everything, world, model):
     assert len({tuple(latent.flatten().tolist()) for latent in latents}) == 14
 
 
-def test_a_reward_filters_by_its_threshold(everything, world, tmp_path, model, capsys):
-    _, rows, latents = everything
-    red = model.decode(latents[:7].float()).mean((1, 2, 3))
-    least = red.sort().values[4].item() - 1e-4
-    flags = ["--rewards", f"red={BRIGHT}", "--at-least", f"red={least}"]
-    kept_rows, kept = sampled(world, tmp_path / "kept", *flags)
-    good = [n for n in range(7) if red[n] >= least]
-    assert len(good) == 3
-    assert torch.equal(kept, latents[[*good, *range(7, 14)]])
-    assert [row["prompt"] for row in kept_rows] == [rows[n]["prompt"] for n in [*good, *range(7, 14)]]
-    assert [row["reward"] for row in kept_rows[:3]] == pytest.approx(red[good].tolist(), abs=1e-3)
-    assert "red: kept 3 of 7 samples\nblue: kept 7 of 7 samples" in capsys.readouterr().out
-
-
 def test_two_commands_make_an_sft_start(everything, world, tmp_path, monkeypatch):
     """The latents reach the loss as they were sampled; the student learns; distillation starts from it."""
     data, rows, latents = everything
@@ -226,9 +210,6 @@ def test_two_commands_make_an_sft_start(everything, world, tmp_path, monkeypatch
         (["--count", "0"], "--count is 0; it must be at least 1"),
         (["--tasks"], "--tasks is empty: give at least one TASK=FILE pair"),
         (["--tasks", "green=x.txt"], "task 'green' has no adapter of its name; add --adapters green=ADAPTER"),
-        (["--at-least", "red=0.5"], "tasks [] have --rewards, ['red'] have --at-least"),
-        (["--rewards", f"dog={BRIGHT}", "--at-least", "dog=1"], "must be in --tasks ['red', 'blue']"),
-        (["--rewards", f"red={BRIGHT}", "--at-least", "red=2"], "reaches --at-least red=2.0; lower it"),
         (["--images", "2"], "--images does nothing with --save latents; leave it out"),
         (["--save", "images", "--count", "7", "--tasks", "a=b"], "--tasks does nothing with --save images"),
     ],

@@ -15,7 +15,6 @@ from torch import Tensor
 from opd.data import Prompt, fair_sample, read_jsonl, require_prompt, seed_of
 from opd.files import replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
-from opd.rewards import Reward, find_reward
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 
@@ -146,16 +145,6 @@ def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
 # ---- sampling and keeping --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Filter:
-    """Which samples of a task are good enough."""
-
-    reward: Reward
-    least: float
-    timeout: float
-    """Seconds after which a call of the reward is given up."""
-
-
 def check_samples(args) -> None:
     """What sample.py is asked for with --save latents; ValueError naming flag and value."""
     if not args.tasks:
@@ -163,60 +152,25 @@ def check_samples(args) -> None:
     for task in args.tasks:
         if task not in ("base", *args.adapters):
             raise ValueError(f"task {task!r} has no adapter of its name; add --adapters {task}=ADAPTER")
-    filtered = set(args.rewards)
-    if filtered != set(args.at_least) or not filtered <= set(args.tasks):
-        tasks = f"tasks {list(args.rewards)} have --rewards, {list(args.at_least)} have --at-least"
-        raise ValueError(f"{tasks}: a filter needs both, and its task must be in --tasks {list(args.tasks)}")
     for name in ("metadata.jsonl", "latents.safetensors"):
         if (Path(args.out) / name).exists():
             raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
 
 
-def find_filters(args, pools: dict[str, list[Prompt]]) -> dict[str, Filter]:
-    """Task -> its filter, where it has one; every prompt holds the metadata that the reward needs."""
-    filters = {}
-    for task, spec in args.rewards.items():
-        reward = find_reward(spec)
-        reward.check_metadata(task, pools[task])
-        filters[task] = Filter(reward, args.at_least[task], args.reward_timeout)
-    return filters
-
-
-def save_samples(args, model, pools: dict[str, list[Prompt]], samplings: dict, filters: dict) -> None:
-    """Sample `args.count` times per task, the adapter of its name as `samplings` says, and write what its
-    filter passes: float16, half the size of float32 and finer than bfloat16. ValueError where nothing of a
-    task passes."""
+def save_samples(args, model, pools: dict[str, list[Prompt]], samplings: dict) -> None:
+    """Sample `args.count` times per task, the adapter of its name as `samplings` says, and write that in
+    float16: half the size of float32 and finer than bfloat16."""
     latents, rows = [], []
     for task, pool in pools.items():
-        cases, before = fair_sample(pool, args.count), len(rows)
+        cases = fair_sample(pool, args.count)
         for start in range(0, len(cases), args.batch):
             index, prompts = zip(*cases[start : start + args.batch], strict=True)
             texts = [prompt.text for prompt in prompts]
-            latents_BCHW = model.latents(task, texts, list(index), samplings[task])
-            found = [{"prompt": text, "task": task} for text in texts]
-            if task in filters:
-                good, found = passing(filters[task], model.decode(latents_BCHW), prompts, found)
-                latents_BCHW = latents_BCHW[good]
-            latents += latents_BCHW.cpu().half()
-            rows += found
-        print(f"{task}: kept {len(rows) - before} of {len(cases)} samples")
-        if len(rows) == before:
-            threshold = f"--at-least {task}={filters[task].least}"
-            raise ValueError(
-                f"none of the {len(cases)} samples of task {task!r} reaches {threshold}; lower it"
-            )
+            latents += model.latents(task, texts, list(index), samplings[task]).cpu().half()
+            rows += [{"prompt": text, "task": task} for text in texts]
+        print(f"{task}: {len(cases)} samples")
     write_samples(Path(args.out), torch.stack(latents), rows)
     print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
-
-
-def passing(
-    chosen: Filter, images_BCHW: Tensor, prompts: list[Prompt], rows: list[dict]
-) -> tuple[list[int], list[dict]]:
-    """(the positions that pass, their rows with the reward); a sample without a score does not pass."""
-    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-    scores_B, _, _ = chosen.reward.start(images_BCHW, texts, metadata, chosen.timeout).result()
-    good = (scores_B >= chosen.least).nonzero().flatten().tolist()
-    return good, [rows[b] | {"reward": scores_B[b].item()} for b in good]
 
 
 def write_samples(folder: Path, latents: Tensor, rows: list[dict]) -> None:
