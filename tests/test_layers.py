@@ -13,7 +13,7 @@ ROWS = """
 opd.flow opd.kernels
 opd.files opd.flags opd.ranks opd.data opd.lora opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
-opd
+opd opd.mini.presets
 opd.formats.deployment opd.optim opd.memory opd.sft opd.grpo opd.runfolder
 opd.evaluation
 opd.report

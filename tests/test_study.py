@@ -11,11 +11,12 @@ import tyro
 from opd.config import DistillationConfig
 from opd.evaluation import evaluate
 from opd.mini import world
+from opd.mini.presets import MINI_SCORERS
 from opd.mini.study import pages as study_pages
 from opd.mini.study import run as study
 from opd.mini.study import runs
 from opd.mini.study import tables as study_tables
-from opd.presets import MINI_SCORERS, PRESETS
+from opd.presets import PRESETS
 from opd.settings import parse
 
 README = study.ROOT / "README.md"

@@ -30,11 +30,12 @@ from opd.config import DistillationConfig
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, write_json
 from opd.flags import Texts, require
+from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
 from opd.mini.study import pages as study_pages
 from opd.mini.study import tables as study_tables
 from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
 from opd.mini.study.tables import RESULTS, ROOT, SCORES
-from opd.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS, PRESETS
+from opd.presets import PRESETS
 from opd.settings import parse
 
 PROMPTS = ROOT / "opd/mini/prompts"

@@ -1,0 +1,178 @@
+"""The miniature's named runs; opd/presets.py puts them beside those of real models, and says where they go.
+
+Sources that start with opd/ lie in this package (`opd.files.resolve`).
+"""
+
+from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
+
+MINI_PROMPTS = {
+    "compose": "opd/mini/prompts/compose.train.jsonl",
+    "text": "opd/mini/prompts/text.train.txt",
+    "quality": "opd/mini/prompts/quality.train.txt",
+}
+MINI_HELDOUT = {
+    "compose": "opd/mini/prompts/compose.test.jsonl",
+    "text": "opd/mini/prompts/text.test.txt",
+    "quality": "opd/mini/prompts/quality.test.txt",
+}
+QUALITY = "opd.mini.rewards:quality"
+MINI_REWARDS = {"compose": "opd.mini.rewards:compose", "text": "opd.mini.rewards:text", "quality": QUALITY}
+# GRPO is rewarded for parts of a composition; scores count whole ones.
+MINI_SCORERS = MINI_REWARDS | {"compose": "opd.mini.rewards:compose_strict"}
+
+# ---- blocks that presets share -----------------------------------------------------------------------------
+
+MINI = {"model": "opd/mini/weights/base"}
+STUDENT = {"rank": 32, "alpha": 64.0}
+TEACHERS = {
+    "compose": "opd/mini/weights/compose",
+    "text": "opd/mini/weights/text",
+    "quality": "opd/mini/weights/quality",
+}
+
+# Distillation. 3:1:1 is the paper's mix.
+MINI_OPD = {
+    **MINI,
+    **STUDENT,
+    "teachers": TEACHERS,
+    "anchor": "quality",
+    "prompts": MINI_PROMPTS,
+    "heldout": MINI_HELDOUT,
+    "rewards": MINI_SCORERS,
+    "mix": {"compose": 3},
+    "lr": 3e-3,
+    "prompts_per_step": 30,
+    "micro_batch": 30,
+    "eval_prompts": 64,
+}
+# The recipes of the papers, as opd/presets.py describes them.
+PAPER = {**MINI_OPD, "iterations": 80, "save_every": 40}
+FROM_BASE = {"cold_start": "base", "anchor_weight": 0.0}
+# Guidance folded into the student, states weighed alike, five of them per trajectory. kl weighs the states of
+# much noise, which decide the composition, hundreds of times less than the last ones, and a hundred steps are
+# too few to wait for them (opd/mini/study/RESULTS.md, "Open questions").
+EARLY = {"weight": "uniform", "queries": 5, "query_beta": (1.0, 1.5), "skip_last": True}
+FOLD = {**MINI_OPD, **EARLY, "teacher_guidance": 2.5, "save_every": 25}
+
+# GRPO. One early state is trained at a time, since early states decide the composition; groups share their
+# start, so that this state is computed once for all of a group, and rewards differ by the noise of its one
+# step. Six steps are enough to roll out.
+WALK = {"group": 8, "micro_batch": 48, "steps": 6, "window": 1, "shared_start": True}
+WATCHED = {"save_every": 50, "sample_every": 30, "watch_every": 60, "watch_prompts": 128}
+GRPO = {**WALK, **WATCHED, "beta": 0.002, "ema": 0.9}
+MINI_GRPO = {**MINI, **GRPO, "heldout": MINI_HELDOUT, "window_range": (0, 3)}
+TEACHER = {**MINI_GRPO, "rewards": MINI_SCORERS, "prompts_per_step": 12}
+MIX = {**MINI_GRPO, "prompts_per_step": 15}
+
+# Flow matching: a base from nothing, and the base on further pictures.
+PRETRAIN = {"full": True, "weight_decay": 0.01}
+WHOLE = {"prompts_per_step": 64, "micro_batch": 64}
+FINETUNE = {**MINI, **WHOLE, "warmup": 20, "save_every": 200, "sample_every": 200}
+
+# ---- the runs ----------------------------------------------------------------------------------------------
+
+MINI_PRESETS: dict[str, RunConfig] = {
+    # The recipe that does best here: folded, with an anchor that leaves the composition alone.
+    "mini": DistillationConfig(**FOLD, anchor_weight=0.02, anchor_levels={"0.6": 3.0}, iterations=100),
+    "mini-fold": DistillationConfig(**FOLD, anchor_weight=0.0, iterations=50),
+    "mini-flow-opd": DistillationConfig(**PAPER),
+    "mini-diffusion-opd": DistillationConfig(**PAPER, **FROM_BASE, rollout="ode", weight="ode_kl"),
+    "mini-dance-opd": DistillationConfig(
+        **PAPER, **FROM_BASE, rollout="ode", weight="uniform", queries=1, query_beta=(5.0, 2.0)
+    ),
+    "mini-gfd-opd": DistillationConfig(
+        **PAPER,
+        **FROM_BASE,
+        teacher_guidance=2.5,
+        extrapolate={"compose": 1.25, "text": 1.25, "quality": 1.25},
+        query_range=(0, 2),
+    ),
+    "mini-base": SFTConfig(
+        **PRETRAIN,
+        **WHOLE,
+        model="runs/mini-pipeline",
+        data="runs/mini-data/base",
+        iterations=8700,
+        lr=1e-3,
+        warmup=200,
+        ema=0.999,
+        save_every=500,
+        sample_every=500,
+    ),
+    # 64 px signs and the real OCR reward (opd/mini/signs.py).
+    "mini-ocr-base": SFTConfig(
+        **PRETRAIN,
+        model="runs/mini-signs/pipeline",
+        data="runs/mini-signs/data",
+        iterations=2000,
+        prompts_per_step=32,
+        micro_batch=32,
+        lr=1.5e-3,
+        warmup=100,
+        ema=0.99,
+        save_every=200,
+        sample_every=200,
+    ),
+    "mini-ocr": GRPOConfig(
+        **GRPO,
+        model="runs/mini-signs/base",
+        prompts={"text": "runs/mini-signs/train.txt"},
+        heldout={"text": "runs/mini-signs/test.txt"},
+        train_rewards={"text": "ocr"},
+        rewards={"text": "ocr"},
+        prompts_per_step=12,
+        window_range=(0, 2),
+        lr=4e-3,
+        iterations=100,
+    ),
+    "mini-compose": GRPOConfig(
+        **TEACHER,
+        prompts={"compose": MINI_PROMPTS["compose"]},
+        train_rewards={"compose": MINI_REWARDS["compose"]},
+        lr=1.3e-3,
+        iterations=320,
+    ),
+    "mini-text": GRPOConfig(
+        **TEACHER,
+        prompts={"text": MINI_PROMPTS["text"]},
+        train_rewards={"text": MINI_REWARDS["text"]},
+        lr=2e-3,
+        iterations=80,
+    ),
+    # The anchor's teacher sees the prompts of all tasks, so that it has something to say about each.
+    "mini-quality": GRPOConfig(
+        **TEACHER,
+        prompts=MINI_PROMPTS,
+        train_rewards={"compose": QUALITY, "text": QUALITY, "quality": QUALITY},
+        lr=2e-3,
+        iterations=80,
+    ),
+    "mini-grpo-mix": GRPOConfig(
+        **MIX,
+        prompts=MINI_PROMPTS,
+        train_rewards=MINI_REWARDS,
+        rewards=MINI_SCORERS,
+        mix={"compose": 3},
+        lr=2e-3,
+        iterations=550,
+    ),
+    # The default run's student goes on by GRPO, at a fifth of the mix's learning rate, which else undoes what
+    # is there. It sees shapes and signs a second time, for their quality.
+    "mini-student-grpo": GRPOConfig(
+        **MIX,
+        **STUDENT,
+        cold_start="runs/mini/student",
+        prompts=MINI_PROMPTS | {"shapes": MINI_PROMPTS["compose"], "signs": MINI_PROMPTS["text"]},
+        train_rewards=MINI_REWARDS | {"shapes": QUALITY, "signs": QUALITY},
+        rewards=MINI_SCORERS | {"shapes": QUALITY, "signs": QUALITY},
+        mix={"compose": 9, "text": 3},
+        lr=4e-4,
+        iterations=93,
+    ),
+    # An SFT start for "mini": python sample.py --save latents --out runs/mini-samples makes its data.
+    "mini-sft-start": SFTConfig(**FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200),
+    # The base, fine-tuned on pictures of one task.
+    "mini-sft-compose": SFTConfig(**FINETUNE, data="runs/mini-data/compose", iterations=1200, ema=0.99),
+    "mini-sft-text": SFTConfig(**FINETUNE, data="runs/mini-data/text", iterations=500, ema=0.99),
+    "mini-sft-quality": SFTConfig(**FINETUNE, data="runs/mini-data/quality", iterations=500, ema=0.99),
+}
