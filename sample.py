@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from opd import adapters, errors
+from opd.cli import restored
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
 from opd.flags import (
@@ -38,7 +39,6 @@ from opd.formats.deployment import KEY, guidance_of
 from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.model import Model, Sampling, find_device
 from opd.presets import DEFAULT
-from opd.settings import restore
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def trusted(args: Arguments, settings: dict) -> Arguments:
     """The settings of a PNG, with this call's own places. A stranger may have written them: ValueError for
     wrong ones, and for sources that are not here, unless the user trusts the PNG."""
     own = {"out": args.out, "device": args.device, "again": "", "trust_png": False}
-    used = restore(Arguments, asdict(args) | settings | own, "sample.py")
+    used = restored(Arguments, asdict(args) | settings | own, "sample.py")
     check(used)
     for source in (used.model, *used.adapters.values()):
         print(f"{args.again} was made with {source!r}")

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import adapters, compiled, errors, flow, identity, ranks, routing, signals
+from opd.cli import describe, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import distance_metrics, name_non_finite, reward_metrics, summed
@@ -44,7 +45,6 @@ from opd.report.card import check_login
 from opd.report.report import Report, say_phases
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
-from opd.settings import describe, parse, starting_point
 from opd.setup import Data, set_up
 from opd.sft import SFT
 from opd.teachers import RewardRouter, ask, load_teachers, mean_velocity, route_of, teacher_queries

@@ -1,45 +1,288 @@
-"""The settings of a training run: a flat, frozen dataclass per stage, its checks beside its fields.
+"""The settings of a training run: a flat, frozen dataclass per stage, with bounds at its fields.
 
-    Logistics --- Run --- SFTConfig                  stage sft: flow matching on images
-                   |
-    Scores ---- Rollout --- DistillationConfig                  stage opd: distillation from teachers
-                       \\--- GRPOConfig                    stage grpo: reinforcement learning from rewards
+    Logistics --- RunConfig --- SFTConfig                 stage sft: flow matching on images
+                      |
+    Scores -------- Rollout --- DistillationConfig        stage opd: distillation from teachers
+                         \\----- GRPOConfig                stage grpo: reinforcement learning from rewards
 
-What they share is in opd/config_base.py, the values of named runs in opd/presets.py. Nothing is read here: a
-file or an adapter is only a name.
+The values of named runs are in opd/presets.py. Nothing is read here: a file or an adapter is only a name.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from opd import flow, routing
-from opd.config_base import ADAPTERS, METRICS, Logistics, Rollout, RunConfig, Scores, Weights
-from opd.flags import Numbers, Texts, at_least_one, below_one, finite, not_negative, positive, require
+from opd.cli import (
+    BelowOne,
+    Count,
+    Few,
+    Finite,
+    Given,
+    Interval,
+    NotNegative,
+    Numbers,
+    Positive,
+    Range,
+    Seconds,
+    Seed,
+    Shares,
+    Texts,
+    check_bounds,
+    known_names,
+    pixels_of,
+    plain_names,
+)
+from opd.files import require_path
 
-ESTIMATORS = ("pathwise", "pg", "pg_state", "pg_live")  # the functions of opd/estimators.py
+# A new row of these tables is a new choice of the flag.
+Rollouts = Literal[tuple(flow.TRANSITIONS)]
+Weights = Literal[tuple(flow.WEIGHTS)]
+Estimators = Literal["pathwise", "pg", "pg_state", "pg_live"]  # the functions of opd/estimators.py
 
-__all__ = [
-    "STAGES",
-    "DistillationConfig",
-    "SFTConfig",
-    "GRPOConfig",
-    "Logistics",
-    "Rollout",
-    "RunConfig",
-    "Scores",
-]
+# No names for a teacher: what train.py logs beside the teachers', and the adapters that it makes itself.
+METRICS = "step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs seconds"
+METRICS = [*METRICS.split(), "watch", "reward", "reward_std", "groups", "failed_rewards"]
+ADAPTERS = ("student", "start")
+
+
+# ---- what stages share -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Logistics:
+    """How a run is computed, saved and logged. These settings may change when it resumes."""
+
+    out: Annotated[str, Given("the run folder")] = ""
+    """Run folder. The same command again resumes it."""
+    iterations: Count = 60
+    """Optimizer steps; stage grpo: rollouts."""
+    micro_batch: Count = 48
+    """Samples per forward pass on one rank."""
+    checkpointing: bool = False
+    """Recompute activations in backward: less memory, one more forward."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps."""
+    shard_size: Count = 1
+    """Ranks that share one copy of the weights: 1 = replicate, all ranks = shard fully, between = hybrid. A
+    trained adapter is whole on every rank."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, on a GPU slower ones; an operation without one ends
+    the run with its name. On a CPU runs are the same bits without it."""
+    save_every: Annotated[int, Range(1, 10**9)] = 20
+    """Steps between checkpoints; the last step always saves."""
+    keep_last: Interval = 0
+    """Checkpoints that are kept in checkpoints/, the latest ones; 0 = all."""
+    force_resume: bool = False
+    """Resume although settings, or files that the run reads, have changed since it began."""
+    sample_every: Interval = 20
+    """Steps between sample grids; 0 = none."""
+    eval_steps: Few = 10
+    """ODE steps of sample grids and evaluation."""
+    deploy_guidance: Annotated[float, Finite] = 0.0
+    """Guidance that the student is to be sampled with: of its sample grids and scores, and written into its
+    folder, where sample.py and opd.evaluation find it. 0 = --guidance."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+    push: str = ""
+    """Hub repository OWNER/NAME that gets the student's folder when the run ends; private if it is new."""
+    gpu_memory: Annotated[float, NotNegative] = 0.0
+    """GiB of a GPU: a run that is predicted not to fit is refused before weights load. 0 = do not ask."""
+    dry_run: bool = False
+    """Print the resolved configuration and the predicted memory, and stop."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scoring of prompts, trained on and held out. These settings may change when a run resumes."""
+
+    evaluate: bool = True
+    """Score base, teachers, start and student on every task when training ends."""
+    rewards: Texts = field(default_factory=dict)
+    """Task -> its scorers for evaluation, `module:function`, commas between; the first makes the mean."""
+    heldout: Texts = field(default_factory=dict)
+    """Task -> prompts never trained on."""
+    eval_prompts: Count = 256
+    """Prompts per task and split in evaluation, repeated with other noise where a file has fewer."""
+    watch_every: Interval = 0
+    """Steps between scores of the student on held-out prompts of every task, in the log; 0 = never."""
+    watch_prompts: Count = 64
+    """Prompts per task in those."""
+    reward_timeout: Seconds = 60.0
+    """Seconds after which a reward is given up, retried, and its group dropped."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Logistics):
+    """What every stage has: the model, the LoRA that is trained, the optimizer."""
+
+    stage = ""  # its name, in config.json and messages
+    full = False  # a setting of the stages that can train all weights, and of no other
+
+    model: Annotated[str, Given("a pipeline directory or a Hub id owner/name")] = ""
+    """Pipeline directory or Hub id of the base."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. In
+    float16 a mean over the dimensions of a real latent makes gradients underflow to 0, so it is no choice.
+    LoRA masters, states and losses are float32, schedules float64, anyway."""
+    t5: bool = True
+    """Use the pipeline's T5 encoder where it has one."""
+    resolution: str = ""
+    """Pixels per side, or HEIGHTxWIDTH; none = what the model was made for."""
+    rank: Few = 16
+    """Rank of the LoRA that is trained."""
+    alpha: Annotated[float, Positive] = 32.0
+    """Its alpha; the update is scaled by alpha / rank."""
+    cold_start: Annotated[str, Given("base, merge or an adapter")] = "base"
+    """Where training starts: base (a fresh LoRA), merge (several adapters merged), or an adapter to load."""
+    merge: Literal["svd", "naive"] = "svd"
+    """How --cold-start merge makes one adapter of several: opd/formats/merging.py has the formulas."""
+    merge_from: Texts = field(default_factory=dict)
+    """Name -> adapter to merge; none, in stage opd, = the teachers, but for one that only anchors."""
+    prompts_per_step: Count = 48
+    """Prompts per optimizer step, over all ranks (stage grpo: per rollout; stage sft: images)."""
+    guidance: Annotated[float, Finite] = 1.0
+    """Guidance of the student in rollout and loss."""
+    lr: Annotated[float, Positive] = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup: Interval = 5
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "cosine"
+    """What the learning rate does after warm-up (cosine: down to zero)."""
+    weight_decay: Annotated[float, NotNegative] = 1e-4
+    """AdamW's weight decay."""
+    clip: Annotated[float, Positive] = 1.0
+    """Largest gradient norm."""
+    ema: Annotated[float, BelowOne] = 0.0
+    """Decay of a moving average of the weights, min(ema, (1+n)/(10+n)): what is saved and scored. 0 = off."""
+    ema_every: Count = 1
+    """Optimizer steps between its moves."""
+    seed: Seed = 0
+    """All randomness is a function of this, the step and the sample."""
+
+    def check(self, world: int) -> None:
+        """ValueError, naming flag and value, unless the settings suit each other and the `world` ranks."""
+        check_bounds(self)
+        require_path(self.out)
+        if self.resolution != "":
+            pixels_of(self.resolution)
+        if world % self.shard_size != 0:
+            choice = [n for n in range(1, world + 1) if world % n == 0]
+            size = f"--shard-size {self.shard_size}"
+            raise ValueError(f"{size} does not divide the {world} ranks; choose one of {choice}")
+        if self.push != "" and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ValueError(f"--push {self.push!r}: write a Hub repository as OWNER/NAME")
+        self.check_start()
+
+    def check_start(self) -> None:
+        if self.full and self.cold_start != "base":
+            raise ValueError(f"--full trains the base; --cold-start {self.cold_start!r} cannot apply")
+        if self.cold_start == "merge":
+            if not self.merged():
+                way_out = "add --merge-from NAME=ADAPTER ..."
+                raise ValueError(f"--cold-start merge has nothing to merge; {way_out}")
+            return
+        if self.merge != "svd":
+            raise ValueError(f"--merge {self.merge} is for --cold-start merge alone; leave it out")
+        if self.merge_from:
+            raise ValueError(f"--merge-from {self.merge_from} is for --cold-start merge alone; leave it out")
+
+    def samples_per_step(self) -> int:
+        """Trajectories, or images, of one step over all ranks."""
+        return self.prompts_per_step
+
+    def states_per_sample(self) -> int:
+        """States of a trajectory that a step trains on; an image is noised once."""
+        return 1
+
+    def deployed_guidance(self) -> float:
+        """The guidance that the student is to be sampled with."""
+        if self.deploy_guidance == 0:
+            return self.guidance
+        return self.deploy_guidance
+
+    def merged(self) -> dict[str, str]:
+        """Name -> source of what --cold-start merge merges."""
+        return self.merge_from
+
+
+@dataclass(frozen=True)
+class Rollout(RunConfig, Scores):
+    """What the stages that sample from prompts have."""
+
+    prompts: Annotated[Texts, Given("at least one TASK=FILE pair")] = field(default_factory=dict)
+    """Task -> prompt file (.txt, .jsonl, .csv)."""
+    mix: Annotated[Shares, Range(1, 10_000)] = field(default_factory=dict)
+    """Task -> its share of the prompts, in whole numbers; a task not named has share 1."""
+    alternate: bool = False
+    """One task per step, the steps taking turns in the ratio of --mix, instead of all tasks in every step."""
+    group: Few = 1
+    """Trajectories per prompt."""
+    steps: Few = 10
+    """Denoising steps T of a rollout."""
+    rollout: Rollouts = "sde"
+    """How the student walks from state to state."""
+    noise_level: Annotated[float, NotNegative] = 0.7
+    """a: how much noise an SDE or CPS step adds, and what the kl weights assume."""
+    skip_last: bool = False
+    """Do not train on the last state, whose SDE likelihood is sharpest."""
+
+    def check(self, world: int) -> None:
+        super().check(world)
+        self.check_tasks()
+        if self.rollout == "cps" and self.noise_level > 1:
+            raise ValueError(f"--rollout cps needs --noise-level in (0, 1], got {self.noise_level}")
+        if self.states() < 1:
+            none_left = f"--steps {self.steps} with --skip-last leaves no state to train on"
+            raise ValueError(f"{none_left}; use --steps 2 or more")
+
+    def check_tasks(self) -> None:
+        plain_names("--prompts", self.prompts)
+        plain_names("--heldout", self.heldout)
+        known_names("--mix", self.mix, "tasks of --prompts", self.prompts)
+        if self.watch_every > 0 and not self.heldout:
+            wanted = "scores held-out prompts; give --heldout TASK=FILE"
+            raise ValueError(f"--watch-every {self.watch_every} {wanted}")
+        scored = []
+        if self.evaluate:
+            scored += [*self.prompts, *self.heldout]
+        if self.watch_every > 0:
+            scored += self.heldout
+        for task in scored:
+            if task not in self.rewards:
+                way_out = f"add --rewards {task}=module:function or --no-evaluate"
+                raise ValueError(f"task {task!r} has no scorer; {way_out}")
+
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.group
+
+    def states(self) -> int:
+        """How many states of a trajectory can be trained on."""
+        return self.steps - self.skip_last
+
+    def states_per_sample(self) -> int:
+        return self.states()
+
+    def share(self) -> dict[str, int]:
+        """Task -> its share of the prompts."""
+        return dict.fromkeys(self.prompts, 1) | self.mix
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DistillationConfig(Rollout):
     """Stage opd: on-policy distillation from teachers."""
 
-    cold_start: str = "merge"
+    stage = "opd"
+
+    cold_start: Annotated[str, Given("base, merge or an adapter")] = "merge"
     """Where training starts: base (a fresh LoRA), merge (the teachers merged) or an adapter to load."""
-    teachers: Texts = field(default_factory=dict)
+    teachers: Annotated[Texts, Given("at least one NAME=ADAPTER pair")] = field(default_factory=dict)
     """Teacher -> its source: an adapter, a fine-tuned transformer or a whole pipeline (directory, file or Hub
     id[:subfolder]), base (the base itself) or ema (the moving average of the student)."""
     routes: Texts = field(default_factory=dict)
@@ -50,174 +293,149 @@ class DistillationConfig(Rollout):
     finished image, each reward in units of its spread over the step."""
     anchor: str = ""
     """The teacher that anchors every sample (MAR): a name from --teachers, or base."""
-    anchor_weight: float = 0.02
+    anchor_weight: Annotated[float, NotNegative] = 0.02
     """lambda of eq. 16; 0 (and no --anchor-levels) = no anchor, and no forward pass for it."""
-    anchor_levels: Numbers = field(default_factory=dict)
+    anchor_levels: Annotated[Numbers, NotNegative] = field(default_factory=dict)
     """Noise level -> lambda from that level down, above the first of them --anchor-weight: 0.6=2 anchors late
     states, which decide texture, more than early ones, which decide composition."""
     weight: Weights = "kl"
     """Weight of the squared velocity difference at each state."""
-    queries: int = 0
+    queries: Annotated[int, Range(0, 10_000)] = 0
     """States that are trained on: 0 = all of them; K = that many, drawn per step from Beta(query_beta)."""
-    query_beta: tuple[float, float] = (5.0, 2.0)
+    query_beta: Annotated[tuple[float, float], Positive] = (5.0, 2.0)
     """Density of drawn queries over these states; 0 is their start (noise), 1 their end (data)."""
     query_range: tuple[int, int] = (0, 0)
     """The states that may be trained on: first, and one past the last; 0 0 = all. A trajectory ends after the
     last state that is trained on."""
     walker: Literal["student", "teacher"] = "student"
     """Whose velocity a trajectory follows: the student's or, off-policy, that of its sample's teachers."""
-    estimator: Literal[ESTIMATORS] = "pathwise"
+    estimator: Estimators = "pathwise"
     """How a gradient comes from the distance to the teachers: opd/estimators.py."""
-    teacher_guidance: float = 1.0
+    teacher_guidance: Annotated[float, Finite] = 1.0
     """Guidance of teachers and anchor. Higher than --guidance: the student absorbs the difference."""
-    teacher_guidances: Numbers = field(default_factory=dict)
+    teacher_guidances: Annotated[Numbers, Finite] = field(default_factory=dict)
     """Teacher -> a guidance of its own, in place of --teacher-guidance."""
     teacher_devices: Texts = field(default_factory=dict)
     """Teacher with a transformer of its own -> where it is: a device such as cuda:1, or offload (it stays on
     the CPU, and comes to the device one layer at a time)."""
-    extrapolate: Numbers = field(default_factory=dict)
+    extrapolate: Annotated[Numbers, Range(1.0, 1000.0)] = field(default_factory=dict)
     """Teacher -> l >= 1: its target lies past it, v_T + (l - 1) (v_T - v_ref)."""
     train_rewards: Texts = field(default_factory=dict)
     """Task -> reward, as in stage grpo; for --routing reward."""
 
     def check(self, world: int) -> None:
         super().check(world)
-        finite(self, "teacher_guidance")
-        not_negative(self, "anchor_weight", "queries")
-        self.check_walk()
         self.check_names()
         self.check_own_settings(world)
-        self.check_start()
         self.check_routes()
         self.check_anchor()
-        self.check_extrapolation()
-        self.check_likelihood()
-        self.check_rewards()
-
-    def states_per_sample(self) -> int:
-        return self.queries or self.states()
-
-    def check_walk(self) -> None:
-        for number in self.query_beta:
-            inside = 0 < number < math.inf
-            require(inside, f"--query-beta {self.query_beta}: both numbers must be positive and finite")
-        low, high = self.query_range
-        inside = (low, high) == (0, 0) or 0 <= low < high <= self.states()
-        span = f"the {self.states()} states of a trajectory (--steps, --skip-last)"
-        require(inside, f"--query-range {low} {high} does not lie within {span}")
-        count = len(self.queryable())
-        wanted = f"--queries {self.queries} exceeds the {count} states that may be trained on"
-        require(self.queries <= count, f"{wanted}; lower it, raise --steps or widen --query-range")
-        self.check_weight()
-        if self.noise_level == 0 and self.rollout != "ode":
-            silent = "with --noise-level 0 adds no noise"
-            raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
-        own = self.estimator == "pathwise" and not self.judged()
-        reason = "--estimator and --routing reward judge the student's own steps"
-        require(own or self.walker == "student", f"{reason}; leave out --walker {self.walker}")
-
-    def check_weight(self) -> None:
-        """A weight that divides by the noise of a step needs some; which steps have it depends on no grid."""
-        grid = [1 - i / self.steps for i in range(self.steps + 1)]
-        every = flow.state_weights(self.weight, grid, self.rollout, self.noise_level)
-        finite_everywhere = all(math.isfinite(every[state]) for state in self.queryable())
-        if not finite_everywhere and self.noise_level == 0:
-            way_out = "with --noise-level 0 use --weight ode_kl or uniform"
-            raise ValueError(f"--weight {self.weight} divides by the SDE's noise; {way_out}")
-        reason = f"the last {self.rollout} step has no noise, so its weight is infinite; add --skip-last"
-        require(finite_everywhere, f"--rollout {self.rollout} with --weight {self.weight}: {reason}")
+        self.check_states()
+        self.check_noise()
 
     def check_names(self) -> None:
-        require(len(self.teachers) > 0, "--teachers is empty: give at least one NAME=ADAPTER pair")
         layers = torch.nn.ModuleDict()  # stores adapters under their names, beside its own attributes
         for name, source in self.teachers.items():
             flag = f"--teachers: the name {name!r}"
-            plain = name != "" and not set(name) & set(".*+")
-            require(plain, f"{flag} is empty or has a dot, * or +; choose another")
-            taken = name in METRICS or name in ADAPTERS or hasattr(layers, name)
-            require(not taken, f"{flag} is taken; choose another")
-            if name in ("base", "ema"):
-                require(source == name, f"{flag} is for the source {name!r}; choose another")
-            average = "--ema 0 keeps no moving average to learn from; give one, such as --ema 0.99"
-            require(source != "ema" or self.ema > 0, f"--teachers {name}=ema: {average}")
+            if name == "" or set(name) & set(".*+"):
+                raise ValueError(f"{flag} is empty or has a dot, * or +; choose another")
+            if name in METRICS or name in ADAPTERS or hasattr(layers, name):
+                raise ValueError(f"{flag} is taken; choose another")
+            if name in ("base", "ema") and source != name:
+                raise ValueError(f"{flag} is for the source {name!r}; choose another")
+            if source == "ema" and self.ema == 0:
+                way_out = "--ema 0 keeps no moving average to learn from; give one, such as --ema 0.99"
+                raise ValueError(f"--teachers {name}=ema: {way_out}")
 
     def check_own_settings(self, world: int) -> None:
         """What single teachers are given."""
         known = [*self.teachers, "base"]
-        for name, scale in self.teacher_guidances.items():
-            require(name in known, f"--teacher-guidances names {name!r}, which is no teacher; known: {known}")
-            require(math.isfinite(scale), f"--teacher-guidances {name}={scale}: it must be finite")
+        known_names("--teacher-guidances", self.teacher_guidances, "teachers", known)
+        known_names("--extrapolate", self.extrapolate, "teachers", known)
+        for name, factor in self.extrapolate.items():
+            if self.adapter_of(name) == "base":
+                flag = f"--extrapolate {name}={factor}"
+                raise ValueError(f"{flag}: a target leads away from the base, which cannot lead from itself")
+        own = [name for name, source in self.teachers.items() if source not in ("base", "ema")]
+        known_names("--teacher-devices", self.teacher_devices, "teachers with weights of their own", own)
         for name, place in self.teacher_devices.items():
             flag = f"--teacher-devices {name}={place}"
-            own = [name for name, source in self.teachers.items() if source not in ("base", "ema")]
-            require(name in own, f"{flag}: no teacher with weights of its own; known: {own}")
-            everywhere = f"{flag} would be the place of all {world} ranks' teachers"
-            require(world == 1 or place == "offload", f"{everywhere}; use offload or --shard-size {world}")
-            sharded = f"{flag} and --shard-size {self.shard_size} both spread a teacher out; use one of them"
-            require(self.shard_size == 1 or place != "offload", sharded)
+            if world > 1 and place != "offload":
+                way_out = f"use offload or --shard-size {world}"
+                raise ValueError(f"{flag} would be the place of all {world} ranks' teachers; {way_out}")
+            if self.shard_size > 1 and place == "offload":
+                both = f"{flag} and --shard-size {self.shard_size}"
+                raise ValueError(f"{both} both spread a teacher out; use one of them")
 
     def check_routes(self) -> None:
-        known = [*self.teachers, "base"]
-        for task in self.prompts:
+        known, tasks = [*self.teachers, "base"], list(self.prompts)
+        for task in tasks:
             for teacher in routing.shares(self.route(task), f"--routes {task}"):
-                way_out = f"add it to --teachers or map it with --routes {task}=NAME"
-                lost = f"task {task!r} is routed to {teacher!r}, which is not among the teachers {known}"
-                require(teacher in known, f"{lost}; {way_out}")
-        tasks = list(self.prompts)
-        for task in self.routes:
-            require(task in tasks, f"--routes names task {task!r}, which has no --prompts; known: {tasks}")
+                if teacher not in known:
+                    lost = f"task {task!r} is routed to {teacher!r}, which is not among the teachers {known}"
+                    raise ValueError(f"{lost}; add it to --teachers or map it with --routes {task}=NAME")
+        known_names("--routes", self.routes, "tasks of --prompts", tasks)
+        known_names("--train-rewards", self.train_rewards, "tasks of --prompts", tasks)
+        for task in tasks:
+            if self.judged() and task not in self.train_rewards:
+                way_out = f"add --train-rewards {task}=module:function"
+                raise ValueError(f"--routing {self.routing}: task {task!r} has no reward; {way_out}")
 
     def check_anchor(self) -> None:
         for level, weight in self.anchor_levels.items():
-            flag = f"--anchor-levels {level}={weight}"
             try:
                 inside = 0 < float(level) <= 1
             except ValueError:
                 inside = False
-            require(inside, f"{flag}: a noise level lies in (0, 1]")
-            require(0 <= weight < math.inf, f"{flag}: a weight must not be negative, and finite")
-        if self.anchored():
-            known = [*self.teachers, "base"]
-            way_out = "name one of them, or have none: --anchor-weight 0 --anchor-levels"
-            lost = f"--anchor {self.anchor!r} is not among the teachers {known}"
-            require(self.anchor in known, f"{lost}; {way_out}")
-
-    def check_extrapolation(self) -> None:
+            if not inside:
+                raise ValueError(f"--anchor-levels {level}={weight}: a noise level lies in (0, 1]")
         known = [*self.teachers, "base"]
-        for name, factor in self.extrapolate.items():
-            flag = f"--extrapolate {name}={factor}"
-            require(name in known, f"{flag}: no such teacher; known: {known}")
-            require(
-                1 <= factor < math.inf, f"{flag}: below 1 it would stay behind the teacher; use 1 or more"
-            )
-            require(self.adapter_of(name) != "base", f"{flag}: the base has nothing to lead away from")
+        if self.anchored() and self.anchor not in known:
+            way_out = "name one of them, or have none: --anchor-weight 0 --anchor-levels"
+            raise ValueError(f"--anchor {self.anchor!r} is not among the teachers {known}; {way_out}")
 
-    def check_likelihood(self) -> None:
-        """What takes the likelihood of a step needs noise in every step that is trained on."""
-        noisy = self.rollout != "ode" and self.noise_level > 0
-        last = self.rollout == "cps" and self.steps - 1 in self.queryable()
-        way_out = "use --rollout sde, or cps with --skip-last"
-        got = f"got --rollout {self.rollout} --noise-level {self.noise_level}"
-        if self.estimator != "pathwise":
-            flag = f"--estimator {self.estimator}"
-            require(noisy and not last, f"{flag} takes the likelihood of noisy steps: {got}; {way_out}")
+    def check_states(self) -> None:
+        low, high = self.query_range
+        if (low, high) != (0, 0) and not 0 <= low < high <= self.states():
+            span = f"the {self.states()} states of a trajectory (--steps, --skip-last)"
+            raise ValueError(f"--query-range {low} {high} does not lie within {span}")
+        count = len(self.queryable())
+        if self.queries > count:
+            wanted = f"--queries {self.queries} exceeds the {count} states that may be trained on"
+            raise ValueError(f"{wanted}; lower it, raise --steps or widen --query-range")
 
-    def check_rewards(self) -> None:
-        for task in self.train_rewards:
-            lost = f"--train-rewards names task {task!r}, which has no --prompts"
-            require(task in self.prompts, f"{lost}; known: {list(self.prompts)}")
-        if self.judged():
-            for task in self.prompts:
-                flag = f"--train-rewards {task}=module:function"
-                require(
-                    task in self.train_rewards, f"--routing reward: task {task!r} has no reward; add {flag}"
-                )
+    def check_noise(self) -> None:
+        """Some weights divide by the noise of a step, and some gradients need its likelihood."""
+        # Which steps have noise depends on no grid.
+        grid = [1 - i / self.steps for i in range(self.steps + 1)]
+        every = flow.state_weights(self.weight, grid, self.rollout, self.noise_level)
+        finite = all(math.isfinite(every[state]) for state in self.queryable())
+        if not finite and self.noise_level == 0:
+            way_out = "with --noise-level 0 use --weight ode_kl or uniform"
+            raise ValueError(f"--weight {self.weight} divides by the SDE's noise; {way_out}")
+        if not finite:
+            reason = f"the last {self.rollout} step has no noise, so its weight is infinite"
+            both = f"--rollout {self.rollout} with --weight {self.weight}"
+            raise ValueError(f"{both}: {reason}; add --skip-last")
+        if self.noise_level == 0 and self.rollout != "ode":
+            silent = "with --noise-level 0 adds no noise"
+            raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
+        last_is_silent = self.rollout == "cps" and self.steps - 1 in self.queryable()
+        if self.estimator != "pathwise" and (self.rollout == "ode" or last_is_silent):
+            need = f"--estimator {self.estimator} takes the likelihood of noisy steps"
+            got = f"got --rollout {self.rollout} --noise-level {self.noise_level}"
+            raise ValueError(f"{need}: {got}; use --rollout sde, or cps with --skip-last")
+        if self.walker == "teacher" and (self.estimator != "pathwise" or self.judged()):
+            reason = "--estimator and --routing reward judge the student's own steps"
+            raise ValueError(f"{reason}; leave out --walker {self.walker}")
 
     def queryable(self) -> range:
         """The states that may be trained on."""
         if self.query_range == (0, 0):
             return range(self.states())
         return range(*self.query_range)
+
+    def states_per_sample(self) -> int:
+        return self.queries or self.states()
 
     def merged(self) -> dict[str, str]:
         if self.merge_from:
@@ -276,24 +494,26 @@ class DistillationConfig(Rollout):
 class GRPOConfig(Rollout):
     """Stage grpo: a teacher grown from rewards by Flow-GRPO."""
 
-    group: int = 8
+    stage = "grpo"
+
+    group: Few = 8
     """Trajectories per prompt; they are compared with each other, so at least 2."""
     full: bool = False
     """Train all weights of the transformer instead of a LoRA."""
     train_rewards: Texts = field(default_factory=dict)
     """Task -> reward: module:function, a name from opd/rewards, or a sum like 0.7*a:b+0.3*c:d."""
-    beta: float = 0.04
+    beta: Annotated[float, NotNegative] = 0.04
     """Weight of the KL to the base (adapter off); 0 = no KL, and no forward pass for it. The KL is eq. 12;
     Flow-GRPO's code leaves the step size D out of its variance, so its beta weighs D times what the same
     number weighs here."""
-    clip_range: float = 1e-4
+    clip_range: Annotated[float, Positive] = 1e-4
     """c: how far the ratio may leave 1 before it stops to count."""
     guard: bool = False
     """GRPO-Guard: centre the log-ratio and scale it with the step's noise, so that one (smaller) clip range
     fits all states."""
     advantage_std: Literal["global", "group"] = "global"
     """Advantages are divided by the std of all rewards of the task in this step, or of the group."""
-    window: int = 0
+    window: Annotated[int, Range(0, 10_000)] = 0
     """Train on so many consecutive states, drawn per step: noise there, ODE elsewhere. 0 = noise
     everywhere."""
     window_range: tuple[int, int] = (0, 5)
@@ -301,23 +521,16 @@ class GRPOConfig(Rollout):
     shared_start: bool = False
     """Start the trajectories of a group from the same noise (DanceGRPO): their rewards then differ by the
     SDE's steps alone, and up to the first of these one forward pass serves the group."""
-    updates: int = 1
+    updates: Count = 1
     """Optimizer steps per rollout: the prompts are cut into so many parts."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the rollout."""
 
     def check(self, world: int) -> None:
         super().check(world)
-        self.check_start()
-        at_least_one(self, "updates", "epochs")
-        positive(self, "clip_range")
-        not_negative(self, "beta", "window")
-        alone = f"--group {self.group}: an advantage compares the images of one prompt, alone it is always 0"
-        require(self.group >= 2, f"{alone}; use --group 2 or more")
-        stochastic = "use --rollout sde or cps and a noise above 0"
-        likely = self.rollout != "ode" and self.noise_level > 0
-        got = f"--rollout {self.rollout} --noise-level {self.noise_level}"
-        require(likely, f"stage grpo needs the likelihood of a noisy step: {got}; {stochastic}")
+        if self.group < 2:
+            alone = "an advantage compares the images of one prompt, alone it is always 0"
+            raise ValueError(f"--group {self.group}: {alone}; use --group 2 or more")
         if self.full and self.beta > 0:
             reason = "the reference is the base with the adapter off, and --full changes the base"
             raise ValueError(f"--beta {self.beta} with --full: {reason}; use --beta 0 or a LoRA")
@@ -326,10 +539,26 @@ class GRPOConfig(Rollout):
         if self.prompts_per_step % self.updates != 0:
             whole = f"--prompts-per-step {self.prompts_per_step}; every update takes whole groups"
             raise ValueError(f"--updates {self.updates} does not divide {whole}")
-        self.check_window()
         for task in self.prompts:
-            flag = f"--train-rewards {task}=module:function"
-            require(task in self.train_rewards, f"task {task!r} has no reward to train on; add {flag}")
+            if task not in self.train_rewards:
+                way_out = f"add --train-rewards {task}=module:function"
+                raise ValueError(f"task {task!r} has no reward to train on; {way_out}")
+        self.check_noise()
+
+    def check_noise(self) -> None:
+        """Every state that is trained on needs a noisy step, whose likelihood the ratio is of."""
+        if self.rollout == "ode" or self.noise_level == 0:
+            got = f"--rollout {self.rollout} --noise-level {self.noise_level}"
+            way_out = "use --rollout sde or cps and a noise above 0"
+            raise ValueError(f"stage grpo needs the likelihood of a noisy step: {got}; {way_out}")
+        low, high = self.window_range
+        if self.window > 0 and not (0 <= low and low + self.window <= high <= self.states()):
+            span = f"--window-range {low} {high} of the {self.states()} states (--steps, --skip-last)"
+            raise ValueError(f"--window {self.window} does not fit into {span}")
+        last_is_trained = not self.skip_last and (self.window == 0 or high == self.steps)
+        if self.rollout == "cps" and last_is_trained:
+            reason = "the last CPS step has no noise, hence no likelihood"
+            raise ValueError(f"--rollout cps: {reason}; add --skip-last or end --window-range before it")
 
     def training_rewards(self) -> dict[str, str]:
         """Task -> reward that training asks."""
@@ -338,34 +567,19 @@ class GRPOConfig(Rollout):
     def states_per_sample(self) -> int:
         return self.window or self.states()
 
-    def check_window(self) -> None:
-        low, high = self.window_range
-        inside = 0 <= low and low + self.window <= high <= self.states()
-        span = f"--window-range {low} {high} of the {self.states()} states (--steps, --skip-last)"
-        require(self.window == 0 or inside, f"--window {self.window} does not fit into {span}")
-        last_is_trained = not self.skip_last and (self.window == 0 or high == self.steps)
-        if self.rollout == "cps" and last_is_trained:
-            reason = "the last CPS step has no noise, hence no likelihood"
-            raise ValueError(f"--rollout cps: {reason}; add --skip-last or end --window-range before it")
-
 
 @dataclass(frozen=True)
 class SFTConfig(RunConfig):
     """Stage sft: flow matching on images with captions."""
 
+    stage = "sft"
+
     full: bool = False
     """Train all weights of the transformer instead of a LoRA."""
-    data: str = ""
+    data: Annotated[str, Given("a directory with metadata.jsonl and images or latents")] = ""
     """Directory with metadata.jsonl and images, or with metadata.jsonl and latents.safetensors."""
-    caption_dropout: float = 0.1
+    caption_dropout: Annotated[float, BelowOne] = 0.1
     """Share of captions replaced by "", so that guidance has something to push away from."""
 
-    def check(self, world: int) -> None:
-        super().check(world)
-        self.check_start()
-        below_one(self, "caption_dropout")
-        wanted = "a directory with metadata.jsonl and images or latents"
-        require(self.data != "", f"--data is empty: name {wanted}")
 
-
-STAGES = {"opd": DistillationConfig, "grpo": GRPOConfig, "sft": SFTConfig}
+STAGES = {kind.stage: kind for kind in (DistillationConfig, GRPOConfig, SFTConfig)}

@@ -29,13 +29,13 @@ from torch.distributed.checkpoint import (
 )
 
 from opd import ranks
-from opd.config import Logistics, RunConfig, Scores
+from opd.cli import field_names, read_config, to_json
+from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
 from opd.flags import require
 from opd.identity import PATHS
 from opd.optim import Trained, due
 from opd.ranks import say
-from opd.settings import field_names, read_config, stage_of, to_json
 
 FREE = field_names(Logistics) | field_names(Scores)  # may change when a run resumes
 CONTENTS, STATE = "contents.json", "state"
@@ -102,11 +102,11 @@ def check_same_run(cfg: RunConfig, path: Path) -> None:
         return
     way_out = "choose another --out, or delete that folder"
     try:
-        old = read_config(path / "config.json")
+        old = read_config(path / "config.json", STAGES)
     except ValueError as error:
         raise ValueError(f"{error}; {way_out}") from error
     if type(old) is not type(cfg):
-        stages = f"stage {stage_of(old)}, and this is stage {stage_of(cfg)}"
+        stages = f"stage {old.stage}, and this is stage {cfg.stage}"
         raise ValueError(f"{path} holds a run of {stages}; {way_out}")
     free = set(FREE)
     if (path / CONTENTS).is_file():

@@ -15,9 +15,9 @@ from safetensors import safe_open
 import sample
 import train
 from opd import ranks
+from opd.cli import to_json
 from opd.evaluation import evaluate
 from opd.formats.deployment import Deployment, deployment_of, guidance_of, read_deployment
-from opd.settings import to_json
 from tests import tiny
 
 BRIGHT = "tests.test_evaluate:brightness"

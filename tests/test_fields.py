@@ -1,264 +1,234 @@
-"""Every setting does something: changed, it changes the outcome of a real run, or it is refused by name.
+"""Every setting does something: changed, it changes what is trained, or how a run goes, which is read."""
 
-What to change, and where it can matter, is in tests/field_cases.py. An outcome is what a user could notice of
-a run; config.json is left out, as it holds every field anyway.
-"""
-
-import contextlib
-import hashlib
-import io
+import ast
 import json
-import os
-import re
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.models.attention import JointTransformerBlock
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-import train
-from opd import compiled, ranks
-from opd.config import STAGES, RunConfig
-from opd.settings import field_names, to_json
+from opd.cli import field_names
+from opd.config import STAGES, Logistics, Scores
 from tests import tiny
-from tests.field_cases import BASES, CASES
+from tests.test_layers import sources
 
-EVERY_FIELD = [(stage, setting.name) for stage, kind in STAGES.items() for setting in fields(kind)]
-VARIABLE = (
-    "seconds",
-    "samples_per_second",
-    "states_per_second",
-)  # of a row of metrics.jsonl: no two runs agree on them
+BRIGHT, DARK = "tests.tiny_grpo:brightness", "-1*tests.tiny_grpo:brightness"
+COLOURS = {"red": "place/red", "blue": "place/blue"}
+PROMPTS = {"red": "place/red.txt", "blue": "place/blue.txt"}
+REWARDS = {"red": BRIGHT, "blue": BRIGHT}
 
 
-@pytest.mark.parametrize("stage, name", EVERY_FIELD, ids=map("-".join, EVERY_FIELD))
-def test_a_changed_field_changes_what_it_should_or_is_refused(outcome_of, stage, name):
-    case = CASES[stage][name]
-    before = outcome_of(stage, case.under)
-    assert before.error == ""
-    after = [outcome_of(stage, case.under | {name: value}) for value in case.values]
-    if case.refused:
-        for outcome in after:
-            assert case.refused in outcome.error and outcome.student == {}
-        return
-    for part in case.changes:
-        for one, other in combinations([before, *after], 2):
-            assert getattr(one, part) != getattr(other, part), part
-    for outcome in after:
-        assert outcome.error == "" or "error" in case.changes
-        for part in case.keeps:
-            assert getattr(outcome, part) == kept(before, part), part
+# ---- the runs that are changed -----------------------------------------------------------------------------
+
+RUN = {
+    "out": "run",
+    "model": "place/pipeline",
+    "dtype": "float32",
+    "rank": 4,
+    "alpha": 8.0,
+    "cold_start": "base",
+    "prompts_per_step": 2,
+    "micro_batch": 4,
+    "iterations": 2,
+    "lr": 1e-2,
+    "warmup": 0,
+    "decay": "constant",
+}
+ROLLOUT = RUN | {"prompts": PROMPTS, "group": 2, "steps": 2, "evaluate": False}
+BASES = {
+    "opd": ROLLOUT | {"teachers": COLOURS, "anchor": "blue", "anchor_weight": 0.1},
+    "grpo": ROLLOUT | {"train_rewards": REWARDS, "beta": 0.0},
+    "sft": RUN | {"data": "place/images"},
+}
+
+# ---- stage -> field: what it is changed to, and the settings under which it can matter ---------------------
+
+MERGED = {"cold_start": "merge", "merge_from": COLOURS, "rank": 8}
+ROUTED = {"routing": "reward", "train_rewards": REWARDS | {"blue": DARK}}
+WINDOW = {"steps": 3, "window": 1, "window_range": (0, 2)}
+EVERY_STAGE = {
+    "model": (["place/other_pipeline"], {}),
+    "dtype": (["bfloat16"], {}),
+    "t5": ([False], {"model": "place/pipeline_with_t5"}),
+    "resolution": (["16", "8x16"], {}),
+    "rank": ([2], {}),
+    "alpha": ([4.0], {}),
+    "cold_start": (["place/red"], {}),
+    "merge": (["naive"], MERGED),
+    "merge_from": ([{"red": "place/red"}], MERGED),
+    "lr": ([1e-3], {}),
+    "warmup": ([1, 2], {}),
+    "decay": (["cosine"], {}),
+    "weight_decay": ([0.5], {}),
+    "clip": ([1e-7], {}),
+    "ema": ([0.05, 0.9], {}),
+    "ema_every": ([2], {"ema": 0.9}),
+    "seed": ([1], {}),
+    "prompts": ([{"red": "place/red.txt"}], {}),
+    "mix": ([{"red": 3}], {}),
+    "alternate": ([True], {}),
+}
+# What the stages' own loops read.
+LOOP = {
+    "prompts_per_step": ([4], {}),
+    "guidance": ([2.0], {}),
+    "group": ([3], {}),
+    "steps": ([3], {}),
+    "rollout": (["cps"], {"skip_last": True}),
+    "noise_level": ([0.3], {}),
+    "skip_last": ([True], {}),
+}
+CHANGES = {
+    "opd": EVERY_STAGE
+    | LOOP
+    | {
+        "teachers": ([{"red": "place/blue", "blue": "place/red"}], {}),
+        "routes": ([{"red": "blue"}, {"red": "0.5*red+0.5*blue"}], {}),
+        "routing": (["reward"], ROUTED | {"routing": "task"}),
+        "train_rewards": ([{"red": DARK, "blue": BRIGHT}], ROUTED),
+        "anchor": (["red", "base"], {}),
+        "anchor_weight": ([0.0], {}),
+        "anchor_levels": ([{"0.9": 2.0}, {"0.9": 0.0}], {}),
+        "weight": (["kl_released", "ode_kl", "uniform"], {}),
+        "queries": ([1, 2], {"steps": 3}),
+        "query_beta": ([(1.0, 60.0)], {"steps": 3, "queries": 1}),
+        "query_range": ([(0, 1), (0, 2)], {"steps": 3}),
+        "walker": (["teacher"], {}),
+        "estimator": (["pg", "pg_state", "pg_live"], {}),
+        "teacher_guidance": ([2.0], {}),
+        "teacher_guidances": ([{"red": 2.0}, {"blue": 2.0}], {}),
+        "extrapolate": ([{"red": 1.5}], {}),
+    },
+    "grpo": LOOP
+    | {
+        "full": ([True], {}),
+        "train_rewards": ([{"red": DARK, "blue": BRIGHT}], {}),
+        "beta": ([0.5], {}),
+        "clip_range": ([1e-3], {"epochs": 2}),
+        "guard": ([True], {}),
+        "advantage_std": (["group"], {"prompts_per_step": 4}),
+        "window": ([1], {"window_range": (0, 2)}),
+        "window_range": ([(1, 2)], WINDOW),
+        "shared_start": ([True], {}),
+        "updates": ([2], {}),
+        "epochs": ([2], {}),
+    },
+    "sft": {
+        "prompts_per_step": ([4], {}),
+        "full": ([True], {}),
+        "data": (["place/other_images"], {}),
+        "caption_dropout": ([0.0, 0.9], {}),
+    },
+}
+ROWS = [(stage, name) for stage, changes in CHANGES.items() for name in changes]
 
 
-def kept(outcome: "Outcome", part: str):
-    """What a part must equal that stays as it was; another order of summation may change the last digits."""
-    if part == "losses":
-        return pytest.approx(outcome.losses, rel=1e-4, abs=2e-7)  # GRPO's at ratio 1 are the last digit of 1
-    return getattr(outcome, part)
+@pytest.mark.parametrize("stage, name", ROWS, ids=map("-".join, ROWS))
+def test_a_changed_field_changes_what_is_trained(trained_by, stage, name):
+    values, under = CHANGES[stage][name]
+    outcomes = [trained_by(stage, under), *(trained_by(stage, under | {name: value}) for value in values)]
+    for one, other in combinations(outcomes, 2):
+        assert not same(one, other)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_field_has_a_case_and_every_case_a_field(stage):
-    assert set(CASES[stage]) == field_names(STAGES[stage])
-    for name, case in CASES[stage].items():
-        assert case.values and (case.refused or case.changes), name
+def test_the_same_settings_train_the_same(trained_by):
+    """Else a difference would say nothing."""
+    for stage in STAGES:
+        assert same(trained_by(stage, {}), trained_by(stage, {"keep_last": 1}))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_same_settings_have_the_same_outcome(place, stage):
-    """Else a difference would say nothing. And the parts that are compared hold something."""
-    settings = {"sample_every": 1, "eval_steps": 2}
-    one, other = (outcome(run(place, configured(stage, settings))) for _ in range(2))
-    assert one == other
-    for part in ("files", "student", "state", "rows", "losses", "pictures", "printed", "passes", "samples"):
-        assert getattr(one, part), part
-
-
-# ---- outcomes ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run left behind, made comparable: nothing here depends on the clock or on where it ran."""
-
-    error: str
-    """How it ended, "" if well."""
-    printed: list[str]
-    files: list[str]
-    """In the run's folder and beside it."""
-    student: dict[str, str]
-    """File -> digest: the weights that the run ships; the copy for diffusers has alpha in its numbers."""
-    state: dict[str, str]
-    """File -> digest: what it resumes from."""
-    pictures: dict[str, str]
-    """File -> digest: the sample grids."""
-    scores: dict[str, str]
-    """File -> digest: scores.json; table.txt has settings in its heading."""
-    rows: list[str]
-    """The lines of metrics.jsonl, without times."""
-    losses: list[float]
-    passes: int
-    """Forward passes of transformer blocks, those of recomputation too."""
-    samples: int
-    """Samples that the transformer saw."""
-
-
-@dataclass
-class Ran:
-    """A run that has ended: its folder, and what was noted while it went."""
-
-    folder: Path
-    error: str = ""
-    printed: str = ""
-    passes: int = 0
-    samples: int = 0
-
-
-def outcome(ran: Ran) -> Outcome:
-    files = sorted(names_below(ran.folder))
-    rows = []
-    for file in files:
-        if file.endswith("metrics.jsonl"):
-            rows += [json.loads(line) for line in (ran.folder / file).read_text().splitlines()]
-    for row in rows:
-        for name in VARIABLE:
-            row.pop(name, None)
-    return Outcome(
-        error=ran.error,
-        printed=[line for line in ran.printed.splitlines() if not line.startswith("time:")],
-        files=[re.sub(r"tfevents\..*", "tfevents", file) for file in files],
-        student=digests(ran.folder, files, r"/student/.*model\.safetensors$"),
-        state=digests(ran.folder, files, r"/state\.safetensors$"),
-        pictures=digests(ran.folder, files, r"\.png$"),
-        scores=digests(ran.folder, files, r"/scores\.json$"),
-        rows=[json.dumps(row) for row in rows],
-        losses=[row["loss"] for row in rows],
-        passes=ran.passes,
-        samples=ran.samples,
+def same(one: dict, other: dict) -> bool:
+    if one.keys() != other.keys():
+        return False
+    return all(
+        value.shape == other[name].shape and torch.equal(value, other[name]) for name, value in one.items()
     )
 
 
-def names_below(folder: Path) -> list[str]:
-    """Files, seen from `folder`; not those behind the link `place`."""
-    names = []
-    for path, _, files in os.walk(folder):
-        names += [str((Path(path) / file).relative_to(folder)) for file in files]
+def test_a_place_of_its_own_is_for_a_teacher_with_weights_of_its_own(place):
+    cfg = replace(STAGES["opd"](), **BASES["opd"] | {"teacher_devices": {"red": "offload"}})
+    with pytest.raises(ValueError, match="'place/red' is an adapter on the student's base"):
+        tiny.build(cfg)
+
+
+# ---- what is not trained with ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_other_field_is_read(stage):
+    """By the code beside the checks, as cfg.NAME."""
+    rest = field_names(STAGES[stage]) - CHANGES[stage].keys() - CHANGES["opd"].keys()
+    assert rest <= field_names(Logistics) | field_names(Scores) | {"teacher_devices"}
+    unread = rest - fields_read()
+    assert not unread, f"nothing reads {unread}"
+
+
+def fields_read() -> set[str]:
+    names = set()
+    for module, file in sources().items():
+        for node in ast.walk(without_checks(ast.parse(file.read_text()))):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                if owner in ("cfg", "self.cfg") or (owner == "self" and module == "opd.config"):
+                    names.add(node.attr)
     return names
 
 
-def digests(folder: Path, files: list[str], pattern: str) -> dict[str, str]:
-    """Without the name of the run's folder, so that --out changes nothing here."""
-    found = {}
-    for file in files:
-        if re.search(pattern, file):
-            _, _, inside = file.partition("/")
-            found[inside] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    return found
+def without_checks(module: ast.Module) -> ast.Module:
+    for node in ast.walk(module):
+        if isinstance(node, ast.ClassDef):
+            named = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            for method in named:
+                if method.name.startswith("check"):
+                    node.body.remove(method)
+    return module
 
 
-# ---- runs ----------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def outcome_of(place):
-    """(stage, settings beside those of BASES) -> the outcome; every run is made once."""
+def trained_by(place):
+    """(stage, settings beside those of BASES) -> the weights that two steps train; each is made once."""
     known = {}
 
-    def find(stage: str, settings: dict) -> Outcome:
-        cfg = configured(stage, settings)
-        key = json.dumps(to_json(cfg))
-        if key not in known:
-            known[key] = outcome(run(place, cfg))
-        return known[key]
+    def find(stage: str, settings: dict) -> dict[str, torch.Tensor]:
+        cfg = replace(STAGES[stage](), **BASES[stage] | settings)
+        if repr(cfg) not in known:
+            *_, trained, work = tiny.build(cfg)
+            for step in range(cfg.iterations):
+                work.step(step)
+            known[repr(cfg)] = trained.weights()
+        return known[repr(cfg)]
 
     return find
 
 
-def configured(stage: str, settings: dict) -> RunConfig:
-    return replace(STAGES[stage](), **BASES[stage] | settings)
-
-
-def run(place: Path, cfg: RunConfig) -> Ran:
-    """`train.py --config FILE` in a new folder, in this process."""
-    folder = place.parent / "runs" / str(len(list((place.parent / "runs").iterdir())))
-    folder.mkdir()
-    (folder / "place").symlink_to(place)
-    file = place.parent / "config.json"
-    file.write_text(json.dumps(to_json(cfg)))
-    ran, printed = Ran(folder), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, counting(ran):
-        patch.setattr(compiled, "BACKEND", "eager")  # the same graphs without minutes of compiling
-        patch.setattr(sys, "argv", ["train.py", "--config", str(file)])
-        patch.chdir(folder)
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            ran.error = ending()
-    ran.printed = printed.getvalue()
-    return ran
-
-
-def ending() -> str:
-    """Run train.py; returns how it ended, and leaves no process group behind."""
-    try:
-        train.main()
-    except (SystemExit, ArithmeticError, RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        if torch.distributed.is_initialized():
-            ranks.stop()
-    return ""
-
-
-@contextlib.contextmanager
-def counting(ran: Ran):
-    """Note what the transformer is asked for, whoever holds it."""
-
-    def note_pass(module, given):
-        if isinstance(module, JointTransformerBlock):
-            ran.passes += 1
-
-    def note_samples(module, given, answer):
-        if isinstance(module, SD3Transformer2DModel):
-            ran.samples += len(answer[0])
-
-    with register_module_forward_pre_hook(note_pass), register_module_forward_hook(note_samples):
-        yield
-
-
-# ---- what the runs read --------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The tiny world with a transformer of one block, other pipelines, and two sets of images."""
+    """place/ in the current directory: the tiny world with one block, other pipelines, two sets of images."""
     folder = tmp_path_factory.mktemp("fields") / "place"
-    (folder.parent / "runs").mkdir()
     tiny.make_world(folder, layers=1)
     tiny.make_pipeline_with_t5(folder / "pipeline_with_t5", layers=1)
     other = tiny.make_pipeline(folder / "other_pipeline", layers=1)
-    halve(other / "transformer" / "diffusion_pytorch_model.safetensors")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor / 2 for name, tensor in load_file(file).items()}, file)
     for seed, name in enumerate(("images", "other_images")):
         save_images(folder / name, seed)
-    return folder
-
-
-def halve(file: Path) -> None:
-    """All weights of a file."""
-    save_file({name: tensor / 2 for name, tensor in load_file(file).items()}, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        yield folder
 
 
 def save_images(folder: Path, seed: int) -> None:
     """A --data directory of noisy pictures, one per red prompt."""
     folder.mkdir()
-    lines = []
-    noise = np.random.default_rng(seed)
+    noise, lines = np.random.default_rng(seed), []
     for number, prompt in enumerate(tiny.PROMPTS["red"]):
         pixels = noise.integers(256, size=(16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")

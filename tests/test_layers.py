@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A row imports from itself and from above. A name stands for all below it that no other row names.
 ROWS = """
 opd.flow opd.kernels
-opd.files opd.flags opd.ranks opd.data opd.lora opd.routing opd.trajectory
+opd.files opd.cli opd.flags opd.ranks opd.data opd.lora opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
 opd opd.mini.presets
 opd.formats.deployment opd.optim opd.memory opd.sft opd.grpo opd.runfolder
@@ -67,7 +67,7 @@ MODELS = ["diffusers", "transformers", "peft"]
 ABSENT = {
     "opd.flow, opd.kernels": [*MODELS, "tyro"],
     "opd.trajectory, opd.routing, opd.data, opd.families": MODELS,
-    "opd.presets, opd.settings, opd.config": [*MODELS, "huggingface_hub"],
+    "opd.presets, opd.cli, opd.config": [*MODELS, "huggingface_hub"],
     "opd.rewards": [*MODELS, "rapidocr", "onnxruntime", "opd.rewards.ocr"],
     "opd.rewards.ocr, opd.rewards.prompts": [*MODELS, "rapidocr", "onnxruntime"],
     "opd.rewards.geneval, opd.rewards.judge": MODELS,

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from opd import ranks
+from opd.cli import to_json
 from opd.report import card, page, plots
 from opd.report.plots import png
 from opd.runfolder import RunFolder
-from opd.settings import to_json
 from tests import tiny
 
 
@@ -72,7 +72,7 @@ def settings(world, tmp_path_factory):
         sample_every=2,
         evaluate=True,
         heldout={"red": str(world / "red.txt")},
-        rewards=dict.fromkeys(tiny.PROMPTS, "tests.field_cases:brightness"),
+        rewards=dict.fromkeys(tiny.PROMPTS, "tests.tiny_grpo:brightness"),
         eval_prompts=5,
         eval_steps=2,
         deploy_guidance=1.5,

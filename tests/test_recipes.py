@@ -265,38 +265,6 @@ def test_presets_are_their_papers_formulas(where):
     assert gfd.extrapolate.keys() == gfd.teachers.keys()
 
 
-# ---- wrong numbers and names are refused by name -----------------------------------------------------------
-
-WRONG = [
-    ({"extrapolate": {"red": 0.9}}, "--extrapolate red=0.9: below 1"),
-    ({"extrapolate": {"green": 1.5}}, "--extrapolate green=1.5: no such teacher"),
-    ({"extrapolate": {"base": 1.5}}, "--extrapolate base=1.5: the base has nothing to lead away from"),
-    ({"anchor_levels": {"1.5": 0.1}}, "--anchor-levels 1.5=0.1: a noise level lies in"),
-    ({"anchor_levels": {"low": 0.1}}, "--anchor-levels low=0.1: a noise level lies in"),
-    ({"anchor_levels": {"0.5": -1.0}}, "--anchor-levels 0.5=-1.0: a weight must not be negative"),
-    ({"query_range": (2, 9)}, "--query-range 2 9 does not lie within the 4 states"),
-    ({"query_range": (2, 2)}, "--query-range 2 2 does not lie within the 4 states"),
-    ({"query_range": (0, 2), "queries": 3}, "--queries 3 exceeds the 2 states"),
-    ({"estimator": "pg", "rollout": "ode"}, "--estimator pg takes the likelihood of noisy steps"),
-    (
-        {"estimator": "pg", "rollout": "cps", "weight": "uniform"},
-        "use --rollout sde, or cps with --skip-last",
-    ),
-    ({"routing": "reward"}, "--routing reward: task 'red' has no reward"),
-    ({"train_rewards": {"green": BRIGHT}}, "--train-rewards names task 'green'"),
-    ({"routes": {"red": "0.5*red+0.5*red"}}, "--routes red: '0.5*red+0.5*red' names 'red' twice"),
-    ({"routes": {"red": "0.5*red+0.5*green"}}, "routed to 'green', which is not among the teachers"),
-    ({"teachers": {"a+b": "x"}}, "the name 'a+b' is empty or has a dot"),
-]
-
-
-@pytest.mark.parametrize("changes, message", WRONG, ids=str)
-def test_what_cannot_be_is_refused_by_name(world, changes, message):
-    with pytest.raises(ValueError) as refused:
-        tiny.config(world, **changes).check(1)
-    assert message in str(refused.value)
-
-
 def test_a_route_of_a_prompt_goes_before_its_tasks(world):
     cfg = tiny.config(world, routes={"red": "blue"})
     assert route_of(cfg, Prompt("a", "red")) == "blue"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from opd.cli import describe
 from opd.runfolder import latest_state
-from opd.settings import describe
 from tests import forked, tiny
 from tests.test_ranks import ROOT, distil, launch, losses, torchrun
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from opd.cli import parse
 from opd.config import DistillationConfig
 from opd.evaluation import evaluate
 from opd.mini import world
@@ -17,7 +18,6 @@ from opd.mini.study import run as study
 from opd.mini.study import runs
 from opd.mini.study import tables as study_tables
 from opd.presets import PRESETS
-from opd.settings import parse
 
 README = study.ROOT / "README.md"
 ARGUMENTS = study.Arguments()

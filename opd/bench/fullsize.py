@@ -35,6 +35,7 @@ import train
 from opd import adapters, errors, memory
 from opd.bench.clock import alive, parts, resident
 from opd.bench.model import PATCH, SIZES, in_dtype, random_lora
+from opd.cli import parse
 from opd.config import GRPOConfig, RunConfig
 from opd.families import sd3
 from opd.files import write_json
@@ -45,7 +46,6 @@ from opd.mini import build as mini
 from opd.model import Model
 from opd.presets import PRESETS, SD35_TEACHERS
 from opd.rewards import prompts
-from opd.settings import parse
 
 GB = 10**9
 CLIP_TOKENS = 77

@@ -10,7 +10,6 @@ from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.files import digest, replace, resolve
 from opd.formats.deployment import deployment_of
 from opd.model import Model
-from opd.settings import stage_of
 
 METHODS = {
     "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
@@ -30,7 +29,7 @@ def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str
     parts = [
         f"---\n{front_matter(cfg, licence).to_yaml()}\n---",
         f"# {name_of(cfg)}",
-        f"Made by {METHODS[stage_of(cfg)]}, {done} steps.",
+        f"Made by {METHODS[cfg.stage]}, {done} steps.",
         "## How to sample it",
         f"- base: `{cfg.model}` (licence of the base: {named})\n"
         f"- guidance: {deployment.guidance:g} (1 = none)\n"
@@ -53,7 +52,7 @@ def front_matter(cfg: RunConfig, licence: dict[str, str]) -> ModelCardData:
     base = None
     if not resolve(cfg.model).exists():
         base = cfg.model
-    tags = ["text-to-image", "flow-matching", f"stage-{stage_of(cfg)}"]
+    tags = ["text-to-image", "flow-matching", f"stage-{cfg.stage}"]
     if not cfg.full:
         tags.append("lora")
     kind = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import tyro
 
+from opd.cli import parse
 from opd.config import DistillationConfig
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, write_json
@@ -36,7 +37,6 @@ from opd.mini.study import tables as study_tables
 from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
 from opd.mini.study.tables import RESULTS, ROOT, SCORES
 from opd.presets import PRESETS
-from opd.settings import parse
 
 PROMPTS = ROOT / "opd/mini/prompts"
 OUT = "runs/study"

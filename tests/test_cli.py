@@ -1,0 +1,255 @@
+"""The command line, config.json, and what --dry-run prints."""
+
+import json
+import re
+import shlex
+from dataclasses import fields, replace
+from typing import Literal, get_origin, get_type_hints
+
+import pytest
+
+from opd.cli import dashed, describe, field_names, from_json, parse, read_config, starting_point, to_json
+from opd.config import STAGES
+from opd.presets import DEFAULT, PRESETS
+from tests.test_config import DISTIL, EVERY, SFT
+
+# One preset of every stage, to put flags on.
+PRESET_OF = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
+    assert DEFAULT == PRESETS["mini"]
+    assert parse([], PRESETS) == DEFAULT and parse(["--lr", "0.5"], PRESETS) == replace(DEFAULT, lr=0.5)
+    with pytest.raises(ValueError, match="unknown preset 'mimi'; choose from mini, mini-fold, mini-flow-opd"):
+        parse(["mimi", "--seed", "1"], PRESETS)
+
+
+def test_pairs_replace_the_default_as_a_whole():
+    flags = "--teachers a=path/to=it b=owner/name:sub --prompts a=a.txt b=b.txt --mix a=3 --rewards --routes"
+    cfg = parse(flags.split(), PRESETS)
+    assert cfg.teachers == {"a": "path/to=it", "b": "owner/name:sub"}
+    assert cfg.prompts == {"a": "a.txt", "b": "b.txt"}
+    assert cfg.mix == {"a": 3} and cfg.rewards == {} and cfg.routes == {}
+    assert cfg.heldout == DEFAULT.heldout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--teachers a path", "expected NAME=VALUE, got 'a'"),
+        ("--teachers a=", "expected NAME=VALUE, got 'a='"),
+        ("--mix a=1 a=2", "the name 'a' is given twice"),
+        ("--mix a=1.5", "'1.5'"),
+        ("--weight l2", "l2"),
+        ("--steps ten", "ten"),
+        ("--query-beta 1", "query-beta"),
+        ("--learning-rate 1", "learning-rate"),
+        ("--iter 1", "--iter"),
+        ("--seed 1 mini", "mini"),
+    ],
+)
+def test_malformed_flags_are_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments.split(), PRESETS)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flags_of_another_stage_are_refused_and_placed(stage):
+    own = field_names(STAGES[stage])
+    foreign = set().union(*map(field_names, STAGES.values())) - own
+    assert len(foreign) >= 3
+    for name in foreign:
+        owners = sorted(owner for owner, kind in STAGES.items() if name in field_names(kind))
+        flag = f"--{dashed(name)}"
+        for spelling in ([flag, "1"], [f"{flag}=1"], [f"--{name}", "1"], [f"--no-{dashed(name)}"]):
+            with pytest.raises(ValueError) as caught:
+                parse([PRESET_OF[stage], "--seed", "1", *spelling], PRESETS)
+            belongs = f"belongs to stage {' and '.join(owners)}; this is stage {stage}"
+            assert str(caught.value) == f"{spelling[0].partition('=')[0]} {belongs}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_the_flags_of_the_stage_and_no_other(stage, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse([PRESET_OF[stage], "--help"], PRESETS)
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and ", ".join(PRESETS) in " ".join(shown.split())
+    flags = re.findall(r"^\W*--([a-z][a-z0-9-]*)", shown, re.MULTILINE)
+    assert {flag.replace("-", "_") for flag in flags} == field_names(STAGES[stage])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("mini --config FILE", "--config FILE and preset 'mini': give one of them"),
+        ("--config=FILE mini --seed 1", "--config FILE and preset 'mini': give one of them"),
+        ("--config a --config=b", "--config a and --config b: give one of them"),
+        ("--config=", "config '': no such file"),
+        ("--config nowhere.json", "config 'nowhere.json': no such file"),
+    ],
+)
+def test_config_takes_one_file_and_no_preset(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(arguments.split(), PRESETS)
+
+
+# ---- config.json -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_survive_json(name):
+    cfg = PRESETS[name]
+    saved = json.loads(json.dumps(to_json(cfg)))
+    assert list(saved) == ["stage", *(field.name for field in fields(cfg))]
+    restored = from_json(saved, STAGES)
+    assert repr(restored) == repr(cfg)  # and so of equal types
+
+
+def written(folder, **changes):
+    """A saved config.json of stage opd with changed entries; None leaves one out."""
+    values = to_json(DISTIL) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    file = folder / "config.json"
+    file.write_text(json.dumps(kept))
+    return file
+
+
+def test_a_saved_run_is_read_and_flags_override_it(tmp_path):
+    file = str(written(tmp_path))
+    for arguments in (["--config", file, "--seed", "7"], ["--seed", "7", f"--config={file}"]):
+        assert parse(arguments, PRESETS) == replace(DISTIL, seed=7)
+    assert read_config(file, STAGES) == DISTIL
+    (tmp_path / "config.json").write_text(json.dumps(to_json(SFT)))
+    assert parse(["--config", file], PRESETS) == SFT
+    with pytest.raises(ValueError, match="--teachers belongs to stage opd; this is stage sft"):
+        parse(["--config", file, "--teachers", "a=b"], PRESETS)
+
+
+def test_whole_numbers_in_json_are_read_as_fractions_where_these_are_meant(tmp_path):
+    cfg = read_config(written(tmp_path, lr=1, query_beta=[1, 2], extrapolate={"red": 2}), STAGES)
+    assert repr(cfg) == repr(replace(DISTIL, lr=1.0, query_beta=(1.0, 2.0), extrapolate={"red": 2.0}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stage": None}, '"stage" is None; expected one of opd, sft, grpo'),
+        ({"stage": ["opd"]}, "\"stage\" is ['opd']; expected one of opd, sft, grpo"),
+        ({"lr": None, "seed": None}, "field 'lr', 'seed' is missing"),
+        ({"stage": "sft"}, "stage sft has no field 'evaluate', 'rewards', "),
+        (
+            {"cosine_every": 0},
+            "no field 'cosine_every' (another version's, or misspelt)",
+        ),
+        ({"lr": "0.1"}, "field 'lr' is '0.1'; expected FLOAT"),
+        ({"lr": True}, "field 'lr' is True; expected FLOAT"),
+        ({"lr": 10**400}, "field 'lr' is 1000"),
+        ({"seed": 1.5}, "field 'seed' is 1.5; expected INT"),
+        ({"seed": True}, "field 'seed' is True; expected INT"),
+        ({"t5": 1}, "field 't5' is 1; expected {True,False}"),
+        ({"out": 3}, "field 'out' is 3; expected STR"),
+        ({"out": ["a"]}, "field 'out' is ('a',); expected STR"),
+        ({"resolution": ["512"]}, "field 'resolution' is ('512',); expected STR"),
+        ({"teachers": ["a"]}, "field 'teachers' is ('a',); expected NAME=VALUE ..."),
+        ({"teachers": {"a": 1}}, "field 'teachers' is {'a': 1}; expected NAME=VALUE ..."),
+        ({"teachers": {"a=b": "c"}}, "field 'teachers' is {'a=b': 'c'}; expected NAME=VALUE ..."),
+        ({"mix": {"red": 1.0}}, "field 'mix' is {'red': 1.0}; expected NAME=VALUE ..."),
+        ({"query_beta": [1.0]}, "field 'query_beta' is (1.0,); expected FLOAT FLOAT"),
+        ({"query_beta": [1.0, "2"]}, "field 'query_beta' is (1.0, '2'); expected FLOAT FLOAT"),
+    ],
+)
+def test_a_wrong_saved_field_is_named_with_its_file(changes, message, tmp_path):
+    file = written(tmp_path, **changes)
+    with pytest.raises(ValueError) as caught:
+        parse(["--config", str(file)], PRESETS)
+    assert str(caught.value).startswith(f"config {str(file)!r}: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cfg", EVERY, ids=lambda cfg: cfg.stage)
+def test_a_wrong_choice_is_refused(cfg):
+    hints = get_type_hints(type(cfg))
+    choices = [name for name, hint in hints.items() if get_origin(hint) is Literal]
+    assert len(choices) >= 4
+    for name in choices:
+        with pytest.raises(ValueError, match=f"field '{name}' is 'nonsense'; expected {{"):
+            from_json(to_json(cfg) | {name: "nonsense"}, STAGES)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"stage": "opd",', "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[1, 2]", "expected an object, got '[1, 2]'"),
+    ],
+)
+def test_a_broken_file_is_named(content, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        parse(["--config", str(file)], PRESETS)
+    assert str(file) in str(caught.value) and message in str(caught.value)
+
+
+# ---- --dry-run ---------------------------------------------------------------------------------------------
+
+ODD = replace(DISTIL, out="a run's # folder", routes={"red": "base"}, evaluate=False, guidance=-0.5)
+
+
+@pytest.mark.parametrize("cfg", [*map(PRESETS.get, PRESET_OF.values()), PRESETS["sd35-gfd-opd"], ODD])
+def test_describe_shows_every_field_once_and_can_be_parsed(cfg):
+    first, *lines = describe(cfg, "somewhere").splitlines()
+    assert first == f"# stage {cfg.stage}, from somewhere"
+    assert [line.split()[0] for line in lines] == [
+        f"--no-{dashed(f.name)}" if getattr(cfg, f.name) is False else f"--{dashed(f.name)}"
+        for f in fields(cfg)
+    ]
+    arguments = shlex.split("\n".join(lines))
+    assert parse([PRESET_OF[cfg.stage], *arguments], PRESETS) == cfg
+
+
+def test_the_starting_point_is_named(tmp_path):
+    file = str(written(tmp_path))
+    assert starting_point(["sd35", "--seed", "1"], PRESETS) == ("sd35", PRESETS["sd35"], ["--seed", "1"])
+    assert starting_point(["--seed", "1"], PRESETS) == ("mini", DEFAULT, ["--seed", "1"])
+    assert starting_point(["--config", file], PRESETS) == (f"--config {file}", DISTIL, [])
+
+
+# ---- the program -------------------------------------------------------------------------------------------
+
+
+def run_main(monkeypatch, *arguments):
+    import train
+
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    train.main()
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_main(monkeypatch, "sd35", "--dry-run", "--lr", "0.125", "--out", str(tmp_path / "run"))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "# stage opd, from sd35"
+    assert "--lr 0.125" in shown and f"--out {tmp_path / 'run'}" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("mimi", "error: unknown preset 'mimi'"),
+        ("--lr 0", "error: --lr is 0.0; it must be positive"),
+        ("--shard-size 2", "error: --shard-size 2 does not divide the 1 ranks"),
+        ("mini --beta 1", "error: --beta belongs to stage grpo; this is stage opd"),
+        ("--config nowhere.json", "error: config 'nowhere.json': no such file"),
+    ],
+)
+def test_bad_settings_end_in_one_line(arguments, message, monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, *arguments.split())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
