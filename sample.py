@@ -13,7 +13,7 @@ import operator
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -22,18 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from opd import adapters, errors
-from opd.cli import restored
+from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names, restored
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
-from opd.flags import (
-    Texts,
-    at_least_one,
-    at_most,
-    check_seed,
-    dashed,
-    finite,
-    plain_names,
-)
 from opd.formats import latents
 from opd.formats.deployment import KEY, guidance_of
 from opd.formats.pictures import labelled_grid, save_image, to_pil
@@ -63,20 +54,20 @@ class Arguments:
     """images: PNG files of --prompts and a grid. latents: samples of --tasks with captions, for stage sft."""
     tasks: Texts = field(default_factory=lambda: dict(DEFAULT.prompts))
     """latents: task -> file of prompts; the adapter of the task's name samples them."""
-    count: int = 256
+    count: Count = 256
     """latents: samples per task; prompts are repeated with other noise where a file has fewer."""
-    images: int = 1
+    images: Few = 1
     """Images per prompt."""
-    steps: int = 20
+    steps: Few = 20
     """Denoising steps."""
-    guidance: float | None = None
+    guidance: Annotated[float | None, Finite] = None
     """Classifier-free guidance of every row; 1 = none. Not given: what is recorded with each adapter, 1 where
     nothing is."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise; every row uses the same."""
     sampler: Literal["ode", "sde", "cps"] = "ode"
     """Deterministic, or with the noise of training rollouts."""
-    noise_level: float = 0.7
+    noise_level: Annotated[float, NotNegative] = 0.7
     """a, for sde and cps."""
     resolution: str = ""
     """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
@@ -84,7 +75,7 @@ class Arguments:
     """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
-    batch: int = 16
+    batch: Few = 16
     """Images per forward pass. Images do not depend on it beyond rounding."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
@@ -145,10 +136,7 @@ def write_latents(args: Arguments) -> None:
 
 def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
-    at_least_one(args, "images", "steps", "batch", "count")
-    at_most(args, 10_000, "images", "steps", "batch")
-    check_seed(args)
-    finite(args, "noise_level", *(["guidance"] if args.guidance is not None else []))
+    check_bounds(args)
     plain_names("--adapters", args.adapters)
     noise = args.noise_level
     if args.sampler != "ode" and noise <= 0:

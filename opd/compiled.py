@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from opd.flags import require
+from opd.errors import require
 
 BACKEND = "inductor"
 GRAPHS = 32

@@ -7,9 +7,9 @@ import torch
 from tqdm import tqdm
 
 from opd import ranks
+from opd.errors import require
 from opd.families import Condition
 from opd.files import reading
-from opd.flags import require
 
 WINDOW = 2048
 """Prompts that are encoded ahead at once: 3.4 GB of memory with SD3.5's encoders."""

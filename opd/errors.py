@@ -7,6 +7,12 @@ from contextlib import contextmanager
 from opd import ranks
 
 
+def require(condition: bool, message: str) -> None:
+    """ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 @contextmanager
 def in_one_line(*mendable: type[Exception]) -> Iterator[None]:
     """`error: ...` and exit status 1, instead of a traceback, for the errors that the user can mend here, and

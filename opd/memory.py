@@ -21,9 +21,9 @@ from opd import adapters, ranks
 from opd.adapters import BASE, EMA, STUDENT, Lora
 from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import micro_batches
+from opd.errors import require
 from opd.families import Condition
 from opd.files import read_json, resolve
-from opd.flags import require
 from opd.formats.lora_files import is_target
 from opd.model import Model
 from opd.teacher_files import Whole

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from opd import adapters, flow, kernels, trajectory
+from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.families import Condition, family_of
 from opd.files import check_encoders, find_pipeline, reading
-from opd.flags import in_pixels, pixels_of
 from opd.formats import lora_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from opd.flags import require
+from opd.errors import require
 
 
 def shares(route: str, where: str) -> dict[str, float]:

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint import (
 from opd import ranks
 from opd.cli import field_names, read_config, to_json
 from opd.config import STAGES, Logistics, RunConfig, Scores
+from opd.errors import require
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
-from opd.flags import require
 from opd.identity import PATHS
 from opd.optim import Trained, due
 from opd.ranks import say

@@ -7,7 +7,7 @@ from opd import adapters, compiled, memory, ranks
 from opd.adapters import BASE, EMA, START, STUDENT
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
-from opd.flags import require
+from opd.errors import require
 from opd.formats import merging
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from opd.adapters import BASE, EMA
 from opd.config import DistillationConfig
+from opd.errors import require
 from opd.files import locate_part, read_json
-from opd.flags import require
 from opd.formats.lora_files import WEIGHTS, Lora
 from opd.model import Model, find_device
 

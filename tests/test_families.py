@@ -17,10 +17,10 @@ from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from safetensors.torch import save_file
 
 from opd import adapters, families, kernels, memory, trajectory
+from opd.cli import in_pixels
 from opd.config import DistillationConfig
 from opd.data import seed_of
 from opd.families import load_family
-from opd.flags import in_pixels
 from opd.formats import lora_files
 from opd.model import Model, Sampling
 from tests import tiny, tiny_flux, tiny_qwen_image, tiny_z_image

@@ -117,7 +117,7 @@ def test_without_leaves_out_what_is_evaluated_on(tmp_path):
         (["ocr", "--out", "x.jsonl"], "ocr prompts are a .txt file"),
         (["ocr", "--count", "0", "--out", "x.txt"], "--count is 0"),
         (["geneval", "--mix", "colour=1", "--out", "x.jsonl"], "the tag 'colour'"),
-        (["geneval", "--mix", "colors=0", "--out", "x.jsonl"], "colors=0: shares are at least 1"),
+        (["geneval", "--mix", "colors=0", "--out", "x.jsonl"], "--mix is colors=0; it must be at least 1"),
         (["ocr", "--without", "no.txt", "--out", "x.txt"], "no file 'no.txt'"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from opd import adapters, compiled, kernels
-from opd.flags import require
+from opd.errors import require
 from opd.memory import LiveTensors
 from opd.model import Model
 

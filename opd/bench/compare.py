@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from opd.flags import require
+from opd.errors import require
 
 
 def compare(

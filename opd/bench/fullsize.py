@@ -37,9 +37,9 @@ from opd.bench.clock import alive, parts, resident
 from opd.bench.model import PATCH, SIZES, in_dtype, random_lora
 from opd.cli import parse
 from opd.config import GRPOConfig, RunConfig
+from opd.errors import require
 from opd.families import sd3
 from opd.files import write_json
-from opd.flags import require
 from opd.formats import lora_files
 from opd.memory import LiveTensors
 from opd.mini import build as mini

@@ -29,8 +29,8 @@ from opd.bench.compare import compare
 from opd.bench.model import SIZES, Work, make_world, our_stage, predicted
 from opd.bench.queries import compare_queries, in_words
 from opd.bench.released import Released
+from opd.errors import require
 from opd.files import write_json
-from opd.flags import require
 from opd.grpo import GRPO
 from opd.model import compute_dtype
 from train import Distillation

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from opd import adapters, compiled, memory
 from opd.adapters import START, STUDENT, Lora
+from opd.cli import dashed
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import Prompt, seed_of
+from opd.errors import require
 from opd.families import Condition, sd3
-from opd.flags import at_least_one, require
 from opd.grpo import GRPO
 from opd.model import Model, compute_dtype
 from opd.optim import Trained
@@ -141,7 +142,9 @@ class Work:
         for name, known in choices.items():
             value = getattr(self, name)
             require(value in known, f"--{name} {value!r} is unknown; choose from {', '.join(known)}")
-        at_least_one(self, "teachers", "states", "micro_batch", "pixels")
+        for name in ("teachers", "states", "micro_batch", "pixels"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{dashed(name)} is {value}; it must be at least 1")
         size = SIZES[self.size]
         unit = size.factor * PATCH
         limit = unit * size.transformer["pos_embed_max_size"]

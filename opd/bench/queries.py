@@ -8,7 +8,7 @@ import torch
 
 from opd.bench.clock import counting, timed_step
 from opd.bench.model import Work, make_world, our_stage
-from opd.flags import require
+from opd.errors import require
 from train import Distillation
 
 

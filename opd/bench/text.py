@@ -23,8 +23,8 @@ from opd import conditioning, errors
 from opd.bench.model import SIZES, text_shapes
 from opd.conditioning import Conditioning
 from opd.data import load_tasks, prompts_of_step
+from opd.errors import require
 from opd.families import Condition
-from opd.flags import require
 from opd.rewards import prompts
 from opd.text_cache import GB, PACK, key_of
 

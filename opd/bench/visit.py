@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from opd.bench import loop as bench
+from opd.errors import require
 from opd.files import read_json, replace, write_json
-from opd.flags import require
 
 ROOT = Path(__file__).parents[2]
 VISIT = 25 * 60

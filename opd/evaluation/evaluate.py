@@ -11,21 +11,20 @@ asks only scorers that are new. Scorers are rewards: opd/rewards/__init__.py say
 are named. What the numbers of a table are: opd/evaluation/statistics.py.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from opd import adapters, errors, ranks
+from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds
 from opd.data import Prompt, load_tasks
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, Splits, find_scorers, planned, score, with_known
 from opd.evaluation.statistics import summarise
 from opd.files import check_folder, digest, write_json
-from opd.flags import Texts, time_limit
 from opd.formats.deployment import guidance_of
 from opd.formats.lora_files import find_adapter
 from opd.model import Model, Sampling
@@ -50,18 +49,18 @@ class Arguments:
     0.7*a:b+0.3*c:d. The first is the task's own and makes the mean."""
     scorers: tuple[str, ...] = ()
     """Further scorers, asked about the pictures of every task."""
-    reward_timeout: float = 60.0
+    reward_timeout: Seconds = 60.0
     """Seconds after which a call of a scorer is given up."""
-    count: int = 256
+    count: Annotated[int, Range(0, 10**6)] = 256
     """Images per task and split; 0 = every prompt, --per-prompt times."""
-    per_prompt: int = 1
+    per_prompt: Few = 1
     """Images of one prompt, each from its own noise."""
-    steps: int = 10
+    steps: Few = 10
     """ODE steps."""
-    guidance: tuple[float, ...] = ()
+    guidance: Annotated[tuple[float, ...], Finite] = ()
     """Guidance of every model; several: a row for each. None: what is recorded with each adapter, 1 where
     nothing is."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
     resolution: str = ""
     """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
@@ -70,7 +69,7 @@ class Arguments:
     multiplies it)."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one."""
-    batch: int = 128
+    batch: Few = 128
     """Images per forward pass and call of a scorer."""
     records: str = ""
     """Folder for the pictures and their records; what it holds already is not made again."""
@@ -136,15 +135,7 @@ def score_pictures(args: Arguments) -> tuple[list[Record], Scorers]:
 
 def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
-    for name in ("per_prompt", "steps", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.count < 0:
-        raise ValueError(f"--count is {args.count}; it must not be negative")
-    for scale in args.guidance:
-        if not math.isfinite(scale):
-            raise ValueError(f"--guidance is {scale}; it must be finite")
-    time_limit(args, "reward_timeout")
+    check_bounds(args)
     if not (args.prompts or args.heldout or args.pictures):
         raise ValueError("--prompts and --heldout are both empty: give at least one TASK=FILE pair")
     if not args.base and not args.adapters:

@@ -14,8 +14,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+from opd.errors import require
 from opd.files import pipeline_class
-from opd.flags import require
 
 Condition = dict[str, Tensor]
 """The text of ONE sample: named tensors without a batch axis, as long as the text is."""

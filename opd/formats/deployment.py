@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from opd.adapters import BASE
 from opd.config import RunConfig
+from opd.errors import require
 from opd.files import read_json, write_json
-from opd.flags import require
 from opd.formats.lora_files import WEIGHTS, find_adapter
 from opd.model import Model
 

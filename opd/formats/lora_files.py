@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opd.errors import require
 from opd.files import digest, locate_part, read_json
-from opd.flags import require
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opd.data import seed_of
-from opd.flags import require
+from opd.errors import require
 from opd.formats.lora_files import Lora
 
 Factors = tuple[Tensor, Tensor]

@@ -23,9 +23,9 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from opd.cli import Count, Range, Seed, Shares, check_bounds
 from opd.data import interleave, load_prompts, seed_of
 from opd.files import replace
-from opd.flags import Shares
 from opd.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS
 from opd.rewards.ocr import target_of
 
@@ -43,13 +43,13 @@ class Arguments:
     """What the prompts are for."""
     out: str
     """File to write: .jsonl for geneval, .txt for ocr."""
-    count: int = 1000
+    count: Count = 1000
     """Prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Other seeds give other prompts of the same split."""
     split: Literal["train", "test"] = "train"
     """Which of two disjoint sets they come from."""
-    mix: Shares = field(default_factory=lambda: dict.fromkeys(TAGS, 1))
+    mix: Annotated[Shares, Range(1, 10_000)] = field(default_factory=lambda: dict.fromkeys(TAGS, 1))
     """GenEval: tag -> its share, such as position=7 counting=5 color_attr=3 colors=1 two_object=1, giving
     the tags that a base model fails most often most of the prompts."""
     without: tuple[str, ...] = ()
@@ -68,15 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def check(args: Arguments) -> None:
-    if args.count < 1:
-        raise ValueError(f"--count is {args.count}; it must be at least 1")
+    check_bounds(args)
     if not args.out.endswith(ENDINGS[args.kind]):
         raise ValueError(f"--out {args.out!r}: {args.kind} prompts are a {ENDINGS[args.kind]} file")
-    for tag, share in args.mix.items():
+    for tag in args.mix:
         if tag not in TAGS:
             raise ValueError(f"--mix names the tag {tag!r}; known: {', '.join(TAGS)}")
-        if share < 1:
-            raise ValueError(f"--mix {tag}={share}: shares are at least 1; leave the tag out instead")
     if not args.mix:
         raise ValueError("--mix is empty; name at least one TAG=SHARE")
 

@@ -1,7 +1,7 @@
 """The study's pages anew, from results alone: tables (tables.py) and plots (plots.py)."""
 
+from opd.errors import require
 from opd.files import replace
-from opd.flags import require
 from opd.mini.study.plots import PLOTS
 from opd.mini.study.tables import ROOT, table
 

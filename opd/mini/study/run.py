@@ -26,11 +26,11 @@ from pathlib import Path
 
 import tyro
 
-from opd.cli import parse
+from opd.cli import Texts, parse
 from opd.config import DistillationConfig
+from opd.errors import require
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, write_json
-from opd.flags import Texts, require
 from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
 from opd.mini.study import pages as study_pages
 from opd.mini.study import tables as study_tables
