@@ -435,7 +435,7 @@ class DistillationConfig(Rollout):
         return range(*self.query_range)
 
     def states_per_sample(self) -> int:
-        return self.queries or self.states()
+        return self.queries or len(self.queryable())
 
     def merged(self) -> dict[str, str]:
         if self.merge_from:

@@ -257,6 +257,18 @@ def test_routes_and_shares():
     assert list(cfg.share().items()) == [("red", 1), ("green", 3), ("blue", 1)]
 
 
+def test_states_that_a_step_trains_on():
+    counts = {
+        "mini": 5,
+        "mini-flow-opd": 10,
+        "mini-gfd-opd": 2,
+        "sd35-fold": 2,
+        "mini-text": 1,
+        "mini-base": 1,
+    }
+    assert {name: PRESETS[name].states_per_sample() for name in counts} == counts
+
+
 def test_a_start_merges_the_teachers_of_the_tasks_and_not_one_that_only_anchors():
     """The paper's merge: the experts of the tasks, and not the quality teacher that anchors them."""
     cfg = replace(DISTIL, cold_start="merge", teachers=COLOURS | {"quality": "q"}, anchor="quality")
