@@ -3,8 +3,8 @@
     python -m opd.bench.kernels [--quick] | tee runs/bench.csv
 
 Per op and size: median time, bytes moved per second, share of the copy bandwidth measured in the same run,
-speed relative to eager and to torch.compile, and peak memory beyond the arguments. `kernels/BENCHMARKS.md`
-says how the bytes are counted and keeps the numbers. Exits 2 where there is no GPU.
+speed relative to eager and to torch.compile, and peak memory beyond the arguments. BENCHMARKS.md says how the
+bytes are counted and keeps the numbers. Exits 2 where there is no GPU.
 """
 
 import argparse
