@@ -12,11 +12,9 @@ import torch
 
 from opd import compiled
 from opd.bench import clock as bench_clock
-from opd.bench import compare as bench_compare
 from opd.bench import loop as bench
 from opd.bench.clock import Stopwatch, alive, flop_counter, matmul_rate
 from opd.bench.model import SIZES, shifted_levels
-from opd.bench.queries import compare_queries
 from opd.families import sd3
 from opd.memory import LiveTensors
 
@@ -257,93 +255,12 @@ def test_levels_fall_to_zero():
     assert levels[2] == pytest.approx(0.75)  # at s = 1/2 the odds are the shift
 
 
-# ---- fewer states against all ------------------------------------------------------------------------------
-
-
-def test_fewer_states_take_turns_with_all_of_them():
-    """Counted by hand: with all of 10 states a sample has 10 student rows forward and backward, 10 of its
-    teacher and 10 of the anchor; the first 2 states cost a fifth, and the walk ends after them."""
-    work = bench.work_of(bench.parser().parse_args([*FLAGS, "--states", "10", "--query-range", "0", "2"]))
-    result = compare_queries(work, CPU, rounds=2, updates=1)
-    assert result["all"]["rows_per_update"] == TRAJECTORIES * 40
-    assert result["queried"]["rows_per_update"] == TRAJECTORIES * 8
-    assert result["share_of_rows_per_update"] == pytest.approx(0.2)
-    assert len(result["all"]["seconds"]) == len(result["queried"]["seconds"]) == 2
-    assert result["share_of_seconds_per_update"] > 0
-
-
-def test_two_of_ten_states_cost_at_most_their_share_and_the_walk_to_them(capsys):
-    flags = ["--states", "10", "--queries", "2", "--query-range", "0", "4", "--against-all", "--rounds", "1"]
-    assert bench.main([*FLAGS, "--updates", "2", *flags]) == 0
-    *_, shares = capsys.readouterr().out.strip().split("\n")
-    assert float(shares.split()[-4]) <= 0.35 and shares.endswith("of the rows")
-
-
-# ---- two commits -------------------------------------------------------------------------------------------
-
-STUB = """
-import json, pathlib, sys
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-out.mkdir(parents=True)
-assert sys.argv[1:4] == ["mini", "--iterations", "3"] and sys.argv[-2:] == ["--seed", "7"]
-lines = [{"effective_batch": 30, "samples_per_second": s} for s in SPEEDS]
-(out / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
-"""
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A repository whose train.py writes known speeds: HEAD ones, and others in the working tree."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    file = folder / "train.py"
-    file.write_text(STUB.replace("SPEEDS", "[1, 10, 15]"))
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], cwd=folder, check=True)
-    file.write_text(STUB.replace("SPEEDS", "[1, 20, 30]"))
-    return folder
-
-
-def worktrees(repository):
-    listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True)
-    return len(listed.stdout.splitlines())
-
-
-def test_compare_runs_both_checkouts(repository):
-    """30 samples at 20 and 30 per second against 10 and 15; the first update does not count."""
-    text = bench_compare.compare(repository, "HEAD", 3, 2, ["--seed", "7"])
-    here, there, faster = text.split("\n")
-    assert (
-        here.startswith("this checkout") and "1.25 s per update (medians of runs 1.25, 1.25; 1 to 1.5" in here
-    )
-    assert there.startswith("HEAD") and "2.5 s per update" in there
-    assert "2.000 x" in faster
-    assert worktrees(repository) == 1
-
-
-def test_compare_compiles_this_checkout_alone(repository):
-    """The other commit may not know the flag: here it only counts it."""
-    file = repository / "train.py"
-    file.write_text(file.read_text() + "assert sys.argv.count('--compile') == 1")
-    bench_compare.compare(repository, "HEAD", 3, 1, ["--seed", "7"], compile=True)
-
-
-def test_compare_tells_what_failed_and_cleans_up(repository):
-    (repository / "train.py").write_text("raise SystemExit('no such luck')")
-    with pytest.raises(ValueError, match="failed in .*repository: no such luck"):
-        bench_compare.compare(repository, "HEAD", 3, 1, ["--seed", "7"])
-    assert worktrees(repository) == 1
-
-
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--compare no-such-commit", "--compare 'no-such-commit': git knows no such commit"),
-        ("--compare HEAD --iterations 2", "--iterations is 2"),
         ("--size huge", "--size 'huge' is unknown; choose from tiny, mini, sd35-medium"),
         ("--structure theirs", "--structure 'theirs' is unknown; choose from ours, released, both"),
         ("--stage sft", "--stage 'sft' is unknown"),
@@ -359,11 +276,8 @@ def test_compare_tells_what_failed_and_cleans_up(repository):
         ("--stage grpo --structure both", "--structure both emulates distillation"),
         ("--stage grpo --queries 1", "--queries 1 is for --stage opd"),
         ("--stage grpo --group 1", "--group 1: an advantage compares"),
-        ("--against-all", "--against-all compares with fewer states"),
-        ("--queries 1 --against-all --rounds 0", "--rounds is 0"),
         ("--query-range 2 9", "--query-range 2 9 does not lie within the 3 states"),
         ("--stage grpo --query-range 0 1", "--query-range (0, 1) is for --stage opd"),
-        ("surplus", "unknown arguments ['surplus']"),
     ],
 )
 def test_bad_input_is_one_clear_line(capsys, flags, words):

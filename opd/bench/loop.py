@@ -3,8 +3,7 @@
     python -m opd.bench --size tiny                              # seconds on a CPU
     python -m opd.bench --size sd35-medium --structure both      # and our emulation of the released loop
     python -m opd.bench --size mini --json runs/bench.json --picture runs/bench.png
-    python -m opd.bench --compare HEAD~1                         # this checkout against another commit
-    python -m opd.bench --size mini --queries 2 --query-range 0 4 --against-all   # fewer states against all
+    python -m opd.bench --size mini --queries 2 --query-range 0 4                # fewer states trained on
 
 Per structure: seconds per update and trajectories per second (median, without instruments), where the time
 goes, forward and backward passes counted by adapter, FLOPs as a share of a large matrix product's rate in the
@@ -25,9 +24,7 @@ import torch
 
 from opd import compiled
 from opd.bench.clock import PHASES, forget_peak, matmul_rate, measure
-from opd.bench.compare import compare
 from opd.bench.model import SIZES, Work, make_world, our_stage, predicted
-from opd.bench.queries import compare_queries, in_words
 from opd.bench.released import Released
 from opd.errors import require
 from opd.files import write_json
@@ -48,7 +45,6 @@ LABELS = {
     "activations": "  activations, the rest",
     "resident": "growth of the process",
 }
-ROOT = Path(__file__).parents[2]
 GIB, MIB = 2**30, 2**20
 
 
@@ -56,20 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status; `arguments` are the command line's unless given."""
     args = parser().parse_args(arguments)
     try:
-        if args.compare:
-            settings = (args.iterations, args.rounds, args.flags, args.compile)
-            print(compare(ROOT, args.compare, *settings))
-            return 0
-        require(not args.flags, f"unknown arguments {args.flags}: flags of train.py go with --compare")
         work = work_of(args)
         check(args, work)
         if args.device == "cuda" and not torch.cuda.is_available():
             print("error: --device cuda, but there is none: nothing was measured", file=sys.stderr)
             return 2
-        if args.against_all:
-            result = compare_queries(work, device_of(args.device), args.rounds, args.updates)
-            print(in_words(result))
-            return 0
         result = run(args, work)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,18 +85,13 @@ def parser() -> argparse.ArgumentParser:
     about.add_argument("--states", "--steps", type=int, help="of a trajectory")
     about.add_argument("--queries", type=int, default=0, help="states that are trained on; 0 = all")
     about.add_argument("--query-range", type=int, nargs=2, default=(0, 0), help="the states to draw from")
-    about.add_argument("--against-all", action="store_true", help="time them and all states, taking turns")
     about.add_argument("--dtype", default="auto", help="auto, bfloat16, float32")
     about.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    about.add_argument("--compile", action="store_true", help="our structure, or this checkout, compiled")
+    about.add_argument("--compile", action="store_true", help="our structure, compiled")
     about.add_argument("--device", default="auto", help="auto, cpu, cuda")
     about.add_argument("--updates", type=int, default=3, help="the first one warms up")
     about.add_argument("--json", help="write everything that was measured to this file")
     about.add_argument("--picture", help="draw the phases into this PNG (needs matplotlib)")
-    about.add_argument("--compare", metavar="COMMIT", help="time train.py mini here and at that commit")
-    about.add_argument("--iterations", type=int, default=8, help="with --compare: updates per run")
-    about.add_argument("--rounds", type=int, default=2, help="with --compare, --against-all: turns of each")
-    about.add_argument("flags", nargs="*", help="with --compare, after --: flags of train.py for both")
     return about
 
 
