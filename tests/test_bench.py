@@ -10,7 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from opd import compiled
+import train
+from opd import compiled, memory
 from opd.bench import clock as bench_clock
 from opd.bench import loop as bench
 from opd.bench.clock import Stopwatch, alive, flop_counter, matmul_rate
@@ -194,6 +195,47 @@ def test_compiled_blocks_are_counted_and_counted_through(tmp_path, monkeypatch):
     for name in ("passes", "flops_per_update"):
         assert fast[name] == plain[name]
     assert fast["memory"]["peak"] == pytest.approx(plain["memory"]["peak"], rel=0.05)
+
+
+# The rank is the shipped teachers'.
+WHOLE_RUNS = {
+    "mini": "--prompts-per-step 6 --micro-batch 6 --rank 16",
+    "mini-compose": "--prompts-per-step 2 --micro-batch 16 --window 0 --no-shared-start --steps 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, flags", WHOLE_RUNS.items())
+def test_the_real_command_holds_what_is_predicted(tmp_path, monkeypatch, preset, flags):
+    """train.py on the shipped miniature, VAE and moving average included: what is counted nearly to the byte;
+    activations, which are followed, below their prediction."""
+    strangers, loop, found = alive(), train.train, {}
+
+    def counted(cfg, stage, trained, *others):
+        known = {tensor.untyped_storage()._cdata for tensor in strangers}
+        live = LiveTensors()
+        live.add([tensor for tensor in alive() if tensor.untyped_storage()._cdata not in known])
+        with live:
+            finished = loop(cfg, stage, trained, *others)
+        measured = bench_clock.parts(stage, live.peak)
+        measured["vae"] = sum(weight.nbytes for weight in stage.model.vae.parameters())
+        measured["average"] = sum(average.nbytes for average in trained.average.values())
+        measured["activations"] -= measured["vae"] + measured["average"]
+        teachers = memory.assumed_teachers(cfg, stage.model)
+        found.update(measured=measured, predicted=memory.predict_run(cfg, stage.model, teachers))
+        return finished
+
+    monkeypatch.setattr(train, "train", counted)
+    places = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    short = "--iterations 1 --no-evaluate --sample-every 0 --watch-every 0 --dtype float32"
+    monkeypatch.setattr(sys, "argv", ["train.py", preset, *flags.split(), *short.split(), *places])
+    train.main()
+    measured, predicted = found["measured"], found["predicted"]
+    predicted["adapters"] += predicted["teachers"]
+    for part in ("base", "adapters", "gradients", "optimizer", "average", "vae"):
+        assert measured[part] == pytest.approx(predicted[part], rel=0.01), part
+    activations = max(predicted["activations"], predicted["decoding"]) + predicted["trajectories"]
+    assert 0.5 * activations < measured["activations"] <= 1.05 * activations
 
 
 # ---- instruments -------------------------------------------------------------------------------------------
