@@ -1,17 +1,22 @@
 """The ops: argument checks, then the fused kernels or the eager equations."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from opd import flow
-from opd.kernels.checks import FULL, check_batch, check_like, check_noise, check_step, check_targets
+from opd.flow import HALF, Transition
 from opd.kernels.common import use_triton
 from opd.kernels.fused import fused
-from opd.kernels.noise import normal
+from opd.kernels.noise import check_seed, normal
+
+FULL = (torch.float32, torch.float64)
 
 
 @torch.no_grad()
-def sde_step(x: Tensor, v: Tensor, transition: flow.Transition, noise=None, *, seed=None, index=None):
+def sde_step(x: Tensor, v: Tensor, transition: Transition, noise=None, *, seed=None, index=None):
     """x_next = keep x - move v + std z, and log p(x_next | x) (eq. 5, 6, 11).
 
     x: (B, ...) float32.  v: (B, ...) float32, bf16 or fp16, guided already.
@@ -45,7 +50,7 @@ def velocity_mse(v: Tensor, targets, alpha: Tensor, w: Tensor) -> tuple[Tensor, 
     A teacher with alpha 0 for a sample is not read for it; per_teacher is 0 there, for "not measured".
     ValueError: a wrong shape, dtype, device or layout, K = 0.
     """
-    check_batch("v", v, (*FULL, *flow.HALF))
+    check_samples("v", v, v, (*FULL, *HALF))
     targets, alpha_BK, w_B = check_targets(v, targets, alpha, w)
     distance_B, per_teacher_BK = weighted_distance(v, targets, alpha_BK)
     return w_B * distance_B, per_teacher_BK
@@ -69,7 +74,7 @@ def opd_step(x, v, targets, alpha, w, transition, noise=None, *, seed=None, inde
     return w_B * distance_B, squares_BC[:, :-1], x_next, log_prob_B
 
 
-def log_prob(x_next: Tensor, x: Tensor, v: Tensor, transition: flow.Transition) -> Tensor:
+def log_prob(x_next: Tensor, x: Tensor, v: Tensor, transition: Transition) -> Tensor:
     """log p(x_next | x) under velocity v: (B,) float32, mean over dimensions, nats per dimension (eq. 11).
 
     x_next, x: (B, ...) float32, constants.  v: (B, ...) float32, bf16 or fp16, differentiable.
@@ -78,7 +83,7 @@ def log_prob(x_next: Tensor, x: Tensor, v: Tensor, transition: flow.Transition) 
     ValueError: a wrong shape, dtype, device, layout or coefficient.
     """
     check_step(x, v, transition)
-    check_like("x_next", x_next, x, (x.dtype,))
+    check_samples("x_next", x_next, x, (x.dtype,))
     transition = on_device(transition, x)
     v_taken = flow.velocity_taken(x_next.detach(), x.detach(), transition)
     square_B, _ = weighted_distance(v, [v_taken], x.new_ones(len(x), 1))
@@ -100,8 +105,104 @@ def weighted_distance(v: Tensor, targets: list[Tensor], alpha_BK: Tensor) -> tup
     return (alpha_BK * means_BK).sum(1), means_BK.detach()
 
 
-def on_device(transition: flow.Transition, x: Tensor) -> flow.Transition:
+def on_device(transition: Transition, x: Tensor) -> Transition:
     """Coefficients (B,) in the state's dtype, on its device. In a product, a 0-dim CPU tensor is an argument
     of the launch: the host does not wait for the device, as it would for a copy."""
     ones_B = x.new_ones(len(x))
-    return flow.Transition(*(ones_B * value.detach().to(x.dtype) for value in transition))
+    return Transition(*(ones_B * value.detach().to(x.dtype) for value in transition))
+
+
+# ---- checks: a kernel would read whatever lies where a wrong shape or stride points ----
+
+
+def check_step(x: Tensor, v: Tensor, transition: Transition) -> None:
+    """A state, in float32 because rounding changes its likelihood; a velocity; (B,) or 0-dim coefficients."""
+    check_samples("x", x, x, FULL)
+    check_velocity("v", v, x)
+    for name, value in transition._asdict().items():
+        shape, device = (len(x),), x.device
+        if isinstance(value, Tensor) and value.ndim == 0:
+            shape = ()
+            if value.device.type == "cpu":
+                device = value.device
+        check_tensor(f"transition.{name}", value, shape, FULL, device)
+    check_values("transition.std", transition.std, lambda std: std >= 0, "no negative value")
+    check_values("transition.move", transition.move, lambda move: move != 0, "no 0")
+
+
+def check_noise(x: Tensor, noise: Tensor | None, seed: int | None, index: Tensor | None) -> None:
+    """Exactly one of `noise` (like x) and `seed` (with or without `index`)."""
+    if (noise is None) == (seed is None):
+        raise ValueError(f"noise and seed = {seed} are both given, or neither: expected exactly one of them")
+    if noise is not None:
+        check_samples("noise", noise, x, (x.dtype,))
+        if index is not None:
+            raise ValueError(
+                "index is given but noise is too: index only addresses the noise drawn from seed"
+            )
+        return
+    check_seed(seed)
+    if index is not None:
+        check_tensor("index", index, (len(x),), (torch.int64,), x.device)
+
+
+def check_targets(v: Tensor, targets, alpha: Tensor, w: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The K >= 1 teachers, without gradients; alpha (B, K) and w (B,) in the precision of the sums. An absent
+    teacher becomes the student itself, which is not read where alpha is 0. Elsewhere alpha becomes NaN, and
+    so does the loss: only the CPU can afford to look."""
+    if len(targets) == 0:
+        raise ValueError("targets is empty (K = 0): expected at least one teacher")
+    check_tensor("alpha", alpha, (len(v), len(targets)), FULL, v.device)
+    check_tensor("w", w, (len(v),), FULL, v.device)
+    check_values("alpha", alpha, lambda alpha: alpha >= 0, "no negative weight")
+    precision = torch.promote_types(v.dtype, torch.float32)
+    alpha, w = alpha.detach().to(precision), w.detach().to(precision)
+    present = []
+    for k, target in enumerate(targets):
+        if target is None:
+            absent = f"targets[{k}] is None but alpha[:, {k}]"
+            check_values(absent, alpha[:, k], lambda alpha: alpha == 0, "0 for every sample")
+            alpha = alpha.clone()
+            alpha[:, k] = torch.where(alpha[:, k] == 0, 0.0, torch.nan)
+            target = v
+        check_velocity(f"targets[{k}]", target, v)
+        present.append(target.detach())
+    return present, alpha, w
+
+
+def check_velocity(name: str, v: Tensor, like: Tensor) -> None:
+    """Velocities are float32, bf16 or fp16; or everything is float64, for the eager equations."""
+    dtypes = (torch.float32, *HALF)
+    if like.dtype == torch.float64:
+        dtypes = (torch.float64,)
+    check_samples(name, v, like, dtypes)
+
+
+def check_samples(name: str, t: Tensor, like: Tensor, dtypes: tuple) -> None:
+    """(B, ...) like another, not empty. Any stride over the batch (a slice, an expanded sample) is fine."""
+    check_tensor(name, t, like.shape, dtypes, like.device)
+    if t.ndim < 2 or t.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}: expected (B, ...), no dimension of them 0")
+    if not t[0].is_contiguous():
+        raise ValueError(f"{name} has strides {t.stride()}: expected contiguous samples, call .contiguous()")
+
+
+def check_tensor(name: str, t: Tensor, shape: tuple, dtypes: tuple, device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name} has type {type(t).__name__}: expected a tensor of shape {tuple(shape)}")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}: expected {tuple(shape)}")
+    if t.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {t.dtype}: expected {' or '.join(map(str, dtypes))}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}: expected {device}")
+
+
+def check_values(name: str, t: Tensor, good: Callable[[Tensor], Tensor], expected: str) -> None:
+    if readable(t) and not good(t).all():
+        raise ValueError(f"{name} = {t.tolist()}: expected {expected}")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether looking at the values costs nothing: not on an accelerator (a host sync), not while tracing."""
+    return t.device.type == "cpu" and not isinstance(t, FakeTensor) and not torch.compiler.is_compiling()
