@@ -45,7 +45,7 @@ def backend(mode: str):
         _mode = before
 
 
-recorder = None  # `opd.kernels.aot` sets this to collect the launches instead of running them
+recorder = None  # tests/kernels_aot.py sets this to collect the launches instead of running them
 
 
 def launch(kernel, programs: int, like: Tensor, *args, **constexprs) -> None:

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from opd import flow, kernels
-from opd.kernels.common import NUM_WARPS, backend
+from opd.kernels.common import backend
 from opd.kernels.noise import philox
 from opd.kernels.ops import readable
 
 ROOT = Path(__file__).parents[1]
 Normal = torch.distributions.Normal
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
 def run(*command, **environment):
@@ -44,8 +43,9 @@ def test_fused_kernels_in_the_interpreter():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_without_spills():
-    result = run("-m", "opd.kernels.aot")
+    result = run("-m", "tests.kernels_aot")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 spills" in result.stdout
     for name in ("forward_kernel", "finish_kernel", "sm_80", "sm_90", "sm_100", "gfx942"):
@@ -53,6 +53,7 @@ def test_every_kernel_compiles_for_every_target_without_spills():
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_block_is_summed_in_one_order(target):
@@ -60,12 +61,12 @@ def test_every_block_is_summed_in_one_order(target):
     if each sum runs over the same assignment of elements to threads, at every size, K and dtype."""
     from triton import compile
 
-    from opd.kernels import aot
+    from tests import kernels_aot as aot
 
     assignments = set()
     for _, source in aot.recorded_launches().values():
         if source.name == "forward_kernel":
-            code = compile(source, target=aot.TARGETS[target], options=OPTIONS).asm["ttgir"]
+            code = compile(source, target=aot.TARGETS[target], options=aot.OPTIONS).asm["ttgir"]
             sums = re.findall(r"\(tensor<1024xf32, (#\w+)>\) -> f32", code)
             assert sums
             assignments.update(re.search(f"^{name} = (.*)$", code, re.M)[1] for name in sums)

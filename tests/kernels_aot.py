@@ -1,13 +1,12 @@
 """Compile every kernel for every target, without a GPU, and print registers and spills.
 
-    python -m opd.kernels.aot [--targets sm_90 gfx942]
+    python -m tests.kernels_aot
 
 The launches are recorded from the ops themselves, so what is compiled is what runs: every op, 1 to 4
 teachers, noise given and drawn, sizes that vectorise and sizes that do not. NVIDIA's numbers are those of
 `ptxas -v` (shipped with triton), AMD's those in the assembly. Exits 1 if a kernel spills or does not compile.
 """
 
-import argparse
 import contextlib
 import io
 import re
@@ -21,9 +20,10 @@ from triton.compiler import ASTSource
 from opd import flow, kernels
 from opd.kernels import common
 
-NVIDIA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
-TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+OPTIONS = {"num_warps": common.NUM_WARPS, "enable_fp_fusion": False}
 # dimensions per sample, teachers, dtype of the velocities, whether the noise is drawn
 CONFIGURATIONS = [(2048, k, torch.float32, True) for k in (1, 2, 3, 4)]
 CONFIGURATIONS += [(2048, 2, torch.float32, False), (1089, 4, torch.float32, True)]
@@ -31,19 +31,13 @@ CONFIGURATIONS += [(2048, 2, torch.bfloat16, True), (2048, 1, torch.float16, Tru
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    targets = parser.parse_args().targets
-    if triton.knobs.runtime.interpret:
-        sys.exit("opd.kernels.aot compiles, TRITON_INTERPRET=1 interprets: unset it")
     triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     compiled = spills = 0
     for label, source in recorded_launches().values():
-        for target in targets:
+        for target in TARGETS:
             registers, spilled = compile_for(source, TARGETS[target])
-            print(
-                f"{source.name:16}{label:22}{target:8}{registers:3} registers, {spilled} spills", flush=True
-            )
+            counted = f"{registers:3} registers, {spilled} spills"
+            print(f"{source.name:16}{label:22}{target:8}{counted}", flush=True)
             compiled += 1
             spills += spilled
     print(f"triton {triton.__version__}, {common.NUM_WARPS} warps: {compiled} compiled, {spills} spills")
@@ -75,7 +69,9 @@ def run_ops(dims: int, teachers: int, dtype: torch.dtype, drawn: bool) -> None:
     v = torch.zeros(2, dims, dtype=dtype, requires_grad=True)
     loss_inputs = ([v] * teachers, torch.ones(2, teachers), torch.ones(2))
     transition = flow.sde_transition(torch.tensor(0.5), torch.tensor(0.4), 0.7)
-    draw = {"seed": 2**62 + 3, "index": torch.arange(2)} if drawn else {"noise": noise}
+    draw = {"noise": noise}
+    if drawn:
+        draw = {"seed": 2**62 + 3, "index": torch.arange(2)}
     kernels.sde_step(x, v, transition, **draw)
     kernels.log_prob(x_next, x, v, transition).sum().backward()
     kernels.velocity_mse(v, *loss_inputs)[0].sum().backward()
@@ -111,9 +107,8 @@ def specialise(kernel, args, constexprs) -> tuple[dict, dict, dict]:
 def compile_for(source: ASTSource, target: GPUTarget) -> tuple[int, int]:
     """Compile, never from the cache, and return (registers per thread, spills)."""
     ptxas_log = io.StringIO()
-    options = {"num_warps": common.NUM_WARPS, "enable_fp_fusion": False}
     with contextlib.redirect_stdout(ptxas_log):
-        binary = triton.compile(source, target=target, options=options)
+        binary = triton.compile(source, target=target, options=OPTIONS)
     text = ptxas_log.getvalue()
     patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
     if target.backend == "hip":
