@@ -32,13 +32,17 @@ def run(*command, **environment):
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton wheel")
 
 
+SOME = "every_transition or alpha_0 or philox or kernels_normal or same_bits or golden"
+
+
 @needs_triton
-def test_fused_kernels_in_the_interpreter():
-    """Every test of the fused kernels, and the golden losses of the training loop reproduced through them.
+@pytest.mark.parametrize("which", [SOME, pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"])
+def test_fused_kernels_in_the_interpreter(which):
+    """The tests of the fused kernels, and the golden losses of the training loop reproduced through them.
     Triton's interpreter must be chosen before triton is imported, hence the separate process."""
     tests = ("tests/test_kernels_fused.py", "tests/test_train.py::test_golden_losses")
     interpreted = {"TRITON_INTERPRET": "1", "FLOW_OPD_KERNELS": "triton"}
-    result = run("-m", "pytest", *tests, "-p", "no:cacheprovider", **interpreted)
+    result = run("-m", "pytest", *tests, "-k", which, "-p", "no:cacheprovider", **interpreted)
     assert result.returncode == 0 and "100%" in result.stdout, result.stdout[-5000:] + result.stderr[-2000:]
 
 
@@ -71,12 +75,6 @@ def test_every_block_is_summed_in_one_order(target):
             assert sums
             assignments.update(re.search(f"^{name} = (.*)$", code, re.M)[1] for name in sums)
     assert len(assignments) == 1, assignments
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the benchmark would run")
-def test_the_benchmark_says_that_it_needs_a_gpu():
-    result = run("-m", "opd.bench.kernels")
-    assert result.returncode == 2 and "GPU" in result.stderr and "Traceback" not in result.stderr
 
 
 A_STEP = """
@@ -155,9 +153,12 @@ def test_velocity_mse_by_hand():
     v, one = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.ones(2, 2)
     alpha, w = torch.tensor([[1.0, 0.5], [0.0, 2.0]]), torch.tensor([3.0, 0.5])
     loss, per_teacher = kernels.velocity_mse(v, [one, 0 * one], alpha, w)
+    stacked, _ = kernels.velocity_mse(v, torch.stack([one, 0 * one]), alpha, w)
     # sample 0: mean (0, 1)^2 = 0.5 and mean (1, 2)^2 = 2.5; sample 1: not read, and mean (0, 4)^2 = 8
     assert torch.equal(per_teacher, torch.tensor([[0.5, 2.5], [0.0, 8.0]]))
-    assert torch.equal(loss, torch.tensor([3 * (0.5 + 0.5 * 2.5), 0.5 * 2 * 8]))
+    assert torch.equal(loss, torch.tensor([3 * (0.5 + 0.5 * 2.5), 0.5 * 2 * 8])) and torch.equal(
+        loss, stacked
+    )
 
 
 def test_steps_by_hand():
@@ -240,21 +241,6 @@ def test_a_step_without_noise_is_eulers():
     assert (again == math.inf).all()
 
 
-def test_a_teacher_equal_to_the_student_gives_0():
-    a = arguments(teachers=1)
-    loss, per_teacher = kernels.velocity_mse(a["v"], [a["v"].detach()], a["alpha"], a["w"])
-    loss.sum().backward()
-    assert (loss == 0).all() and (per_teacher == 0).all() and (a["v"].grad == 0).all()
-
-
-def test_teachers_as_one_tensor_or_as_a_list():
-    a = arguments()
-    stacked = kernels.velocity_mse(a["v"], a["targets"], a["alpha"], a["w"])
-    listed = kernels.velocity_mse(a["v"], list(a["targets"]), a["alpha"], a["w"])
-    assert torch.equal(stacked[0], listed[0]) and torch.equal(stacked[1], listed[1])
-    assert torch.allclose(stacked[1][:, 1], ((a["v"] - a["targets"][1]) ** 2).flatten(1).mean(1))
-
-
 # ---------------------------------------------------------------- noise
 
 
@@ -325,66 +311,43 @@ def coefficients(**changes):
 Z = torch.zeros(3, 4, 5)
 BAD = [
     ({"x": Z.bfloat16()}, "x has dtype torch.bfloat16: expected torch.float32"),
-    ({"x": torch.zeros(3)}, r"x has shape \(3,\)"),
     ({"x": torch.zeros(0, 4, 5)}, r"x has shape \(0, 4, 5\)"),
     ({"v": torch.zeros(3, 4, 6)}, r"v has shape \(3, 4, 6\): expected \(3, 4, 5\)"),
-    ({"v": Z.long()}, "v has dtype torch.int64"),
-    (
-        {"v": Z.double()},
-        "v has dtype torch.float64: expected torch.float32 or torch.bfloat16 or torch.float16",
-    ),
-    (
-        {"v": torch.zeros(3, 5, 4).mT},
-        r"v has strides \(20, 1, 4\): expected contiguous samples",
-    ),
+    ({"v": Z.double()}, "v has dtype torch.float64: expected .*float32 or .*bfloat16 or .*float16"),
+    ({"v": torch.zeros(3, 5, 4).mT}, r"v has strides \(20, 1, 4\): expected contiguous samples"),
     ({"v": torch.zeros(3, 4, 5, device="meta")}, "v is on meta: expected cpu"),
     ({"targets": []}, "K = 0"),
     ({"targets": [Z, torch.zeros(3, 5, 4)]}, r"targets\[1\] has shape \(3, 5, 4\): expected \(3, 4, 5\)"),
-    ({"targets": [Z, Z.long()]}, r"targets\[1\] has dtype torch.int64"),
     ({"targets": [Z, None]}, r"targets\[1\] is None but alpha\[:, 1\]"),
     ({"alpha": torch.ones(3, 3)}, r"alpha has shape \(3, 3\): expected \(3, 2\)"),
     ({"alpha": -torch.ones(3, 2)}, "alpha = .*expected no negative weight"),
-    ({"w": torch.ones(3, 1)}, r"w has shape \(3, 1\): expected \(3,\)"),
     ({"w": 2.0}, r"w has type float: expected a tensor of shape \(3,\)"),
-    (
-        coefficients(std=torch.tensor([0.5, -0.1, 0.5])),
-        r"transition.std = .*-0.1.*: expected no negative value",
-    ),
     (coefficients(std=torch.tensor(math.nan)), "transition.std = nan: expected no negative value"),
     (coefficients(move=torch.tensor([0.5, 0.0, 0.5])), "transition.move = .*: expected no 0"),
-    (coefficients(keep=torch.ones(3).long()), "transition.keep has dtype torch.int64"),
     (coefficients(keep=torch.tensor(1)), "transition.keep has dtype torch.int64"),
-    (coefficients(keep=1.0), "transition.keep has type float: expected a tensor"),
-    (coefficients(move=torch.ones(4)), r"transition.move has shape \(4,\): expected \(3,\)"),
     (coefficients(std=torch.ones(3, 1, 1)), r"transition.std has shape \(3, 1, 1\): expected \(3,\)"),
-    (coefficients(std=torch.ones(3, device="meta")), "transition.std is on meta: expected cpu"),
     ({"seed": 3}, "noise and seed = 3 are both given, or neither"),
     ({"noise": None}, "noise and seed = None are both given, or neither"),
     ({"noise": None, "seed": -1}, "seed = -1: expected an integer, 0 <= seed"),
-    ({"noise": None, "seed": 2**63}, "expected an integer, 0 <= seed"),
-    ({"noise": None, "seed": 1.5}, "seed = 1.5: expected an integer"),
-    ({"noise": None, "seed": 3, "index": torch.arange(2)}, r"index has shape \(2,\)"),
-    ({"noise": None, "seed": 3, "index": torch.arange(3).int()}, "dtype torch.int32"),
+    ({"noise": None, "seed": 3, "index": torch.arange(3).int()}, "index has dtype torch.int32"),
     ({"index": torch.arange(3)}, "index is given but noise is too"),
     ({"noise": torch.zeros(3, 4, 4)}, r"noise has shape \(3, 4, 4\)"),
-    ({"noise": Z.half()}, "noise has dtype torch.float16"),
 ]
 
 
 @pytest.mark.parametrize("changes, message", BAD, ids=[m for _, m in BAD])
-@pytest.mark.parametrize("mode", ["eager", "triton"])
-def test_bad_input_is_named(changes, message, mode):
+def test_bad_input_is_named(changes, message):
+    """By the fused ops too, which would read whatever lies there."""
     opd()
-    with backend(mode), pytest.raises(ValueError, match=message):
-        opd(**changes)
+    for mode in ("eager", "triton"):
+        with backend(mode), pytest.raises(ValueError, match=message):
+            opd(**changes)
 
 
 def test_bad_states_of_log_prob_and_normal_are_named():
     a = arguments(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"x_next has shape \(2, 4, 5\): expected \(3, 4, 5\)"):
         kernels.log_prob(a["x_next"][:2], a["x"], a["v"], a["transition"])
-    with pytest.raises(ValueError, match="x_next has dtype torch.float16"):
-        kernels.log_prob(a["x_next"].half(), a["x"], a["v"], a["transition"])
     with pytest.raises(ValueError, match=r"index has shape \(2,\) and dtype torch.int64: expected \(3,\)"):
         kernels.normal((3, 4), 1, torch.arange(2))
     with pytest.raises(ValueError, match="v has dtype torch.int64"):
