@@ -1,60 +1,89 @@
 """The study's plots, from results alone (opd/mini/study/tables.py)."""
 
-import statistics
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean, stdev
 
+import matplotlib
+from matplotlib.figure import Figure
+
+from opd.files import replace
 from opd.mini.study.runs import TASKS, TEACHERS
-from opd.mini.study.tables import ROOT, mean_of_tasks, quality_of_all, rows_of
-from opd.report import svg
+from opd.mini.study.tables import ROOT, rows_of, scores_of
+
+# Text stays text, and names inside the file do not change from run to run.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}
+# Where labels stand, in turns, as neighbours may lie close together.
+BESIDE = [("left", (5, 4)), ("left", (5, -10)), ("right", (-5, 4))]
 
 
-def trade(results: list[dict]) -> str:
+@dataclass(frozen=True)
+class Mark:
+    x: float
+    y: float
+    label: str
+    x_spread: float
+    y_spread: float
+
+
+def draw(results: list[dict]) -> None:
+    """The committed pictures, anew."""
+    with matplotlib.rc_context(STYLE):
+        for file, plot in PLOTS.items():
+            write(file, plot(results))
+
+
+def write(file: Path, figure: Figure) -> None:
+    replace(file, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+
+
+def trade(results: list[dict]) -> Figure:
     """What an anchor costs the tasks and what it brings all pictures: weights for all noise levels in one
     curve, the others beside it."""
     weights = {"anchor-0": "0", "anchor-0.02": ".02", "anchor-0.1": ".1", "anchor-0.5": ".5", "anchor-2": "2"}
     late = {"anchor-late": ".02, 2 below .6", "anchor-earlier": "2 below .7", "anchor-late-4": "4 below .6"}
-    curves = [
-        svg.Marked("one weight for all levels", marks(weights, results)),
-        svg.Marked("by noise level", marks(late, results)),
-        svg.Marked("held at a target", marks({"anchor-held": ""}, results)),
-        svg.Marked("the default, 100 steps", marks({"student": ""}, results)),
-        svg.Marked("student, then GRPO", marks({"rewarded": ""}, results)),
-        svg.Marked("GRPO-mix", marks({"mix": "", "mix-all": "quality of all"}, results)),
-    ]
-    return svg.plane("anchor weights", "mean of compose and text", "quality of all pictures", curves)
+    curves = {
+        "anchor: one weight for all levels": marks(weights, results),
+        "anchor: by noise level": marks(late, results),
+        "the default, 100 steps": marks({"student": ""}, results),
+        "student, then GRPO": marks({"rewarded": ""}, results),
+        "GRPO-mix": marks({"mix": "", "mix-all": "quality of all"}, results),
+    }
+    return plane("mean of compose and text", "quality of all pictures", curves)
 
 
-def marks(labels: dict[str, str], results: list[dict]) -> list[svg.Mark]:
+def marks(labels: dict[str, str], results: list[dict]) -> list[Mark]:
     """A mark per recipe that has a result: means and standard deviations over its seeds."""
     found = []
     for name, label in labels.items():
         for _, own in rows_of((name,), results):
-            tasks = [mean_of_tasks(result) for result in own]
-            quality = [quality_of_all(result) for result in own]
-            x, y = statistics.fmean(tasks), statistics.fmean(quality)
-            found.append(svg.Mark(x, y, label, deviation(tasks), deviation(quality)))
+            scores = [scores_of(result) for result in own]
+            tasks, quality = ([one[score] for one in scores] for score in ("of the tasks", "of all"))
+            found.append(Mark(fmean(tasks), fmean(quality), label, deviation(tasks), deviation(quality)))
     return found
 
 
-def over_seconds(results: list[dict]) -> str:
-    return progress("one core", "seconds", results)
+def over_seconds(results: list[dict]) -> Figure:
+    return progress("seconds of one core", "seconds", results)
 
 
-def over_images(results: list[dict]) -> str:
+def over_images(results: list[dict]) -> Figure:
     return progress("pictures that were made for training", "samples", results)
 
 
-def progress(title: str, unit: str, results: list[dict]) -> str:
+def progress(title: str, unit: str, results: list[dict]) -> Figure:
     """Score against what training took in `unit` of a curve: both mixes, the student after its three
     teachers, and a student of half as many steps that went on by GRPO."""
     teaching = taken(TEACHERS, unit, results)
     learning = taken(("anchor-late",), unit, results)
-    curves = [
-        svg.Marked("GRPO-mix", watched("mix", unit, results, 0.0)),
-        svg.Marked("GRPO-mix, quality of all", watched("mix-all", unit, results, 0.0)),
-        svg.Marked("student, after its teachers", watched("student", unit, results, teaching)),
-        svg.Marked("student, then GRPO", watched("rewarded", unit, results, teaching + learning)),
-    ]
-    return svg.plane(title, unit, "mean of compose, text, quality of landscapes", curves)
+    curves = {
+        "GRPO-mix": watched("mix", unit, results, 0.0),
+        "GRPO-mix, quality of all": watched("mix-all", unit, results, 0.0),
+        "student, after its teachers": watched("student", unit, results, teaching),
+        "student, then GRPO": watched("rewarded", unit, results, teaching + learning),
+    }
+    return plane(title, "mean of compose, text, quality of landscapes", curves)
 
 
 def taken(names: tuple[str, ...], unit: str, results: list[dict]) -> float:
@@ -62,37 +91,67 @@ def taken(names: tuple[str, ...], unit: str, results: list[dict]) -> float:
     total = 0.0
     for name in names:
         for _, own in rows_of((name,), results):
-            total += statistics.fmean([result["curve"][-1][unit] for result in own])
+            total += fmean([result["curve"][-1][unit] for result in own])
     return total
 
 
-def watched(name: str, unit: str, results: list[dict], start: float) -> list[svg.Mark]:
+def watched(name: str, unit: str, results: list[dict], start: float) -> list[Mark]:
     """The mean over seeds of what a recipe's runs watched, `start` of the unit later."""
     found = []
     for _, own in rows_of((name,), results):
         for points in zip(*[result["curve"] for result in own], strict=True):
-            means = [statistics.fmean([point[task] for task in TASKS]) for point in points]
-            place = start + statistics.fmean([point[unit] for point in points])
-            found.append(svg.Mark(place, statistics.fmean(means), "", 0.0, deviation(means)))
+            means = [fmean([point[task] for task in TASKS]) for point in points]
+            place = start + fmean([point[unit] for point in points])
+            found.append(Mark(place, fmean(means), "", 0.0, deviation(means)))
     return found
-
-
-def closed(results: list[dict]) -> str:
-    """The share of each teacher's KL that the student closed, by noise level: the mean over its seeds."""
-    own = [result for result in results if result["recipe"] == "student" and "kl_closed" in result]
-    levels, rows = [], {}
-    if own:
-        levels = list(own[0]["kl_closed"][TASKS[0]])
-        for name in own[0]["kl_closed"]:
-            rows[name] = [statistics.fmean([r["kl_closed"][name][level] for r in own]) for level in levels]
-    return svg.grid("share of the KL closed, by noise level", [f"{float(v):.2f}" for v in levels], rows)
 
 
 def deviation(values: list[float]) -> float:
     """The standard deviation; 0 of one value."""
     if len(values) < 2:
         return 0.0
-    return statistics.stdev(values)
+    return stdev(values)
+
+
+def plane(x_name: str, y_name: str, curves: dict[str, list[Mark]]) -> Figure:
+    """Marks with their spreads, joined by lines in their order."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_name, ylabel=y_name)
+    for name, points in curves.items():
+        x, y = [mark.x for mark in points], [mark.y for mark in points]
+        across, upright = [mark.x_spread for mark in points], [mark.y_spread for mark in points]
+        axes.errorbar(x, y, upright, across, marker="o", markersize=4, elinewidth=0.6, label=name)
+        for mark, (side, offset) in zip(points, cycle(BESIDE), strict=False):
+            place = {"textcoords": "offset points", "ha": side, "fontsize": 7}
+            axes.annotate(mark.label, (mark.x, mark.y), offset, **place)
+    axes.grid(linewidth=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def closed(results: list[dict]) -> Figure:
+    """The share of each teacher's KL that the student closed, by noise level: the mean over its seeds."""
+    levels, rows = shares(results)
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="noise level")
+    axes.imshow(list(rows.values()) or [[0.0]], cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(levels)), [f"{float(level):.2f}" for level in levels])
+    axes.set_yticks(range(len(rows)), list(rows))
+    for line, row in enumerate(rows.values()):
+        for column, share in enumerate(row):
+            axes.text(column, line, f"{share:.2f}", ha="center", va="center", fontsize=8)
+    return figure
+
+
+def shares(results: list[dict]) -> tuple[list[str], dict[str, list[float]]]:
+    """(noise levels, teacher -> the share at each)."""
+    own = [result for result in results if result["recipe"] == "student" and "kl_closed" in result]
+    levels, rows = [], {}
+    if own:
+        levels = list(own[0]["kl_closed"][TASKS[0]])
+        for name in own[0]["kl_closed"]:
+            rows[name] = [fmean([r["kl_closed"][name][level] for r in own]) for level in levels]
+    return levels, rows
 
 
 PLOTS = {

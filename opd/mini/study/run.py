@@ -3,15 +3,14 @@
     python -m opd.mini.study                        # what is missing, run by run; then tables and plots anew
     python -m opd.mini.study --runs folded --seeds 0 1 2
     python -m opd.mini.study --tables               # from the results alone
-    python -m opd.mini.study --rescore              # what has a result, from the weights that are here
     python -m opd.mini.study --quick                # the main table's runs, a fiftieth as long
     python -m opd.mini.world --salt other --out runs/other/prompts
     python -m opd.mini.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
         --results runs/other/results           # on another split of the prompts, and another seed
 
 A run (runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result is a small
-JSON file in results/, so a study can be stopped, continued and spread over machines. The tables and plots of
-RESULTS.md and README.md are made from these files alone (pages.py).
+JSON file in results/, so a study can be stopped, continued and spread over machines; delete one, and its run
+is scored anew. Tables and plots of RESULTS.md and README.md are made from these files alone.
 """
 
 import json
@@ -21,21 +20,20 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from opd.cli import Texts, parse
+from opd import errors, files
+from opd.cli import parse
 from opd.config import DistillationConfig
-from opd.errors import require
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, write_json
 from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
-from opd.mini.study import pages as study_pages
-from opd.mini.study import tables as study_tables
-from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, TABLES, TASKS, Recipe
-from opd.mini.study.tables import RESULTS, ROOT, SCORES
+from opd.mini.study import plots
+from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, TABLES, Recipe
+from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, table, with_tables
 from opd.presets import PRESETS
 
 PROMPTS = ROOT / "opd/mini/prompts"
@@ -60,74 +58,69 @@ class Arguments:
     results: str = str(RESULTS)
     """Where the results lie. The pages are written from the committed ones only; of others, the tables of
     these runs are printed."""
-    heldout: Texts = field(default_factory=dict)
-    """Task -> file of prompts to score instead of the held-out ones of --prompts; needs other --results."""
     count: int = 256
     """Images per task, of prompts held out."""
     quick: bool = False
     """A fiftieth of the iterations, 24 images per task, in runs/study-quick."""
-    rescore: bool = False
-    """Train nothing; score again what has a result and whose weights are in --out: where measures are new."""
     tables: bool = False
     """Run nothing; write the tables."""
     train: str = ""
     """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
 
     def check(self) -> None:
-        """ValueError for an unknown run or task, prompts that are not there, and runs or results that would
-        be mixed with those of other prompts or lengths."""
+        """ValueError for an unknown run, prompts that are not there, and runs or results that would be mixed
+        with those of other prompts or lengths."""
         known = [*RECIPES, *REFERENCES]
         unknown = [name for name in self.runs if name not in known]
-        require(not unknown, f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
-        require(len(self.seeds) > 0, "--seeds is empty")
-        others = [task for task in self.heldout if task not in TASKS]
-        require(not others, f"--heldout names {', '.join(others)}; known: {', '.join(TASKS)}")
-        for task, file in self.heldout.items():
-            require(Path(file).is_file(), f"--heldout {task}={file}: there is no such file")
+        if unknown:
+            raise ValueError(f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
+        if not self.seeds:
+            raise ValueError("--seeds is empty")
         for file in (*MINI_PROMPTS.values(), *MINI_HELDOUT.values()):
-            found = (Path(self.prompts) / Path(file).name).is_file()
-            require(found, f"--prompts {self.prompts}: there is no {Path(file).name} in it")
-        mixed = self.other_prompts() and self.out == OUT
-        reason = f"--prompts {self.prompts} makes other teachers than those of {OUT}"
-        require(not mixed, f"{reason}; give another folder to --out")
-        committed = Path(self.results).resolve() == RESULTS.resolve()
-        alone = self.quick or self.heldout or self.other_prompts()
-        reason = "--quick, --prompts and --heldout make results that do not belong to the committed ones"
-        require(not (committed and alone), f"{reason}; give another folder to --results")
+            if not (Path(self.prompts) / Path(file).name).is_file():
+                raise ValueError(f"--prompts {self.prompts}: there is no {Path(file).name} in it")
+        if self.other_prompts() and self.out == OUT:
+            reason = f"--prompts {self.prompts} makes other teachers than those of {OUT}"
+            raise ValueError(f"{reason}; give another folder to --out")
+        if self.committed() and (self.quick or self.other_prompts()):
+            reason = "--quick and --prompts make results that do not belong to the committed ones"
+            raise ValueError(f"{reason}; give another folder to --results")
+
+    def committed(self) -> bool:
+        """Whether --results are the repository's."""
+        return Path(self.results).resolve() == RESULTS.resolve()
 
     def other_prompts(self) -> bool:
         """Whether --prompts is another split than the shipped one."""
         return Path(self.prompts).resolve() != PROMPTS.resolve()
 
-    def here(self, files: dict[str, str]) -> dict[str, str]:
-        """Task -> the file in --prompts that is called as the shipped one."""
+    def here(self, prompts: dict[str, str]) -> list[str]:
+        """TASK=FILE with the file in --prompts that is called as the shipped one."""
         folder = Path(self.prompts).absolute()
-        return {task: str(folder / Path(file).name) for task, file in files.items()}
+        return [f"{task}={folder / Path(file).name}" for task, file in prompts.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     if args.quick:
         args = quickened(args)
-    try:
+    with errors.in_one_line(ValueError):
         args.check()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     if not args.runs:
         args = replace(args, runs=(*RECIPES, *REFERENCES))
-    if args.rescore:
-        for name, seed in wanted(args):
-            score_again(args, name, seed)
-    elif not args.tables:
+    if not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)
-    results = study_tables.load(Path(args.results))
-    if Path(args.results).resolve() == RESULTS.resolve():
-        study_pages.write(results)
+    results = load(Path(args.results))
+    if args.committed():
+        for page in PAGES:
+            text = with_tables(page.read_text(), results)
+            files.replace(page, lambda path, text=text: path.write_text(text))
+        plots.draw(results)
         return
     for name, rows in TABLES.items():
         if set(rows) & set(args.runs):
-            print(f"{name}\n{study_tables.table(name, results)}")
+            print(f"{name}\n{table(name, results)}")
 
 
 def quickened(args: Arguments) -> Arguments:
@@ -136,15 +129,11 @@ def quickened(args: Arguments) -> Arguments:
     return replace(args, runs=args.runs or TABLES[QUICK], count=24)
 
 
-def wanted(args: Arguments) -> list[tuple[str, int]]:
-    """(name, seed) of every run that is asked for."""
-    runs = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
-    return runs + [(name, 0) for name in args.runs if name in REFERENCES]
-
-
 def missing(args: Arguments) -> list[tuple[str, int]]:
-    """(name, seed) of what has no result."""
-    return [(name, seed) for name, seed in wanted(args) if not result_file(args, name, seed).is_file()]
+    """(name, seed) of what is asked for and has no result."""
+    runs = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
+    runs += [(name, 0) for name in args.runs if name in REFERENCES]
+    return [(name, seed) for name, seed in runs if not result_file(args, name, seed).is_file()]
 
 
 def run(args: Arguments, name: str, seed: int) -> None:
@@ -153,31 +142,25 @@ def run(args: Arguments, name: str, seed: int) -> None:
     if args.other_prompts():
         about["prompts"] = args.prompts
     if name in REFERENCES:
-        prepare(args, REFERENCES[name].needs, seed)
-        result = {"flags": REFERENCES[name].flags} | scores(args, name, seed)
+        flags = REFERENCES[name].flags
+        prepare(flags)
+        result = {"flags": flags} | scores(args, name, seed)
     else:
-        prepare(args, RECIPES[name].needs, seed)
+        prepare(RECIPES[name].flags)
+        for need in RECIPES[name].needs():
+            # A committed result comes without its weights.
+            if not (folder_of(args, need, seed) / "student").exists():
+                run(args, need, seed)
         result = trained(args, name, seed)
     write_json(result_file(args, name, seed), about | result)
 
 
-def score_again(args: Arguments, name: str, seed: int) -> None:
-    """Replace the scores of a result; nothing where it or its weights are missing."""
-    file = result_file(args, name, seed)
-    here = name in REFERENCES or (folder_of(args, name, seed) / "student").exists()
-    if file.is_file() and here:
-        write_json(file, read_json(file) | scores(args, name, seed))
-
-
-def prepare(args: Arguments, needs: tuple[str, ...], seed: int) -> None:
-    """Make what is not there: places by their commands, recipes by their runs, whose committed results come
-    without the weights."""
-    for need in needs:
-        if need in RECIPES:
-            if not (folder_of(args, need, seed) / "student").exists():
-                run(args, need, seed)
-        elif not (ROOT / need).exists():
-            call(shlex.split(PREPARED[need]))
+def prepare(flags: str) -> None:
+    """Make the places that flags name, where they are not there."""
+    if SFT_START in flags:
+        for place, command in PREPARED.items():
+            if not (ROOT / place).exists():
+                call(shlex.split(command))
 
 
 def trained(args: Arguments, name: str, seed: int) -> dict:
@@ -188,8 +171,8 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
     command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
     if args.other_prompts():
-        command += ["--prompts", *pairs(args.here(cfg.prompts))]
-        command += ["--heldout", *pairs(args.here(cfg.heldout))]
+        command += ["--prompts", *args.here(cfg.prompts)]
+        command += ["--heldout", *args.here(cfg.heldout)]
     iterations = cfg.iterations
     if args.quick:
         iterations = max(2, cfg.iterations // QUICKER)
@@ -211,8 +194,6 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     result |= scores(args, name, seed) | curve(metrics)
     if isinstance(cfg, DistillationConfig):
         result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
-    if isinstance(cfg, DistillationConfig) and cfg.diagnose_every > 0:
-        result["gap_closed"] = gap_closed(metrics)
     return result
 
 
@@ -226,31 +207,28 @@ def filled(args: Arguments, recipe: Recipe, seed: int) -> str:
 
 
 def scores(args: Arguments, name: str, seed: int) -> dict:
-    """What of SCORES a recipe's student has, or every row of a reference."""
+    """What of MEASURED a recipe's student has, or every row of a reference."""
     folder = folder_of(args, name, seed)
     if name in REFERENCES:
-        reference, found = REFERENCES[name], {}
-        for what, rows in evaluated(args, folder, reference.flags, reference.tasks).items():
-            found[what] = {row: rows[row] for row in reference.titles}
-        return found
-    student = f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base"
-    found = evaluated(args, folder, student, RECIPES[name].tasks)
+        found = evaluated(args, folder, REFERENCES[name].flags)
+        titles = REFERENCES[name].titles
+        return {what: {row: rows[row] for row in titles} for what, rows in found.items()}
+    found = evaluated(args, folder, f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base")
     return {what: rows["student"] for what, rows in found.items()}
 
 
-def evaluated(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...]) -> dict[str, dict]:
+def evaluated(args: Arguments, folder: Path, flags: str) -> dict[str, dict]:
     """{what: {row of opd.evaluation: {task: number}}} on held-out prompts: "held_out", each task's own score;
     "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
     apart the pictures of one prompt are, where a task has several of one; "variety", those of different ones.
     """
     file = folder / "heldout.json"
-    files = args.here(MINI_HELDOUT) | {task: str(Path(f).absolute()) for task, f in args.heldout.items()}
-    prompts = pairs({task: files[task] for task in tasks})
     call(
-        ["-m", "opd.evaluation", *shlex.split(flags), "--prompts", "--heldout", *prompts]
+        ["-m", "opd.evaluation", *shlex.split(flags), "--prompts", "--heldout"]
+        + args.here(MINI_HELDOUT)
         + ["--count", str(args.count), "--scorers", QUALITY, "--out", str(file)]
     )
-    found = {what: {} for what in SCORES}
+    found = {what: {} for what in MEASURED}
     for cell in read_json(file)["cells"]:
         row, task = cell["row"], cell["task"]
         if cell["tag"] != ALL:
@@ -263,10 +241,6 @@ def evaluated(args: Arguments, folder: Path, flags: str, tasks: tuple[str, ...])
         if cell["scorer"] in MEASURES:
             found[cell["scorer"]].setdefault(row, {})[task] = cell["mean"]
     return {what: rows for what, rows in found.items() if rows}
-
-
-def pairs(files: dict[str, str]) -> list[str]:
-    return [f"{task}={file}" for task, file in files.items()]
 
 
 def curve(metrics: list[dict]) -> dict:
@@ -300,17 +274,6 @@ def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, f
             if sum(values[:2]) > 0
         }
     return {name: levels for name, levels in shares.items() if levels}
-
-
-def gap_closed(metrics: list[dict]) -> dict[str, float]:
-    """{"fixed": share, "visited": share} of the way from base to teacher, in the last line of the metrics
-    that has it: the mean over teachers and noise levels."""
-    last = [line for line in metrics if "fixed" in line][-1]
-    shares = {}
-    for states in ("fixed", "visited"):
-        levels = [share for teacher in last[states].values() for share in teacher["gap"].values()]
-        shares[states] = round(statistics.fmean(levels), 4)
-    return shares
 
 
 def call(arguments: list[str]) -> None:
