@@ -8,8 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd import memory
-from opd.bench import loop as bench
-from opd.bench import model as bench_model
+from opd.bench import model as bench
 from opd.memory import LiveTensors, peak
 from opd.model import Model
 from opd.teacher_files import read_teachers
@@ -35,9 +34,9 @@ def planned_run(cfg):
 
 def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
     """opd/bench/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
-    flags = """--size sd35-medium --pixels 128 --states 1 --prompts-per-step 1 --group 1 --micro-batch 1
-        --teachers 1 --dtype bfloat16"""
-    parts = bench_model.predicted(bench.work_of(bench.parser().parse_args(flags.split())), CPU)
+    one = {"states": 1, "prompts_per_step": 1, "group": 1, "micro_batch": 1, "teachers": 1}
+    work = replace(bench.WORKS["sd35-medium"], pixels=128, dtype="bfloat16", **one)
+    parts = bench.predicted(work, CPU)
     measured = {"peak": 5.31, "base": 4.60, "adapters": 0.175, "optimizer": 0.140, "gradients": 0.070}
     for part, size in measured.items():
         assert parts[part] / 2**30 == pytest.approx(size, rel=0.1 if part == "peak" else 0.01), part

@@ -1,9 +1,11 @@
 """How `opd.bench` measures a stage: seconds without instruments first, then phases, then counts, each in an
 update of its own, so that no instrument slows what another one reads."""
 
-import ctypes
+import datetime
 import gc
+import math
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,56 +18,73 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from opd import adapters, compiled, kernels
-from opd.errors import require
+from opd.bench.model import Work, make_world, our_stage, predicted
+from opd.bench.released import Released
 from opd.memory import LiveTensors
 from opd.model import Model
+from train import Distillation
 
 PHASES = ("student forward", "student backward", "teachers", "kernels", "optimizer", "rest")
-RESTART = Path("/proc/self/clear_refs")
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def measure(stage, updates: int, matmul_rate: float, before: int) -> dict:
-    """What `updates` updates cost, the first for warming up, and two more under instruments.
+def measure(structure: str, work: Work, device: torch.device, updates: int, rate: float) -> dict:
+    """One structure, "ours" or "released", from its model to its numbers; {"error": words} where memory runs
+    out. `rate`: of a large matrix product, FLOP/s."""
+    before = forget_peak(device)
+    try:
+        stage = build(structure, work, device)
+        forget_peak(device)  # building is not measured
+        numbers = measure_stage(stage, updates, rate, before)
+    except torch.OutOfMemoryError as error:
+        return {"error": str(error).split("\n")[0]}
+    numbers["predicted"] = {}
+    if structure == "ours":
+        numbers["predicted"] = predicted(work, device)
+    return numbers
 
-    `stage` is any stage of train.py, or the emulation; `matmul_rate` in FLOP/s; `before`: bytes in use before
-    the stage was built (CUDA: allocated by tensors; CPU: resident).
-    """
-    model = stage.model
-    samples = stage.cfg.samples_per_step()
-    graphs = compiled.graphs()
+
+def build(structure: str, work: Work, device: torch.device) -> Distillation:
+    """The stage; the adapters that it was made from are freed on return, as train.py frees them."""
+    world = make_world(work, device)
+    if structure == "ours":
+        return our_stage(world)
+    return Released(world)
+
+
+def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -> dict:
+    """What `updates` updates cost, the first for warming up, and two more under instruments. `before`: bytes
+    in use before the stage was built."""
+    graphs, device = compiled.graphs(), stage.model.device
     first, norm = stage.step(0)
-    finite = norm == norm and abs(norm) < float("inf")
-    require(finite, f"the first update's gradient norm is {norm}: try --dtype float32")
-    seconds = [timed_step(stage, 1)]
-    settled = compiled.graphs()
-    for step in range(2, updates):
-        seconds.append(timed_step(stage, step))
+    if not math.isfinite(norm):
+        raise ValueError(f"the first update's gradient norm is {norm}: try --dtype float32")
+    seconds = [timed_step(stage, step) for step in range(1, updates)]
     usual = statistics.median(seconds)
-    peak, resident = peak_bytes(model.device, before)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - before
     phases = measure_phases(stage, updates)
-    later = compiled.graphs() - settled
+    graphs = compiled.graphs() - graphs
     passes, flops = count(stage, updates + 1)
-    if model.device.type == "cpu":
+    if device.type == "cpu":
         peak = live_peak(stage, updates + 2)
     return {
         "loss": first["loss"],
         "grad_norm": norm,
         "updates": seconds,
         "seconds_per_update": usual,
-        "trajectories_per_second": samples / usual,
-        "graphs": settled - graphs,
-        "graphs_later": later,
+        "trajectories_per_second": stage.cfg.samples_per_step() / usual,
+        "graphs": graphs,
         "phases": phases,
         "passes": passes,
         "flops_per_update": flops,
-        "matmul_share": flops / usual / matmul_rate,
-        "memory": parts(stage, peak) | {"resident": resident},
+        "matmul_share": flops / usual / rate,
+        "memory": parts(stage, peak),
     }
 
 
-def timed_step(stage, step: int) -> float:
+def timed_step(stage: Distillation, step: int) -> float:
     wait(stage.model.device)
     started = time.perf_counter()
     stage.step(step)
@@ -77,21 +96,6 @@ def wait(device: torch.device) -> None:
     """Until the device has done what the host asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def models_of(stage) -> dict[str, Model]:
-    """The model that is trained, and, in the emulation, the teachers' copies by name."""
-    models = {adapters.STUDENT: stage.model}
-    if hasattr(stage, "copies"):
-        models |= stage.copies
-    return models
-
-
-def adapter_in_use(transformer: torch.nn.Module) -> str:
-    layers = adapters.lora_layers(transformer)
-    if not layers or layers[0].slot is None:
-        return adapters.BASE
-    return layers[0].slot
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -110,81 +114,91 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / best
 
 
+def about(device: torch.device, dtype: torch.dtype) -> dict:
+    """Where and with what it is measured."""
+    name = processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "date": str(datetime.date.today()),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """The CPU's name as Linux gives it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 # ---- phases ------------------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Seconds by phase. Where a timed call makes another, the outer one gets the time."""
+def measure_phases(stage: Distillation, step: int) -> dict[str, float]:
+    """Seconds of one update by phase, waiting for the device around every timed call."""
+    with timing(stage) as seconds:
+        total = timed_step(stage, step)
+    return seconds | {"rest": total - sum(seconds.values())}
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.running = False
 
-    def around(self, phase: Callable[[], str], function: Callable) -> Callable:
-        """`function`, timed; `phase()` says at each call what it counts for."""
+@contextmanager
+def timing(stage: Distillation) -> Iterator[dict[str, float]]:
+    """Inside, seconds by phase add up. Where a timed call makes another, the outer one gets the time."""
+    seconds, running = dict.fromkeys(PHASES, 0.0), []
 
-        def timed(*arguments, **keywords):
-            if self.running:
+    def timed(function: Callable, phase: Callable[[], str]) -> Callable:
+        def call(*arguments, **keywords):
+            if running:
                 return function(*arguments, **keywords)
-            name = phase()
-            self.running = True
-            wait(self.device)
+            running.append(phase())
+            wait(stage.model.device)
             started = time.perf_counter()
             try:
                 return function(*arguments, **keywords)
             finally:
-                wait(self.device)
-                self.seconds[name] += time.perf_counter() - started
-                self.running = False
+                wait(stage.model.device)
+                seconds[running.pop()] += time.perf_counter() - started
 
-        return timed
+        return call
 
+    def asked() -> str:
+        if adapter_in_use(stage.model.transformer) == stage.model.trained:
+            return "student forward"
+        return "teachers"
 
-def measure_phases(stage, step: int) -> dict[str, float]:
-    """Seconds of one update by phase, waiting for the device around every timed call."""
-    watch = Stopwatch(stage.model.device)
-    with timing(stage, watch):
-        total = timed_step(stage, step)
-    watch.seconds["rest"] = total - sum(watch.seconds.values())
-    return watch.seconds
-
-
-@contextmanager
-def timing(stage, watch: Stopwatch) -> Iterator[None]:
-    """Inside, the calls that a phase is made of are timed."""
+    calls = [(stage.model, "velocity", asked)]
+    calls += [(model, "velocity", lambda: "teachers") for model in stage.model.teachers.values()]
+    calls += [(kernels, name, lambda: "kernels") for name in kernels.__all__]
+    calls += [
+        (stage.trained, "update", lambda: "optimizer"),
+        (Tensor, "backward", lambda: "student backward"),
+    ]
     with ExitStack() as stack:
-
-        def time_call(owner, name: str, phase: Callable[[], str]) -> None:
-            timed = watch.around(phase, getattr(owner, name))
-            stack.enter_context(patch.object(owner, name, timed))
-
-        def asked() -> str:
-            if adapter_in_use(stage.model.transformer) == stage.model.trained:
-                return "student forward"
-            return "teachers"
-
-        for name, model in models_of(stage).items():
-            phase = asked
-            if name != adapters.STUDENT:
-                phase = constant("teachers")
-            time_call(model, "velocity", phase)
-        for name in kernels.__all__:
-            time_call(kernels, name, constant("kernels"))
-        time_call(stage.trained, "update", constant("optimizer"))
-        backward = watch.around(constant("student backward"), Tensor.backward)
-        stack.enter_context(patch.object(Tensor, "backward", backward))
-        yield
+        for owner, name, phase in calls:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase)))
+        yield seconds
 
 
-def constant(name: str) -> Callable[[], str]:
-    return lambda: name
+def adapter_in_use(transformer: torch.nn.Module) -> str:
+    layers = adapters.lora_layers(transformer)
+    if not layers or layers[0].slot is None:
+        return adapters.BASE
+    return layers[0].slot
 
 
 # ---- counts ------------------------------------------------------------------------------------------------
 
 
-def count(stage, step: int) -> tuple[dict, int]:
+def count(stage: Distillation, step: int) -> tuple[dict, int]:
     """Of one update: passes by adapter, FLOPs of matrix products and attention."""
     passes, flops = {}, flop_counter()
     with ExitStack() as stack:
@@ -198,14 +212,9 @@ def count(stage, step: int) -> tuple[dict, int]:
     return passes, flops.get_total_flops()
 
 
-def live_peak(stage, step: int) -> int:
-    """Peak bytes of live tensors in one update. Not in the one whose FLOPs are counted: PyTorch's counter
-    holds on to activations that are recomputed."""
-    live = LiveTensors()
-    live.add(alive())
-    with live, torch.compiler.set_stance("force_eager"):
-        stage.step(step)
-    return live.peak
+def models_of(stage: Distillation) -> dict[str, Model]:
+    """The model that is trained, and the teachers with a transformer of their own by name."""
+    return {adapters.STUDENT: stage.model} | stage.model.teachers
 
 
 def counting(passes: dict, owner: str) -> Callable:
@@ -221,12 +230,13 @@ def counting(passes: dict, owner: str) -> Callable:
         if owner == adapters.STUDENT:
             name = adapter_in_use(transformer)
         rows = len(keywords["hidden_states"])
-        if not output[0].requires_grad:
-            if name == adapters.STUDENT:
-                name = f"{name}, no gradient"
-            return add(name, rows)
-        add(f"{name}, forward", rows)
-        output[0].register_hook(lambda gradient: add(f"{name}, backward", rows))
+        if output[0].requires_grad:
+            add(f"{name}, forward", rows)
+            output[0].register_hook(lambda gradient: add(f"{name}, backward", rows))
+        elif name == adapters.STUDENT:
+            add(f"{name}, no gradient", rows)
+        else:
+            add(name, rows)
 
     return hook
 
@@ -245,17 +255,10 @@ def attention_backward_flop(gradient, query, key, value, *arguments, out_shape=N
     return sdpa_backward_flop(gradient, query, key, value)
 
 
-def alive() -> list[Tensor]:
-    """Every tensor that Python holds and that has storage."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
-    return [tensor for tensor in tensors if tensor.device.type != "meta"]
-
-
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def parts(stage, peak: int) -> dict[str, int]:
+def parts(stage: Distillation, peak: int) -> dict[str, int]:
     """Bytes by what they hold; activations are what remains of the peak."""
     sizes = {"base": 0, "copies": 0, "adapters": 0}
     for name, model in models_of(stage).items():
@@ -275,33 +278,27 @@ def parts(stage, peak: int) -> dict[str, int]:
 
 
 def forget_peak(device: torch.device) -> int:
-    """Give back what is free, start the peak anew, and return the bytes that are in use: of tensors on CUDA,
-    resident on a CPU."""
+    """Give back what is free, start CUDA's peak anew, and return the bytes in use; 0 on a CPU."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if os.access(RESTART, os.W_OK):
-        ctypes.CDLL(None).malloc_trim(0)
-        RESTART.write_text("5")  # VmHWM restarts from VmRSS
-    return resident("VmRSS")
-
-
-def peak_bytes(device: torch.device, before: int) -> tuple[int, int]:
-    """Bytes beyond `before` at the peak since `forget_peak`: of tensors on CUDA, and resident on a CPU; the
-    other is 0."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) - before, 0
-    return 0, resident("VmHWM") - before
-
-
-def resident(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes; 0 where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    if device.type == "cpu":
         return 0
-    for line in status.read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def live_peak(stage: Distillation, step: int) -> int:
+    """Peak bytes of live tensors in one update. Not in the one whose FLOPs are counted: PyTorch's counter
+    holds on to activations that are recomputed."""
+    live = LiveTensors()
+    live.add(alive())
+    with live, torch.compiler.set_stance("force_eager"):
+        stage.step(step)
+    return live.peak
+
+
+def alive() -> list[Tensor]:
+    """Every tensor that Python holds and that has storage."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+    return [tensor for tensor in tensors if tensor.device.type != "meta"]

@@ -1,108 +1,122 @@
-"""Time the fused ops on a GPU against the memory's own speed, the eager equations and torch.compile of them.
+"""The fused ops against the eager equations: whether they agree, and how near they come to the memory's own
+speed. BENCHMARKS.md says how bytes are counted; `python -m opd.bench gpu` runs it."""
 
-    python -m opd.bench.kernels [--quick] | tee runs/bench.csv
-
-Per op and size: median time, bytes moved per second, share of the copy bandwidth measured in the same run,
-speed relative to eager and to torch.compile, and peak memory beyond the arguments. BENCHMARKS.md says how the
-bytes are counted and keeps the numbers. Exits 2 where there is no GPU.
-"""
-
-import argparse
-import datetime
-import itertools
-import sys
+import time
+from collections.abc import Callable
+from itertools import product
 
 import torch
+from torch import Tensor
 
-from opd import flow, kernels
+from opd import compiled, flow, kernels
 from opd.kernels.common import backend
 
 OPS = ("sde_step", "log_prob", "velocity_mse", "opd_step")
-LATENTS = {512: (16, 64, 64), 1024: (16, 128, 128)}  # an 8x VAE with 16 channels
-BATCHES = (8, 32, 128, 256)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one size per op")
-    quick = parser.parse_args().quick
-    if not torch.cuda.is_available():
-        print("opd.bench.kernels needs a GPU and there is none: nothing was measured", file=sys.stderr)
-        return 2
-    torch.set_default_device("cuda")
-    source, target = torch.empty(2, 2**30, dtype=torch.int8)
-    copy_ms, _ = time_and_memory("auto", lambda: target.copy_(source))
-    copy = 2 * source.numel() / (copy_ms * 1e-3)  # bytes per second, read and written
-    where = f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    print(f"{where}, copy {copy * 1e-9:.0f} GB/s", file=sys.stderr)
-    print("op,pixels,batch,K,ms,GB/s,share of copy,x eager,x compile,peak MiB")
-    for op, pixels, batch, teachers in itertools.product(OPS, LATENTS, BATCHES, (1, 2, 3, 4)):
-        if op in ("sde_step", "log_prob") and teachers > 1:
-            continue
-        if quick and (pixels, batch, teachers) != (1024, 256, 1):
-            continue
-        numbers = measure(op, (batch, *LATENTS[pixels]), teachers, copy)
-        print(op, pixels, batch, teachers, *(f"{number:.3g}" for number in numbers), sep=",", flush=True)
-    return 0
+def workload(
+    op: str, shape: tuple, teachers: int, device: torch.device, dtype=torch.float32, drawn: bool = True
+) -> Callable[[], list[Tensor]]:
+    """Runs the op once on random arguments, the same in every dtype: its outputs, and the gradient of the
+    first one's sum where it has one. The noise is drawn inside, or given."""
+    random = torch.Generator(device).manual_seed(0)
 
+    def numbers() -> Tensor:
+        return torch.randn(shape, generator=random, device=device).to(dtype)
 
-def measure(op: str, shape: tuple, teachers: int, copy: float) -> tuple[float, ...]:
-    forward, v = workload(op, shape, teachers)
-    ms, peak = time_and_memory("triton", forward, v)
-    eager_ms, _ = time_and_memory("eager", forward, v)
-    compiled_ms, _ = time_and_memory("eager", torch.compile(forward, dynamic=False), v)
-    torch.compiler.reset()
-    speed = v.numel() * bytes_per_element(op, teachers) / (ms * 1e-3)
-    return ms, speed * 1e-9, speed / copy, eager_ms / ms, compiled_ms / ms, peak / 2**20
-
-
-def workload(op: str, shape: tuple, teachers: int):
-    """A function without arguments that runs the op once, and the velocity to differentiate it by."""
-    x, x_next = torch.randn(2, *shape)
-    v = torch.randn(shape, requires_grad=op != "sde_step")
-    loss_inputs = (torch.randn(teachers, *shape), torch.ones(shape[0], teachers), torch.ones(shape[0]))
-    transition = flow.sde_transition(*torch.tensor([0.8, 0.7], device="cpu"), 0.7)
+    x, x_next, noise = numbers(), numbers(), {"noise": numbers()}
+    v, targets = numbers().requires_grad_(op != "sde_step"), [numbers() for _ in range(teachers)]
+    alpha_BK = torch.ones(shape[0], teachers, dtype=dtype, device=device)
+    transition = flow.sde_transition(*torch.tensor([0.8, 0.7], dtype=torch.float64), 0.7)
+    if drawn:
+        noise = {"seed": 1}
+    w_B = alpha_BK[:, 0]
     calls = {
-        "sde_step": lambda: kernels.sde_step(x, v, transition, seed=1)[0],
-        "log_prob": lambda: kernels.log_prob(x_next, x, v, transition),
-        "velocity_mse": lambda: kernels.velocity_mse(v, *loss_inputs)[0],
-        "opd_step": lambda: kernels.opd_step(x, v, *loss_inputs, transition, seed=1)[0],
+        "sde_step": lambda: kernels.sde_step(x, v, transition, **noise),
+        "log_prob": lambda: (kernels.log_prob(x_next, x, v, transition),),
+        "velocity_mse": lambda: kernels.velocity_mse(v, targets, alpha_BK, w_B),
+        "opd_step": lambda: kernels.opd_step(x, v, targets, alpha_BK, w_B, transition, **noise),
     }
-    return calls[op], v
+
+    def run() -> list[Tensor]:
+        outputs = calls[op]()
+        gradient = ()
+        if v.requires_grad:
+            gradient = torch.autograd.grad(outputs[0].sum(), v)
+        return [output.detach() for output in (*outputs, *gradient)]
+
+    return run
+
+
+def agreement(device: torch.device) -> dict[str, float]:
+    """Of each op the largest disagreement. ValueError above 1."""
+    found = dict.fromkeys(OPS, 0.0)
+    for op, shape, teachers in product(OPS, ((3, 5, 33, 17), (8, 16, 64, 64)), (1, 4)):
+        found[op] = max(found[op], disagreement(op, shape, teachers, device))
+    if max(found.values()) > 1:
+        raise ValueError(f"fused and eager ops differ by more than is allowed, which is 1: {found}")
+    return found
+
+
+def disagreement(op: str, shape: tuple, teachers: int, device: torch.device) -> float:
+    """The fused op's error against float64 in units of what tests/test_kernels_fused.py allows: twice the
+    eager op's error and one unit in the last place of the largest value. At most 1 where they agree."""
+    found = []
+    for mode, dtype in (("auto", torch.float32), ("eager", torch.float32), ("eager", torch.float64)):
+        with backend(mode):
+            found.append(workload(op, shape, teachers, device, dtype, drawn=False)())
+    worst = 0.0
+    for fused, eager, exact in zip(*found, strict=True):
+        floor = torch.finfo(torch.float32).eps * exact.abs().max()
+        allowed = 2 * (eager - exact).abs().max() + floor
+        worst = max(worst, float((fused - exact).abs().max() / allowed))
+    return worst
+
+
+def measure(op: str, shape: tuple, teachers: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the op and its backward pass, bytes moved per second as a share of a copy's, and how
+    many times as long the eager equations take, and torch.compile of them."""
+    run = workload(op, shape, teachers, device)
+    with backend("auto"):
+        fused = milliseconds(run, device)
+    with backend("eager"):
+        eager = milliseconds(run, device)
+        faster = torch.compile(run, dynamic=False, backend=compiled.BACKEND)
+        compiled_eager = milliseconds(faster, device)
+    source, target = torch.empty(2, *shape, device=device)
+    copy = 2 * target.nbytes / milliseconds(lambda: target.copy_(source), device)
+    speed = target.numel() * bytes_per_element(op, teachers) / fused
+    return {
+        "milliseconds": fused,
+        "share_of_copy": speed / copy,
+        "times_eager": eager / fused,
+        "times_compiled": compiled_eager / fused,
+    }
 
 
 def bytes_per_element(op: str, teachers: int) -> int:
     """Forward and backward, all float32, each input read once and each output written once."""
     loss = 4 + 4 * teachers + 12  # v, targets; the direction written and read, the gradient written
     step = 4 + 4  # x, x_next
-    taken = 28  # x keep, - x_next, / move: three eager ops
-    return {"sde_step": step + 4, "log_prob": taken + loss, "velocity_mse": loss, "opd_step": step + loss}[op]
+    taken = 28 + 4 + 4 + 12  # x keep, - x_next, / move: three eager ops; then the loss of one target
+    return {"sde_step": step + 4, "log_prob": taken, "velocity_mse": loss, "opd_step": step + loss}[op]
 
 
-def time_and_memory(mode: str, forward, v=None, repeats: int = 30) -> tuple[float, int]:
-    """Median milliseconds on the device of single runs with their backward pass, and the peak of extra bytes.
-    A run follows a write of 1 GiB, which empties the caches and lasts long enough for the host to queue the
-    whole run: launch overhead on the host is not counted."""
-    flush = torch.empty(2**30, dtype=torch.int8)
-    times = []
-    with backend(mode):
-        for i in range(repeats + 3):
-            if i == 3:
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            output = forward()
-            if v is not None and v.requires_grad:
-                torch.autograd.grad(output.sum(), v)
-            end.record()
-            del output
-            times.append((start, end))
-    torch.cuda.synchronize()
-    milliseconds = sorted(start.elapsed_time(end) for start, end in times[3:])
-    return milliseconds[repeats // 2], torch.cuda.max_memory_allocated() - before
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def milliseconds(run: Callable, device: torch.device, repeats: int = 30) -> float:
+    """The median of single runs. On a GPU each follows a write of 1 GiB, which empties the caches and lasts
+    long enough for the host to queue the whole run: launch overhead on the host is not counted."""
+    if device.type == "cpu":  # a rehearsal
+        run()
+        started = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - started)
+    flush, times = torch.empty(2**30, dtype=torch.int8, device=device), []
+    for _ in range(repeats + 3):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize(device)
+    return sorted(start.elapsed_time(end) for start, end in times[3:])[repeats // 2]

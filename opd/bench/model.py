@@ -1,198 +1,152 @@
 """What `opd.bench` measures: a pipeline's shapes with random weights, random adapters and the settings of a
-run, made without any file. The stages on top of it are the real ones."""
+run, made without any file. The stage on top of it is the real one."""
 
-import copy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
+import tyro
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
 
 from opd import adapters, compiled, memory
 from opd.adapters import START, STUDENT, Lora
-from opd.cli import dashed
-from opd.config import DistillationConfig, GRPOConfig, RunConfig
+from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
-from opd.errors import require
 from opd.families import Condition, sd3
-from opd.grpo import GRPO
 from opd.model import Model, compute_dtype
 from opd.optim import Trained
-from opd.rewards import find_reward
 from train import Distillation
 
-ANCHORS = ("further", "teacher", "base", "none")
-DTYPES = ("auto", "bfloat16", "float32")
-STAGES = ("opd", "grpo")
-REWARD = "opd.bench.model:random_reward"
 FURTHER = "further"  # the teacher that is nothing but the anchor
+PATCH = 2
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of a model, and the work that is measured on it unless flags say otherwise."""
+    """Shapes of an SD3 model."""
 
-    transformer: dict
-    """Arguments of SD3Transformer2DModel."""
+    layers: int
+    heads: int
+    head_width: int
+    text_width: int
+    pooled_width: int
+    channels: int
+    """Of the latents."""
+    positions: int
+    """Patches along the largest side."""
+    usual_side: int
+    """Latents along a side, at the size that positions count from."""
+    dual_layers: int
+    """Blocks with a second attention, the first ones."""
     factor: int
     """Pixels of the image per pixel of the latents, along a side."""
     shift: float
     """What the noise levels are shifted by, towards noise."""
     tokens: int
-    """Text tokens of a prompt: CLIP's and T5's, or CLIP's alone."""
+    """Text tokens of a prompt."""
     t5: bool
-    work: dict
-    """Defaults of the flags."""
+
+    def transformer(self) -> SD3Transformer2DModel:
+        return SD3Transformer2DModel(
+            patch_size=PATCH,
+            num_layers=self.layers,
+            attention_head_dim=self.head_width,
+            num_attention_heads=self.heads,
+            caption_projection_dim=self.head_width * self.heads,
+            joint_attention_dim=self.text_width,
+            pooled_projection_dim=self.pooled_width,
+            pos_embed_max_size=self.positions,
+            sample_size=self.usual_side,
+            in_channels=self.channels,
+            out_channels=self.channels,
+            qk_norm="rms_norm",
+            dual_attention_layers=tuple(range(self.dual_layers)),
+        )
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a Condition's tensors."""
+        shapes = {"embeds": (self.tokens, self.text_width), "pooled": (self.pooled_width,)}
+        if not self.t5:
+            shapes["blank"] = (1, self.text_width)
+        return shapes
 
 
+# In columns: layers, heads, their width, width of text and of pooled text, latent channels, positions along a
+# side, usual latents along a side, blocks with a second attention. 77 tokens are CLIP's, 128 T5's.
 SIZES = {
-    "tiny": Size(
-        transformer=dict(
-            num_layers=2,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            caption_projection_dim=64,
-            joint_attention_dim=64,
-            pooled_projection_dim=64,
-            pos_embed_max_size=16,
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            qk_norm="rms_norm",
-        ),
-        factor=8,
-        shift=3.0,
-        tokens=4,
-        t5=False,
-        work=dict(pixels=64, prompts_per_step=6, group=2, micro_batch=4, states=3, rank=4),
-    ),
-    # The shipped miniature's.
-    "mini": Size(
-        transformer=dict(
-            num_layers=4,
-            attention_head_dim=48,
-            num_attention_heads=4,
-            caption_projection_dim=192,
-            joint_attention_dim=128,
-            pooled_projection_dim=128,
-            pos_embed_max_size=12,
-            sample_size=12,
-            in_channels=8,
-            out_channels=8,
-            qk_norm="rms_norm",
-        ),
-        factor=2,
-        shift=2.0,
-        tokens=12,
-        t5=False,
-        work=dict(pixels=24, prompts_per_step=30, group=1, micro_batch=30, states=10, rank=32),
-    ),
-    # 77 tokens of CLIP, 128 of T5.
-    "sd35-medium": Size(
-        transformer=dict(
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            caption_projection_dim=1536,
-            joint_attention_dim=4096,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            sample_size=128,
-            in_channels=16,
-            out_channels=16,
-            qk_norm="rms_norm",
-            dual_attention_layers=tuple(range(13)),
-        ),
-        factor=8,
-        shift=3.0,
-        tokens=205,
-        t5=True,
-        work=dict(pixels=512, prompts_per_step=12, group=2, micro_batch=8, states=10, rank=32),
-    ),
+    "tiny": Size(2, 2, 32, 64, 64, 4, 16, 8, 0, factor=8, shift=3.0, tokens=4, t5=False),
+    "mini": Size(4, 4, 48, 128, 128, 8, 12, 12, 0, factor=2, shift=2.0, tokens=12, t5=False),
+    "sd35-medium": Size(24, 24, 64, 4096, 2048, 16, 384, 128, 13, factor=8, shift=3.0, tokens=205, t5=True),
 }
-PATCH = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one update does, read from the flags of `python -m opd.bench`."""
+    """What one update does."""
 
-    size: str
-    stage: str
-    teachers: int
-    anchor: str
-    rank: int
+    size: tyro.conf.Suppress[str]
+    """A name in SIZES."""
     pixels: int
-    guidance: float
+    """Per side of the image."""
     prompts_per_step: int
     group: int
+    """Trajectories per prompt."""
     micro_batch: int
+    """Samples per forward pass."""
     states: int
-    queries: int
-    query_range: tuple[int, int]
-    dtype: str
-    checkpointing: bool
-    compile: bool
+    """Of a trajectory."""
+    rank: int
+    """Of every LoRA."""
+    teachers: int = 3
+    """Tasks, each with a teacher; a further one is the anchor."""
+    guidance: float = 1.0
+    """Of the student; 1 is one forward row."""
+    queries: int = 0
+    """States that are trained on. 0: all."""
+    query_range: tuple[int, int] = (0, 0)
+    """The states to draw from."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    checkpointing: bool = False
+    """Recompute activations in backward."""
+    compile: bool = False
+    """Our structure, compiled."""
 
     def check(self) -> None:
         """ValueError that names the flag, its value and what to change."""
-        choices = {"size": tuple(SIZES), "stage": STAGES, "anchor": ANCHORS, "dtype": DTYPES}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            require(value in known, f"--{name} {value!r} is unknown; choose from {', '.join(known)}")
-        for name in ("teachers", "states", "micro_batch", "pixels"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{dashed(name)} is {value}; it must be at least 1")
-        size = SIZES[self.size]
-        unit = size.factor * PATCH
-        limit = unit * size.transformer["pos_embed_max_size"]
-        fits = self.pixels % unit == 0 and self.pixels <= limit
-        way_out = f"use a multiple of {unit} up to {limit}"
-        require(fits, f"--pixels {self.pixels} does not fit --size {self.size}; {way_out}")
+        if self.teachers < 1:
+            raise ValueError(f"--teachers is {self.teachers}; it must be at least 1")
+        unit = SIZES[self.size].factor * PATCH
+        limit = unit * SIZES[self.size].positions
+        if self.pixels < 1 or self.pixels % unit != 0 or self.pixels > limit:
+            way_out = f"use a multiple of {unit} up to {limit}"
+            raise ValueError(f"--pixels {self.pixels} does not fit size {self.size}; {way_out}")
         self.config().check(1)
+        if self.compile:
+            compiled.check_compiler()
 
-    def config(self) -> RunConfig:
+    def config(self) -> DistillationConfig:
         """The settings of a run with this work."""
-        if self.stage == "grpo":
-            return self.growing()
-        return self.distilling()
-
-    def distilling(self) -> DistillationConfig:
-        tasks = self.tasks()
-        teachers = dict.fromkeys(tasks, "random")
-        anchor, weight = "base", 0.02
-        if self.anchor == "teacher":
-            anchor = tasks[0]
-        if self.anchor == "further":
-            anchor = FURTHER
-            teachers[FURTHER] = "random"
-        if self.anchor == "none":
-            weight = 0.0
-        queried = {"queries": self.queries, "query_range": self.query_range}
-        settings = self.shared() | queried | {"weight": "uniform", "cold_start": "base"}
-        return DistillationConfig(teachers=teachers, anchor=anchor, anchor_weight=weight, **settings)
-
-    def growing(self) -> GRPOConfig:
-        require(self.queries == 0, f"--queries {self.queries} is for --stage opd; leave it out")
-        ours = f"--query-range {self.query_range} is for --stage opd; leave it out"
-        require(self.query_range == (0, 0), ours)
-        return GRPOConfig(train_rewards=dict.fromkeys(self.tasks(), REWARD), **self.shared())
-
-    def shared(self) -> dict:
-        """The settings of both stages."""
-        return dict(
+        tasks = [f"task{k}" for k in range(self.teachers)]
+        return DistillationConfig(
             out="unused",
             model="random",
             dtype=self.dtype,
             rank=self.rank,
             alpha=2.0 * self.rank,
-            prompts=dict.fromkeys(self.tasks(), "random"),
+            teachers=dict.fromkeys([*tasks, FURTHER], "random"),
+            anchor=FURTHER,
+            anchor_weight=0.02,
+            weight="uniform",
+            cold_start="base",
+            prompts=dict.fromkeys(tasks, "random"),
             prompts_per_step=self.prompts_per_step,
             group=self.group,
             micro_batch=self.micro_batch,
             steps=self.states,
+            queries=self.queries,
+            query_range=self.query_range,
             guidance=self.guidance,
             checkpointing=self.checkpointing,
             compile=self.compile,
@@ -201,8 +155,15 @@ class Work:
             evaluate=False,
         )
 
-    def tasks(self) -> list[str]:
-        return [f"task{k}" for k in range(self.teachers)]
+
+# What is measured on each size unless flags say otherwise.
+WORKS = {
+    "tiny": Work("tiny", pixels=64, prompts_per_step=6, group=2, micro_batch=4, states=3, rank=4),
+    "mini": Work("mini", pixels=24, prompts_per_step=30, group=1, micro_batch=30, states=10, rank=32),
+    "sd35-medium": Work(
+        "sd35-medium", pixels=512, prompts_per_step=12, group=2, micro_batch=8, states=10, rank=32
+    ),
+}
 
 
 # ---- the model ---------------------------------------------------------------------------------------------
@@ -210,9 +171,9 @@ class Work:
 
 @dataclass
 class World:
-    """A model without adapters on the CPU, and everything that a stage wants beside it."""
+    """A model without adapters, and everything that a stage wants beside it."""
 
-    cfg: RunConfig
+    cfg: DistillationConfig
     model: Model
     pools: dict[str, list[Prompt]]
     teachers: dict[str, Lora]
@@ -221,25 +182,21 @@ class World:
 
 def make_world(work: Work, device: torch.device) -> World:
     """The same numbers at every call with the same arguments."""
-    size = SIZES[work.size]
-    cfg = work.config()
-    model = planned(work, device)
-    model.grids[cfg.steps] = shifted_levels(cfg.steps, size.shift)
-    model.transformer = random_transformer(size, model.dtype)
-    teachers = {}
-    if isinstance(cfg, DistillationConfig):
-        names = enumerate(cfg.teachers, start=1)
-        teachers = {name: random_lora(model.skeleton, cfg, number) for number, name in names}
+    cfg, model = work.config(), planned(work, device)
+    model.grids[cfg.steps] = shifted_levels(cfg.steps, SIZES[work.size].shift)
+    model.transformer = random_transformer(work.size, model.dtype, device)
+    loras = {name: random_lora(model.skeleton, cfg, n) for n, name in enumerate(["student", *cfg.teachers])}
     pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(64)] for task in cfg.prompts}
-    return World(cfg, model, pools, teachers, random_lora(model.skeleton, cfg, 0))
+    return World(cfg, model, pools, student=loras.pop("student"), teachers=loras)
 
 
-def random_transformer(size: Size, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """Frozen; drawn in `dtype`, as a large one in float32 would take twice the memory to make."""
+def random_transformer(size: str, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
+    """Frozen; drawn in `dtype` on the device: in float32 it would take twice the memory, on a CPU minutes."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
-        transformer = SD3Transformer2DModel(patch_size=PATCH, **size.transformer)
+        with device:
+            transformer = SIZES[size].transformer()
     finally:
         torch.set_default_dtype(torch.float32)
     return in_dtype(transformer, dtype).requires_grad_(False).eval()
@@ -247,11 +204,10 @@ def random_transformer(size: Size, dtype: torch.dtype) -> SD3Transformer2DModel:
 
 def planned(work: Work, device: torch.device) -> Model:
     """The model before its weights."""
-    size = SIZES[work.size]
-    dtype = compute_dtype(work.dtype, device)
+    size, dtype = SIZES[work.size], compute_dtype(work.dtype, device)
     side = work.pixels // size.factor
-    shape = (size.transformer["in_channels"], side, side)
-    text = RandomText(text_shapes(size), dtype, device)
+    text = RandomText(size.text_shapes(), dtype, device)
+    shape = (size.channels, side, side)
     return Model(sd3, Path("no-folder"), skeleton_of(work.size), shape, text, dtype, device)
 
 
@@ -259,27 +215,16 @@ def planned(work: Work, device: torch.device) -> Model:
 def skeleton_of(size: str) -> SD3Transformer2DModel:
     """The transformer without storage; made once, as its table of positions takes seconds."""
     with torch.device("meta"):
-        return SD3Transformer2DModel(patch_size=PATCH, **SIZES[size].transformer)
-
-
-def text_shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Shapes of a Condition's tensors."""
-    width, pooled = (size.transformer[name] for name in ("joint_attention_dim", "pooled_projection_dim"))
-    shapes = {"embeds": (size.tokens, width), "pooled": (pooled,)}
-    if not size.t5:
-        shapes["blank"] = (1, width)
-    return shapes
+        return SIZES[size].transformer()
 
 
 def predicted(work: Work, device: torch.device) -> dict[str, int]:
     """What opd.memory predicts of our structure, by the names under which memory is measured."""
     cfg, model = work.config(), planned(work, device)
-    text = text_shapes(SIZES[work.size])
-    found = memory.predict(cfg, model, text, memory.assumed_teachers(cfg, model), world=1)
-    parts = {name: found[name] for name in ("base", "optimizer", "gradients")}
-    parts["adapters"] = found["adapters"] + found["teachers"]
-    parts["activations"] = found["activations"] + found["trajectories"]
-    return parts | {"peak": memory.peak(found)}
+    teachers = memory.assumed_teachers(cfg, model)
+    found = memory.predict(cfg, model, SIZES[work.size].text_shapes(), teachers, world=1)
+    parts = {name: found[name] for name in ("base", "optimizer", "gradients", "activations")}
+    return parts | {"adapters": found["adapters"] + found["teachers"], "peak": memory.peak(found)}
 
 
 @dataclass(eq=False)
@@ -305,14 +250,11 @@ class RandomText:
 
 def shifted_levels(steps: int, shift: float) -> list[float]:
     """Noise levels from 1 to 0: shift s / (1 + (shift - 1) s) of equal steps s."""
-    levels = []
-    for i in range(steps + 1):
-        s = 1 - i / steps
-        levels.append(shift * s / (1 + (shift - 1) * s))
-    return levels
+    equal = [1 - i / steps for i in range(steps + 1)]
+    return [shift * s / (1 + (shift - 1) * s) for s in equal]
 
 
-def random_lora(skeleton: torch.nn.Module, cfg: RunConfig, seed: int) -> Lora:
+def random_lora(skeleton: torch.nn.Module, cfg: DistillationConfig, seed: int) -> Lora:
     """An adapter whose update is not zero: a fresh one's would be."""
     lora = adapters.fresh_lora(skeleton, sd3.LORA_TARGETS, cfg.rank, cfg.alpha, seed)
     generator = torch.Generator().manual_seed(seed_of(seed, "B"))
@@ -321,10 +263,7 @@ def random_lora(skeleton: torch.nn.Module, cfg: RunConfig, seed: int) -> Lora:
     return lora
 
 
-# ---- the stages --------------------------------------------------------------------------------------------
-
-
-def our_stage(world: World) -> Distillation | GRPO:
+def our_stage(world: World) -> Distillation:
     """The real stage on the real adapters."""
     cfg, model = world.cfg, world.model
     for name, lora in world.teachers.items():
@@ -332,11 +271,7 @@ def our_stage(world: World) -> Distillation | GRPO:
     attach_student(world)
     if cfg.compile:
         compiled.compile_blocks(model.family.blocks(model.transformer))
-    trained = Trained(cfg, model)
-    if isinstance(cfg, DistillationConfig):
-        return Distillation(cfg, model, world.pools, {}, trained)
-    model.decode = first_channels
-    return GRPO(cfg, model, world.pools, {REWARD: find_reward(REWARD)}, trained)
+    return Distillation(cfg, model, world.pools, {}, Trained(cfg, model))
 
 
 def attach_student(world: World) -> None:
@@ -351,25 +286,6 @@ def attach_student(world: World) -> None:
     model.transformer.to(model.device)
 
 
-def merged_copy(transformer: torch.nn.Module, lora: Lora) -> torch.nn.Module:
-    """A whole float32 transformer with the adapter's update added to its weights."""
-    whole = in_dtype(copy.deepcopy(transformer), torch.float32)
-    with torch.no_grad():
-        for module in lora.A:
-            whole.get_submodule(module).weight += lora.update(module)
-    return whole
-
-
 def in_dtype(transformer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """diffusers' own `to` would print advice about files that there are none of."""
     return torch.nn.Module.to(transformer, dtype)
-
-
-def first_channels(latents_BCHW: Tensor) -> Tensor:
-    """In the place of the VAE's decoder."""
-    return latents_BCHW[:, :3].float().sigmoid().cpu()
-
-
-def random_reward(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """A reward that costs next to nothing."""
-    return torch.rand(len(images))

@@ -1,0 +1,86 @@
+"""Every figure of a GPU by one command of at most nine minutes, what is missed most first.
+
+    python -m opd.bench gpu                 # runs/gpu.json, written anew after every part
+    python -m opd.bench gpu --rehearse      # the same path on a CPU at a tiny size: seconds that say nothing
+
+The fused ops must agree with the eager ones; then their speed beside a copy's; then the loop on SD3.5's
+shapes at 512 px, 1 and 4 teachers: ours, our emulation of the released structure, ours compiled, with memory
+predicted and measured. Exits 2 without a GPU, 1 where a part is missing.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+
+from opd import compiled
+from opd.bench import kernels
+from opd.bench.clock import about, matmul_rate, measure
+from opd.bench.model import WORKS, Work
+from opd.files import write_json
+from opd.model import compute_dtype
+
+
+@dataclass(frozen=True)
+class Arguments:
+    seconds: int = 540
+    """It ends after so many, whatever is missing."""
+    out: str = "runs/gpu.json"
+    rehearse: bool = False
+
+
+class OutOfTime(BaseException):  # no Exception: torch.compile would make another of it
+    pass
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status."""
+    args = tyro.cli(Arguments, args=arguments, prog="python -m opd.bench gpu", description=__doc__)
+    device, latents = torch.device("cuda", 0), (256, 16, 128, 128)
+    work = replace(WORKS["sd35-medium"], prompts_per_step=4)
+    if args.rehearse:
+        device, latents = torch.device("cpu"), (2, 4, 8, 8)
+        work = replace(WORKS["tiny"], prompts_per_step=2, group=1, micro_batch=2, states=1)
+        compiled.BACKEND = "eager"  # a CPU's own takes minutes
+    elif not torch.cuda.is_available():
+        print("error: no GPU: nothing was measured; --rehearse tries the path on a CPU", file=sys.stderr)
+        return 2
+    result = {"about": about(device, compute_dtype(work.dtype, device)), "work": vars(work)}
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(args.seconds)
+    try:
+        for name, part in parts(device, latents, work):
+            try:
+                result[name] = part()
+            except (RuntimeError, ValueError) as error:
+                result[name] = {"error": str(error).split("\n")[0]}
+            write_json(Path(args.out), result)
+            print(f"{name}: {result[name]}", flush=True)
+    except OutOfTime:
+        print(f"error: {args.seconds} s are over; {args.out} has what was measured before", file=sys.stderr)
+        return 1
+    finally:
+        signal.alarm(0)
+    return int(any("error" in numbers for numbers in result.values()))
+
+
+def out_of_time(number, frame) -> None:
+    raise OutOfTime
+
+
+def parts(device: torch.device, latents: tuple, work: Work) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """(name, what measures it), in order."""
+    yield "agreement", partial(kernels.agreement, device)
+    for op in kernels.OPS:
+        yield op, partial(kernels.measure, op, latents, 2, device)
+    rate = matmul_rate(compute_dtype(work.dtype, device), device)
+    for structure, compile in (("ours", False), ("released", False), ("ours", True)):
+        for teachers in (1, 4):
+            own = replace(work, teachers=teachers, compile=compile)
+            name = f"{structure}, compile {compile}, teachers {teachers}"
+            yield name, partial(measure, structure, own, device, 3, rate)
