@@ -49,6 +49,7 @@ def test_on_one_rank(world, plain, path, dtype):
     assert numbers(world, dtype, **PATHS[path]) == pytest.approx(plain[dtype], rel=DTYPES[dtype])
 
 
+@pytest.mark.slow
 def test_compiled_in_bfloat16(world, plain, monkeypatch):
     """In float32: tests/test_compiled.py. The graphs are those of --compile, run as they are."""
     torch._dynamo.reset()
@@ -58,6 +59,7 @@ def test_compiled_in_bfloat16(world, plain, monkeypatch):
     assert found == pytest.approx(plain["bfloat16"], rel=DTYPES["bfloat16"])
 
 
+@pytest.mark.slow
 def test_on_two_ranks_replicated_and_sharded(world, tmp_path, plain):
     printed = forked.finished(forked.ranks(tmp_path, 2, [str(world)], "tests.fast_paths_run"))
     (line,) = [line for line in printed.splitlines() if line.startswith("FOUND ")]

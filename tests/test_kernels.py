@@ -32,15 +32,17 @@ def run(*command, **environment):
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton wheel")
 
 
-SOME = "every_transition or alpha_0 or philox or kernels_normal or same_bits or golden"
+SOME = "every_transition or alpha_0 or philox or kernels_normal or same_bits"
 
 
 @needs_triton
 @pytest.mark.parametrize("which", [SOME, pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"])
 def test_fused_kernels_in_the_interpreter(which):
-    """The tests of the fused kernels, and the golden losses of the training loop reproduced through them.
+    """The tests of the fused kernels; with all of them the training loop's golden losses through them.
     Triton's interpreter must be chosen before triton is imported, hence the separate process."""
-    tests = ("tests/test_kernels_fused.py", "tests/test_train.py::test_golden_losses")
+    tests = ["tests/test_kernels_fused.py"]
+    if which == "":
+        tests.append("tests/test_train.py::test_golden_losses")
     interpreted = {"TRITON_INTERPRET": "1", "FLOW_OPD_KERNELS": "triton"}
     result = run("-m", "pytest", *tests, "-k", which, "-p", "no:cacheprovider", **interpreted)
     assert result.returncode == 0 and "100%" in result.stdout, result.stdout[-5000:] + result.stderr[-2000:]
@@ -87,6 +89,7 @@ print(kernels.sde_step(z, z, transition, seed=1)[0].shape)
 
 
 @needs_triton
+@pytest.mark.slow
 def test_fused_kernels_on_the_cpu_say_what_they_need():
     result = run("-c", A_STEP, FLOW_OPD_KERNELS="triton")
     assert result.returncode != 0 and "set TRITON_INTERPRET=1 before Python starts" in result.stderr

@@ -75,6 +75,7 @@ for command in ["train.py", "--dry-run"], ["sample.py", "--help"]:
 """
 
 
+@pytest.mark.slow
 def test_the_libraries_find_the_stranger_and_the_commands_run_beside_it(stranger):
     """diffusers takes any version for available."""
     printed = forks(LIBRARIES + COMMANDS, path=stranger)
