@@ -223,14 +223,6 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, calls, monkeypatch):
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_quick_divides_the_steps_and_keeps_out_of_the_committed_results(tmp_path, monkeypatch, calls):
-    monkeypatch.chdir(tmp_path)
-    study.main(["--quick", "--runs", "mix"])
-    assert calls[0][-4:] == ["--iterations", "11", "--watch-prompts", "8"]
-    assert calls[1][calls[1].index("--count") + 1] == "24"
-    assert (tmp_path / "runs/study-quick/results/mix-0.json").is_file()
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
     with errors.in_one_line(ValueError, OSError):
         if size not in WORKS:
             raise ValueError(f"size {size!r} is unknown; choose from {', '.join(WORKS)}, or gpu")
-        args = tyro.cli(Arguments, args=flags, default=Arguments(WORKS[size]), description=__doc__)
+        start, prog = Arguments(WORKS[size]), f"python -m opd.bench {size}"
+        args = tyro.cli(Arguments, args=flags, default=start, prog=prog, description=__doc__)
         args.check()
         result = run(args)
         print(table(result))
