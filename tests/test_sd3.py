@@ -160,12 +160,6 @@ def test_embeddings_have_the_encoders_dtype(world):
     }
 
 
-def test_texts_of_different_lengths_are_refused():
-    conditions = [{"embeds": torch.ones(length, 8), "pooled": torch.ones(4)} for length in (24, 140, 24)]
-    with pytest.raises(ValueError, match=r"conditions of \[24, 140\] tokens in one batch"):
-        sd3.collate(conditions)
-
-
 def test_latents_are_scaled_as_diffusers_scales_them(world):
     vae = sd3.load_vae(world / "pipeline")
     pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", **tiny.NO_T5)

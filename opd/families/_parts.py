@@ -1,4 +1,4 @@
-"""What several families share: the VAE, the scheduler's noise levels, pictures as 2 x 2 patches.
+"""What several families share: loading, the VAE, the scheduler's noise levels, pictures as 2 x 2 patches.
 
 Noise levels are those of diffusers' FlowMatchEulerDiscreteScheduler. mu is the log of a resolution-dependent
 shift; a scheduler with a static shift does not look at it.
@@ -8,39 +8,81 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from einops import rearrange
 from torch import Tensor
 
-# ---- pictures: AutoencoderKL -------------------------------------------------------------------------------
+from opd.files import read_json
+
+# ---- loading: `kind` is the class of diffusers -------------------------------------------------------------
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
+def skeleton(kind: type[ModelMixin], folder: Path) -> ModelMixin:
+    """The transformer without storage (meta device)."""
+    with torch.device("meta"):
+        return kind.from_config(transformer_config(folder))
+
+
+def load_transformer(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
+    """The frozen transformer on the CPU."""
+    return kind.from_pretrained(folder / "transformer", dtype=dtype).requires_grad_(False).eval()
+
+
+def load_vae(kind: type[ModelMixin], folder: Path) -> ModelMixin:
     """The frozen VAE in float32."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    return vae.requires_grad_(False).eval()
+    return kind.from_pretrained(folder / "vae", dtype=torch.float32).requires_grad_(False).eval()
+
+
+def load_text(
+    kind: type[DiffusionPipeline], folder: Path, dtype: torch.dtype, device: torch.device, t5: bool
+) -> DiffusionPipeline:
+    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
+    return kind.from_pretrained(folder, transformer=None, vae=None, dtype=dtype).to(device)
+
+
+def transformer_config(folder: Path) -> dict:
+    return read_json(folder / "transformer" / "config.json")
+
+
+def vae_config(folder: Path) -> dict:
+    return read_json(folder / "vae" / "config.json")
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def default_resolution(folder: Path) -> int:
+    """The VAE's, of families whose transformer's config names none."""
+    return vae_config(folder)["sample_size"]
 
 
 def pixels(folder: Path) -> int:
     """Pixels of the image per pixel of the latents: each of the VAE's stages but the last halves the
     picture."""
-    config = AutoencoderKL.load_config(folder / "vae")
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(vae_config(folder)["block_out_channels"]) - 1)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     """Latents -> images (B, 3, height, width) float32 in [0, 1]."""
-    z = latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor
-    (images,) = vae.decode(z, return_dict=False)  # in [-1, 1]
-    return (images / 2 + 0.5).clamp(0, 1)
+    return decode_raw(vae, latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor)
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
     """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
-    z = vae.encode(images_B3HW.float() * 2 - 1).latent_dist.mode()
-    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+    return (encode_raw(vae, images_B3HW) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode_raw(vae: ModelMixin, z: Tensor) -> Tensor:
+    """The VAE's own latents -> images in [0, 1]."""
+    (images,) = vae.decode(z, return_dict=False)  # in [-1, 1]
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def encode_raw(vae: ModelMixin, images: Tensor) -> Tensor:
+    """Images in [0, 1] -> the VAE's own latents, the posterior's mean."""
+    return vae.encode(images.float() * 2 - 1).latent_dist.mode()
 
 
 # ---- noise levels ------------------------------------------------------------------------------------------
@@ -96,7 +138,12 @@ def require_a_step(steps: int) -> None:
         raise ValueError(f"steps = {steps}: a walk from noise to data needs at least 1 step")
 
 
-# ---- patches -----------------------------------------------------------------------------------------------
+# ---- text and patches --------------------------------------------------------------------------------------
+
+
+def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditions of one length, name by name in a batch."""
+    return {name: torch.stack([condition[name] for condition in conditions]) for name in conditions[0]}
 
 
 PATCH = 2  # the pipelines take no other

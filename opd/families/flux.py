@@ -7,6 +7,7 @@ Guidance is distilled into the network, which is told the scale: --guidance 3.5 
 is a scale like any other. FLUX.1-schnell has no such input and is run at 1.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,16 +15,19 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition
+from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     PATCH,
     decode,
+    default_resolution,
     encode_images,
-    load_vae,
     log_shift,
     pack,
     patches_along,
     pixels,
     sigmas,
+    stacked,
+    transformer_config,
     unpack,
 )
 
@@ -38,15 +42,9 @@ T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
 # ---------------------------------------------------------------- weights
 
 
-def skeleton(folder: Path) -> FluxTransformer2DModel:
-    """The transformer without storage (meta device)."""
-    with torch.device("meta"):
-        return FluxTransformer2DModel.from_config(transformer_config(folder))
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> FluxTransformer2DModel:
-    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
-    return transformer.requires_grad_(False).eval()
+skeleton = partial(parts.skeleton, FluxTransformer2DModel)
+load_transformer = partial(parts.load_transformer, FluxTransformer2DModel)
+load_vae = partial(parts.load_vae, AutoencoderKL)
 
 
 def blocks(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
@@ -72,10 +70,7 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     """A pipeline that can only encode prompts. ValueError for `t5=False`: all of its tokens are T5's."""
     if not t5:
         raise ValueError("--no-t5: FLUX.1 reads its prompts with T5 and cannot do without")
-    pipe = FluxPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        encoder.to(device)
-    return pipe
+    return parts.load_text(FluxPipeline, folder, dtype, device, t5)
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
@@ -93,9 +88,8 @@ def encode_prompts(text: FluxPipeline, prompts: list[str], device: torch.device)
     return [{"embeds": embeds_LD, "pooled": pooled_P} for embeds_LD, pooled_P in pairs]
 
 
-def collate(conditions: list[Condition]) -> dict[str, Tensor]:
-    """`embeds` (B, L, D), `pooled` (B, P)."""
-    return {name: torch.stack([c[name] for c in conditions]) for name in ("embeds", "pooled")}
+# `embeds` (B, L, D), `pooled` (B, P).
+collate = stacked
 
 
 # ---------------------------------------------------------------- velocity
@@ -148,12 +142,3 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     unit = PATCH * pixels(folder)
     rows, columns = patches_along(height, unit), patches_along(width, unit)
     return transformer_config(folder)["in_channels"] // PATCH**2, PATCH * rows, PATCH * columns
-
-
-def default_resolution(folder: Path) -> int:
-    """The VAE's: the transformer's config names none."""
-    return AutoencoderKL.load_config(folder / "vae")["sample_size"]
-
-
-def transformer_config(folder: Path) -> dict:
-    return FluxTransformer2DModel.load_config(folder / "transformer")

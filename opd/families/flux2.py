@@ -9,6 +9,7 @@ klein ignores any, so leave --guidance 1 there, or the student cannot be sampled
 Flux2Pipeline with another text encoder, is no member.)
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition
 from opd.families import _parts as parts
-from opd.families._parts import PATCH, patches_along
+from opd.families._parts import PATCH, default_resolution, patches_along, transformer_config  # noqa: F401
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
@@ -38,33 +39,18 @@ STEPS = 50  # the pipeline's default: its shift depends on the number of steps
 # ---------------------------------------------------------------- weights
 
 
-def skeleton(folder: Path) -> Flux2Transformer2DModel:
-    """The transformer without storage (meta device)."""
-    with torch.device("meta"):
-        return Flux2Transformer2DModel.from_config(transformer_config(folder))
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    transformer = Flux2Transformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
-    return transformer.requires_grad_(False).eval()
+skeleton = partial(parts.skeleton, Flux2Transformer2DModel)
+load_transformer = partial(parts.load_transformer, Flux2Transformer2DModel)
+load_vae = partial(parts.load_vae, AutoencoderKLFlux2)
+load_text = partial(parts.load_text, Flux2KleinPipeline)
+convert_lora = Flux2KleinPipeline.lora_state_dict
 
 
 def blocks(transformer: Flux2Transformer2DModel) -> list[torch.nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return Flux2KleinPipeline.lora_state_dict(tensors)
-
-
 # ---------------------------------------------------------------- text
-
-
-def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> Flux2KleinPipeline:
-    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
-    pipe = Flux2KleinPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
-    pipe.text_encoder.to(device)
-    return pipe
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
@@ -102,9 +88,7 @@ def velocity(
     return rearrange(v_BTC, "b (h w) c -> b c h w", h=rows).contiguous()
 
 
-def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-    """v_u + g (v - v_u)."""
-    return flow.guided(v, v_uncond, scale)
+guide = flow.guided
 
 
 def positions(rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:
@@ -139,16 +123,9 @@ def empirical_mu(tokens: int, steps: int) -> float:
 # ---------------------------------------------------------------- images and latents
 
 
-def load_vae(folder: Path) -> AutoencoderKLFlux2:
-    """The frozen VAE in float32."""
-    vae = AutoencoderKLFlux2.from_pretrained(folder / "vae", dtype=torch.float32)
-    return vae.requires_grad_(False).eval()
-
-
 def pixels(folder: Path) -> int:
-    """Of a patch: each of the VAE's stages but the last halves the picture."""
-    stages = vae_config(folder)["block_out_channels"]
-    return PATCH * 2 ** (len(stages) - 1)
+    """Of a patch."""
+    return PATCH * parts.pixels(folder)
 
 
 @torch.no_grad()
@@ -156,16 +133,14 @@ def decode(vae: AutoencoderKLFlux2, latents_BCHW: Tensor) -> Tensor:
     """Latents -> images (B, 3, height, width) float32 in [0, 1]."""
     mean_C11, std_C11 = statistics(vae)
     patches = latents_BCHW.float() * std_C11 + mean_C11
-    z = rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH)
-    (images,) = vae.decode(z, return_dict=False)  # in [-1, 1]
-    return (images / 2 + 0.5).clamp(0, 1)
+    return parts.decode_raw(vae, rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH))
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKLFlux2, images_B3HW: Tensor) -> Tensor:
     """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
     mean_C11, std_C11 = statistics(vae)
-    z = vae.encode(images_B3HW.float() * 2 - 1).latent_dist.mode()
+    z = parts.encode_raw(vae, images_B3HW)
     return (rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=PATCH, q=PATCH) - mean_C11) / std_C11
 
 
@@ -179,16 +154,3 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """ValueError where a side is not made of whole patches."""
     rows, columns = (patches_along(side, pixels(folder)) for side in (height, width))
     return transformer_config(folder)["in_channels"], rows, columns
-
-
-def default_resolution(folder: Path) -> int:
-    """The VAE's: the transformer's config names none."""
-    return vae_config(folder)["sample_size"]
-
-
-def vae_config(folder: Path) -> dict:
-    return AutoencoderKLFlux2.load_config(folder / "vae")
-
-
-def transformer_config(folder: Path) -> dict:
-    return Flux2Transformer2DModel.load_config(folder / "transformer")

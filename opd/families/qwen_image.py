@@ -6,6 +6,7 @@ A Condition holds `embeds` (L_b, D).
 Guidance is the pipeline's true_cfg_scale: v_u + g (v - v_u), rescaled patch by patch to the norm of v.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition
+from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     PATCH,
     log_shift,
     pack,
     patches_along,
     sigmas,
+    transformer_config,
     unpack,
+    vae_config,
 )
 
 PIPELINE = "QwenImagePipeline"
@@ -36,33 +40,18 @@ SIZE = 1024  # pixels per side; no config says so
 # ---------------------------------------------------------------- weights
 
 
-def skeleton(folder: Path) -> QwenImageTransformer2DModel:
-    """The transformer without storage (meta device)."""
-    with torch.device("meta"):
-        return QwenImageTransformer2DModel.from_config(transformer_config(folder))
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> QwenImageTransformer2DModel:
-    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
-    return transformer.requires_grad_(False).eval()
+skeleton = partial(parts.skeleton, QwenImageTransformer2DModel)
+load_transformer = partial(parts.load_transformer, QwenImageTransformer2DModel)
+load_vae = partial(parts.load_vae, AutoencoderKLQwenImage)
+load_text = partial(parts.load_text, QwenImagePipeline)
+convert_lora = QwenImagePipeline.lora_state_dict
 
 
 def blocks(transformer: QwenImageTransformer2DModel) -> list[torch.nn.Module]:
     return list(transformer.transformer_blocks)
 
 
-def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return QwenImagePipeline.lora_state_dict(tensors)
-
-
 # ---------------------------------------------------------------- text
-
-
-def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> QwenImagePipeline:
-    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
-    pipe = QwenImagePipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
-    pipe.text_encoder.to(device)
-    return pipe
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
@@ -125,31 +114,25 @@ def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 # ---------------------------------------------------------------- images and latents
 
 
-def load_vae(folder: Path) -> AutoencoderKLQwenImage:
-    """The frozen VAE in float32. It is one for films: a picture is a film of one frame."""
-    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=torch.float32)
-    return vae.requires_grad_(False).eval()
-
-
 def pixels(folder: Path) -> int:
     return 2 ** len(vae_config(folder)["temperal_downsample"])
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKLQwenImage, latents_BCHW: Tensor) -> Tensor:
-    """Latents -> images (B, 3, height, width) float32 in [0, 1]."""
+    """Latents -> images (B, 3, height, width) float32 in [0, 1]. The VAE is one for films: a picture is a
+    film of one frame."""
     mean_C11, std_C11 = statistics(vae)
     frames = (latents_BCHW.float() * std_C11 + mean_C11).unsqueeze(2)
-    (images,) = vae.decode(frames, return_dict=False)  # in [-1, 1]
-    return (images.squeeze(2) / 2 + 0.5).clamp(0, 1)
+    return parts.decode_raw(vae, frames).squeeze(2)
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKLQwenImage, images_B3HW: Tensor) -> Tensor:
     """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
     mean_C11, std_C11 = statistics(vae)
-    frames = (images_B3HW.float() * 2 - 1).unsqueeze(2)
-    return (vae.encode(frames).latent_dist.mode().squeeze(2) - mean_C11) / std_C11
+    frames = parts.encode_raw(vae, images_B3HW.unsqueeze(2))
+    return (frames.squeeze(2) - mean_C11) / std_C11
 
 
 def statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
@@ -168,11 +151,3 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
 
 def default_resolution(folder: Path) -> int:
     return SIZE
-
-
-def vae_config(folder: Path) -> dict:
-    return AutoencoderKLQwenImage.load_config(folder / "vae")
-
-
-def transformer_config(folder: Path) -> dict:
-    return QwenImageTransformer2DModel.load_config(folder / "transformer")

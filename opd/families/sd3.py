@@ -4,11 +4,11 @@ Shapes: B batch, C latent channels, H x W latent size, L text tokens, D text wid
 A Condition holds `embeds` (L, D), `pooled` (P,) and, without T5, `blank` (1, D): a token that stands for L.
 """
 
-import json
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from opd import flow
@@ -17,12 +17,14 @@ from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     decode,
     encode_images,
-    load_vae,
     patches_along,
     pixels,
+    stacked,
+    transformer_config,
 )
 from opd.families._sd3_attention import attend_to_copies
 from opd.families._sd3_names import convert_lora  # noqa: F401 (the contract's)
+from opd.files import read_json
 
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
@@ -34,20 +36,15 @@ T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
 # ---------------------------------------------------------------- weights
 
 
-def skeleton(folder: Path) -> SD3Transformer2DModel:
-    """The transformer without storage (meta device)."""
-    with torch.device("meta"):
-        return SD3Transformer2DModel.from_config(transformer_config(folder))
+skeleton = partial(parts.skeleton, SD3Transformer2DModel)
+load_vae = partial(parts.load_vae, AutoencoderKL)
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
-    # Under the meta device its table of positions is not computed, some ten seconds for SD3.5: it is in the
-    # file.
+    """Under the meta device its table of positions is not computed, some ten seconds for SD3.5: it is in the
+    file."""
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_pretrained(
-            folder / "transformer", dtype=dtype, low_cpu_mem_usage=True
-        )
-    return transformer.requires_grad_(False).eval()
+        return parts.load_transformer(SD3Transformer2DModel, folder, dtype)
 
 
 def blocks(transformer: SD3Transformer2DModel) -> list[torch.nn.Module]:
@@ -73,7 +70,7 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
 
 def has_t5(folder: Path) -> bool:
     """Whether the pipeline directory ships the T5 encoder."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     return "text_encoder_3" in index and index["text_encoder_3"][0] is not None
 
 
@@ -81,7 +78,7 @@ def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
     """CLIP's 77 tokens and T5's, or one for as many zeros as CLIP has."""
     config = transformer_config(folder)
     width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
-    clip = json.loads((folder / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    clip = read_json(folder / "text_encoder" / "config.json")["max_position_embeddings"]
     if t5 and has_t5(folder):
         return {"embeds": (clip + T5_TOKENS, width), "pooled": (pooled,)}
     return {"embeds": (clip, width), "pooled": (pooled,), "blank": (1, width)}
@@ -106,16 +103,8 @@ def encode_prompts(
     return conditions
 
 
-def collate(conditions: list[Condition]) -> dict[str, Tensor]:
-    """`embeds` (B, L, D), `pooled` (B, P), `blank` (B, 1, D) where there is one. ValueError where L differs:
-    the transformer has no mask."""
-    lengths = sorted({len(condition["embeds"]) for condition in conditions})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"conditions of {lengths} tokens in one batch: SD3 has no mask for text; "
-            "encode all prompts with the same encoders"
-        )
-    return {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
+# `embeds` (B, L, D), `pooled` (B, P), `blank` (B, 1, D) where there is one.
+collate = stacked
 
 
 # ---------------------------------------------------------------- velocity
@@ -141,9 +130,7 @@ def velocity(
     return v_BCHW
 
 
-def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-    """v_u + g (v - v_u)."""
-    return flow.guided(v, v_uncond, scale)
+guide = flow.guided
 
 
 # ---------------------------------------------------------------- noise levels
@@ -179,7 +166,3 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
 
 def default_resolution(folder: Path) -> int:
     return transformer_config(folder)["sample_size"] * pixels(folder)
-
-
-def transformer_config(folder: Path) -> dict:
-    return SD3Transformer2DModel.load_config(folder / "transformer")

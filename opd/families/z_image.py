@@ -8,6 +8,7 @@ guidance_scale 4 is --guidance 5 here, its 0, which distilled models want, is --
 cfg_normalization and cfg_truncation stay off, as they are by default.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,13 @@ from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     PATCH,
     decode,
+    default_resolution,
     encode_images,
     image_tokens,
-    load_vae,
     log_shift,
     patches_along,
     pixels,
+    transformer_config,
 )
 
 PIPELINE = "ZImagePipeline"
@@ -45,15 +47,11 @@ TOKENS = 512  # where the pipeline cuts a prompt off
 # ---------------------------------------------------------------- weights
 
 
-def skeleton(folder: Path) -> ZImageTransformer2DModel:
-    """The transformer without storage (meta device)."""
-    with torch.device("meta"):
-        return ZImageTransformer2DModel.from_config(transformer_config(folder))
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
-    transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=dtype)
-    return transformer.requires_grad_(False).eval()
+skeleton = partial(parts.skeleton, ZImageTransformer2DModel)
+load_transformer = partial(parts.load_transformer, ZImageTransformer2DModel)
+load_vae = partial(parts.load_vae, AutoencoderKL)
+load_text = partial(parts.load_text, ZImagePipeline)
+convert_lora = ZImagePipeline.lora_state_dict
 
 
 def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
@@ -61,18 +59,7 @@ def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
-def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return ZImagePipeline.lora_state_dict(tensors)
-
-
 # ---------------------------------------------------------------- text
-
-
-def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> ZImagePipeline:
-    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
-    pipe = ZImagePipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
-    pipe.text_encoder.to(device)
-    return pipe
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
@@ -107,9 +94,7 @@ def velocity(
     return -torch.stack(toward_data).squeeze(2)
 
 
-def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-    """v_u + s (v - v_u); the pipeline's guidance_scale is s - 1."""
-    return flow.guided(v, v_uncond, scale)
+guide = flow.guided  # the pipeline's guidance_scale is 1 less
 
 
 # ---------------------------------------------------------------- noise levels
@@ -131,12 +116,3 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     unit = PATCH * pixels(folder)
     rows, columns = patches_along(height, unit, most_rows), patches_along(width, unit, most_columns)
     return config["in_channels"], PATCH * rows, PATCH * columns
-
-
-def default_resolution(folder: Path) -> int:
-    """The VAE's: the transformer's config names none."""
-    return AutoencoderKL.load_config(folder / "vae")["sample_size"]
-
-
-def transformer_config(folder: Path) -> dict:
-    return ZImageTransformer2DModel.load_config(folder / "transformer")
