@@ -89,11 +89,9 @@ def student_start(cfg: RunConfig, model: Model) -> Lora:
         targets = model.family.LORA_TARGETS
         return adapters.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
     if cfg.cold_start == "merge":
-        merged = {name: source for name, source in cfg.merged().items() if source != BASE}
-        loras = {name: model.read_lora(source) for name, source in merged.items()}
-        weights = dict.fromkeys(merged, 1 / len(cfg.merged()))
-        recipe = merging.Recipe(cfg.merge, cfg.rank, 0.5, cfg.seed)
-        return merging.merge(loras, weights, recipe, cfg.alpha)
+        loras = [model.read_lora(source) for source in cfg.merged().values() if source != BASE]
+        share = 1 / len(cfg.merged())  # the base counts too: its update is zero
+        return merging.merge(cfg.merge, loras, share, cfg.rank, cfg.alpha)
     lora = model.read_lora(cfg.cold_start)
     largest = max(a.shape[0] for a in lora.A.values())
     require(
