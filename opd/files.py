@@ -168,58 +168,29 @@ def require_path(source: str) -> None:
 
 
 def find_pipeline(source: str) -> Path:
-    """The directory of a diffusers pipeline.
-
-    FileNotFoundError for a missing path, ValueError for a directory that holds something else.
-    """
+    """The directory of a diffusers pipeline. FileNotFoundError for a missing path, ValueError for one that
+    holds something else."""
     folder = locate("model", source, PIPELINE_FILES, IGNORED)
-    pipeline_class(source, folder)
-    settings = read_json(folder / "model_index.json")
-    lacking = [part for part in PARTS if part in settings and not (folder / part).is_dir()]
-    if lacking:
-        raise ValueError(f"model {source!r} lacks its folders {lacking}, which model_index.json names")
-    if (folder / "transformer/config.json").is_file():
-        check_sizes(folder / "transformer/config.json")
-    return folder
-
-
-def check_sizes(config: Path) -> None:
-    """ValueError for a transformer so large that to build even its skeleton would never end."""
-    for name, value in read_json(config).items():
-        most = 2**24
-        if "layers" in name:
-            most = 1000
-        if isinstance(value, int) and value > most:
-            raise ValueError(f"{config}: {name} is {value}, and at most {most} is built; get the file anew")
-
-
-def pipeline_class(source: str, folder: Path) -> str:
-    """The class of the diffusers pipeline in `folder`. ValueError, naming `source`, where there is none."""
-    index = folder / "model_index.json"
-    if not index.is_file():
+    if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
-    settings = read_json(index)
-    if "_class_name" not in settings:
-        raise ValueError(f"model {source!r}: {index} names no _class_name; it is not a pipeline's")
-    return settings["_class_name"]
+    return folder
 
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
-def check_encoders(folder: Path, all_of_them: bool) -> None:
+def check_encoders(folder: Path, t5: bool) -> None:
     """FileNotFoundError for a text encoder or tokenizer that a pipeline names and that is missing, and for a
     tokenizer without its vocabulary: transformers would make an empty one without a word, and every prompt
-    would be the same. Unless `all_of_them` are used, one may lack its directory."""
+    would be the same. Without `t5` the further ones may be absent."""
     for name, kind in read_json(folder / "model_index.json").items():
         named = isinstance(kind, list) and kind[:1] not in ([], [None])
         if not named or not name.startswith(("text_encoder", "tokenizer")):
             continue
-        part, problem = folder / name, ""
-        if not part.is_dir() and all_of_them:
-            problem = f"{folder} lacks its folder {name}"
-        if part.is_dir() and name.startswith("tokenizer"):
-            if not any((part / file).is_file() for file in VOCABULARIES):
-                problem = f"{part} holds none of {', '.join(VOCABULARIES)}"
-        if problem:
-            raise FileNotFoundError(f"{problem}, which model_index.json names; download the pipeline again")
+        part, needed = folder / name, t5 or name in PARTS
+        if needed and not part.is_dir():
+            raise FileNotFoundError(f"{folder} lacks its folder {name}; download the pipeline again")
+        empty = not any((part / file).is_file() for file in VOCABULARIES)
+        if part.is_dir() and name.startswith("tokenizer") and empty:
+            listed = ", ".join(VOCABULARIES)
+            raise FileNotFoundError(f"{part} holds none of {listed}; download the pipeline again")

@@ -81,7 +81,7 @@ class Model:
         """
         folder = find_pipeline(source)
         family = family_of(folder)
-        check_encoders(folder, all_of_them=t5)
+        check_encoders(folder, t5)
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
             check_complete(folder / "transformer", skeleton)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
 
 import opd
 from opd.data import load_prompts
 from opd.files import find_pipeline, locate, resolve
+from opd.model import Model
 
 PACKAGE = Path(opd.__file__).parent
 PACKAGED = "opd/mini/prompts/text.test.txt"
@@ -52,24 +54,54 @@ def test_what_is_nowhere_is_named(source, tmp_path, monkeypatch):
         load_prompts(source, "task", ["task"])
 
 
+def plan(folder):
+    return Model.plan(str(folder), "float32", "", torch.device("cpu"), True)
+
+
+NO_PIPELINE = {
+    "nothing": lambda path: None,
+    "a folder": lambda path: path.mkdir(),
+    "a file": lambda path: path.write_text("x"),
+}
+
+
+@pytest.mark.parametrize("make", NO_PIPELINE.values(), ids=NO_PIPELINE)
+def test_what_is_no_pipeline_is_named(make, tmp_path):
+    make(tmp_path / "model")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"model '{tmp_path}/model'"):
+        find_pipeline(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     "content, message",
-    [("{", "model_index.json: not JSON"), ("[1]", "expected an object"), ("{}", "no _class_name")],
+    [
+        ("{", "model_index.json: not JSON"),
+        ("[1]", "expected an object"),
+        ("{}", "no _class_name"),
+        (
+            '{"_class_name": "OtherPipeline"}',
+            "is a OtherPipeline; known pipelines: .*StableDiffusion3Pipeline",
+        ),
+    ],
 )
-def test_a_broken_index_of_a_pipeline_is_named(content, message, tmp_path):
-    (tmp_path / "model_index.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        find_pipeline(str(tmp_path), "StableDiffusion3Pipeline")
-
-
-@pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler"])
-def test_a_pipeline_without_one_of_its_folders_is_named(part, world, tmp_path):
+def test_an_index_of_no_known_pipeline_is_named(content, message, world, tmp_path):
     shutil.copytree(world / "pipeline", tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / part)
-    with pytest.raises(
-        ValueError, match=rf"copy' lacks its folders \['{part}'\], which model_index.json names"
-    ):
-        find_pipeline(str(tmp_path / "copy"), "StableDiffusion3Pipeline")
+    (tmp_path / "copy" / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "part", "model_index.json transformer vae scheduler text_encoder text_encoder_2 tokenizer".split()
+)
+def test_a_pipeline_without_one_of_its_parts_is_named(part, world, tmp_path):
+    shutil.copytree(world / "pipeline", tmp_path / "copy")
+    if part.endswith(".json"):
+        (tmp_path / "copy" / part).unlink()
+    else:
+        shutil.rmtree(tmp_path / "copy" / part)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"copy.*{part}"):
+        plan(tmp_path / "copy")
 
 
 # As SD3.5-Medium's repository lists them: all weights are there three times.
@@ -103,5 +135,5 @@ def test_of_a_repository_only_the_pipelines_files_are_fetched(world, monkeypatch
         return str(world / "pipeline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_pipeline("owner/name", "StableDiffusion3Pipeline") == world / "pipeline"
+    assert find_pipeline("owner/name") == world / "pipeline"
     assert sorted(fetched) == sorted(WANTED)

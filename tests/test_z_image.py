@@ -30,25 +30,6 @@ def test_sigmas_of_a_static_shift(shift, pipeline, tmp_path):
     assert z_image.log_shift(pipeline, (4, 4, 4)) == pytest.approx(math.log(shift))
 
 
-@pytest.mark.parametrize("side, mu", [(32, 0.5), (128, 1.15), (64, 0.5 + 0.65 * 768 / 3840)])
-def test_sigmas_of_a_dynamic_shift(side, mu, pipeline, tmp_path):
-    """mu is linear in the number of 2 x 2 patches, .5 at 256 and 1.15 at 4096; exp(mu) shifts the odds."""
-    settings = {"use_dynamic_shifting": True, "max_shift": 1.15}
-    pipeline = tiny.with_scheduler(pipeline, tmp_path / "pipeline", settings)
-    u = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
-    expected = math.exp(mu) / (math.exp(mu) + 1 / u - 1)
-    assert z_image.sigmas(pipeline, (4, side, side), 4)[:-1] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert z_image.log_shift(pipeline, (4, side, side)) == pytest.approx(mu)
-
-
-def test_grids_that_do_not_fall_to_zero_are_refused(pipeline, tmp_path):
-    with pytest.raises(ValueError, match="steps = 0"):
-        z_image.sigmas(pipeline, (4, 4, 4), 0)
-    rising = tiny.with_scheduler(pipeline, tmp_path / "rising", {"invert_sigmas": True})
-    with pytest.raises(ValueError, match="fall strictly to 0"):
-        z_image.sigmas(rising, (4, 4, 4), 4)
-
-
 def test_time_runs_to_the_data_in_float32_under_a_bfloat16_model():
     """In bfloat16, 1 - 0.901 would become 0.098. A model that says x is asked for -x."""
     seen = {}

@@ -1,21 +1,19 @@
 """Model families: all that the code knows about one diffusers pipeline is in one module of this folder.
 
-A family is a module with the names of `CONTRACT`. To support another pipeline, write opd/families/NAME.py,
-give its tiny pipeline a row in tests/test_families.py and the module its place in tests/test_layers.py, and
-pass `--family NAME`; nothing else changes.
+A family is a module with the names of `CONTRACT`. To support another pipeline, write opd/families/NAME.py and
+give its tiny pipeline a row in tests/test_families.py; nothing else changes.
 
 Shapes: B batch, C latent channels, H x W latent size. `folder` is the pipeline's directory.
 """
 
 import importlib
-import pkgutil
+import re
 from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
 
-from opd.errors import require
-from opd.files import pipeline_class
+from opd.files import read_json
 
 Condition = dict[str, Tensor]
 """The text of ONE sample: named tensors without a batch axis, as long as the text is."""
@@ -34,9 +32,8 @@ JOINT_ATTENTION = (
 adapts."""
 
 CONTRACT = {
-    "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it",
+    "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it; a plain string",
     "LORA_TARGETS": "ends of the names of the linear layers that a fresh LoRA adapts; * stands for anything",
-    "TEXT": "sub-folders whose files make an embedding: what the cache of embeddings depends on",
     "T5_TOKENS": "sequence length of a prompt for T5; 0 where the pipeline knows no T5",
     "NEGATIVE": "prompt of the unconditional branch of guidance",
     "skeleton": "(folder) -> the transformer on the meta device: names and shapes before weights load",
@@ -62,32 +59,30 @@ CONTRACT = {
 }
 
 
-def family_names() -> list[str]:
-    """The modules of this folder but for those with an underscore, which families share."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_")
-
-
 def family_of(folder: Path) -> ModuleType:
-    """The family of a pipeline's directory. ValueError where it is of none."""
-    pipeline = pipeline_class(str(folder), folder)
-    families = {}
-    for name in family_names():
-        family = load_family(name)
-        families[family.PIPELINE] = family
-    known = ", ".join(families)
-    require(pipeline in families, f"model {str(folder)!r} is a {pipeline}; known pipelines: {known}")
-    return families[pipeline]
-
-
-def load_family(name: str) -> ModuleType:
-    """The module opd/families/NAME.py. ValueError if there is none or it breaks the contract."""
-    known = family_names()
-    if name not in known:
-        raise ValueError(
-            f"--family {name!r}: no model family opd/families/{name}.py; choose from {', '.join(known)}"
-        )
+    """The family of a pipeline's directory. ValueError where it is of none, or breaks the contract."""
+    index = folder / "model_index.json"
+    settings = read_json(index)
+    if "_class_name" not in settings:
+        raise ValueError(f"{index} names no _class_name; it is not a pipeline's")
+    pipeline, known = str(settings["_class_name"]), pipelines()
+    if pipeline not in known:
+        raise ValueError(f"model {str(folder)!r} is a {pipeline}; known pipelines: {', '.join(known)}")
+    name = known[pipeline]
     family = importlib.import_module(f"opd.families.{name}")
     for part, meaning in CONTRACT.items():
         if not hasattr(family, part):
-            raise ValueError(f"--family {name!r}: opd/families/{name}.py lacks {part}: {meaning}")
+            raise ValueError(f"opd/families/{name}.py lacks {part}: {meaning}")
     return family
+
+
+def pipelines() -> dict[str, str]:
+    """PIPELINE of every family -> its module's name. The files are only looked at, so that a family whose
+    pipeline the installed diffusers lacks does not stop the others."""
+    found = {}
+    for place in __path__:
+        for file in sorted(Path(place).glob("[!_]*.py")):
+            named = re.search(r'^PIPELINE = "(\w+)"', file.read_text(), re.MULTILINE)
+            if named:
+                found[named[1]] = file.stem
+    return found

@@ -18,9 +18,14 @@ from opd.files import read_json
 
 
 def skeleton(kind: type[ModelMixin], folder: Path) -> ModelMixin:
-    """The transformer without storage (meta device)."""
+    """The transformer without storage (meta device). ValueError where to build even that would never end."""
+    config = transformer_config(folder)
+    for name, value in config.items():
+        most = 1000 if "layers" in name else 2**24
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{folder}/transformer/config.json: {name} is {value}; at most {most} is built")
     with torch.device("meta"):
-        return kind.from_config(transformer_config(folder))
+        return kind.from_config(config)
 
 
 def load_transformer(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
@@ -92,14 +97,10 @@ def noise_levels(folder: Path, steps: int, mu: float, even: list[float] | None =
     """The scheduler's `steps` + 1 levels, from 1 down to 0.
 
     `even`: the levels that the pipeline hands to its scheduler before the shift; None where it leaves them to
-    the scheduler. ValueError for less than one step and for a schedule that does not fall strictly to 0.
+    the scheduler. ValueError for a schedule that does not fall strictly to 0.
     """
-    require_a_step(steps)
     scheduler = load_scheduler(folder)
-    if even is None:
-        scheduler.set_timesteps(steps, mu=mu)
-    else:
-        scheduler.set_timesteps(sigmas=even, mu=mu)
+    scheduler.set_timesteps(steps, sigmas=even, mu=mu)
     levels = scheduler.sigmas
     if levels[-1] != 0 or (levels.diff() >= 0).any():
         raise ValueError(f"{folder}/scheduler: the sigmas must fall strictly to 0, got {levels.tolist()}")
@@ -108,7 +109,6 @@ def noise_levels(folder: Path, steps: int, mu: float, even: list[float] | None =
 
 def even_levels(steps: int, dtype: torch.dtype = torch.float64) -> list[float]:
     """1, 1 - 1/N, ... 1/N, computed in `dtype`."""
-    require_a_step(steps)
     return torch.linspace(1.0, 1 / steps, steps, dtype=dtype).tolist()
 
 
@@ -131,11 +131,6 @@ def linear_mu(folder: Path, tokens: int) -> float:
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-
-
-def require_a_step(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps = {steps}: a walk from noise to data needs at least 1 step")
 
 
 # ---- text and patches --------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
 PIPELINE = "FluxPipeline"
 # The single blocks have some of them too.
 LORA_TARGETS = JOINT_ATTENTION
-TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 NEGATIVE = ""
 T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
 

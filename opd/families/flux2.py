@@ -29,7 +29,6 @@ LORA_TARGETS = (
     "attn.to_qkv_mlp_proj",
     "single_transformer_blocks.*.attn.to_out",
 )
-TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 TOKENS = 512  # the pipeline's own: it pads every prompt, and the transformer sees the padding
 NEGATIVE = ""

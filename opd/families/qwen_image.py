@@ -30,7 +30,6 @@ from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
 
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION
-TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 NEGATIVE = " "  # what the model's card asks for
 TOKENS = 512  # the pipeline cuts longer prompts off

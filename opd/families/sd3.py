@@ -28,7 +28,6 @@ from opd.files import read_json
 
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
-TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 NEGATIVE = ""
 T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
 

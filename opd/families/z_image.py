@@ -38,7 +38,6 @@ LORA_TARGETS = (
     "layers.*.attention.to_v",
     "layers.*.attention.to_out.0",
 )
-TEXT = ("text_encoder", "tokenizer")
 T5_TOKENS = 0
 NEGATIVE = ""
 TOKENS = 512  # where the pipeline cuts a prompt off
