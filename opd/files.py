@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 UMASK = os.umask(0)  # can only be read by setting it
@@ -85,6 +86,34 @@ def write_safetensors(
     """One metadata key at most: safetensors writes several in random order, and equal files should be equal
     bytes."""
     replace(path, lambda p: save_file(tensors, p, metadata=metadata or {"format": "pt"}))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model's folder that diffusers loads: the shards that its index names, or its one
+    file, if it is there."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return list(folder.glob("diffusion_pytorch_model.safetensors"))
+
+
+def check_weights(files: list[Path], skeleton: torch.nn.Module) -> None:
+    """ValueError unless the files hold all of the skeleton's weights, in its shapes, and no others: diffusers
+    would draw missing ones at random and pass over others. Names may begin with `transformer.`."""
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as content:
+            for key in content.keys():
+                shapes[key.removeprefix("transformer.")] = content.get_slice(key).get_shape()
+    wanted = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    problems = {
+        "missing": wanted.keys() - shapes.keys(),
+        "unknown": shapes.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name]},
+    }
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(f"{len(names)} weights are {problem}: {sorted(names)[:3]}")
 
 
 def resolve(source: str) -> Path:

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -17,7 +16,7 @@ from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.families import Condition, family_of
-from opd.files import check_encoders, find_pipeline, reading
+from opd.files import check_encoders, check_weights, find_pipeline, reading, weight_files
 from opd.formats import lora_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State
@@ -84,7 +83,9 @@ class Model:
         check_encoders(folder, t5)
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
-            check_complete(folder / "transformer", skeleton)
+            files = weight_files(folder / "transformer")
+            if files:  # else they are no safetensors
+                check_weights(files, skeleton)
             own = family.default_resolution(folder)
             height, width = pixels_of(resolution or str(own))
             shape = family.latent_shape(folder, height, width)
@@ -233,18 +234,6 @@ def find_device(name: str, flag: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--{flag} {name!r}: {str(error).splitlines()[0]}") from error
-
-
-def check_complete(folder: Path, skeleton: torch.nn.Module) -> None:
-    """ValueError where weights are missing that the transformer has: diffusers would draw them at random."""
-    files = [file for file in folder.glob("*.safetensors") if ".fp16." not in file.name]
-    found = set()
-    for file in files:
-        with safe_open(file, "pt") as content:
-            found |= set(content.keys())
-    missing = sorted(skeleton.state_dict().keys() - found)
-    if files and missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights, first {missing[0]}; get the model anew")
 
 
 def check_finite(module: torch.nn.Module) -> None:

@@ -112,7 +112,7 @@ def find_adapter(source: str) -> Path:
     FileNotFoundError naming the path and what was looked for.
     """
     source = source.partition(":alpha=")[0]
-    path = locate_part("adapter", source, ["*.json", "*.safetensors"])
+    path = locate_part("adapter", source, ["adapter_config.json", *WEIGHTS])
     if path.is_file():
         return path
     for name in WEIGHTS:

@@ -1,0 +1,214 @@
+"""Files of teachers: told apart by what they hold, refused where they cannot teach this student."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
+
+from opd.families import sd3
+from opd.files import PIPELINE_FILES
+from tests.test_teachers import WEIGHTS, answer, built, furnished
+
+LAYER = "transformer_blocks.1.attn.to_q.weight"
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    return furnished(world, tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.mark.parametrize("form", ["full", "parent", "shards", "one.safetensors"])
+def test_a_full_teacher_answers_like_the_adapter_that_is_in_its_weights(form, world, place, tmp_path):
+    assert len(list((place / "shards").glob("*.safetensors"))) > 2
+    cfg, model, *_ = built(world, tmp_path, place / form)
+    expected = answer(*built(world, tmp_path, world / "red", out=str(tmp_path / "other"))[:2], "red")
+    assert (answer(cfg, model, "red") - expected).abs().max() < 1e-5
+    assert (answer(cfg, model, "red") - answer(cfg, model, "blue")).abs().max() > 0.01
+    assert not any(p.requires_grad for p in model.teachers["red"].transformer.parameters())
+
+
+def test_a_full_teacher_is_held_in_the_compute_dtype(world, place, tmp_path):
+    _, model, *_ = built(world, tmp_path, place / "full", dtype="bfloat16")
+    own = model.teachers["red"].transformer
+    assert (
+        {p.dtype for p in own.parameters()}
+        == {p.dtype for p in model.transformer.parameters()} - {torch.float32}
+        == {torch.bfloat16}
+    )
+
+
+def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_path, monkeypatch):
+    """Weights are fetched once it is clear which are wanted."""
+    calls = []
+    folders = {"owner/lora": world / "red", "owner/full": place, "owner/larger": place / "larger"}
+
+    def download(repo, allow_patterns, ignore_patterns):
+        calls.append((repo, allow_patterns))
+        return str(folders[repo])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for source in ("owner/lora", "owner/full:full", "owner/larger"):
+        _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
+        assert ("red" in model.teachers) == (source != "owner/lora")
+    assert calls == [
+        ("owner/lora", ["*.json"]),
+        (
+            "owner/lora",
+            ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"],
+        ),
+        ("owner/full", ["full/*.json"]),
+        ("owner/full", ["full/*.json", "full/*.safetensors"]),
+        ("owner/larger", ["*.json"]),
+        ("owner/larger", PIPELINE_FILES),
+    ]
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whatever loads weights fails."""
+    monkeypatch.setattr(sd3, "load_transformer", None)
+
+
+def refused(world, tmp_path, teacher, message, **changes):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        built(world, tmp_path, teacher, **changes)
+    assert str(teacher) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def edited(file, **values):
+    """A change of a JSON file."""
+
+    def change(folder):
+        config = json.loads((folder / file).read_text()) | values
+        (folder / file).write_text(json.dumps(config))
+
+    return change
+
+
+def other_channels(folder):
+    edited("transformer/config.json", in_channels=8)(folder)
+    file = folder / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors["pos_embed.proj.weight"] = tensors["pos_embed.proj.weight"].repeat(1, 2, 1, 1)
+    save_file(tensors, file)
+
+
+def ddim(folder):
+    shutil.rmtree(folder / "scheduler")
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (edited("vae/config.json", scaling_factor=1.5), "VAE's scaling_factor is 1.5, the student's 0.8"),
+        (edited("vae/config.json", shift_factor=0.0), "VAE's shift_factor is 0.0, the student's 0.1"),
+        (edited("vae/config.json", block_out_channels=[8]), r"shape .* is \(4, 8, 8\), the student's"),
+        (other_channels, r"shape .* is \(8, 4, 4\), the student's \(4, 4, 4\)"),
+        (ddim, "scheduler for flow matching is False"),
+        (edited("scheduler/scheduler_config.json", prediction_type="epsilon"), "prediction_type is epsilon"),
+        (edited("model_index.json", _class_name="OtherPipeline"), "OtherPipeline; known pipelines: "),
+    ],
+)
+def test_pipelines_that_speak_of_other_latents_are_refused(
+    change, message, world, place, tmp_path, no_weights
+):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "larger", teacher)
+    change(teacher)
+    refused(world, tmp_path, teacher, message)
+
+
+@pytest.mark.parametrize(
+    "name, shape, problem",
+    [
+        (LAYER, None, "missing"),
+        (LAYER.replace("1", "2"), (32, 32), "unknown"),
+        (LAYER, (48, 32), "of another shape"),
+    ],
+)
+@pytest.mark.parametrize("form", ["full", "one.safetensors"])
+def test_weights_of_another_architecture_are_refused(
+    form, name, shape, problem, world, place, tmp_path, no_weights
+):
+    teacher = tmp_path / form
+    file = teacher
+    if form == "full":
+        shutil.copytree(place / form, teacher)
+        file = teacher / WEIGHTS
+    tensors = load_file(place / "full" / WEIGHTS)
+    tensors.pop(name, None)
+    if shape:
+        tensors[name] = torch.ones(shape)
+    save_file(tensors, file)
+    message = rf"1 weights are {problem}: \['{name}'\]; to learn from .* a whole pipeline's directory"
+    refused(world, tmp_path, teacher, message)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"num_attention_heads": 4, "attention_head_dim": 8},
+            "is 4 in its config.json, 2 in the base's|is 8 in",
+        ),
+        (
+            {"_class_name": "FluxTransformer2DModel"},
+            "_class_name is 'FluxTransformer2DModel' in its config.json",
+        ),
+    ],
+)
+def test_a_config_of_another_architecture_is_refused(values, message, world, place, tmp_path, no_weights):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "full", teacher)
+    edited("config.json", **values)(teacher)
+    refused(world, tmp_path, teacher, message)
+
+
+def test_a_full_teacher_without_weights_or_a_part_of_them_is_named(world, place, tmp_path, no_weights):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place / "shards", teacher)
+    shard = min(teacher.glob("*.safetensors"))
+    shard.unlink()
+    refused(world, tmp_path, teacher, shard.name)
+    (teacher / f"{WEIGHTS}.index.json").unlink()
+    refused(world, tmp_path, teacher, "75 weights are missing")
+
+
+def test_numbers_that_are_none_are_refused(world, place, tmp_path):
+    tensors = load_file(place / "full" / WEIGHTS)
+    tensors[LAYER][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    refused(world, tmp_path, tmp_path / "nan.safetensors", f"1 of .* numbers of {LAYER} are NaN or infinite")
+
+
+def test_a_checkpoint_of_another_tool_is_refused_with_the_way_to_convert_it(world, tmp_path, no_weights):
+    file = tmp_path / "x.safetensors"
+    save_file({"model.diffusion_model.joint_blocks.0.x.weight": torch.ones(2)}, file)
+    refused(
+        world, tmp_path, file, r"SD3Transformer2DModel.from_single_file\(FILE\).save_pretrained\(FOLDER\)"
+    )
+
+
+def test_places_that_cannot_be_are_refused(world, place, tmp_path, no_weights):
+    adapter = {"teacher_devices": {"red": "offload"}}
+    refused(
+        world, tmp_path, world / "red", "--teacher-devices red=offload: .* is an adapter on the", **adapter
+    )
+    nowhere = {"teacher_devices": {"red": "nowhere"}}
+    refused(world, tmp_path, place / "larger", "--teacher-devices 'nowhere': .*nowhere", **nowhere)
+
+
+def test_whole_teachers_cannot_be_merged(world, place, tmp_path):
+    message = r"the teachers \['red'\] are no adapters.*--merge-from, or use --cold-start base"
+    with pytest.raises(ValueError, match=message):
+        built(world, tmp_path, place / "larger", cold_start="merge")
+    own = {"blue": str(world / "blue")}
+    built(world, tmp_path, place / "larger", cold_start="merge", merge_from=own)
