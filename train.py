@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, compiled, errors, flow, identity, ranks, routing, signals
+from opd import adapters, compiled, errors, flow, ranks, routing, signals
 from opd.cli import describe, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
@@ -45,7 +45,7 @@ from opd.report.card import check_login
 from opd.report.report import Report, say_phases
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
-from opd.setup import Data, set_up
+from opd.setup import Data, contents, set_up
 from opd.sft import SFT
 from opd.teachers import RewardRouter, ask, load_teachers, mean_velocity, route_of, teacher_queries
 from opd.trajectory import State
@@ -75,7 +75,7 @@ def run(cfg: RunConfig) -> None:
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
         if folder.active:
-            folder.check_contents(identity.contents(cfg, model))
+            folder.check_contents(contents(cfg, model))
     with errors.in_one_line(FloatingPointError, OSError):
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)

@@ -33,12 +33,13 @@ from opd.cli import field_names, read_config, to_json
 from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.errors import require
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
-from opd.identity import PATHS
 from opd.optim import Trained, due
 from opd.ranks import say
 
 FREE = field_names(Logistics) | field_names(Scores)  # may change when a run resumes
 CONTENTS, STATE = "contents.json", "state"
+# The settings that name what a run reads: they may change where the contents stay.
+PATHS = ("model", "teachers", "prompts", "cold_start", "merge_from", "data")
 SIZES = "sizes.json"  # of the files of a state: a part that is missing would leave numbers as they are
 
 

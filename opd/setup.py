@@ -1,6 +1,8 @@
 """Set-up of a run: read and check everything that the user named; only then load weights, attach adapters,
 shard."""
 
+import math
+
 import torch
 
 from opd import adapters, compiled, memory, ranks
@@ -8,9 +10,10 @@ from opd.adapters import BASE, EMA, START, STUDENT
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
 from opd.errors import require
+from opd.files import digest, resolve, weight_files
 from opd.formats import merging
 from opd.formats.latents import Images, load_images
-from opd.formats.lora_files import Lora
+from opd.formats.lora_files import Lora, find_adapter
 from opd.model import Model
 from opd.ranks import say
 from opd.report.report import shown_texts, splits
@@ -20,6 +23,7 @@ from opd.teachers import teacher_names
 
 Data = dict[str, list[Prompt]] | Images
 """What a stage trains on: prompts per task, or images with captions."""
+LARGE = 2**30  # bytes of a file of weights of which the ends tell enough: to hash 24 GB takes a minute
 
 
 def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
@@ -143,3 +147,37 @@ def load_rewards(cfg: RunConfig, model: Model, data: Data) -> dict[str, Reward]:
     for task, spec in cfg.training_rewards().items():
         rewards[spec].check(task, data[task], model.pixels)
     return rewards
+
+
+# ---- what it reads -----------------------------------------------------------------------------------------
+
+
+def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
+    """What a run reads, by content: a run that resumes must find what it began with, wherever that lies now.
+    And the dtype, which "auto" chooses by the machine."""
+    weights = weight_files(model.folder / "transformer")
+    found = {"dtype": str(model.dtype), "base": digest(*weights, most=LARGE)}
+    found["cold start"] = content_of(cfg.cold_start)
+    if cfg.cold_start == "merge":
+        found |= {f"merged {name}": content_of(source) for name, source in cfg.merged().items()}
+    if isinstance(cfg, DistillationConfig):
+        found |= {f"teacher {name}": content_of(source) for name, source in cfg.teachers.items()}
+    if isinstance(cfg, SFTConfig):
+        return found | {"data": content_of(cfg.data, most=math.inf)}
+    for number, (task, source) in enumerate(cfg.prompts.items(), 1):
+        found[f"prompts {number}: {task}"] = digest(resolve(source))
+    return found
+
+
+def content_of(source: str, most: float = LARGE) -> str:
+    """sha256 of a file, of all files below a directory, or of an adapter on the Hub; what is no file, such as
+    "base", stands for itself."""
+    if source in ("base", "ema", "merge"):
+        return source
+    path = resolve(source)
+    if path.is_dir():
+        return digest(*sorted(file for file in path.rglob("*") if file.is_file()), most=most)
+    try:
+        return digest(find_adapter(source), most=most)
+    except FileNotFoundError:
+        return source

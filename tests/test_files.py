@@ -1,5 +1,6 @@
 """Where a source lies: beside the user, else in the package."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import opd
 from opd.data import load_prompts
-from opd.files import find_pipeline, locate, resolve
+from opd.files import digest, find_pipeline, locate, resolve
 from opd.model import Model
 
 PACKAGE = Path(opd.__file__).parent
@@ -137,3 +138,18 @@ def test_of_a_repository_only_the_pipelines_files_are_fetched(world, monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_pipeline("owner/name") == world / "pipeline"
     assert sorted(fetched) == sorted(WANTED)
+
+
+def test_of_a_large_file_the_size_and_the_ends_tell(tmp_path):
+    """A file of weights: a header in front, numbers that training moves behind."""
+    file, size = tmp_path / "x", 3 * 2**20
+    seen = set()
+    for change in (None, 7, size - 7, size // 2):
+        content = bytearray(size)
+        if change is not None:
+            content[change] = 1
+        file.write_bytes(content)
+        seen.add(digest(file, most=2**20))
+        assert digest(file, most=size) == hashlib.sha256(content).hexdigest()
+    file.write_bytes(bytes(size + 1))
+    assert len(seen | {digest(file, most=2**20)}) == 4  # a change in the middle is not seen

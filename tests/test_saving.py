@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from opd import identity
 from opd.model import Model
 from opd.runfolder import RunFolder, save_state
+from opd.setup import contents
 from tests import tiny
 
 BRIGHT = "tests.tiny_grpo:brightness"
@@ -155,19 +155,21 @@ def test_a_run_resumes_with_the_same_contents_wherever_they_lie_or_says_which_ch
     out = str(tmp_path / "run")
     cfg = tiny.config(tmp_path / "one", out=out)
     folder = RunFolder(cfg, active=True)
-    folder.check_contents(identity.contents(cfg, planned(cfg)))
+    folder.check_contents(contents(cfg, planned(cfg)))
     save_state(folder.path, 1, {"x": torch.ones(1)})
 
     shutil.move(tmp_path / "one", tmp_path / "two")
     moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)
-    RunFolder(moved, active=True).check_contents(identity.contents(moved, planned(moved)))
+    RunFolder(moved, active=True).check_contents(contents(moved, planned(moved)))
 
     with open(tmp_path / "two" / "red.txt", "a") as file:
         file.write("a red line more\n")
     tiny.save(tiny.random_lora(tmp_path / "two/pipeline", seed=9), tmp_path / "two/blue")
-    changed = identity.contents(moved, planned(replace(moved, dtype="bfloat16")))
+    base = tmp_path / "two/pipeline/transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
+    changed = contents(moved, planned(replace(moved, dtype="bfloat16")))
     kept = snapshot(tmp_path / "run")
-    message = "began with another dtype, teacher blue, prompts 1: red; restore that, choose another"
+    message = "began with another dtype, base, teacher blue, prompts 1: red; restore that, choose another"
     with pytest.raises(ValueError, match=message):
         RunFolder(moved, active=True).check_contents(changed)
     assert snapshot(tmp_path / "run") == kept
