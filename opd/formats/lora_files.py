@@ -11,6 +11,7 @@ tool's name, which the model family translates (`convert_lora` of opd/families).
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,32 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.errors import require
 from opd.files import digest, locate_part, read_json
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
 PREFIXES = ("base_model.model.", "transformer.")
 FOREIGN = ("diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
-TEXT_ENCODERS = ("text_encoder", "lora_te")
-FACTORS = {
-    "lora_A.weight": "A",
-    "lora_A.default.weight": "A",
-    "lora_down.weight": "A",
-    "lora.down.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.default.weight": "B",
-    "lora_up.weight": "B",
-    "lora.up.weight": "B",
-}
-OTHER_METHODS = {
-    "lora_magnitude_vector": "DoRA",
-    "dora_scale": "DoRA",
-    ".lokr_": "LoKr",
-    ".hada_": "LoHa",
-    ".oft_": "OFT",
-}
-LARGEST_HEADER = 16 * 2**20  # bytes; a real one has some hundred kilobytes
+FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(?:\.default)?|lora[_.](down|up))\.weight")
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -86,17 +68,15 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
     try:
         tensors, metadata = read_tensors(path)
         A, B, keys = factors(tensors)
-        alpha = alphas({m: a.shape[0] for m, a in A.items()}, keys, peft_config(path, metadata), asked)
+        ranks = {layer: len(a_RI) for layer, a_RI in A.items()}
+        alpha = alphas(ranks, keys, peft_config(path, metadata), asked)
         if not alpha:
             say(
                 f"adapter {source!r} states no alpha: read at alpha = rank, the update as it stands in the "
                 f"file. If it was trained with another, write {place}:alpha=NUMBER"
             )
-        scale = {}
-        for module, a_RI in A.items():
-            scale[module] = 1.0
-            if module in alpha:
-                scale[module] = alpha[module] / a_RI.shape[0]
+            alpha = ranks
+        scale = {layer: alpha[layer] / ranks[layer] for layer in A}
         return translated(Lora(source, digest(path), A, B, scale), convert)
     except ValueError as error:
         raise ValueError(f"adapter {source!r}: {error}") from error
@@ -118,18 +98,11 @@ def find_adapter(source: str) -> Path:
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(
-        f"adapter {source!r}: {path} holds neither adapter_model.safetensors nor "
-        "pytorch_lora_weights.safetensors"
-    )
+    raise FileNotFoundError(f"adapter {source!r}: {path} holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. ValueError for anything else."""
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    inside = header <= path.stat().st_size
-    require(not inside or header <= LARGEST_HEADER, f"{path} has a header of {header} bytes; no adapter's")
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
@@ -143,22 +116,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def factors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(A, B, the `.alpha` tensors) by layer, prefixes stripped; A and B float32, checked. ValueError."""
-    found = {"A": {}, "B": {}, "alpha": {}}
+    A, B, alpha = {}, {}, {}
     for key, tensor in tensors.items():
         layer, part = split_key(key)
-        require(layer not in found[part], f"{layer} is given twice: {key!r} is its second {part}")
-        found[part][layer] = tensor
-    A, B, alpha = found["A"], found["B"], found["alpha"]
-    lonely = sorted(A.keys() ^ B.keys())
-    require(not lonely and len(A) > 0, f"{len(A)} A and {len(B)} B factors; without partner: {lonely[:3]}")
-    astray = sorted(alpha.keys() - A.keys())
-    require(not astray, f"alpha without a layer: {astray[:3]}")
+        half = {"A": A, "B": B, "alpha": alpha}[part]
+        if layer in half:
+            raise ValueError(f"{layer} is given twice: {key!r} is its second {part}")
+        half[layer] = tensor
+    if A.keys() != B.keys() or not A:
+        lonely = sorted(A.keys() ^ B.keys())
+        raise ValueError(f"{len(A)} A and {len(B)} B factors; without partner: {lonely[:3]}")
+    if alpha.keys() - A.keys():
+        raise ValueError(f"alpha without a layer: {sorted(alpha.keys() - A.keys())[:3]}")
     for layer in A:
         check_pair(layer, A[layer], B[layer])
-    A, B = ({layer: factor.float() for layer, factor in half.items()} for half in (A, B))
+        A[layer], B[layer] = A[layer].float(), B[layer].float()
     for half in (A, B):
-        for layer, factor in half.items():
-            require(bool(factor.isfinite().all()), f"{layer} has values that are not finite")
         if all(factor.abs().max() == 0 for factor in half.values()):
             raise ValueError(
                 "its update is zero everywhere, so it equals the base; was it saved before training? "
@@ -168,36 +141,36 @@ def factors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """`transformer.blocks.0.to_q.lora_A.weight` -> (`blocks.0.to_q`, "A"). ValueError for other methods,
-    fully fine-tuned models and text encoders."""
-    require(not key.startswith(TEXT_ENCODERS), f"{key!r} adapts a text encoder; those are never trained here")
+    """`transformer.blocks.0.to_q.lora_A.weight` -> (`blocks.0.to_q`, "A"). ValueError for what is no plain
+    LoRA's."""
     name = key
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     if name.endswith(".alpha"):
         return name.removesuffix(".alpha"), "alpha"
-    for ending, part in FACTORS.items():
-        if name.endswith("." + ending):
-            return name.removesuffix("." + ending), part
-    for mark, method in OTHER_METHODS.items():
-        require(mark not in key, f"{key!r} is no LoRA weight but {method}'s; only plain LoRA can be attached")
-    raise ValueError(
-        f"{key!r} is no LoRA weight (expected *.lora_A.weight, *.lora_B.weight, *.alpha or kohya's "
-        "*.lora_down.weight, *.lora_up.weight); fully fine-tuned models cannot be attached as adapters"
-    )
+    found = FACTOR.fullmatch(name)
+    if not found:
+        raise ValueError(
+            f"{key!r} is no LoRA weight (expected *.lora_A.weight, *.lora_B.weight, *.alpha or kohya's "
+            "*.lora_down.weight, *.lora_up.weight); DoRA, LoKr, LoHa, OFT and fully fine-tuned models cannot "
+            "be attached as adapters"
+        )
+    return found[1], "A" if found[2] == "A" or found[3] == "down" else "B"
 
 
 def check_pair(layer: str, a_RI: Tensor, b_OR: Tensor) -> None:
-    """ValueError unless A (r, in) and B (out, r) are floats of one rank that is low for the layer."""
-    for factor in (a_RI, b_OR):
-        floats = factor.is_floating_point()
-        require(floats, f"{layer} holds {factor.dtype}; the factors of an adapter are floating-point")
+    """ValueError unless A (r, in) and B (out, r) are finite floats of one rank that is low for the layer."""
     shapes = f"{layer} has factors of shapes {tuple(a_RI.shape)} and {tuple(b_OR.shape)}"
-    require(a_RI.dim() == b_OR.dim() == 2, f"{shapes}; only linear layers can be adapted")
+    if not a_RI.dim() == b_OR.dim() == 2:
+        raise ValueError(f"{shapes}; only linear layers can be adapted")
     rank, other_rank = a_RI.shape[0], b_OR.shape[1]
-    require(rank == other_rank and rank > 0, f"{shapes}: rank {rank} in A, {other_rank} in B")
-    largest = max(a_RI.shape[1], b_OR.shape[0])
-    require(rank <= largest, f"{shapes}: rank {rank} is more than the whole layer has")
+    if rank != other_rank or not 0 < rank <= max(a_RI.shape[1], b_OR.shape[0]):
+        raise ValueError(f"{shapes}: rank {rank} in A, {other_rank} in B")
+    for factor in (a_RI, b_OR):
+        if not factor.is_floating_point():
+            raise ValueError(f"{layer} holds {factor.dtype}; the factors of an adapter are floating-point")
+        if not factor.float().isfinite().all():
+            raise ValueError(f"{layer} has values that are not finite")
 
 
 # ---- alpha -------------------------------------------------------------------------------------------------
@@ -217,11 +190,12 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
             stated[layer] = pattern_alpha(layer, patterns, general)
             if config.get("use_rslora"):
                 stated[layer] *= ranks[layer] ** 0.5
-    require(not stated or not asked, f"the file states its alpha, so leave out :alpha={asked}")
+    if stated and asked:
+        raise ValueError(f"the file states its alpha, so leave out :alpha={asked}")
     if asked:
         stated = dict.fromkeys(ranks, number("alpha", asked))
-    silent = sorted(ranks.keys() - stated.keys())
-    require(not stated or not silent, f"some layers state an alpha, but not {silent[:3]}")
+    if stated and stated.keys() != ranks.keys():
+        raise ValueError(f"some layers state an alpha, but not {sorted(ranks.keys() - stated.keys())[:3]}")
     return stated
 
 
@@ -233,8 +207,8 @@ def pattern_alpha(layer: str, patterns: dict, general: float) -> float:
     """
     for key, value in patterns.items():
         name = key.removeprefix("^").replace("\\.", ".")
-        plain = name.replace(".", "").replace("_", "").isalnum()
-        require(plain, f"alpha_pattern {key!r} is a regular expression; write out the layers' names")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(f"alpha_pattern {key!r} is a regular expression; write out the layers' names")
         if f".{layer}".endswith(f".{name}"):
             return number(f"alpha_pattern {key!r}", value)
     return general
@@ -246,7 +220,8 @@ def number(what: str, value: Tensor | float | str) -> float:
         result = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{what} is {str(value)[:40]!r}, not a number") from error
-    require(0 < result < math.inf, f"{what} is {result}; it must be positive and finite")
+    if not 0 < result < math.inf:
+        raise ValueError(f"{what} is {result}; it must be positive and finite")
     return result
 
 
@@ -278,7 +253,8 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     if not foreign:
         return lora
     unknown = f"layer names like {foreign[0]!r} are not known for this model family"
-    require(convert is not None, unknown)
+    if convert is None:
+        raise ValueError(unknown)
     folded = {}
     for layer in foreign:
         # The converters tell the tools apart by their spelling: kohya's for flat names.
@@ -286,17 +262,18 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
         folded[f"{layer}.{a_name}.weight"] = lora.A[layer]
         folded[f"{layer}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
     try:
-        tensors = convert(folded)
+        A, B, _ = factors(convert(folded))
     except Exception as error:  # a library's, on a file that it was not written for
         raise ValueError(f"{unknown} ({type(error).__name__}: {str(error)[:200]})") from error
-    A, B, _ = factors(tensors) if tensors else ({}, {}, {})
     scale = dict.fromkeys(A, 1.0)
     for layer in lora.A.keys() - set(foreign):
-        require(layer not in A, f"{layer} is given twice, once by another tool's name")
+        if layer in A:
+            raise ValueError(f"{layer} is given twice, once by another tool's name")
         A[layer], B[layer], scale[layer] = lora.A[layer], lora.B[layer], lora.scale[layer]
     whole = Lora(lora.source, lora.sha256, A, B, scale)
-    kept = math.isclose(whole.norm(), lora.norm(), rel_tol=1e-3)
-    require(kept, f"{unknown}: of an update of norm {lora.norm():.4g} only {whole.norm():.4g} was recognised")
+    if not math.isclose(whole.norm(), lora.norm(), rel_tol=1e-3):
+        kept = f"of an update of norm {lora.norm():.4g} only {whole.norm():.4g} was recognised"
+        raise ValueError(f"{unknown}: {kept}")
     return whole
 
 
@@ -304,26 +281,21 @@ def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) 
     """ValueError unless every adapted module exists in the base with fitting shapes and no block's target is
     missing."""
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
-    unknown = sorted(set(lora.A) - set(linears))
+    another = "it was made for another base, or for a text encoder too"
+    unknown = sorted(lora.A.keys() - linears.keys())
     if unknown:
-        raise ValueError(
-            f"adapter {lora.source!r} has layers that the base lacks: {unknown[:3]} "
-            f"({len(unknown)} of {len(lora.A)}); it was made for another base"
-        )
-    for module, a in lora.A.items():
-        out_features, in_features = linears[module].out_features, linears[module].in_features
-        if a.shape[1] != in_features or lora.B[module].shape[0] != out_features:
-            raise ValueError(
-                f"adapter {lora.source!r}: {module} updates ({lora.B[module].shape[0]}, {a.shape[1]}), "
-                f"the base has ({out_features}, {in_features}); it was made for another base"
-            )
-    used = [t for t in targets if any(is_target(m, (t,)) for m in lora.A)]
+        found = f"{len(unknown)} of its {len(lora.A)} layers are not in the base: {unknown[:3]}"
+        raise ValueError(f"adapter {lora.source!r}: {found}; {another}")
+    for module, a_RI in lora.A.items():
+        update, base = (len(lora.B[module]), a_RI.shape[1]), tuple(linears[module].weight.shape)
+        if update != base:
+            found = f"{module} updates {update}, the base has {base}"
+            raise ValueError(f"adapter {lora.source!r}: {found}; {another}")
+    used = [target for target in targets if any(is_target(module, [target]) for module in lora.A)]
     missing = sorted(n for n in linears if is_target(n, used) and n not in lora.A)
     if missing:
-        raise ValueError(
-            f"adapter {lora.source!r} adapts {used} but lacks {len(missing)} of these layers: "
-            f"{missing[:3]}; the file is incomplete"
-        )
+        lacks = f"adapts {used} but lacks {len(missing)} of these layers: {missing[:3]}"
+        raise ValueError(f"adapter {lora.source!r} {lacks}; the file is incomplete")
 
 
 def is_target(module: str, targets: Sequence[str]) -> bool:
