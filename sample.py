@@ -26,7 +26,7 @@ from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, 
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
 from opd.formats import latents
-from opd.formats.deployment import KEY, guidance_of
+from opd.formats.export import KEY, guidance_of
 from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.model import Model, Sampling, find_device
 from opd.presets import DEFAULT

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd import adapters, ranks
 from opd.adapters import BASE, EMA
 from opd.config import RunConfig
-from opd.formats.deployment import KEY, deployment_of
+from opd.formats.export import KEY, deployment_of, save_lora, save_transformer
 from opd.model import Model
 
 
@@ -110,16 +110,10 @@ class Trained:
         deployment = deployment_of(self.cfg, self.model)
         deployment.write(folder)
         if self.model.trained == BASE:
-            adapters.save_transformer(folder, self.model.transformer, weights, self.model.dtype)
+            save_transformer(folder, self.model.transformer, weights, self.model.dtype)
         else:
-            adapters.save_lora(
-                folder,
-                weights,
-                self.model.trained,
-                self.cfg.rank,
-                self.cfg.alpha,
-                metadata={KEY: deployment.text()},
-            )
+            metadata = {KEY: deployment.text()}
+            save_lora(folder, weights, self.model.trained, self.cfg.rank, self.cfg.alpha, metadata)
 
     def state(self) -> dict[str, Tensor]:
         """Everything to resume from, by name, to be read or filled: of what is sharded this rank's part.

@@ -4,14 +4,12 @@ import copy
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from opd import adapters
 from opd.families import sd3
 from opd.formats import lora_files
-from tests import tiny
 from tests.tiny_lora import MODULES, pairs, peft_dir, under, velocity
 
 # ---- on the model ------------------------------------------------------------------------------------------
@@ -126,61 +124,6 @@ def test_ranks_may_differ_between_modules_and_teachers(base, tmp_path):
 def test_names_that_cannot_be_stored_are_refused(name, base, world):
     with pytest.raises(ValueError, match=f"adapter name '{name}'"):
         adapters.attach(copy.deepcopy(base), name, lora_files.read_lora(str(world / "red")), torch.float32)
-
-
-# ---- saving ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(base, world, tmp_path_factory):
-    """A student of rank 4, alpha 10 as saved, and its velocity."""
-    folder, transformer = tmp_path_factory.mktemp("saved"), copy.deepcopy(base)
-    adapters.attach(
-        transformer, "student", tiny.random_lora(world / "pipeline", 5, rank=4, alpha=10.0), torch.float32
-    )
-    adapters.save_lora(folder, adapters.parameters_of(transformer, "student"), "student", 4, 10.0)
-    return folder, under(transformer, "student")
-
-
-def by_ours(base, world, source):
-    transformer = copy.deepcopy(base)
-    adapters.attach(transformer, "x", lora_files.read_lora(str(source)), torch.float32)
-    return under(transformer, "x")
-
-
-def by_diffusers(base, world, source, **which):
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        world / "pipeline", transformer=copy.deepcopy(base), text_encoder_3=None, tokenizer_3=None
-    )
-    pipe.load_lora_weights(source, **which)
-    return velocity(pipe.transformer)
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        by_ours,
-        lambda base, world, source: by_ours(base, world, source / "pytorch_lora_weights.safetensors"),
-        lambda base, world, source: velocity(PeftModel.from_pretrained(copy.deepcopy(base), source).eval()),
-        by_diffusers,
-        lambda base, world, source: by_diffusers(
-            base, world, source, weight_name="pytorch_lora_weights.safetensors"
-        ),
-    ],
-    ids=["ours", "our reader of the diffusers file", "PEFT", "diffusers", "diffusers by file name"],
-)
-def test_what_we_save_means_the_same_to_everyone(read, base, world, saved):
-    folder, expected = saved
-    assert (expected - velocity(base)).abs().max() > 0.01
-    assert (read(base, world, folder) - expected).abs().max() < 1e-5
-
-
-def test_save_transformer_is_a_diffusers_directory(base, tmp_path):
-    changed = folded(base, {MODULES[0]: torch.ones(32, 32)}, 0.1)
-    adapters.save_transformer(
-        tmp_path / "transformer", changed, dict(changed.named_parameters()), torch.float32
-    )
-    assert torch.equal(velocity(sd3.load_transformer(tmp_path, torch.float32)), velocity(changed))
 
 
 # ---- fresh and merged --------------------------------------------------------------------------------------

@@ -8,16 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from safetensors import safe_open
 
 import sample
 import train
 from opd import ranks
 from opd.cli import to_json
 from opd.evaluation import evaluate
-from opd.formats.deployment import Deployment, deployment_of, guidance_of, read_deployment
+from opd.formats.export import deployment_of
 from tests import tiny
 
 BRIGHT = "tests.test_evaluate:brightness"
@@ -70,26 +68,11 @@ def test_a_students_folder_says_how_to_sample_it(world, folder):
         "t5": True,
         "t5_tokens": 128,
     }
-    assert read_deployment(student(folder)) == Deployment(**written)
-    assert (folder / "run" / "checkpoints" / "000001" / "deployment.json").is_file()
-
-
-def test_the_single_file_says_the_same_and_equal_files_are_equal_bytes(folder):
-    """It has one metadata key; without its folder it is read alone."""
-    name = "pytorch_lora_weights.safetensors"
-    original = folder / "run" / "student" / name
-    copy = folder / "copy.safetensors"
-    shutil.copy(original, copy)
-    with safe_open(copy, "pt") as file:
-        assert list(file.metadata()) == ["flow-opd"]
-    assert read_deployment(str(copy)) == read_deployment(student(folder))
-    assert original.read_bytes() == (folder / "run" / "checkpoints" / "000001" / name).read_bytes()
-
-
-def test_diffusers_and_peft_still_read_the_student(world, folder):
-    pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", **tiny.NO_T5)
-    pipe.load_lora_weights(student(folder))
-    assert pipe.get_active_adapters() == ["default_0"]
+    saved = folder / "run" / "checkpoints" / "000001"
+    for file in saved.iterdir():  # equal files are equal bytes
+        assert (
+            file.read_bytes() == (folder / "run" / "student" / file.name).read_bytes() or file.suffix == ".md"
+        )
 
 
 def test_without_the_flag_it_is_the_guidance_of_training(world):
@@ -159,35 +142,9 @@ def test_sample_takes_the_recorded_scale_unless_told(world, folder, tmp_path):
     assert np.array_equal(Image.open(tmp_path / "again" / own["student"].name), pixels["student"])
 
 
-def test_an_edited_record_counts(world, folder, tmp_path):
-    """The folder's file, not the metadata of the weights beside it."""
-    shutil.copytree(student(folder), tmp_path / "edited")
-    values = json.loads((tmp_path / "edited" / "deployment.json").read_text())
-    edited = values | {"guidance": 4, "of a later version": 1}
-    (tmp_path / "edited" / "deployment.json").write_text(json.dumps(edited))
-    adapters = {"base": "base", "a": str(tmp_path / "edited"), "b": str(world / "red")}
-    assert guidance_of(adapters) == {"base": 1.0, "a": 4.0, "b": 1.0}
-    assert guidance_of(adapters, 2.0) == dict.fromkeys(adapters, 2.0)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "not JSON"),
-        ("{}", "'model' is missing"),
-        ('"guidance": 2.5 -> "guidance": "high"', "'guidance' is 'high'; expected float"),
-        ('"guidance": 2.5 -> "guidance": NaN', "'guidance' is nan; it must be finite"),
-        ('"steps": 2 -> "steps": true', "'steps' is True; expected int"),
-    ],
-)
-def test_a_broken_record_is_named_before_weights_load(folder, tmp_path, text, message):
+def test_a_broken_record_ends_in_one_line_before_weights_load(folder, tmp_path):
     shutil.copytree(student(folder), tmp_path / "broken")
-    file = tmp_path / "broken" / "deployment.json"
-    before, _, after = text.partition(" -> ")
-    if after:
-        text = file.read_text().replace(before, after)
-    file.write_text(text)
-    with pytest.raises(SystemExit, match=f"error: .*{file.name}.*{message}"):
-        sample.main(["--model", "/nowhere", "--adapters", f"x={file.parent}", "--prompts", "x"])
-    with pytest.raises(SystemExit, match=f"error: .*{file.name}.*{message}"):
-        evaluate.main(["--model", "/nowhere", "--adapters", f"x={file.parent}"])
+    (tmp_path / "broken" / "deployment.json").write_text("{}")
+    for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, [])):
+        with pytest.raises(SystemExit, match="error: .*deployment.json: 'guidance' is None"):
+            main(["--model", "/nowhere", "--adapters", f"x={tmp_path / 'broken'}", *more])

@@ -1,15 +1,91 @@
-"""What a student's folder means to those who load it: ComfyUI's names, by a transcription of its key map.
+"""A student's files and what they mean to those who load them: ours, PEFT, diffusers, ComfyUI by a
+transcription of its key map; and how the student is to be sampled."""
 
-How diffusers and PEFT read the same files is in tests/test_adapters.py.
-"""
+import copy
+import json
+import shutil
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from opd import adapters
 from opd.families import sd3
+from opd.formats import export, lora_files
+from opd.formats.export import Deployment, guidance_of
+from tests import tiny
+from tests.tiny_lora import MODULES, under, velocity
+
+DEPLOYED = Deployment("some/model", 2.5, "8", 2, True, 128)
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    return sd3.load_transformer(world / "pipeline", torch.float32)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(base, world, tmp_path_factory):
+    """A student of rank 4, alpha 10 as saved, and its velocity."""
+    folder, transformer = tmp_path_factory.mktemp("saved"), copy.deepcopy(base)
+    student = tiny.random_lora(world / "pipeline", 5, rank=4, alpha=10.0)
+    adapters.attach(transformer, "student", student, torch.float32)
+    weights = adapters.parameters_of(transformer, "student")
+    export.save_lora(folder, weights, "student", 4, 10.0, {export.KEY: DEPLOYED.text()})
+    DEPLOYED.write(folder)
+    return folder, under(transformer, "student")
+
+
+def by_ours(base, world, source):
+    transformer = copy.deepcopy(base)
+    adapters.attach(transformer, "x", lora_files.read_lora(str(source)), torch.float32)
+    return under(transformer, "x")
+
+
+def by_peft(base, world, folder):
+    return velocity(PeftModel.from_pretrained(copy.deepcopy(base), folder).eval())
+
+
+def by_diffusers(base, world, folder, **which):
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        world / "pipeline", transformer=copy.deepcopy(base), **tiny.NO_T5
+    )
+    pipe.load_lora_weights(folder, **which)
+    return velocity(pipe.transformer)
+
+
+SINGLE = "pytorch_lora_weights.safetensors"
+READERS = {
+    "ours": by_ours,
+    "our reader of the diffusers file": lambda base, world, folder: by_ours(base, world, folder / SINGLE),
+    "PEFT": by_peft,
+    "diffusers": by_diffusers,
+    "diffusers by file name": lambda *given: by_diffusers(*given, weight_name=SINGLE),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_what_we_save_means_the_same_to_everyone(read, base, world, saved):
+    folder, expected = saved
+    assert (expected - velocity(base)).abs().max() > 0.01
+    assert (read(base, world, folder) - expected).abs().max() < 1e-5
+
+
+def test_save_transformer_is_a_diffusers_directory(base, tmp_path):
+    changed = copy.deepcopy(base)
+    with torch.no_grad():
+        changed.get_submodule(MODULES[0]).weight += 0.1
+    weights = dict(changed.named_parameters())
+    export.save_transformer(tmp_path / "transformer", changed, weights, torch.float32)
+    assert torch.equal(velocity(sd3.load_transformer(tmp_path, torch.float32)), velocity(changed))
+
+
+# ---- ComfyUI -----------------------------------------------------------------------------------------------
 
 # The published configurations; what is not named is the class's default.
 SIZES = {
@@ -102,10 +178,49 @@ def test_both_files_of_a_student_work_in_comfyui_at_full_strength(size, layers, 
     weights = {f"{layer}.lora_A.x.weight": a for layer, a in lora.A.items()}
     for layer, b in lora.B.items():
         weights[f"{layer}.lora_B.x.weight"] = torch.full_like(b, 0.5)
-    adapters.save_lora(tmp_path, weights, "x", rank=1, alpha=2.0)
+    export.save_lora(tmp_path, weights, "x", rank=1, alpha=2.0)
     for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         updates = read_by_comfyui(tmp_path / file, SIZES[size]["num_layers"])
         assert updates.keys() == lora.A.keys()
         for layer, (scaled_b, a) in updates.items():
             assert torch.equal(scaled_b, torch.full_like(lora.B[layer], 2.0 * 0.5))
             assert torch.equal(a, lora.A[layer])
+
+
+# ---- how it is to be sampled -------------------------------------------------------------------------------
+
+
+def test_the_folder_and_the_single_file_say_it(saved, world, tmp_path):
+    folder, _ = saved
+    shutil.copy(folder / SINGLE, tmp_path / "alone.safetensors")
+    sources = {"base": "base", "a": str(folder), "b": str(tmp_path / "alone.safetensors")}
+    silent = {"c": str(world / "red")}
+    assert guidance_of(sources | silent) == {"base": 1.0, "a": 2.5, "b": 2.5, "c": 1.0}
+    assert guidance_of(sources, 2.0) == dict.fromkeys(sources, 2.0)
+
+
+def with_record(folder, saved, text):
+    """The student's folder with another deployment.json."""
+    shutil.copytree(saved, folder)
+    (folder / export.FILE).write_text(text)
+    return {"a": str(folder)}
+
+
+def test_an_edited_record_counts(saved, tmp_path):
+    """The folder's file, not the metadata of the weights beside it."""
+    text = json.dumps({"guidance": 4, "of a later version": 1})
+    assert guidance_of(with_record(tmp_path / "edited", saved[0], text))["a"] == 4.0
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not JSON"),
+        ("{}", "'guidance' is None; it must be a finite number"),
+        ('{"guidance": "high"}', "'guidance' is 'high'; it must be a finite number"),
+        ('{"guidance": NaN}', "'guidance' is nan; it must be a finite number"),
+    ],
+)
+def test_a_broken_record_is_named(text, message, saved, tmp_path):
+    with pytest.raises(ValueError, match=f"{export.FILE}: .*{message}"):
+        guidance_of(with_record(tmp_path / "broken", saved[0], text))

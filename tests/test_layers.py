@@ -13,8 +13,8 @@ ROWS = """
 opd.flow opd.kernels
 opd.files opd.cli opd.errors opd.ranks opd.data opd.lora opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
-opd opd.mini.presets
-opd.formats.deployment opd.optim opd.memory opd.sft opd.grpo opd.runfolder
+opd
+opd.formats.export opd.optim opd.memory opd.sft opd.grpo opd.runfolder
 opd.evaluation
 opd.report
 opd.setup opd.probe opd.judging train sample

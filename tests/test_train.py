@@ -14,6 +14,7 @@ import train
 from opd import adapters, kernels, ranks
 from opd.data import Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import name_non_finite, summed
+from opd.files import write_safetensors
 from opd.formats import lora_files
 from opd.report.report import Report
 from opd.runfolder import RunFolder
@@ -480,7 +481,7 @@ def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     captions = ["a red circle", "a blue circle"] * 5
     values = torch.stack([torch.full((4, 4, 4), 1.0 if "red" in c else -1.0) for c in captions])
-    adapters.write_safetensors(folder / "latents.safetensors", {"latents": values})
+    write_safetensors(folder / "latents.safetensors", {"latents": values})
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"prompt": c}) + "\n" for c in captions))
     return folder
 

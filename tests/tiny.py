@@ -18,7 +18,7 @@ import train
 from opd import adapters, ranks
 from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 from opd.families import sd3
-from opd.formats import lora_files
+from opd.formats import export, lora_files
 from opd.mini import build as mini
 from opd.optim import Trained
 from opd.setup import set_up
@@ -134,7 +134,7 @@ def save(lora: adapters.Lora, folder: Path) -> Path:
     weights = {f"{module}.lora_A.x.weight": a for module, a in lora.A.items()}
     weights |= {f"{module}.lora_B.x.weight": b for module, b in lora.B.items()}
     rank = next(iter(lora.A.values())).shape[0]
-    adapters.save_lora(folder, weights, "x", rank, next(iter(lora.scale.values())) * rank)
+    export.save_lora(folder, weights, "x", rank, next(iter(lora.scale.values())) * rank)
     return folder
 
 
@@ -144,7 +144,7 @@ def fold(world: Path, adapter: str, folder: Path) -> Path:
     lora = lora_files.read_lora(str(world / adapter))
     for module in lora.A:
         transformer.get_submodule(module).weight += lora.update(module)
-    adapters.save_transformer(folder, transformer, dict(transformer.named_parameters()), torch.float32)
+    export.save_transformer(folder, transformer, dict(transformer.named_parameters()), torch.float32)
     return folder
 
 

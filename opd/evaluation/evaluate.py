@@ -25,7 +25,7 @@ from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_al
 from opd.evaluation.score import Batch, Row, Scorers, Splits, find_scorers, planned, score, with_known
 from opd.evaluation.statistics import summarise
 from opd.files import check_folder, digest, write_json
-from opd.formats.deployment import guidance_of
+from opd.formats.export import guidance_of
 from opd.formats.lora_files import find_adapter
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT

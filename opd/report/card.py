@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from opd.adapters import BASE
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.files import digest, replace, resolve
-from opd.formats.deployment import deployment_of
+from opd.formats.export import deployment_of
 from opd.model import Model
 
 METHODS = {

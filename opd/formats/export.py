@@ -1,0 +1,147 @@
+"""A student's folder: weights that other programs read, and how it is meant to be sampled.
+
+A student that absorbed its teachers' guidance is at its best at a scale of its own, which its weights cannot
+tell. `deployment.json` in its folder says it; the copy of the weights for diffusers, which travels alone,
+holds the same text in its metadata.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from opd.adapters import BASE
+from opd.config import RunConfig
+from opd.files import read_json, reading, write_json, write_safetensors
+from opd.formats.lora_files import WEIGHTS, find_adapter
+from opd.model import Model
+
+FILE = "deployment.json"
+KEY = "flow-opd"  # under which files of weights and pictures hold what they are
+
+
+@dataclass(frozen=True)
+class Deployment:
+    model: str
+    """The base: pipeline directory or Hub id."""
+    guidance: float
+    resolution: str
+    """Pixels per side, or HEIGHTxWIDTH."""
+    steps: int
+    """ODE steps."""
+    t5: bool
+    """Whether T5 is used where the pipeline has one."""
+    t5_tokens: int
+    """Sequence length of its prompts; 0 without T5."""
+
+    def text(self) -> str:
+        """As metadata of a safetensors file: equal records are equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / FILE, asdict(self))
+
+
+def deployment_of(cfg: RunConfig, model: Model) -> Deployment:
+    """What a run says about its student."""
+    return Deployment(
+        model=cfg.model,
+        guidance=cfg.deployed_guidance(),
+        resolution=model.resolution,
+        steps=cfg.eval_steps,
+        t5=cfg.t5,
+        t5_tokens=model.family.T5_TOKENS if cfg.t5 else 0,
+    )
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def save_lora(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    name: str,
+    rank: int,
+    alpha: float,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write adapter `name` from full (unsharded) weights keyed as in `parameters_of`, each file whole or not
+    at all. `metadata` (one key) goes into the file that is used without its folder.
+
+    `adapter_model.safetensors` + `adapter_config.json` is a PEFT directory,
+    `pytorch_lora_weights.safetensors` is for `pipe.load_lora_weights`. In both alpha / r is folded into B and
+    the config says alpha = r: readers that look at no config (ComfyUI) mean the same update.
+    """
+    folded = {}
+    for key, weight in weights.items():
+        weight = weight.detach().cpu()
+        if ".lora_B." in key:
+            weight = weight * (alpha / rank)
+        folded[key.replace(f".{name}.weight", ".weight")] = weight.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({key.partition(".lora_")[0] for key in folded}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": "gaussian",
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
+    for_diffusers = {"transformer." + key: weight for key, weight in folded.items()}
+    write_safetensors(folder / "pytorch_lora_weights.safetensors", for_diffusers, metadata)
+    for_peft = {"base_model.model." + key: weight for key, weight in folded.items()}
+    write_safetensors(folder / "adapter_model.safetensors", for_peft)
+
+
+def save_transformer(
+    folder: Path, transformer: torch.nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write all weights of the transformer as the `transformer/` directory of a pipeline, in `dtype`."""
+    tensors = {n: w.cpu().to(dtype).contiguous() for n, w in weights.items()}
+    tensors |= {
+        n: b.cpu().contiguous() for n, b in transformer.named_buffers() if n in transformer.state_dict()
+    }
+    settings = json.loads(transformer.to_json_string())
+    # FSDP gives a module that it shards a class of its own, which no other program knows.
+    settings["_class_name"] = settings["_class_name"].removeprefix("FSDP")
+    write_json(folder / "config.json", settings)
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def guidance_of(adapters: dict[str, str], guidance: float | None = None) -> dict[str, float]:
+    """Name -> guidance of the base and of every adapter (name -> source): `guidance`, or where that is None
+    what is recorded with the adapter, 1 where nothing is."""
+    if guidance is not None:
+        return dict.fromkeys([BASE, *adapters], guidance)
+    scales = {BASE: 1.0}
+    for name, source in adapters.items():
+        if name != BASE:
+            scales[name] = recorded_guidance(source)
+    return scales
+
+
+def recorded_guidance(source: str) -> float:
+    """By `deployment.json` in the folder of an adapter, else by the metadata of a single file, else 1.
+    ValueError naming the file that is wrong."""
+    path = find_adapter(source)
+    record, file = {"guidance": 1.0}, path.parent / FILE
+    if path.name in WEIGHTS and file.is_file():
+        record = read_json(file)
+    else:
+        file = path
+        with reading(f"adapter {source!r}: {path}"), safe_open(path, "pt") as weights:
+            metadata = weights.metadata() or {}
+            if KEY in metadata:
+                record = dict(json.loads(metadata[KEY]))
+    guidance = record.get("guidance")
+    if type(guidance) not in (int, float) or not math.isfinite(guidance):
+        raise ValueError(f"{file}: 'guidance' is {guidance!r}; it must be a finite number")
+    return float(guidance)
