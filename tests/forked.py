@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 # The tiny pipelines import what each command would: diffusers and transformers import a model's code at its
 # first use.
-TINY = ["tests.tiny", "tests.tiny_flux", "tests.tiny_qwen_image", "tests.tiny_z_image"]
+TINY = ["tests.tiny", "tests.tiny_families"]
 SERVER.set_forkserver_preload(["train", "sample", "opd.mini.rewards", *TINY, "tests.frozen"])
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from opd import compiled
 from opd.families import z_image
-from tests import tiny, tiny_z_image
+from tests import tiny, tiny_families
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_block_that_cannot_be_captured_is_an_error(captured):
 
 def test_z_image_compiles(tmp_path, captured):
     """Masks, rotary embeddings in complex numbers, texts of several lengths."""
-    tiny_z_image.make_pipeline(tmp_path / "pipeline")
+    tiny_families.make_z_image(tmp_path / "pipeline")
     world = tiny.furnish(tmp_path, z_image)
     changes = {"steps": 1, "anchor": "", "anchor_weight": 0.0}
     plain, _ = steps(world, count=2, **changes)

@@ -21,7 +21,7 @@ from opd.data import seed_of
 from opd.families import family_of, flux, flux2, qwen_image, sd3, z_image
 from opd.formats import lora_files
 from opd.model import Model, Sampling
-from tests import tiny, tiny_flux, tiny_qwen_image, tiny_z_image
+from tests import tiny, tiny_families
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a dot"]  # of different lengths
@@ -90,13 +90,13 @@ FIXTURES = {
     "sd3 with T5": Fixture(sd3, tiny.make_pipeline_with_t5, sd3_call(128)),
     "z_image": Fixture(
         z_image,
-        tiny_z_image.make_pipeline,
+        tiny_families.make_z_image,
         negative("", guidance_scale=0.0),
         foreign=("diffusion_model.", "lora_unet_"),
     ),
     "flux": Fixture(
         flux,
-        tiny_flux.make_flux,
+        tiny_families.make_flux,
         told(32),
         pack=packed,
         unpack=unpacked_flux,
@@ -105,7 +105,7 @@ FIXTURES = {
     ),
     "flux2": Fixture(
         flux2,
-        tiny_flux.make_flux2,
+        tiny_families.make_flux2,
         told(48),
         unpack=unpacked_flux2,
         constants={"TOKENS": 48},
@@ -113,7 +113,7 @@ FIXTURES = {
     ),
     "qwen_image": Fixture(
         qwen_image,
-        tiny_qwen_image.make_pipeline,
+        tiny_families.make_qwen_image,
         negative(" ", true_cfg_scale=1.0),
         resolution="8",
         pack=packed,

@@ -16,7 +16,7 @@ from opd.report.report import Report
 from opd.runfolder import RunFolder
 from opd.setup import set_up
 from opd.teachers import load_teacher
-from tests import tiny, tiny_z_image
+from tests import tiny, tiny_families
 
 PROMPTS = ["a red circle", "two blue squares", "a blue dot"]
 PATTERN = "tests.test_teachers:pattern"
@@ -109,7 +109,7 @@ def test_a_pipeline_answers_with_its_own_weights_encoders_and_guidance(guidance,
 
 def test_the_base_of_another_family_with_the_same_latents_teaches(world, tmp_path):
     """Z-Image's tiny pipeline with the VAE and so the latents of the SD3 student."""
-    other = tiny_z_image.make_pipeline(tmp_path / "z_image")
+    other = tiny_families.make_z_image(tmp_path / "z_image")
     shutil.rmtree(other / "vae")
     shutil.copytree(world / "pipeline" / "vae", other / "vae")
     cfg, model, *_, stage = built(world, tmp_path, other)

@@ -9,7 +9,7 @@ import torch
 from opd import adapters
 from opd.families import z_image
 from opd.formats import lora_files
-from tests import tiny, tiny_z_image
+from tests import tiny, tiny_families
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a dot"]
@@ -17,7 +17,7 @@ PROMPTS = ["a red circle", "two blue squares", "a dot"]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return tiny_z_image.make_pipeline(tmp_path_factory.mktemp("z_image") / "pipeline")
+    return tiny_families.make_z_image(tmp_path_factory.mktemp("z_image") / "pipeline")
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])

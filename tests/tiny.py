@@ -69,22 +69,22 @@ def make_pipeline(folder: Path, layers: int = 2, heads: int = 2, encoders: tuple
     return folder
 
 
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+    "mid_block_add_attention": False,
+}
+"""Factor 2, 4 latent channels."""
+
+
 def make_vae() -> AutoencoderKL:
-    """Factor 2, 4 latent channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.8,
-        shift_factor=0.1,
-    )
+    no_quantisation = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return AutoencoderKL(**VAE, **no_quantisation, scaling_factor=0.8, shift_factor=0.1)
 
 
 def make_t5(width: int = 128) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
