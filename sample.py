@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from opd import adapters, errors
+from opd import errors, lora
 from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names, restored
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
@@ -210,7 +210,7 @@ def repeat(args: Arguments) -> None:
         adapter, index, place = settings.pop("adapter"), settings.pop("index"), settings.pop("place")
         used = trusted(args, settings)
         possible = 0 <= operator.index(place) < used.batch and 0 <= operator.index(index) < 2**31
-        if not possible or len(used.prompts) != 1 or adapter not in (adapters.BASE, *used.adapters):
+        if not possible or len(used.prompts) != 1 or adapter not in (lora.BASE, *used.adapters):
             raise ValueError(
                 f"no image of {used.prompts} by {adapter!r} is number {place} and {index} in all"
             )

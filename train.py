@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import adapters, compiled, errors, flow, ranks, routing, signals
+from opd import compiled, errors, flow, lora, ranks, routing, signals
 from opd.cli import describe, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
@@ -219,7 +219,7 @@ class Distillation:
         # Samples of one teacher stay together in a micro-batch.
         kinds = dict(enumerate(plan.route_N))
         # The adapter stays on around backward: recomputed activations must see the one of their forward pass.
-        with adapters.use(self.model.transformer, self.model.trained):
+        with lora.use(self.model.transformer, self.model.trained):
             for batch in micro_batches(kinds, self.cfg.micro_batch, ranks.world(), ranks.rank()):
                 distances_BTK = self.walk_and_learn(plan, batch)
                 if any(batch.real):

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import adapters, kernels, ranks, trajectory
-from opd.adapters import BASE
+from opd import kernels, lora, ranks, trajectory
 from opd.config import GRPOConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import STATISTICS, policy_metrics, reward_metrics
 from opd.families import Condition
+from opd.lora import BASE
 from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
@@ -141,7 +141,7 @@ class GRPO:
         if cfg.shared_start:
             starts = [n // cfg.group for n in batch.samples]
         sampled = Sampled(batch, task, [], [], None)
-        with adapters.use(model.transformer, model.trained):
+        with lora.use(model.transformer, model.trained):
             seed = seed_of(cfg.seed, step, "start")
             for state in model.walk(self.path(step, states), seed, batch.samples, starts):
                 v = self.velocity(state, text, states, shared)
@@ -268,11 +268,11 @@ class GRPO:
             kl_weight = state.transition.kl_weight()
             reference_v = None
             if cfg.beta > 0:
-                with torch.no_grad(), adapters.use(model.transformer, BASE):
+                with torch.no_grad(), lora.use(model.transformer, BASE):
                     reference_v = self.velocity(state, text, numbers, shared)
             # The adapter stays switched on around backward: recomputed activations must see that of their
             # forward pass.
-            with adapters.use(model.transformer, model.trained):
+            with lora.use(model.transformer, model.trained):
                 v = self.velocity(state, text, numbers, shared)
                 log_ratio_B = kernels.log_prob(state.x_next, state.x, v, state.transition) - state.log_prob_B
                 if cfg.guard:

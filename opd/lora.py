@@ -1,28 +1,100 @@
-"""A linear layer with several LoRA adapters, of which one at a time is in its slot.
+"""LoRA adapters on one frozen base: attach, switch, and the linear layer that holds several of them.
 
-    y = W x + B (s A x),  s = alpha / r
-
-PEFT's layer casts and scales activations of full width; here A and B are cast to the activations' dtype, and
-the scale meets them at rank size. Switching adapters costs two assignments per layer.
-
-In a pass without gradients that has at least as many rows as inputs, the adapter meets the weight instead:
-
-    y = (W + s B A) x
-
-That sum is made anew in every pass and costs less than the two products and the addition at the width of the
-activations, so that a teacher runs at the base's speed and no second copy of a weight stays.
-
-The forward pass reads no adapter's name, only what the switch put into the slot: a compiled layer then sees
-tensors, of whatever adapter, and one graph serves all adapters of a shape and dtype.
+The student, every teacher and the anchor are adapters on the same transformer. Base weights are never copied:
+K teachers cost K times their LoRA weights. `BASE` (adapter off) is the base itself and may teach or anchor
+too. Files: opd/formats/lora_files.py reads them, opd/formats/export.py writes them.
 """
+
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opd.formats.lora_files import Lora, is_target
+
+BASE = "base"  # the name that means: adapter off
+EMA = "ema"  # the moving average of the adapter that is trained, where it teaches
+STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
+
+
+def attach(transformer: nn.Module, name: str, lora: Lora, dtype: torch.dtype) -> None:
+    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`. ValueError for a name PyTorch
+    cannot store."""
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: choose one that is not empty and has no dot")
+    for module, a_RI in lora.A.items():
+        layer = transformer.get_submodule(module)
+        if isinstance(layer, nn.Linear):
+            layer = LoraLinear(layer)
+            transformer.set_submodule(module, layer)
+        # Copies: the student and the frozen memory of its start come from the same tensors.
+        b_OR = lora.B[module].to(dtype, copy=True)
+        layer.add(name, a_RI.to(dtype, copy=True), b_OR, lora.scale[module])
+    transformer.lora_layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLinear)]
+    transformer.requires_grad_(False)
+
+
+def fresh_lora(skeleton: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> Lora:
+    """A new adapter: A ~ N(0, 1/r^2) (PEFT's "gaussian"), B = 0, so that it starts as the base."""
+    generator = torch.Generator().manual_seed(seed)
+    A, B = {}, {}
+    for name, module in skeleton.named_modules():
+        if isinstance(module, nn.Linear) and is_target(name, targets):
+            A[name] = torch.randn(rank, module.in_features, generator=generator) / rank
+            B[name] = torch.zeros(module.out_features, rank)
+    return Lora("fresh", "", A, B, {m: alpha / rank for m in A})
+
+
+@contextmanager
+def use(transformer: nn.Module, name: str):
+    """Run the transformer with adapter `name` (or BASE: none). No weight moves and no requires_grad flag
+    changes. Where activations are recomputed, keep backward inside the `with`."""
+    layers = lora_layers(transformer)
+    assert name == BASE or any(name in layer.scale for layer in layers), f"no adapter {name!r} is attached"
+    before = [layer.slot for layer in layers]
+    for layer in layers:
+        layer.switch(name)
+    try:
+        yield
+    finally:
+        for layer, slot in zip(layers, before, strict=True):
+            layer.switch(slot)
+
+
+def lora_layers(transformer: nn.Module) -> list["LoraLinear"]:
+    """The layers with adapters, kept beside the transformer: walking its thousands of modules at every switch
+    would take longer than the switch."""
+    if not hasattr(transformer, "lora_layers"):
+        return []
+    return transformer.lora_layers
+
+
+def parameters_of(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of adapter `name` by their full names, in a fixed order."""
+    return {
+        n: p for n, p in transformer.named_parameters() if f".lora_A.{name}." in n or f".lora_B.{name}." in n
+    }
+
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its adapters by name. `slot`: the name of the one in use, None for none."""
+    """A frozen linear layer and its adapters by name, of which one at a time is in its slot.
+
+        y = W x + B (s A x),  s = alpha / r
+
+    PEFT's layer casts and scales activations of full width; here A and B are cast to the activations' dtype,
+    and the scale meets them at rank size. Switching costs two assignments per layer.
+
+    In a pass without gradients that has at least as many rows as inputs, the adapter meets the weight:
+
+        y = (W + s B A) x
+
+    That sum is made anew in every pass and costs less than the two products and the addition at the width of
+    the activations, so that a teacher runs at the base's speed and no second copy of a weight stays.
+
+    The forward pass reads no adapter's name, only what the switch put into the slot: a compiled layer then
+    sees tensors, of whatever adapter, and one graph serves all adapters of a shape and dtype.
+    """
 
     def __init__(self, base_layer: nn.Linear):
         super().__init__()
@@ -31,6 +103,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.ModuleDict()
         self.scale: dict[str, float] = {}
         self.slot: str | None = None
+        """The name of the adapter in use, None for none."""
         # Modules, not their weights: where parameters are sharded, FSDP exchanges the weights. In a tuple,
         # which does not register them a second time.
         self.in_slot: tuple[nn.Module, nn.Module] | None = None

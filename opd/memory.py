@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opd import adapters, ranks
-from opd.adapters import BASE, EMA, STUDENT, Lora
+from opd import lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.errors import require
 from opd.families import Condition
 from opd.files import read_json, resolve
 from opd.formats.lora_files import is_target
+from opd.lora import BASE, EMA, STUDENT, Lora
 from opd.model import Model
 from opd.teacher_files import Whole
 
@@ -238,10 +238,10 @@ def without_weights(
         A[module] = torch.empty(cfg.rank, weight.shape[1])
         B[module] = torch.empty(weight.shape[0], cfg.rank)
         scale[module] = 1.0
-    adapters.attach(transformer, STUDENT, Lora("empty", "", A, B, scale), torch.float32)
-    for layer in adapters.lora_layers(transformer):
+    lora.attach(transformer, STUDENT, Lora("empty", "", A, B, scale), torch.float32)
+    for layer in lora.lora_layers(transformer):
         layer.switch(STUDENT)
-    trained = list(adapters.parameters_of(transformer, STUDENT).values())
+    trained = list(lora.parameters_of(transformer, STUDENT).values())
     for parameter in trained:
         parameter.requires_grad_(True)
     return fake, trained

@@ -11,7 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from opd import adapters, flow, kernels, trajectory
+from opd import flow, kernels, lora, trajectory
 from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
 from opd.data import seed_of
@@ -56,8 +56,8 @@ class Model:
     dtype: torch.dtype
     """What the transformer computes in."""
     device: torch.device
-    trained: str = adapters.STUDENT
-    """The adapter that is trained; adapters.BASE where all weights are."""
+    trained: str = lora.STUDENT
+    """The adapter that is trained; lora.BASE where all weights are."""
     decode_pixels: int = 4 * 1024**2
     """How many pixels of images the VAE decodes at once: its activations take gigabytes per million."""
     transformer: torch.nn.Module = None
@@ -99,9 +99,9 @@ class Model:
     def read_lora(self, source: str) -> Lora:
         """An adapter from disk or Hub. ValueError / FileNotFoundError for a bad file, and for one that was
         made for another base."""
-        lora = lora_files.read_lora(source, self.family.convert_lora)
-        lora_files.check_fits(lora, self.skeleton, self.family.LORA_TARGETS)
-        return lora
+        adapter = lora_files.read_lora(source, self.family.convert_lora)
+        lora_files.check_fits(adapter, self.skeleton, self.family.LORA_TARGETS)
+        return adapter
 
     def prepare(self, prompts: list[str]) -> None:
         """Encode `prompts`, and what guidance needs beside them, and keep them."""
@@ -130,11 +130,11 @@ class Model:
     def load_with(self, sources: dict[str, str], prompts: list[str]) -> "Model":
         """Make a planned model ready to sample: frozen adapters by name attached, `prompts` encoded. Whatever
         can be refused is refused before weights load."""
-        loras = {name: self.read_lora(source) for name, source in sources.items() if name != adapters.BASE}
+        loras = {name: self.read_lora(source) for name, source in sources.items() if name != lora.BASE}
         self.prepare(prompts)
         self.load()
-        for name, lora in loras.items():
-            adapters.attach(self.transformer, name, lora, self.dtype)
+        for name, adapter in loras.items():
+            lora.attach(self.transformer, name, adapter, self.dtype)
         self.transformer.to(self.device)
         return self
 
@@ -210,7 +210,7 @@ class Model:
         text = self.text(prompts)
         key = (sampling.seed, "step")
         path = self.path(sampling.steps, sampling.rollout, sampling.noise_level, key)
-        with adapters.use(self.transformer, adapter):
+        with lora.use(self.transformer, adapter):
             for state in self.walk(path, seed_of(sampling.seed, "start"), index):
                 state.step(self.velocity(state.x, state.sigma_B, text, sampling.guidance))
         return state.x_next

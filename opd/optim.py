@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opd import adapters, ranks
-from opd.adapters import BASE, EMA
+from opd import lora, ranks
 from opd.config import RunConfig
 from opd.formats.export import KEY, deployment_of, save_lora, save_transformer
+from opd.lora import BASE, EMA
 from opd.model import Model
 
 
@@ -41,14 +41,14 @@ class Trained:
         if model.trained == BASE:
             self.parameters = dict(model.transformer.named_parameters())
         else:
-            self.parameters = adapters.parameters_of(model.transformer, model.trained)
+            self.parameters = lora.parameters_of(model.transformer, model.trained)
         parameters = list(self.parameters.values())
         self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
         self.average = {}
         if cfg.ema > 0:
             self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         # Where the average teaches, it is an adapter on the model, and moves there.
-        taught = adapters.parameters_of(model.transformer, EMA)
+        taught = lora.parameters_of(model.transformer, EMA)
         if taught:
             self.average = dict(zip(self.parameters, taught.values(), strict=True))
         self.updates = 0

@@ -5,8 +5,7 @@ import math
 
 import torch
 
-from opd import adapters, compiled, memory, ranks
-from opd.adapters import BASE, EMA, START, STUDENT
+from opd import compiled, lora, memory, ranks
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
 from opd.errors import require
@@ -14,6 +13,7 @@ from opd.files import digest, resolve, weight_files
 from opd.formats import merging
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
+from opd.lora import BASE, EMA, START, STUDENT
 from opd.model import Model
 from opd.ranks import say
 from opd.report.report import shown_texts, splits
@@ -59,7 +59,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
         compiled.compile_blocks(blocks)
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
-        adapter = set(adapters.parameters_of(model.transformer, STUDENT).values())
+        adapter = set(lora.parameters_of(model.transformer, STUDENT).values())
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
             ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapter)
@@ -78,12 +78,12 @@ def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]
         if isinstance(teacher, Whole):
             model.teachers[name] = teacher.load(model.vae)
         else:
-            adapters.attach(model.transformer, name, teacher, model.dtype)
+            lora.attach(model.transformer, name, teacher, model.dtype)
     if isinstance(cfg, DistillationConfig) and EMA in cfg.teachers.values():
-        adapters.attach(model.transformer, EMA, student, torch.float32)
-    adapters.attach(model.transformer, START, student, model.dtype)
-    adapters.attach(model.transformer, STUDENT, student, torch.float32)
-    for parameter in adapters.parameters_of(model.transformer, STUDENT).values():
+        lora.attach(model.transformer, EMA, student, torch.float32)
+    lora.attach(model.transformer, START, student, model.dtype)
+    lora.attach(model.transformer, STUDENT, student, torch.float32)
+    for parameter in lora.parameters_of(model.transformer, STUDENT).values():
         parameter.requires_grad_(True)
 
 
@@ -91,18 +91,18 @@ def student_start(cfg: RunConfig, model: Model) -> Lora:
     """The student's first adapter: fresh (= base), several merged, or one from disk."""
     if cfg.cold_start == "base":
         targets = model.family.LORA_TARGETS
-        return adapters.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
+        return lora.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
     if cfg.cold_start == "merge":
         loras = [model.read_lora(source) for source in cfg.merged().values() if source != BASE]
         share = 1 / len(cfg.merged())  # the base counts too: its update is zero
         return merging.merge(cfg.merge, loras, share, cfg.rank, cfg.alpha)
-    lora = model.read_lora(cfg.cold_start)
-    largest = max(a.shape[0] for a in lora.A.values())
+    adapter = model.read_lora(cfg.cold_start)
+    largest = max(a.shape[0] for a in adapter.A.values())
     require(
         largest <= cfg.rank,
         f"--cold-start {cfg.cold_start!r} has rank {largest}; use --rank {largest} or more",
     )
-    return merging.fitted(lora, cfg.rank, cfg.alpha)
+    return merging.fitted(adapter, cfg.rank, cfg.alpha)
 
 
 def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[str]]]:

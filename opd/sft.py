@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from opd import adapters, flow, kernels, ranks
+from opd import flow, kernels, lora, ranks
 from opd.config import SFTConfig
 from opd.data import MicroBatch, micro_batches, seed_of
 from opd.formats.latents import Images
@@ -33,7 +33,7 @@ class SFT:
         kinds = dict.fromkeys(range(len(chosen)), "image")
         for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank()):
             real_B = torch.tensor(batch.real, dtype=torch.float32, device=self.model.device)
-            with adapters.use(self.model.transformer, self.model.trained):
+            with lora.use(self.model.transformer, self.model.trained):
                 loss_B = self.loss(chosen, batch, step) * real_B
                 (loss_B.sum() * ranks.world() / len(chosen)).backward()
             total += torch.stack([loss_B.detach().sum(), real_B.sum()])

@@ -21,10 +21,10 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from opd.adapters import BASE, EMA
 from opd.config import DistillationConfig
 from opd.files import check_weights, locate_part, read_json, reading, weight_files
 from opd.formats.lora_files import WEIGHTS, Lora
+from opd.lora import BASE, EMA
 from opd.model import Model, check_finite, find_device
 
 OFFLOAD = "offload"

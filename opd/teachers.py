@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import adapters, flow, ranks, routing
-from opd.adapters import BASE
+from opd import flow, lora, ranks, routing
 from opd.config import DistillationConfig
 from opd.data import MicroBatch, Prompt, micro_batches
 from opd.errors import require
+from opd.lora import BASE
 from opd.model import Model
 from opd.rewards import Reward
 from opd.rewards.scoring import gather_scores
@@ -83,7 +83,7 @@ class RewardRouter:
         samples = dict.fromkeys(range(len(prompts_N)), "any")
         for batch in micro_batches(samples, cfg.micro_batch, ranks.world(), ranks.rank()):
             text = model.text([prompts_N[n].text for n in batch.samples])
-            with adapters.use(model.transformer, model.trained):
+            with lora.use(model.transformer, model.trained):
                 for state in walk(batch.samples):
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
             if any(batch.real):
@@ -153,7 +153,7 @@ def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
     @torch.no_grad()
     def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[str]) -> Tensor:
         x, sigma = x_BCHW.to(model.device), sigma_B.to(model.device)
-        with adapters.use(model.transformer, adapter):
+        with lora.use(model.transformer, adapter):
             return model.velocity(x, sigma, model.text(prompts), guidance).to(x_BCHW.device)
 
     return velocity

@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from opd import adapters
+from opd import lora
 from opd.families import sd3
 from opd.formats import export, lora_files
 from opd.formats.export import Deployment, guidance_of
@@ -34,8 +34,8 @@ def saved(base, world, tmp_path_factory):
     """A student of rank 4, alpha 10 as saved, and its velocity."""
     folder, transformer = tmp_path_factory.mktemp("saved"), copy.deepcopy(base)
     student = tiny.random_lora(world / "pipeline", 5, rank=4, alpha=10.0)
-    adapters.attach(transformer, "student", student, torch.float32)
-    weights = adapters.parameters_of(transformer, "student")
+    lora.attach(transformer, "student", student, torch.float32)
+    weights = lora.parameters_of(transformer, "student")
     export.save_lora(folder, weights, "student", 4, 10.0, {export.KEY: DEPLOYED.text()})
     DEPLOYED.write(folder)
     return folder, under(transformer, "student")
@@ -43,7 +43,7 @@ def saved(base, world, tmp_path_factory):
 
 def by_ours(base, world, source):
     transformer = copy.deepcopy(base)
-    adapters.attach(transformer, "x", lora_files.read_lora(str(source)), torch.float32)
+    lora.attach(transformer, "x", lora_files.read_lora(str(source)), torch.float32)
     return under(transformer, "x")
 
 
@@ -124,18 +124,18 @@ def test_both_files_of_a_student_work_in_comfyui_at_full_strength(size, layers, 
     width = {"num_attention_heads": depth, "caption_projection_dim": 64 * depth}
     with torch.device("meta"):
         skeleton = SD3Transformer2DModel(**SHARED, attention_head_dim=64, **width, **SIZES[size])
-    lora = adapters.fresh_lora(skeleton, sd3.LORA_TARGETS, rank=1, alpha=2.0, seed=0)
-    assert len(lora.A) == layers
-    weights = {f"{layer}.lora_A.x.weight": a for layer, a in lora.A.items()}
-    for layer, b in lora.B.items():
+    adapter = lora.fresh_lora(skeleton, sd3.LORA_TARGETS, rank=1, alpha=2.0, seed=0)
+    assert len(adapter.A) == layers
+    weights = {f"{layer}.lora_A.x.weight": a for layer, a in adapter.A.items()}
+    for layer, b in adapter.B.items():
         weights[f"{layer}.lora_B.x.weight"] = torch.full_like(b, 0.5)
     export.save_lora(tmp_path, weights, "x", rank=1, alpha=2.0)
     for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         updates = read_by_comfyui(tmp_path / file, depth)
-        assert updates.keys() == lora.A.keys()
+        assert updates.keys() == adapter.A.keys()
         for layer, (scaled_b, a) in updates.items():
-            assert torch.equal(scaled_b, torch.full_like(lora.B[layer], 2.0 * 0.5))
-            assert torch.equal(a, lora.A[layer])
+            assert torch.equal(scaled_b, torch.full_like(adapter.B[layer], 2.0 * 0.5))
+            assert torch.equal(a, adapter.A[layer])
 
 
 # ---- how it is to be sampled -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from safetensors.torch import save_file
 
-from opd import adapters, families, kernels
+from opd import families, kernels, lora
 from opd.cli import in_pixels
 from opd.data import seed_of
 from opd.families import family_of, flux, flux2, qwen_image, sd3, z_image
@@ -245,7 +245,7 @@ def test_velocities_and_images_are_the_pipelines(size, guidance, case):
         for state, (x, sigma, _) in zip(states, theirs.steps, strict=True):
             assert (state.x - x).abs().max() < 1e-4 and state.sigma_B[0] == sigma
             state.step(model.velocity(state.x, state.sigma_B, text, guidance))
-    mine = model.images(adapters.BASE, PROMPTS, [5, 0, 17], Sampling(7, 4, guidance))
+    mine = model.images(lora.BASE, PROMPTS, [5, 0, 17], Sampling(7, 4, guidance))
     assert mine.std() > 0.05 and (mine - images).abs().max() < 1e-4
 
 
@@ -297,20 +297,20 @@ def renamed(lora, prefix: str) -> dict:
 def test_an_adapter_of_any_tool_is_what_it_is_to_the_pipeline(case, tmp_path):
     """Ours in its folder, by diffusers' names as ai-toolkit writes them, and by those of kohya and ComfyUI
     (for SD3, of which diffusers reads none, in tests/test_lora_files.py)."""
-    lora = tiny.random_lora(case.pipeline, seed=7, family=case.family)
+    adapter = tiny.random_lora(case.pipeline, seed=7, family=case.family)
     for prefix in ("", "transformer.", *case.fixture.foreign):
-        file, tolerance = tiny.save(lora, tmp_path / "ours"), 1e-5
+        file, tolerance = tiny.save(adapter, tmp_path / "ours"), 1e-5
         if prefix:
             file, tolerance = tmp_path / f"{prefix}.safetensors", 1e-4
-            save_file(renamed(lora, prefix), file)
+            save_file(renamed(adapter, prefix), file)
         model, theirs = ours(case), Theirs(case, lora=file)
         theirs.run(noise(model), 2, 3.0)
         text = model.text(PROMPTS)
-        adapters.attach(model.transformer, "mine", model.read_lora(str(file)), torch.float32)
+        lora.attach(model.transformer, "mine", model.read_lora(str(file)), torch.float32)
         for x, sigma, velocity in theirs.steps:
-            with torch.no_grad(), adapters.use(model.transformer, "mine"):
+            with torch.no_grad(), lora.use(model.transformer, "mine"):
                 v = model.velocity(x, sigma.expand(3), text, 3.0)
-            with torch.no_grad(), adapters.use(model.transformer, adapters.BASE):
+            with torch.no_grad(), lora.use(model.transformer, lora.BASE):
                 base = model.velocity(x, sigma.expand(3), text, 3.0)
             largest = max(1.0, velocity.abs().max()) if prefix else 1.0
             assert (v - velocity).abs().max() < tolerance * largest
@@ -320,19 +320,19 @@ def test_an_adapter_of_any_tool_is_what_it_is_to_the_pipeline(case, tmp_path):
 def test_a_fresh_adapter_learns_a_teachers_velocity(case):
     model, family, guidance = ours(case), case.family, 3.0
     teacher = tiny.random_lora(case.pipeline, seed=8, family=family)
-    student = adapters.fresh_lora(model.skeleton, family.LORA_TARGETS, rank=4, alpha=8.0, seed=0)
-    adapters.attach(model.transformer, "teacher", teacher, torch.float32)
-    adapters.attach(model.transformer, adapters.STUDENT, student, torch.float32)
-    weights = adapters.parameters_of(model.transformer, adapters.STUDENT).values()
+    student = lora.fresh_lora(model.skeleton, family.LORA_TARGETS, rank=4, alpha=8.0, seed=0)
+    lora.attach(model.transformer, "teacher", teacher, torch.float32)
+    lora.attach(model.transformer, lora.STUDENT, student, torch.float32)
+    weights = lora.parameters_of(model.transformer, lora.STUDENT).values()
     for weight in weights:
         weight.requires_grad_(True)
     optimizer = torch.optim.Adam(weights, lr=1e-2)
     x, sigma_B, text = noise(model), torch.tensor([0.9, 0.5, 0.2]), model.text(PROMPTS)
-    with torch.no_grad(), adapters.use(model.transformer, "teacher"):
+    with torch.no_grad(), lora.use(model.transformer, "teacher"):
         target = model.velocity(x, sigma_B, text, guidance)
     losses = []
     for _ in range(15):
-        with adapters.use(model.transformer, adapters.STUDENT):
+        with lora.use(model.transformer, lora.STUDENT):
             loss = (model.velocity(x, sigma_B, text, guidance) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()

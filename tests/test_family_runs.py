@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd import adapters, memory
+from opd import lora, memory
 from opd.config import DistillationConfig
 from opd.model import Sampling
 from opd.runfolder import latest_state
@@ -91,7 +91,7 @@ def test_a_distillation_pulls_the_student_to_its_teachers(own, case, tmp_path):
     with trained.averaged():
         mine = drawn(model, model.trained, cfg.guidance)
     assert (mine - images).abs().max() < 1e-4
-    assert (mine - drawn(model, adapters.BASE, cfg.guidance)).abs().max() > 1e-3
+    assert (mine - drawn(model, lora.BASE, cfg.guidance)).abs().max() > 1e-3
 
 
 def drawn(model, adapter: str, guidance: float) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_grpo_moves_the_policy(own, tmp_path):
     rows = folder.metrics()
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    assert (drawn(model, model.trained, 2.0) - drawn(model, adapters.BASE, 2.0)).abs().max() > 1e-3
+    assert (drawn(model, model.trained, 2.0) - drawn(model, lora.BASE, 2.0)).abs().max() > 1e-3
 
 
 def test_memory_is_predicted(case):

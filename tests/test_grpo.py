@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 
-from opd import adapters, flow, grpo, kernels
+from opd import flow, grpo, kernels, lora
 from opd.data import prompts_of_step, seed_of
 from opd.formats import lora_files
 from tests.tiny import grpo_config
@@ -35,9 +35,9 @@ def test_at_ratio_one_the_gradient_is_minus_advantage_times_score_by_finite_diff
     _, model, *_ = build(world, cold_start=str(world / "red"))
     transformer = model.family.load_transformer(world / "pipeline", torch.float64)
     in_float64(transformer)
-    lora = lora_files.read_lora(str(world / "red"))
-    adapters.attach(transformer, "student", lora, torch.float64)
-    parameters = [p.requires_grad_() for p in adapters.parameters_of(transformer, "student").values()]
+    adapter = lora_files.read_lora(str(world / "red"))
+    lora.attach(transformer, "student", adapter, torch.float64)
+    parameters = [p.requires_grad_() for p in lora.parameters_of(transformer, "student").values()]
     text = model.family.collate(model.text(["a red circle"] * 3))
     embeds, pooled = text["embeds"].double(), text["pooled"].double()
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ def test_at_ratio_one_the_gradient_is_minus_advantage_times_score_by_finite_diff
     advantage = torch.tensor([1.5, -0.7, 0.3], dtype=torch.float64)
 
     def log_prob():
-        with adapters.use(transformer, "student"):
+        with lora.use(transformer, "student"):
             v = transformer(
                 hidden_states=x,
                 timestep=1000 * sigma,
@@ -102,7 +102,7 @@ def test_first_update_is_the_policy_gradient_written_out(world, changes):
 
     def velocity(x, i, text):
         sigma = torch.tensor([grid[i]])
-        with adapters.use(model.transformer, "student"):
+        with lora.use(model.transformer, "student"):
             v, u = (model.velocity(x, sigma, model.text([t]), 1.0) for t in (text, ""))
         return u + cfg.guidance * (v - u)
 

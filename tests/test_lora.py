@@ -1,12 +1,19 @@
-"""Our linear layer with adapters against PEFT's, which reads and writes the same files."""
+"""LoRA on one base: our linear layer is PEFT's, and a model under an adapter is the one with it folded in."""
+
+import copy
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
 
-from opd import adapters
+from opd import lora
+from opd.families import sd3
+from opd.formats import lora_files
 from opd.lora import LoraLinear
-from tests import tiny
+from tests.tiny_lora import MODULES, pairs, peft_dir, under, velocity
+
+# ---- one layer ---------------------------------------------------------------------------------------------
 
 
 def pair(dtype, rank=4, alpha=6.0):
@@ -38,11 +45,11 @@ def test_output_and_gradients_are_pefts(dtype, tolerance):
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     y.backward(upstream)
     reference.backward(upstream)
-    pairs = [(y, reference)]
+    compared = [(y, reference)]
     for mine, theirs in ((ours.lora_A, peft[0].lora_A), (ours.lora_B, peft[0].lora_B)):
         assert mine["a"].weight.grad.dtype == torch.float32
-        pairs.append((mine["a"].weight.grad, theirs["a"].weight.grad))
-    for mine, theirs in pairs:
+        compared.append((mine["a"].weight.grad, theirs["a"].weight.grad))
+    for mine, theirs in compared:
         assert (mine.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
         assert theirs.float().norm() > 1e-2
 
@@ -81,26 +88,138 @@ def test_the_trained_adapter_says_the_same_with_and_without_gradients(dtype, tol
     assert (walked - products).norm() <= tolerance * products.norm()
 
 
-def test_an_empty_slot_is_the_base_to_the_bit():
-    ours, _ = pair(torch.float32)
-    x = torch.randn(3, 24)
-    assert torch.equal(ours(x), ours.base_layer(x))
-    ours.switch("a")
-    assert not torch.equal(ours(x), ours.base_layer(x))
-
-
-def test_an_adapter_of_some_layers_leaves_the_others_alone(world):
-    """A teacher may adapt fewer layers than the student: where it has none, the slot is empty."""
-    model = tiny.build(tiny.config(world))[1]
-    layers = adapters.lora_layers(model.transformer)
-    assert len(layers) == sum(isinstance(m, LoraLinear) for m in model.transformer.modules()) > 8
-    del layers[0].scale["red"]
-    with adapters.use(model.transformer, "red"):
-        assert layers[0].slot is None and {layer.slot for layer in layers[1:]} == {"red"}
-    assert {layer.slot for layer in layers} == {None}
-
-
 def test_a_model_may_ask_for_the_dtype_of_a_layer():
     """Some transformers read `layer.weight.dtype`, Z-Image's time embedding for one."""
     ours, _ = pair(torch.bfloat16)
     assert ours.weight is ours.base_layer.weight and ours.weight.dtype == torch.bfloat16
+
+
+# ---- a model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    return sd3.load_transformer(world / "pipeline", torch.float32)
+
+
+def folded(base, update):
+    """A dense copy of the base with `update[module]` added to its weights."""
+    dense = copy.deepcopy(base)
+    with torch.no_grad():
+        for module in update:
+            dense.get_submodule(module).weight += update[module]
+    return dense
+
+
+def dense_update(folder):
+    """The update of a PEFT directory whose alpha is its rank, straight from its tensors."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {key.partition(".lora_")[0] for key in tensors}
+    return {
+        name.removeprefix("base_model.model."): tensors[f"{name}.lora_B.weight"]
+        @ tensors[f"{name}.lora_A.weight"]
+        for name in names
+    }
+
+
+def attached(base, **sources):
+    """A copy of the base with adapters by name."""
+    transformer = copy.deepcopy(base)
+    for name, source in sources.items():
+        lora.attach(transformer, name, lora_files.read_lora(str(source)), torch.float32)
+    return transformer
+
+
+@pytest.fixture
+def transformer(base, world):
+    return attached(base, red=world / "red", blue=world / "blue")
+
+
+def test_each_adapter_equals_its_folded_copy_and_the_base_is_untouched(transformer, base, world):
+    plain = velocity(base)
+    for name in ("red", "blue", "red"):  # and none leaks into the next
+        expected = velocity(folded(base, dense_update(world / name)))
+        assert (under(transformer, name) - expected).abs().max() < 1e-5
+        assert (expected - plain).abs().max() > 0.01
+        assert torch.equal(under(transformer, lora.BASE), plain)
+
+
+def test_ranks_may_differ_between_modules_and_teachers(base, tmp_path):
+    weights = pairs((3, 2))
+    sources = {"a": peft_dir(tmp_path / "a", weights), "b": peft_dir(tmp_path / "b", pairs((5,)))}
+    expected = velocity(folded(base, {m: b @ a * 7 / len(a) for m, (a, b) in weights.items()}))
+    assert (under(attached(base, **sources), "a") - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_of_some_layers_leaves_the_others_alone(transformer):
+    """A teacher may adapt fewer layers than the student: where it has none, the slot is empty."""
+    layers = lora.lora_layers(transformer)
+    assert len(layers) == sum(isinstance(m, LoraLinear) for m in transformer.modules()) > 8
+    del layers[0].scale["red"]
+    with lora.use(transformer, "red"):
+        assert layers[0].slot is None and {layer.slot for layer in layers[1:]} == {"red"}
+    assert {layer.slot for layer in layers} == {None}
+
+
+def test_use_nests_restores_and_leaves_requires_grad_alone(transformer, base):
+    next(iter(lora.parameters_of(transformer, "blue").values())).requires_grad_(True)
+    flags = {n: p.requires_grad for n, p in transformer.named_parameters()}
+    red, blue, plain = (under(transformer, n) for n in ("red", "blue", "base"))
+    with lora.use(transformer, "red"):
+        with lora.use(transformer, "base"):
+            assert torch.equal(under(transformer, "blue"), blue) and torch.equal(velocity(transformer), plain)
+        assert torch.equal(velocity(transformer), red)
+        with pytest.raises(KeyError), lora.use(transformer, "blue"):
+            raise KeyError
+        assert torch.equal(velocity(transformer), red)
+        assert flags == {n: p.requires_grad for n, p in transformer.named_parameters()}
+    with pytest.raises(AssertionError, match="no adapter 'green'"), lora.use(transformer, "green"):
+        pass
+
+
+def test_only_the_adapter_in_use_gets_gradients(transformer):
+    for name in ("red", "blue"):
+        for p in lora.parameters_of(transformer, name).values():
+            p.requires_grad_(True)
+    x, text = torch.randn(1, 4, 4, 4), {"embeds": torch.randn(1, 24, 128), "pooled": torch.randn(1, 128)}
+    with lora.use(transformer, "red"):
+        sd3.velocity(transformer, x, torch.tensor([0.5]), text).square().sum().backward()
+    for name, p in transformer.named_parameters():
+        # The last block's text queries reach no output, so their gradient is zero.
+        if ".red." in name and not name.startswith("transformer_blocks.1.attn.add_q_proj"):
+            assert p.grad.abs().max() > 0, name
+        assert ".red." in name or p.grad is None
+
+
+def test_teachers_add_their_lora_bytes_and_nothing_else(base, world):
+    transformer = copy.deepcopy(base)
+    before = {p.data_ptr(): p.nbytes for p in transformer.parameters()}
+    red = lora_files.read_lora(str(world / "red"))
+    for k in range(3):
+        lora.attach(transformer, f"t{k}", red, torch.bfloat16)
+    after = {p.data_ptr(): p.nbytes for p in transformer.parameters()}
+    per_teacher = sum(2 * t.numel() for t in [*red.A.values(), *red.B.values()])
+    assert before.items() <= after.items() and sum(after.values()) - sum(before.values()) == 3 * per_teacher
+    assert not any(p.requires_grad for p in transformer.parameters())
+
+
+@pytest.mark.parametrize("name", ["v1.0", ""])
+def test_names_that_cannot_be_stored_are_refused(name, base, world):
+    with pytest.raises(ValueError, match=f"adapter name '{name}'"):
+        attached(base, **{name: world / "red"})
+
+
+def test_a_fresh_lora_starts_at_the_base_with_pefts_spread(base, world):
+    def fresh(seed):
+        return lora.fresh_lora(sd3.skeleton(world / "pipeline"), sd3.LORA_TARGETS, 64, 8.0, seed)
+
+    mine, transformer = fresh(3), copy.deepcopy(base)
+    lora.attach(transformer, "x", mine, torch.float32)
+    assert torch.equal(under(transformer, "x"), velocity(base))
+    config = LoraConfig(r=64, target_modules=list(sd3.LORA_TARGETS), init_lora_weights="gaussian")
+    reference = get_peft_model(copy.deepcopy(base), config).named_parameters()
+    theirs = {name.partition(".lora_A")[0]: p for name, p in reference if ".lora_A." in name}
+    assert {name.removeprefix("base_model.model.") for name in theirs} == set(mine.A)
+    spread, wanted = (torch.cat([*half]).std().item() for half in (mine.A.values(), theirs.values()))
+    assert spread == pytest.approx(wanted, rel=0.02)
+    assert not torch.equal(fresh(4).A[MODULES[0]], mine.A[MODULES[0]])

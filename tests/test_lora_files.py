@@ -14,7 +14,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from opd import adapters
+from opd import lora
 from opd.families import sd3
 from opd.formats import lora_files
 from opd.model import Model
@@ -162,7 +162,7 @@ def test_a_file_of_a_library_is_read_right(save, config, base, world, tmp_path):
     expected = velocity(theirs)
     plan = Model.plan(str(world / "pipeline"), "float32", "", torch.device("cpu"), True)
     transformer = copy.deepcopy(base)
-    adapters.attach(transformer, "x", plan.read_lora(str(tmp_path / "saved")), torch.float32)
+    lora.attach(transformer, "x", plan.read_lora(str(tmp_path / "saved")), torch.float32)
     assert (expected - velocity(base)).abs().max() > 1e-3
     assert (under(transformer, "x") - expected).abs().max() < 1e-5
 

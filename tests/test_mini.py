@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from opd import adapters
+from opd import lora
 from opd.evaluation import evaluate
 from opd.families import sd3
 from opd.formats import lora_files
@@ -30,12 +30,12 @@ def test_plain_diffusers_loads_the_miniature_and_our_teachers():
     parts = {"text_encoder_3": None, "tokenizer_3": None, "dtype": torch.float32}
     pipe = StableDiffusion3Pipeline.from_pretrained(build.WEIGHTS / "base", **parts)
     pipe.set_progress_bar_config(disable=True)
-    lora = lora_files.read_lora(str(build.WEIGHTS / "text"))
-    adapters.attach(pipe.transformer, "text", lora, torch.float32)
+    adapter = lora_files.read_lora(str(build.WEIGHTS / "text"))
+    lora.attach(pipe.transformer, "text", adapter, torch.float32)
     prompts = world.split("text")[1][::8]
     scores = {}
     for name in ("base", "text"):
-        with adapters.use(pipe.transformer, name):
+        with lora.use(pipe.transformer, name):
             images = pipe(
                 prompts,
                 num_inference_steps=10,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd import adapters, flow
+from opd import flow, lora
 from opd.data import seed_of
 from opd.families import sd3
 from opd.model import Model, Sampling, compute_dtype
@@ -39,7 +39,7 @@ def test_auto_is_bfloat16_only_where_the_hardware_has_it(bf16, amx, device, want
 
 
 def test_what_is_trained_is_the_student_unless_told_otherwise(model):
-    assert model.trained == adapters.STUDENT
+    assert model.trained == lora.STUDENT
 
 
 def test_the_negative_prompt_is_prepared_with_the_others(model):
@@ -102,7 +102,7 @@ def by_hand(rollout: str, sigma: float, sigma_next: float, second: float, a: flo
 def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(settings, model):
     def draw(seed, *which):
         prompts, index = [PROMPTS[i] for i in which], [10 + i for i in which]
-        return model.images(adapters.BASE, prompts, index, Sampling(3, seed, **settings))
+        return model.images(lora.BASE, prompts, index, Sampling(3, seed, **settings))
 
     together = draw(0, 0, 1, 2)
     assert together.shape == (3, 3, 8, 8) and together.dtype == torch.float32
@@ -113,7 +113,7 @@ def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(settings, m
 
 def test_the_noise_of_a_rollout_changes_the_images(model):
     def draw(**settings):
-        return model.images(adapters.BASE, PROMPTS, [0, 1, 2], Sampling(3, 0, 1.0, **settings))
+        return model.images(lora.BASE, PROMPTS, [0, 1, 2], Sampling(3, 0, 1.0, **settings))
 
     assert (draw(rollout="sde", noise_level=0.7) - draw()).abs().max() > 0.01
     assert (draw(rollout="sde", noise_level=1e-4) - draw()).abs().max() < 1e-3

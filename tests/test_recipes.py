@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from opd import adapters, flow, routing
+from opd import flow, lora, routing
 from opd.data import MicroBatch, Prompt, micro_batches
 from opd.presets import PRESETS
 from opd.rewards import find_reward
@@ -137,7 +137,7 @@ def test_routing_by_reward_asks_the_teacher_whose_reward_finds_most(world):
     cfg, model, _, _, stage = build(world, **changes)
     plan = stage.plan(0)
     bright_N = torch.zeros(len(plan.prompts_N))
-    with torch.no_grad(), adapters.use(model.transformer, "student"):
+    with torch.no_grad(), lora.use(model.transformer, "student"):
         for n, prompt in enumerate(plan.prompts_N):
             text = model.text([prompt.text])
             for state in stage.walk(0, [n], cfg.steps):
@@ -198,7 +198,7 @@ def test_off_policy_every_sample_walks_with_its_own_teachers(world):
             v = torch.zeros_like(expected.x)
             with torch.no_grad():
                 for name, share in shares[prompt.task].items():
-                    with adapters.use(model.transformer, cfg.adapter_of(name)):
+                    with lora.use(model.transformer, cfg.adapter_of(name)):
                         v += share * model.velocity(expected.x, expected.sigma_B, text, 1.0)
             expected.step(v)
             torch.testing.assert_close(state.x[b], expected.x[0], rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from opd import adapters, kernels, ranks
+from opd import kernels, lora, ranks
 from opd.data import Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import name_non_finite, summed
 from opd.files import write_safetensors
@@ -53,7 +53,7 @@ def flat_gradient(trained):
 
 def record(model):
     """(list that grows by (adapter, with gradient?, samples) at every forward, handle that ends it)."""
-    layer = adapters.lora_layers(model.transformer)[0]
+    layer = lora.lora_layers(model.transformer)[0]
     calls = []
     return calls, model.transformer.register_forward_hook(
         lambda _, __, output: calls.append(
@@ -100,14 +100,14 @@ def test_the_single_pass_gives_the_gradient_of_stored_trajectories(world, change
     for batch in micro_batches(dict(enumerate(plan.route_N)), cfg.micro_batch, 1, 0):
         prompts = [plan.prompts_N[n].text for n in batch.samples]
         text, states = model.text(prompts), []
-        with adapters.use(model.transformer, "student"), torch.no_grad():
+        with lora.use(model.transformer, "student"), torch.no_grad():
             for state in stage.walk(0, batch.samples, cfg.steps):
                 state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
                 states.append(state)
         alpha_BK = plan.routed_NK[batch.samples].clone()
         alpha_BK[:, stage.anchor] += cfg.anchor_weight
         for i in plan.queried:
-            with adapters.use(model.transformer, "student"):
+            with lora.use(model.transformer, "student"):
                 v = model.velocity(states[i].x, states[i].sigma_B, text, cfg.guidance)
             for k, teacher in enumerate(teachers):
                 target = teacher(states[i].x, states[i].sigma_B, prompts)
@@ -174,7 +174,7 @@ def test_three_ranks_run_the_same_adapters_and_add_up_to_one(
 
 
 def velocity_of(model, adapter, x, sigma, text):
-    with adapters.use(model.transformer, adapter):
+    with lora.use(model.transformer, adapter):
         return model.velocity(x, sigma, text, 1.0)
 
 
@@ -319,7 +319,7 @@ def test_memory_for_teachers_grows_by_their_lora_weights_only(world):
 def test_student_masters_are_float32_under_a_bfloat16_base_and_teachers_are_not(world):
     cfg, model, _, trained, stage = build(world, dtype="bfloat16")
     assert {p.dtype for p in trained.parameters.values()} == {torch.float32}
-    assert {p.dtype for p in adapters.parameters_of(model.transformer, "red").values()} == {torch.bfloat16}
+    assert {p.dtype for p in lora.parameters_of(model.transformer, "red").values()} == {torch.bfloat16}
     stage.accumulate(stage.plan(0))
     assert {p.grad.dtype for p in trained.parameters.values()} == {torch.float32}
     before = [ranks.full(p.detach()).clone() for p in trained.parameters.values()]
@@ -505,7 +505,7 @@ def test_sft_learns_what_the_caption_says(world, tmp_path, latents, full, share,
     losses = [row["loss"] for row in folder.metrics()]
     assert sum(losses[-5:]) < share * sum(losses[:5])
     captions = ["a red circle", "a blue circle"]
-    with adapters.use(model.transformer, model.trained), torch.no_grad():
+    with lora.use(model.transformer, model.trained), torch.no_grad():
         x, sigma = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.9)
         v = model.velocity(x, sigma, model.text(captions), 1.0)
     data = (x - 0.9 * v).mean((1, 2, 3))  # the predicted clean latents
@@ -537,7 +537,7 @@ def test_sft_gradient_is_that_of_equation_1(world, latents):
     data, b = images.latents[chosen], (slice(None), None, None, None)
     for p in trained.parameters.values():
         p.grad = None
-    with adapters.use(model.transformer, "student"):
+    with lora.use(model.transformer, "student"):
         x = (1 - sigma[b]) * data + sigma[b] * eps
         v = model.velocity(x, sigma, model.text([images.captions[n] for n in chosen]), 1.0)
         (v - (eps - data)).square().mean().backward()

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from opd import adapters
+from opd import lora
 from opd.families import z_image
 from opd.formats import lora_files
 from tests import tiny, tiny_families
@@ -68,13 +68,13 @@ def test_resolutions_that_do_not_fit_are_refused(resolution, message, pipeline):
 
 def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):
     skeleton = z_image.skeleton(pipeline)
-    fresh = adapters.fresh_lora(skeleton, z_image.LORA_TARGETS, rank=2, alpha=4.0, seed=0)
+    fresh = lora.fresh_lora(skeleton, z_image.LORA_TARGETS, rank=2, alpha=4.0, seed=0)
     projections = ("to_q", "to_k", "to_v", "to_out.0")
     assert fresh.A.keys() == {f"layers.{i}.attention.{name}" for i in (0, 1) for name in projections}
-    wide = adapters.fresh_lora(skeleton, ("attention.to_q",), rank=2, alpha=4.0, seed=0)
+    wide = lora.fresh_lora(skeleton, ("attention.to_q",), rank=2, alpha=4.0, seed=0)
     assert any(fnmatch(name, "noise_refiner.*") for name in wide.A)
-    for lora in (fresh, wide):
-        lora_files.check_fits(lora, skeleton, z_image.LORA_TARGETS)
+    for adapter in (fresh, wide):
+        lora_files.check_fits(adapter, skeleton, z_image.LORA_TARGETS)
     del fresh.A["layers.1.attention.to_v"]
     with pytest.raises(ValueError, match=r"lacks 1 of these layers: \['layers.1.attention.to_v'\]"):
         lora_files.check_fits(fresh, skeleton, z_image.LORA_TARGETS)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
-from opd import adapters, ranks
+from opd import lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 from opd.families import sd3
 from opd.formats import export, lora_files
@@ -120,21 +120,21 @@ def with_scheduler(pipeline: Path, folder: Path, settings: dict) -> Path:
 
 def random_lora(
     pipeline: Path, seed: int, rank: int = 4, alpha: float = 8.0, size: float = 0.3, family=sd3
-) -> adapters.Lora:
+) -> lora.Lora:
     """An adapter that changes the velocity visibly."""
-    lora = adapters.fresh_lora(family.skeleton(pipeline), family.LORA_TARGETS, rank, alpha, seed)
+    adapter = lora.fresh_lora(family.skeleton(pipeline), family.LORA_TARGETS, rank, alpha, seed)
     generator = torch.Generator().manual_seed(seed + 1000)
-    for b in lora.B.values():
+    for b in adapter.B.values():
         b.copy_(size * torch.randn(b.shape, generator=generator))
-    return lora
+    return adapter
 
 
-def save(lora: adapters.Lora, folder: Path) -> Path:
+def save(adapter: lora.Lora, folder: Path) -> Path:
     """`lora` as a PEFT directory."""
-    weights = {f"{module}.lora_A.x.weight": a for module, a in lora.A.items()}
-    weights |= {f"{module}.lora_B.x.weight": b for module, b in lora.B.items()}
-    rank = next(iter(lora.A.values())).shape[0]
-    export.save_lora(folder, weights, "x", rank, next(iter(lora.scale.values())) * rank)
+    weights = {f"{module}.lora_A.x.weight": a for module, a in adapter.A.items()}
+    weights |= {f"{module}.lora_B.x.weight": b for module, b in adapter.B.items()}
+    rank = next(iter(adapter.A.values())).shape[0]
+    export.save_lora(folder, weights, "x", rank, next(iter(adapter.scale.values())) * rank)
     return folder
 
 

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from opd import adapters
+from opd import lora
 from opd.families import sd3
 
 MODULES = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
@@ -57,5 +57,5 @@ def velocity(transformer):
 
 
 def under(transformer, name):
-    with adapters.use(transformer, name):
+    with lora.use(transformer, name):
         return velocity(transformer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from opd import adapters, compiled, kernels
+from opd import compiled, kernels, lora
 from opd.bench.model import Work, make_world, our_stage, predicted
 from opd.bench.released import Released
 from opd.memory import LiveTensors
@@ -189,9 +189,9 @@ def timing(stage: Distillation) -> Iterator[dict[str, float]]:
 
 
 def adapter_in_use(transformer: torch.nn.Module) -> str:
-    layers = adapters.lora_layers(transformer)
+    layers = lora.lora_layers(transformer)
     if not layers or layers[0].slot is None:
-        return adapters.BASE
+        return lora.BASE
     return layers[0].slot
 
 
@@ -214,7 +214,7 @@ def count(stage: Distillation, step: int) -> tuple[dict, int]:
 
 def models_of(stage: Distillation) -> dict[str, Model]:
     """The model that is trained, and the teachers with a transformer of their own by name."""
-    return {adapters.STUDENT: stage.model} | stage.model.teachers
+    return {lora.STUDENT: stage.model} | stage.model.teachers
 
 
 def counting(passes: dict, owner: str) -> Callable:
@@ -227,13 +227,13 @@ def counting(passes: dict, owner: str) -> Callable:
 
     def hook(transformer, arguments, keywords, output) -> None:
         name = owner
-        if owner == adapters.STUDENT:
+        if owner == lora.STUDENT:
             name = adapter_in_use(transformer)
         rows = len(keywords["hidden_states"])
         if output[0].requires_grad:
             add(f"{name}, forward", rows)
             output[0].register_hook(lambda gradient: add(f"{name}, backward", rows))
-        elif name == adapters.STUDENT:
+        elif name == lora.STUDENT:
             add(f"{name}, no gradient", rows)
         else:
             add(name, rows)
@@ -265,7 +265,7 @@ def parts(stage: Distillation, peak: int) -> dict[str, int]:
         tensors = [*model.transformer.named_parameters(), *model.transformer.named_buffers()]
         for full_name, tensor in tensors:
             part = "base"
-            if name != adapters.STUDENT:
+            if name != lora.STUDENT:
                 part = "copies"
             elif ".lora_" in full_name:
                 part = "adapters"

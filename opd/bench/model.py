@@ -10,11 +10,12 @@ import torch
 import tyro
 from diffusers import SD3Transformer2DModel
 
-from opd import adapters, compiled, memory
-from opd.adapters import START, STUDENT, Lora
+from opd import compiled, lora, memory
 from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
 from opd.families import Condition, sd3
+from opd.formats.lora_files import Lora
+from opd.lora import START, STUDENT
 from opd.model import Model, compute_dtype
 from opd.optim import Trained
 from train import Distillation
@@ -256,18 +257,18 @@ def shifted_levels(steps: int, shift: float) -> list[float]:
 
 def random_lora(skeleton: torch.nn.Module, cfg: DistillationConfig, seed: int) -> Lora:
     """An adapter whose update is not zero: a fresh one's would be."""
-    lora = adapters.fresh_lora(skeleton, sd3.LORA_TARGETS, cfg.rank, cfg.alpha, seed)
+    adapter = lora.fresh_lora(skeleton, sd3.LORA_TARGETS, cfg.rank, cfg.alpha, seed)
     generator = torch.Generator().manual_seed(seed_of(seed, "B"))
-    for b_OR in lora.B.values():
+    for b_OR in adapter.B.values():
         b_OR.copy_(0.1 * torch.randn(b_OR.shape, generator=generator))
-    return lora
+    return adapter
 
 
 def our_stage(world: World) -> Distillation:
     """The real stage on the real adapters."""
     cfg, model = world.cfg, world.model
-    for name, lora in world.teachers.items():
-        adapters.attach(model.transformer, name, lora, model.dtype)
+    for name, adapter in world.teachers.items():
+        lora.attach(model.transformer, name, adapter, model.dtype)
     attach_student(world)
     if cfg.compile:
         compiled.compile_blocks(model.family.blocks(model.transformer))
@@ -277,9 +278,9 @@ def our_stage(world: World) -> Distillation:
 def attach_student(world: World) -> None:
     """The student, the frozen memory of its start, and the model to its device: as train.py does."""
     model = world.model
-    adapters.attach(model.transformer, START, world.student, model.dtype)
-    adapters.attach(model.transformer, STUDENT, world.student, torch.float32)
-    for parameter in adapters.parameters_of(model.transformer, STUDENT).values():
+    lora.attach(model.transformer, START, world.student, model.dtype)
+    lora.attach(model.transformer, STUDENT, world.student, torch.float32)
+    for parameter in lora.parameters_of(model.transformer, STUDENT).values():
         parameter.requires_grad_(True)
     if world.cfg.checkpointing:
         model.transformer.enable_gradient_checkpointing()

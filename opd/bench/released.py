@@ -28,9 +28,9 @@ class Released(Distillation):
 
     def __init__(self, world: World):
         model = world.model
-        for name, lora in world.teachers.items():
+        for name, adapter in world.teachers.items():
             model.teachers[name] = replace(
-                model, transformer=merged_copy(model.transformer, lora), teachers={}
+                model, transformer=merged_copy(model.transformer, adapter), teachers={}
             )
         attach_student(world)
         super().__init__(world.cfg, model, world.pools, {}, Trained(world.cfg, model))
@@ -48,13 +48,13 @@ class Released(Distillation):
         return (state for state in kept if state.i in plan.queried)
 
 
-def merged_copy(transformer: torch.nn.Module, lora: Lora) -> torch.nn.Module:
+def merged_copy(transformer: torch.nn.Module, adapter: Lora) -> torch.nn.Module:
     """A whole float32 transformer with the adapter's update added to its weights."""
     whole = in_dtype(copy.deepcopy(transformer), torch.float32)
     with torch.no_grad():
-        for module in lora.A:
+        for module in adapter.A:
             weight = whole.get_submodule(module).weight
-            weight += lora.update(module).to(weight.device)
+            weight += adapter.update(module).to(weight.device)
     return whole
 
 

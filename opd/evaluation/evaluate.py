@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from opd import adapters, errors, ranks
+from opd import errors, lora, ranks
 from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds
 from opd.data import Prompt, load_tasks
 from opd.evaluation import tables
@@ -162,7 +162,7 @@ def read_splits(args: Arguments) -> Splits:
 
 def rows_of(args: Arguments) -> dict[str, Row]:
     """Base and adapters, each with its guidance; where --guidance names several, each with all of them."""
-    names = dict.fromkeys([adapters.BASE, *args.adapters])
+    names = dict.fromkeys([lora.BASE, *args.adapters])
     if not args.base:
         names = args.adapters
     if len(args.guidance) < 2:
@@ -196,7 +196,7 @@ def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
     settings = {}
     for name, row in rows.items():
         settings[name] = shared
-        if row.adapter != adapters.BASE:
+        if row.adapter != lora.BASE:
             source = args.adapters[row.adapter]
             settings[name] = shared | {"source": source, "sha256": digest(find_adapter(source))}
     return settings

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from opd import ranks
-from opd.adapters import BASE
 from opd.data import Prompt, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
+from opd.lora import BASE
 from opd.model import Model, Sampling
 from opd.rewards import Reward, find_reward, specs_of
 from opd.rewards.scoring import Scoring

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from opd.adapters import BASE
 from opd.config import RunConfig
 from opd.files import read_json, reading, write_json, write_safetensors
 from opd.formats.lora_files import WEIGHTS, find_adapter
+from opd.lora import BASE
 from opd.model import Model
 
 FILE = "deployment.json"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from opd.adapters import BASE
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.files import digest, replace, resolve
 from opd.formats.export import deployment_of
+from opd.lora import BASE
 from opd.model import Model
 
 METHODS = {

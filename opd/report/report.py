@@ -5,7 +5,6 @@ from dataclasses import asdict
 import torch
 
 from opd import ranks
-from opd.adapters import BASE, START, STUDENT
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, fair_sample, load_tasks
 from opd.evaluation import tables
@@ -15,6 +14,7 @@ from opd.evaluation.statistics import summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
+from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due
 from opd.ranks import say
