@@ -14,7 +14,7 @@ It takes the GPU if there is one. Run it in the repository's root, where train.p
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,6 +23,7 @@ from opd import errors
 from opd.bench import gpu
 from opd.bench.clock import about, matmul_rate, measure
 from opd.bench.model import WORKS, Work
+from opd.cli import Range, check_bounds
 from opd.files import write_json
 from opd.model import compute_dtype
 
@@ -34,15 +35,14 @@ GIB, MIB = 2**30, 2**20
 class Arguments:
     work: tyro.conf.OmitArgPrefixes[Work] = field(default_factory=lambda: WORKS["tiny"])
     structure: Literal["ours", "released", "both"] = "ours"
-    updates: int = 3
+    updates: Annotated[int, Range(2, 10**6)] = 3
     """The first one warms up."""
     json: str = ""
     """Write everything that was measured to this file."""
 
     def check(self) -> None:
         """ValueError in words for whatever does not suit."""
-        if self.updates < 2:
-            raise ValueError(f"--updates is {self.updates}; the first warms up, so at least 2 are needed")
+        check_bounds(self)
         self.work.check()
 
 

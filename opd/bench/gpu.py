@@ -18,17 +18,18 @@ from pathlib import Path
 import torch
 import tyro
 
-from opd import compiled
+from opd import compiled, errors
 from opd.bench import kernels
 from opd.bench.clock import about, matmul_rate, measure
 from opd.bench.model import WORKS, Work
+from opd.cli import Count, check_bounds
 from opd.files import write_json
 from opd.model import compute_dtype
 
 
 @dataclass(frozen=True)
 class Arguments:
-    seconds: int = 540
+    seconds: Count = 540
     """It ends after so many, whatever is missing."""
     out: str = "runs/gpu.json"
     rehearse: bool = False
@@ -41,6 +42,8 @@ class OutOfTime(BaseException):  # no Exception: torch.compile would make anothe
 def main(arguments: list[str]) -> int:
     """Exit status."""
     args = tyro.cli(Arguments, args=arguments, prog="python -m opd.bench gpu", description=__doc__)
+    with errors.in_one_line(ValueError):
+        check_bounds(args)
     device, latents = torch.device("cuda", 0), (256, 16, 128, 128)
     work = replace(WORKS["sd35-medium"], prompts_per_step=4)
     if args.rehearse:

@@ -11,6 +11,7 @@ import tyro
 from diffusers import SD3Transformer2DModel
 
 from opd import compiled, lora, memory
+from opd.cli import Few, check_bounds
 from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
 from opd.families import Condition, sd3
@@ -89,7 +90,7 @@ class Work:
 
     size: tyro.conf.Suppress[str]
     """A name in SIZES."""
-    pixels: int
+    pixels: Few
     """Per side of the image."""
     prompts_per_step: int
     group: int
@@ -100,7 +101,7 @@ class Work:
     """Of a trajectory."""
     rank: int
     """Of every LoRA."""
-    teachers: int = 3
+    teachers: Few = 3
     """Tasks, each with a teacher; a further one is the anchor."""
     guidance: float = 1.0
     """Of the student; 1 is one forward row."""
@@ -116,11 +117,10 @@ class Work:
 
     def check(self) -> None:
         """ValueError that names the flag, its value and what to change."""
-        if self.teachers < 1:
-            raise ValueError(f"--teachers is {self.teachers}; it must be at least 1")
+        check_bounds(self)
         unit = SIZES[self.size].factor * PATCH
         limit = unit * SIZES[self.size].positions
-        if self.pixels < 1 or self.pixels % unit != 0 or self.pixels > limit:
+        if self.pixels % unit != 0 or self.pixels > limit:
             way_out = f"use a multiple of {unit} up to {limit}"
             raise ValueError(f"--pixels {self.pixels} does not fit size {self.size}; {way_out}")
         self.config().check(1)
