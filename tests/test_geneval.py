@@ -10,8 +10,8 @@ from PIL import Image
 from opd import rewards
 from opd.data import load_prompts
 from opd.formats.pictures import to_pil
-from opd.rewards import geneval, geneval_rules
-from opd.rewards.geneval_rules import Found, dense, kept, official, relations, strict
+from opd.rewards import geneval
+from opd.rewards.geneval import Found, dense, kept, official, relations, strict
 from tests.tiny_scorers import save_clip, save_detector
 
 # A scene is written as words: "name colour confidence left top" for a thing of 10 x 10 pixels.
@@ -161,7 +161,7 @@ def test_at_most_sixteen_of_a_class_are_kept_the_surest_first():
     ],
 )
 def test_metadata_of_another_schema_are_refused(metadata, fault):
-    assert re.search(fault, geneval_rules.metadata_fault(metadata))
+    assert re.search(fault, geneval.metadata_fault(metadata))
 
 
 # ---- the real classes, with random weights --------------------------------------------
@@ -228,7 +228,7 @@ def test_the_colour_of_a_cut_out_object_is_the_nearest_of_ten_by_hand(sources):
     assert crop.size == (30, 20) and crop.getpixel((0, 0)) == (200, 30, 30)
     assert crop.getpixel((2, 2)) == (0x99, 0x99, 0x99)
     texts = []
-    for colour in geneval_rules.COLOURS:
+    for colour in geneval.COLOURS:
         things = (f"{colour} dog", f"{colour}-colored dog", f"{colour} object")
         texts += [f"a photo of a {thing}" for thing in things]
     inputs = detector.clip.processor(text=texts, images=[crop], return_tensors="pt", padding=True)
@@ -236,7 +236,7 @@ def test_the_colour_of_a_cut_out_object_is_the_nearest_of_ten_by_hand(sources):
         out = detector.clip.model(**inputs)
     centres = out.text_embeds.view(10, 3, -1).mean(1)
     cosines = (centres / centres.norm(dim=1, keepdim=True)) @ out.image_embeds[0]
-    assert detector.colours(picture, [item]) == [geneval_rules.COLOURS[cosines.argmax()]]
+    assert detector.colours(picture, [item]) == [geneval.COLOURS[cosines.argmax()]]
 
 
 def test_a_detector_that_sees_nothing_is_refused(sources):

@@ -79,7 +79,7 @@ def signs(count):
 
     names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSans-Oblique", "DejaVuSerif-BoldItalic")
     rng = np.random.default_rng(0)
-    prompts = ocr_prompts(count, 11, "test")
+    prompts = ocr_prompts(count, 11, "test", set())
     images = []
     for number, prompt in enumerate(prompts):
         ground = rng.integers(140, 250, 3)

@@ -7,14 +7,18 @@ import pytest
 
 from opd.data import load_prompts
 from opd.rewards import prompts
-from opd.rewards.geneval_rules import TAGS, metadata_fault
+from opd.rewards.geneval import TAGS, metadata_fault
 from opd.rewards.ocr import target_fault, target_of
 
 EVEN = dict.fromkeys(TAGS, 1)
 
 
-def geneval(count=600, seed=0, split="train", mix=EVEN, taken=None):
-    return prompts.geneval_prompts(count, seed, split, mix, taken)
+def geneval(count=600, seed=0, split="train", mix=EVEN):
+    return prompts.geneval_prompts(count, seed, split, mix, set())
+
+
+def ocr(count, seed, split):
+    return prompts.ocr_prompts(count, seed, split, set())
 
 
 def test_all_six_tags_in_the_field_schema_and_in_the_ratio_asked_for():
@@ -60,10 +64,9 @@ def test_splits_are_disjoint_even_when_objects_change_places():
     assert prompts.scene_key(swapped) == prompts.scene_key(back)
 
 
-def test_seeds_repeat_themselves_and_differ_from_each_other():
+def test_a_seed_repeats_itself_and_another_differs():
     assert geneval(50) == geneval(50) != geneval(50, seed=1)
-    assert prompts.ocr_prompts(50, 3, "train") == prompts.ocr_prompts(50, 3, "train")
-    assert prompts.ocr_prompts(50, 3, "train") != prompts.ocr_prompts(50, 4, "train")
+    assert ocr(50, 3, "train") == ocr(50, 3, "train") != ocr(50, 4, "train")
 
 
 def test_prompts_repeat_only_where_there_are_no_new_ones():
@@ -75,8 +78,8 @@ def test_prompts_repeat_only_where_there_are_no_new_ones():
 
 
 def test_ocr_prompts_have_targets_of_the_usual_length_and_share_none():
-    train = prompts.ocr_prompts(1000, 0, "train")
-    test = prompts.ocr_prompts(300, 0, "test")
+    train = ocr(1000, 0, "train")
+    test = ocr(300, 0, "test")
     assert not any(target_fault(text) for text in train + test)
     lengths = sorted(len(target_of(text)) for text in train)
     assert 3 <= lengths[0] and 12 <= lengths[500] <= 20 and lengths[-1] <= 40
@@ -95,7 +98,7 @@ def test_the_command_writes_what_the_trainer_reads(tmp_path, capsys):
     signs = tmp_path / "test.txt"
     prompts.main(["ocr", "--count", "20", "--split", "test", "--out", str(signs)])
     read = load_prompts(str(signs), "ocr", None)
-    assert [prompt.text for prompt in read] == prompts.ocr_prompts(20, 0, "test")
+    assert [prompt.text for prompt in read] == ocr(20, 0, "test")
 
 
 def test_without_leaves_out_what_is_evaluated_on(tmp_path):
@@ -114,9 +117,11 @@ def test_without_leaves_out_what_is_evaluated_on(tmp_path):
     "arguments, message",
     [
         (["geneval", "--out", "x.txt"], "geneval prompts are a .jsonl file"),
-        (["ocr", "--out", "x.jsonl"], "ocr prompts are a .txt file"),
         (["ocr", "--count", "0", "--out", "x.txt"], "--count is 0"),
-        (["geneval", "--mix", "colour=1", "--out", "x.jsonl"], "the tag 'colour'"),
+        (
+            ["geneval", "--mix", "colour=1", "--out", "x.jsonl"],
+            "--mix {'colour': 1}: give a share to some of",
+        ),
         (["geneval", "--mix", "colors=0", "--out", "x.jsonl"], "--mix is colors=0; it must be at least 1"),
         (["ocr", "--without", "no.txt", "--out", "x.txt"], "no file 'no.txt'"),
     ],

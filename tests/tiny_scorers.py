@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from opd.mini.build import make_tokenizer
-from opd.rewards.geneval_rules import CLASSES
+from opd.rewards.geneval import CLASSES
 
 WORDS = "a photo of red green blue dog cat object two the".split()
 SIZE = 28

@@ -1,18 +1,24 @@
 """GenEval: are the objects of the prompt there, in number, colour and place? (arXiv 2310.11513)
 
-    geneval             official, 0 or 1: what tables print, as the mean of the six tags' means
-    geneval_strict      0 or 1: counts are exact
-    geneval_dense       partial credit: the training reward
+Three scores, which differ; papers seldom say which one they print:
 
-Definitions: opd/rewards/geneval_rules.py. Detector and CLIP run in transformers (extra geneval: scipy,
-without which Mask2Former does not start). The published numbers come from the same network in mmdet 2.x,
-whose resizing differs a little. Argument: DETECTOR[,CLIP], directories or Hub ids.
+    geneval         official: count at least what is asked; colours and positions of the most confident
+                    objects; `exclude` clauses hold. 0 or 1. Tables print the mean of the six tags' means.
+    geneval_strict  count exactly what is asked; `exclude` clauses are not looked at. 0 or 1.
+    geneval_dense   the training reward of Flow-GRPO's server: a mean of partial credits, may be negative.
 
-An object's colour is the nearest of ten by CLIP: the picture is cut to the object's box, with everything
-outside its mask painted #999; a colour's text vector is the mean of three templates."""
+Metadata are GenEval's: {"tag", "include": [{"class", "count"[, "color"][, "position": [relation, index of an
+earlier clause]]}, ...][, "exclude": [{"class", "count"}, ...]]}.
+
+Detector and CLIP run in transformers (extra geneval: scipy, without which Mask2Former does not start). The
+published numbers come from the same network in mmdet 2.x, whose resizing differs a little. Argument:
+DETECTOR[,CLIP], directories or Hub ids. An object's colour is the nearest of ten by CLIP: the picture is cut
+to the object's box, with everything outside its mask painted #999."""
 
 import functools
-import warnings
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opd.files import locate
-from opd.rewards import geneval_rules
 from opd.rewards.clip import FILES, VIT_L, load_clip, whole
-from opd.rewards.geneval_rules import CLASSES, COLOURS, CONFIDENCE, Found, kept
 from opd.rewards.inputs import need, pictures, versions
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -36,13 +40,212 @@ BATCH = 8
 """Pictures per forward pass of the detector."""
 LEAST_ON_KNOWN = 0.1
 """Confidence that something must reach on the known picture; a detector that sees nothing gives .01."""
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+_NAMES = """
+    person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign
+    parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella
+    handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard
+    surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange
+    broccoli carrot hot_dog pizza donut cake chair couch potted_plant bed dining_table toilet tv laptop
+    computer_mouse tv_remote computer_keyboard cell_phone microwave oven toaster sink refrigerator book
+    clock vase scissors teddy_bear hair_drier toothbrush
+"""
+CLASSES = tuple(name.replace("_", " ") for name in _NAMES.split())
+"""COCO's 80 classes in the detector's order, under GenEval's names."""
+
+CONFIDENCE = 0.3
+CONFIDENCE_OF_COUNTING = 0.9
+MOST_OBJECTS = 16
+"""Per class: the most confident ones are kept."""
+SLACK = 0.1
+"""A centre must be off by more than this share of both sizes to lie left, right, above or below."""
+DIRECTION = 0.5
+"""Least share of the offset that must point in a direction."""
+
+
+# ---- the rules --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """One detected object."""
+
+    name: str
+    confidence: float
+    box: tuple[float, float, float, float]
+    """left, top, right, bottom, in pixels"""
+    mask: Tensor | None = None
+    """(H, W), for its colour."""
+
+
+Objects = dict[str, list[Found]]
+"""Class -> its objects, the most confident first."""
+ColoursOf = Callable[[list[Found]], list[str]]
+"""The colour of each of some objects of one class."""
+
+
+def kept(found: list[Found], tag: str) -> Objects:
+    """What counts, by class: counting asks for more confidence."""
+    least = CONFIDENCE
+    if tag == "counting":
+        least = CONFIDENCE_OF_COUNTING
+    objects = {}
+    for item in sorted(found, key=lambda item: -item.confidence):
+        if item.confidence > least:
+            objects.setdefault(item.name, []).append(item)
+    return {name: items[:MOST_OBJECTS] for name, items in objects.items()}
+
+
+def relations(a: Found, b: Found) -> set[str]:
+    """Where `a` lies, seen from `b`. The offset is shortened by the slack, but divided by its full length."""
+    offsets, shortened = [], []
+    for axis in (0, 1):
+        offset = _centre(a, axis) - _centre(b, axis)
+        slack = SLACK * sum(abs(item.box[axis + 2] - item.box[axis]) for item in (a, b))
+        offsets.append(offset)
+        shortened.append(math.copysign(max(abs(offset) - slack, 0), offset))
+    x, y = shortened
+    if abs(x) < 1e-3 and abs(y) < 1e-3:
+        return set()
+    distances = zip(RELATIONS, (-x, x, -y, y), strict=True)
+    length = math.hypot(*offsets)
+    return {relation for relation, distance in distances if distance / length > DIRECTION}
+
+
+def _centre(item: Found, axis: int) -> float:
+    return (item.box[axis] + item.box[axis + 2]) / 2
+
+
+def _all_related(relation: str, some: list[Found], others: list[Found]) -> bool:
+    return all(relation in relations(a, b) for a in some for b in others)
+
+
+def official(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
+    """1 if every clause holds, else 0."""
+    groups = []  # the objects that matched each clause, None where it failed
+    for clause in metadata["include"]:
+        found = objects.get(clause["class"], [])[: clause["count"]]
+        groups.append(_match(found, clause, groups, colours_of))
+    correct = None not in groups
+    for clause in metadata.get("exclude", []):
+        correct = correct and len(objects.get(clause["class"], [])) < clause["count"]
+    return float(correct)
+
+
+def strict(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
+    """1 if every class is there as often as asked for, in colour and place, else 0."""
+    groups = []
+    for clause in metadata["include"]:
+        found = objects.get(clause["class"], [])
+        if len(found) > clause["count"]:
+            groups.append(None)
+        else:
+            groups.append(_match(found, clause, groups, colours_of))
+    return float(None not in groups)
+
+
+def _match(found: list[Found], clause: dict, groups: list, colours_of: ColoursOf) -> list[Found] | None:
+    """`found` if there are enough of them, of the colour asked for, and where they should be."""
+    if len(found) < clause["count"]:
+        return None
+    if "color" in clause and colours_of(found).count(clause["color"]) < clause["count"]:
+        return None
+    if "position" in clause:
+        relation, target = clause["position"]
+        if groups[target] is None or not _all_related(relation, found, groups[target]):
+            return None
+    return found
+
+
+def dense(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
+    """The reward of Flow-GRPO's server: the mean of these credits over all clauses,
+
+        count       1 - |found - asked| / asked                    (negative from twice the number on)
+        colour      1 - |of that colour - asked| / asked           0 where the count is wrong
+        position    1 where it holds, 0 where its target failed; where it does not hold, a 0 AND a 1
+
+    The last is a slip of the server, kept: a wrong position costs half a credit. Where the count is wrong, a
+    clause's colour and position are one 0; where the colour is wrong, its position is not looked at."""
+    credits = []
+    groups = []
+    for clause in metadata["include"]:
+        found = objects.get(clause["class"], [])
+        group = None
+        credits.append(_closeness(len(found), clause["count"]))
+        if len(found) == clause["count"]:
+            credits += _further_credits(found, clause, groups, colours_of)
+            group = _match(found, clause, groups, colours_of)
+        elif "color" in clause or "position" in clause:
+            credits.append(0.0)
+        groups.append(group)
+    return sum(credits) / len(credits)
+
+
+def _further_credits(found: list[Found], clause: dict, groups: list, colours_of: ColoursOf) -> list[float]:
+    """Of colour and position, where the count is right."""
+    credits = []
+    if "color" in clause:
+        right = colours_of(found).count(clause["color"])
+        credits.append(_closeness(right, clause["count"]))
+        if right != clause["count"]:
+            return credits
+    if "position" in clause:
+        relation, target = clause["position"]
+        if groups[target] is None:
+            credits.append(0.0)
+        elif _all_related(relation, found, groups[target]):
+            credits.append(1.0)
+        else:
+            credits += [0.0, 1.0]
+    return credits
+
+
+def _closeness(found: int, asked: int) -> float:
+    return 1 - abs(found - asked) / asked
+
+
+def metadata_fault(metadata: dict) -> str:
+    """What is wrong with a prompt's metadata, "" if nothing."""
+    if metadata["tag"] not in TAGS:
+        return f"its tag is {metadata['tag']!r}; known: {', '.join(TAGS)}"
+    if not isinstance(metadata["include"], list) or not metadata["include"]:
+        return f'"include" must be a list of at least one clause, got {metadata["include"]!r}'
+    for part in ("include", "exclude"):
+        for place, clause in enumerate(metadata.get(part, [])):
+            fault = _clause_fault(clause, place)
+            if fault:
+                return f'"{part}" {place}: {fault}'
+    return ""
+
+
+def _clause_fault(clause, place: int) -> str:
+    if not isinstance(clause, dict) or not {"class", "count"} <= clause.keys():
+        return f'a clause is an object with "class" and "count", got {clause!r}'
+    if clause["class"] not in CLASSES:
+        return f"unknown class {clause['class']!r}; the detector knows COCO's 80, under GenEval's names"
+    if not isinstance(clause["count"], int) or clause["count"] < 1:
+        return f"count is {clause['count']!r}; it must be a whole number of at least 1"
+    if "color" in clause and clause["color"] not in COLOURS:
+        return f"unknown color {clause['color']!r}; known: {', '.join(COLOURS)}"
+    if "position" in clause:
+        position = clause["position"]
+        if not isinstance(position, list | tuple) or len(position) != 2 or position[0] not in RELATIONS:
+            return f"position is {position!r}; write [relation, clause] with one of {', '.join(RELATIONS)}"
+        if position[1] not in range(place):
+            return f"position points at clause {position[1]!r}; it must be an earlier one, counted from 0"
+    return ""
+
+
+# ---- the scorers --------------------------------------------
 
 
 class Official:
     """Argument: DETECTOR[,CLIP]."""
 
     metadata_keys = ("tag", "include")
-    rule = staticmethod(geneval_rules.official)
+    rule = staticmethod(official)
     definition = "official: at least the count, colours and positions of the most confident, excludes; 0 or 1"
 
     def __init__(self, sources: str = DETECTOR):
@@ -57,13 +260,10 @@ class Official:
         self.detector.load(device)
 
     def prompt_fault(self, text: str, metadata: dict) -> str:
-        return geneval_rules.metadata_fault(metadata)
+        return metadata_fault(metadata)
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        """Scores (B,). Warns where no picture holds any object."""
         found = self.detector.find(images_BCHW)
-        if len(found) >= 8 and not any(found):
-            warnings.warn(f"GenEval's detector found no object in any of {len(found)} pictures", stacklevel=2)
         scores = []
         for picture, items, row in zip(pictures(images_BCHW), found, metadata, strict=True):
             colours_of = functools.partial(self.detector.colours, picture)
@@ -72,12 +272,12 @@ class Official:
 
 
 class Strict(Official):
-    rule = staticmethod(geneval_rules.strict)
+    rule = staticmethod(strict)
     definition = "strict: exactly the count, colour and position asked for, excludes ignored; 0 or 1"
 
 
 class Dense(Official):
-    rule = staticmethod(geneval_rules.dense)
+    rule = staticmethod(dense)
     definition = "dense reward of Flow-GRPO's server: mean of partial credits; at most 1, may be negative"
 
 
@@ -88,12 +288,12 @@ class Detector:
     def __init__(self, sources: str):
         self.source, _, clip = sources.partition(",")
         self.clip_source = clip or VIT_L
-        self.loaded = False
+        self.clip = None
         self.last = (None, None)  # images and what was found in them, replaced as one
 
     def load(self, device: torch.device) -> None:
         """ValueError if the detector finds nothing in a picture of a stop sign: broken weights or kernels."""
-        if self.loaded:
+        if self.clip is not None:
             return
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
@@ -105,14 +305,13 @@ class Detector:
             raise ValueError(f"{folder}: {classes} classes, COCO has {len(CLASSES)}")
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
-        self.clip = load_clip(self.clip_source, device)
         self.texts_of = functools.cache(self._texts_of)
         (found,) = self._detect([known_picture()], least=0.0)
         best = max((item.confidence for item in found), default=0.0)
         if best < LEAST_ON_KNOWN:
             seen = f"the detector finds nothing in a picture of a stop sign (best confidence {best:.3f})"
             raise ValueError(f"{seen}: check its weights, {self.source}, and torch's kernels")
-        self.loaded = True
+        self.clip = load_clip(self.clip_source, device)
 
     def find(self, images_BCHW: Tensor) -> list[list[Found]]:
         """The objects of each picture, with masks (H, W)."""

@@ -4,17 +4,15 @@ r"""Make prompts for the GenEval and OCR rewards, as many as are asked for, with
     python -m opd.rewards.prompts geneval --count 500 --split test --out geneval_test.jsonl
     python -m opd.rewards.prompts ocr --count 20000 --out ocr_train.txt
 
-GenEval: objects with prompt, tag and clauses in GenEval's own schema; the six tags take turns in the ratio of
---mix. OCR: a line per prompt, the text to be written between double quotes.
+GenEval: prompt, tag and clauses in GenEval's own schema. OCR: the text to be written in double quotes.
 
-What a prompt asks for, the order of its objects aside, lies in train or in test by its own hash, so that
-files of the two splits are disjoint whatever their seeds and sizes. --without keeps prompts out that lie in
-files you evaluate on, such as GenEval's own 553. A prompt repeats only where its kind has run out of new ones
-(there are 80 single objects)."""
+What a prompt asks for, the order of its objects aside, lies in train or in test by its own hash, so files
+of the two splits are disjoint. A prompt repeats only where its kind has run out of new ones (there are 80
+single objects)."""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ import tyro
 from opd.cli import Count, Range, Seed, Shares, check_bounds
 from opd.data import interleave, load_prompts, seed_of
 from opd.files import replace
-from opd.rewards.geneval_rules import CLASSES, COLOURS, RELATIONS, TAGS
+from opd.rewards.geneval import CLASSES, COLOURS, RELATIONS, TAGS
 from opd.rewards.ocr import target_of
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -50,17 +48,24 @@ class Arguments:
     split: Literal["train", "test"] = "train"
     """Which of two disjoint sets they come from."""
     mix: Annotated[Shares, Range(1, 10_000)] = field(default_factory=lambda: dict.fromkeys(TAGS, 1))
-    """GenEval: tag -> its share, such as position=7 counting=5 color_attr=3 colors=1 two_object=1, giving
-    the tags that a base model fails most often most of the prompts."""
+    """GenEval: tag -> its share. position=7 counting=5 color_attr=3 colors=1 two_object=1 gives most prompts
+    to the tags that a base model fails most often."""
     without: tuple[str, ...] = ()
-    """Prompt files whose scenes, or texts to be written, are left out."""
+    """Prompt files whose scenes or texts are left out: those you evaluate on, such as GenEval's own 553."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     try:
         check(args)
-        lines = make(args)
+        known = [prompt for file in args.without for prompt in load_prompts(file, "--without", None)]
+        if args.kind == "ocr":
+            taken = {text_key(prompt.text) for prompt in known}
+            lines = ocr_prompts(args.count, args.seed, args.split, taken)
+        else:
+            taken = {scene_key(prompt.metadata) for prompt in known}
+            rows = geneval_prompts(args.count, args.seed, args.split, args.mix, taken)
+            lines = [json.dumps(row) for row in rows]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     replace(Path(args.out), lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
@@ -71,21 +76,28 @@ def check(args: Arguments) -> None:
     check_bounds(args)
     if not args.out.endswith(ENDINGS[args.kind]):
         raise ValueError(f"--out {args.out!r}: {args.kind} prompts are a {ENDINGS[args.kind]} file")
-    for tag in args.mix:
-        if tag not in TAGS:
-            raise ValueError(f"--mix names the tag {tag!r}; known: {', '.join(TAGS)}")
-    if not args.mix:
-        raise ValueError("--mix is empty; name at least one TAG=SHARE")
+    if not args.mix or not set(args.mix) <= set(TAGS):
+        raise ValueError(f"--mix {args.mix}: give a share to some of {', '.join(TAGS)}")
 
 
-def make(args: Arguments) -> list[str]:
-    """The lines of the file."""
-    known = [prompt for file in args.without for prompt in load_prompts(file, "--without", None)]
-    if args.kind == "ocr":
-        return ocr_prompts(args.count, args.seed, args.split, {text_key(prompt.text) for prompt in known})
-    taken = {scene_key(prompt.metadata) for prompt in known}
-    rows = geneval_prompts(args.count, args.seed, args.split, args.mix, taken)
-    return [json.dumps(row) for row in rows]
+def distinct(draws: list[Callable], split: str, taken: set, key_of: Callable, text_of: Callable) -> list:
+    """A prompt of the split from each of `draws`: the first whose text was not drawn before, or after many
+    tries the last. `taken`: keys to leave out; ValueError if that leaves none."""
+    found = {}  # number -> prompt
+    seen = set()
+    for number, draw in enumerate(draws):
+        for _ in range(TRIES):
+            candidate = draw()
+            key = key_of(candidate)
+            if split_of(key) != split or key in taken:
+                continue
+            found[number] = candidate
+            if text_of(candidate) not in seen:
+                break
+        if number not in found:
+            raise ValueError(f"--without leaves no {split} prompt of a kind; name fewer files")
+        seen.add(text_of(found[number]))
+    return list(found.values())
 
 
 def split_of(key) -> str:
@@ -95,38 +107,15 @@ def split_of(key) -> str:
     return "train"
 
 
-def distinct(draws: list[Callable], split: str, taken: set, key_of: Callable, text_of: Callable) -> list:
-    """A prompt of the split from each of `draws`: the first whose text was not drawn before, or after many
-    tries the last. `taken`: keys to leave out; ValueError if that leaves none."""
-    found, seen = [], set()
-    for draw in draws:
-        last = None
-        for _ in range(TRIES):
-            candidate = draw()
-            key = key_of(candidate)
-            if split_of(key) != split or key in taken:
-                continue
-            last = candidate
-            if text_of(candidate) not in seen:
-                break
-        if last is None:
-            raise ValueError(f"--without leaves no {split} prompt of a kind; name fewer files")
-        seen.add(text_of(last))
-        found.append(last)
-    return found
-
-
 # ---- GenEval --------------------------------------------
 
 
-def geneval_prompts(
-    count: int, seed: int, split: str, mix: dict[str, int], taken: set | None = None
-) -> list[dict]:
-    """Rows with tag, include, exclude where the tag has it, and prompt. `taken`: scenes to leave out."""
+def geneval_prompts(count: int, seed: int, split: str, mix: dict[str, int], taken: set) -> list[dict]:
+    """Rows with tag, include, prompt, and exclude where the tag has it. `taken`: scenes to leave out."""
     rng = np.random.default_rng(seed_of(seed, "geneval prompts", split))
     tags = interleave(mix)
     draws = [partial(SCENES[tags[number % len(tags)]], rng) for number in range(count)]
-    return distinct(draws, split, taken or set(), scene_key, lambda row: row["prompt"])
+    return distinct(draws, split, taken, scene_key, lambda row: row["prompt"])
 
 
 def scene_key(row: dict) -> tuple:
@@ -189,7 +178,7 @@ def _clause(name: str, count: int = 1) -> dict:
     return {"class": name, "count": count}
 
 
-def _some(rng, choices: tuple, count: int) -> list:
+def _some(rng, choices: Sequence, count: int) -> list:
     """`count` different ones of `choices`."""
     return [choices[index] for index in rng.choice(len(choices), size=count, replace=False)]
 
@@ -208,7 +197,8 @@ def _plural(name: str) -> str:
 
 # ---- OCR --------------------------------------------
 
-PLACES = """
+PLACES = (
+    """
 a shop window with a sign that says|a road sign that reads|a neon sign glowing with the words
 a coffee mug printed with|a chalkboard in a café that says|a book whose cover is titled
 a T-shirt with the words|a wooden board carved with|a birthday cake with the icing
@@ -216,32 +206,39 @@ a train station display showing|a movie poster with the title|a hand-painted ban
 a brass plaque engraved with|a cardboard box stamped|a postcard that says
 a ticket printed with|a wall with the graffiti|a laptop sticker that says
 a protest placard with the words|a market stall with a label that reads
-"""
-STYLES = """
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+STYLES = (
+    """
 at night in the rain|in the morning sun|as a close-up|in the style of a watercolour|on a busy street
 on a quiet beach|as a studio photograph|in soft evening light|in an old town|in a snowy village
-"""
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 ADJECTIVES = """
 Open Fresh Golden Silent Little Brave Early Hidden Lucky Modern Northern Plain Quick Royal Simple Sunny Tiny
 Useful Warm Young Bright Clever Distant Eastern Final Gentle Happy Local Mellow Noble Proud Rustic Urban
 Velvet Wild Blue Green Secret Famous
-"""
+""".split()
 NOUNS = """
 Garden River Coffee Market Harbor Library Museum Bakery Bridge Castle Dragon Engine Forest Guitar Island
 Kitchen Lantern Mountain Novel Ocean Parade Queen Rocket Summer Theater Umbrella Village Window Zebra
 Academy Balloon Compass Diamond Express Feather Gallery Horizon Journey Kingdom Legend Meadow Number Orchard
 Planet Quarter Railway Station Ticket Universe Voyage Weekend Festival Moon Tea House Bread Music Winter
-"""
-VERBS = (
-    "Enjoy Visit Save Protect Discover Follow Remember Build Share Choose Watch Trust Respect Join Meet Find"
-)
+""".split()
+VERBS = """
+Enjoy Visit Save Protect Discover Follow Remember Build Share Choose Watch Trust Respect Join Meet Find
+""".split()
 
 
-def ocr_prompts(count: int, seed: int, split: str, taken: set | None = None) -> list[str]:
-    """Prompts such as `a road sign that reads "Visit the Golden Bakery", at night in the rain`. `taken`:
-    texts to leave out, as `text_key` gives them."""
+def ocr_prompts(count: int, seed: int, split: str, taken: set) -> list[str]:
+    """Such as `a road sign that reads "Visit the Golden Bakery", at night in the rain`. `taken`: text keys to
+    leave out."""
     rng = np.random.default_rng(seed_of(seed, "ocr prompts", split))
-    return distinct([partial(_sign, rng)] * count, split, taken or set(), text_key, text_key)
+    return distinct([partial(_sign, rng)] * count, split, taken, text_key, text_key)
 
 
 def text_key(prompt: str) -> str:
@@ -250,16 +247,16 @@ def text_key(prompt: str) -> str:
 
 
 def _sign(rng) -> str:
-    (place,) = _some(rng, _phrases(PLACES), 1)
-    (style,) = _some(rng, _phrases(STYLES), 1)
+    (place,) = _some(rng, PLACES, 1)
+    (style,) = _some(rng, STYLES, 1)
     return f'{place} "{_text(rng)}", {style}'
 
 
 def _text(rng) -> str:
     """1 to 5 words, now and then with a number."""
-    (adjective,) = _some(rng, tuple(ADJECTIVES.split()), 1)
-    noun, other = _some(rng, tuple(NOUNS.split()), 2)
-    (verb,) = _some(rng, tuple(VERBS.split()), 1)
+    (adjective,) = _some(rng, ADJECTIVES, 1)
+    noun, other = _some(rng, NOUNS, 2)
+    (verb,) = _some(rng, VERBS, 1)
     number = int(rng.integers(1, 1000))
     shapes = (
         f"{adjective} {noun}",
@@ -273,10 +270,6 @@ def _text(rng) -> str:
     )
     (text,) = _some(rng, shapes, 1)
     return text
-
-
-def _phrases(lines: str) -> tuple[str, ...]:
-    return tuple(lines.strip().replace("\n", "|").split("|"))
 
 
 if __name__ == "__main__":
