@@ -166,7 +166,7 @@ BAD = [
     (lambda body: 404, "status 404: b'broken'", 1),
     (lambda body: b"<html>", "3 tries failed, the last: not JSON: b'<html>'", 3),
     (lambda body: b"[1]", "the last: no JSON object", 3),
-    (lambda body: {"error": "x"}, "no message in its answer", 1),
+    (lambda body: {"error": "x"}, "no 'choices' in its answer", 1),
     (lambda body: said("I like it"), "no grade in 'I like it'", 1),
     (lambda body: said("<OverallScore>9</OverallScore>"), "the grade 9 is not in 1-5", 1),
     (lambda body: said("<OverallScore>-3</OverallScore>"), "the grade -3 is not in 1-5", 1),
@@ -207,7 +207,7 @@ def test_missing_judges_are_named_before_training(serve):
     port = free_port()
     with pytest.raises(ValueError, match=f"127.0.0.1:{port}/v1/models: 3 tries failed.*refused"):
         loaded(f"qwenvl@http://127.0.0.1:{port}/v1")
-    with pytest.raises(ValueError, match="names no model"):
+    with pytest.raises(ValueError, match="/models: no 0 in its answer"):
         loaded(f"qwenvl@{serve(lambda path, body: {'data': []}).url}/v1")
 
 
@@ -279,7 +279,7 @@ def test_a_worker_that_misbehaves_gives_a_reason_and_never_a_zero(serve, scores,
 def test_another_worker_or_half_a_worker_is_refused(serve):
     with pytest.raises(ValueError, match="is a worker for 'deqa', wanted 'hpsv3'"):
         loaded(f"hpsv3@{serve(worker(ones)).url}")
-    with pytest.raises(ValueError, match="/about lacks 'about'"):
+    with pytest.raises(ValueError, match="/about: no 'about' in its answer"):
         loaded(f"remote@{serve(worker(ones, {'name': 'x', 'model': 'y'})).url}")
     assert loaded(f"remote@{serve(worker(ones)).url}")(pixels(0), ["a"], [{}]).tolist() == [1]
 

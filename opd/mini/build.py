@@ -11,8 +11,8 @@
     done
     python -m opd.mini.build sha256                            # write weights/SHA256SUMS
 
-Specialists by supervised fine-tuning instead, on data that is clean in their own respect:
-torchrun train.py mini-sft-$t. Names after the pipeline make those data alone: data runs/mini-data $P text.
+Specialists by supervised fine-tuning instead: torchrun train.py mini-sft-$t. Names after the pipeline make
+their data alone: data runs/mini-data $P text.
 """
 
 import json
@@ -43,9 +43,8 @@ from opd.mini import drawing, world
 WEIGHTS = Path(__file__).parent / "weights"
 RESOLUTION, TOKENS, WIDTH = 24, 12, 64
 BASE_MIX = {"compose": 0.6, "text": 0.2, "quality": 0.2}
-# name: (images, tasks, what is better than in the base's data). The quality specialist sees every kind of
-# prompt without noise and dull colours but with the usual wrong captions; the other two see their own kind
-# with right captions only.
+# name: (images, tasks, what is better than in the base's data). Compose and text see their own kind with
+# right captions; quality sees every kind without noise and dull colours, with the usual wrong captions.
 DATA = {
     "base": (240_000, BASE_MIX, {}),
     "compose": (30_000, {"compose": 1.0}, {"caption_error": 0.0}),
@@ -68,10 +67,8 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding until every word is one token.
-
-    Ties go by the alphabet; the library's trainer breaks them at random.
-    """
+    """Byte pair encoding until every word is one token. Ties go by the alphabet; the library's trainer breaks
+    them at random."""
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in sorted(set(words))], []
     while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -149,9 +146,7 @@ def make_transformer(latent: int = RESOLUTION // 2, patch: int = 2) -> SD3Transf
 
 def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tuple[torch.Tensor, list[str]]:
     """`count` training pairs, tasks with probabilities `mix`: images uint8 (count, 3, 24, 24), captions.
-
-    `degrade` overrides caption_error, noise_prob, dull_prob of `drawing.training_pair`.
-    """
+    `degrade` overrides caption_error, noise_prob, dull_prob of `drawing.training_pair`."""
     rng = np.random.default_rng(seed)
     pools = {task: world.split(task)[0] for task in mix}
     images, captions = [], []
@@ -162,13 +157,11 @@ def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tupl
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions
 
 
-def train_vae(
-    vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: int = 64, seed: int = 0
-) -> None:
+def train_vae(vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: int = 64) -> None:
     """Reconstruction (L1 + L2) with a light KL; then the latents' mean and spread become shift and scale."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         x = images_u8[torch.randint(len(images_u8), (batch,), generator=generator)].float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
@@ -188,7 +181,7 @@ def train_vae(
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
 
 
-def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
+def build_pipeline(folder: Path) -> None:
     """Save the whole pipeline; its transformer is untrained (`train.py mini-base` trains it)."""
     torch.manual_seed(0)
     prompts = world.all_prompts("compose") + world.all_prompts("quality") + ["sign that says"]
@@ -196,7 +189,7 @@ def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
     tokenizer = make_tokenizer(sorted(words))
     vae = make_vae()
     images, _ = draw(12_000, seed=1, mix=BASE_MIX)
-    train_vae(vae, images, vae_steps)
+    train_vae(vae, images, steps=2000)
     torch.manual_seed(1)
     transformer = make_transformer()
     pipeline = StableDiffusion3Pipeline(
@@ -213,15 +206,12 @@ def build_pipeline(folder: Path, vae_steps: int = 2000) -> None:
     pipeline.to(torch.bfloat16).save_pretrained(folder)
 
 
-def build_data(folder: Path, pipeline: Path, *names: Path) -> None:
-    """Latents and captions of the base's mediocre world and of each specialist's own clean one; `names`: of
-    these alone."""
-    wanted = [name.name for name in names] or list(DATA)
+def build_data(folder: Path, pipeline: Path, names: list[str]) -> None:
+    """Latents and captions of the base's mediocre world and of each specialist's own clean one."""
     vae = sd3.load_vae(pipeline)
     for seed, (name, (count, mix, degrade)) in enumerate(DATA.items(), start=10):
-        if name not in wanted:
-            continue
-        write_data(folder / name, vae, *draw(count, seed, mix, **degrade))
+        if name in names:
+            write_data(folder / name, vae, *draw(count, seed, mix, **degrade))
 
 
 def write_data(folder: Path, vae: AutoencoderKL, images_u8: torch.Tensor, captions: list[str]) -> None:
@@ -249,27 +239,26 @@ def install_teacher(source: Path, folder: Path) -> None:
     shutil.copy(source / "adapter_config.json", folder / "adapter_config.json")
 
 
-def sums(folder: Path = WEIGHTS) -> str:
+def sums() -> str:
     """sha256 of every shipped weights file, in sha256sum's format."""
-    files = sorted(p for p in folder.rglob("*.safetensors"))
-    return "".join(f"{digest(p)}  {p.relative_to(folder)}\n" for p in files)
+    files = sorted(WEIGHTS.rglob("*.safetensors"))
+    return "".join(f"{digest(p)}  {p.relative_to(WEIGHTS)}\n" for p in files)
 
 
 def main(arguments: list[str]) -> None:
-    command, *paths = arguments or ["help"]
-    paths = [Path(p) for p in paths]
-    if (command, len(paths)) == ("pipeline", 1):
-        build_pipeline(*paths)
-    elif command == "data" and len(paths) >= 2 and {path.name for path in paths[2:]} <= set(DATA):
-        build_data(*paths)
-    elif command == "base" and len(paths) in (2, 3):
-        install_base(*paths)
-    elif (command, len(paths)) == ("teacher", 2):
-        install_teacher(paths[0] / "student", WEIGHTS / paths[1])
-    elif (command, len(paths)) == ("sha256", 0):
-        replace(WEIGHTS / "SHA256SUMS", lambda p: p.write_text(sums()))
-    else:
-        sys.exit(__doc__)
+    match arguments:
+        case ["pipeline", folder]:
+            build_pipeline(Path(folder))
+        case ["data", folder, pipeline, *names] if set(names) <= set(DATA):
+            build_data(Path(folder), Path(pipeline), names or list(DATA))
+        case ["base", pipeline, transformer, *folder] if len(folder) <= 1:
+            install_base(*map(Path, (pipeline, transformer, *folder)))
+        case ["teacher", run, task]:
+            install_teacher(Path(run) / "student", WEIGHTS / task)
+        case ["sha256"]:
+            replace(WEIGHTS / "SHA256SUMS", lambda p: p.write_text(sums()))
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

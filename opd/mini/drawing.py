@@ -65,11 +65,8 @@ def _draw_sign(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Gen
 
 
 def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.ndarray:
-    """Sky, sun or moon, ground; the adjective moves the horizon or changes the disc.
-
-    lower: pixels that the horizon lies lower, 0 or 1. aside: pixels that the disc stands aside, -1 to 1.
-    phase: of the hills' wave.
-    """
+    """Sky, sun or moon, ground; the adjective moves the horizon or changes the disc. `lower`: pixels that the
+    horizon lies lower, 0 or 1. `aside`: of the disc, -1 to 1. `phase`: of the hills' wave."""
     adjective, place, time = words
     sky_top, sky_low, light, disc, height, column = world.TIMES[time]
     horizon = (18 if adjective == "wide" else 14) + lower
@@ -129,13 +126,9 @@ def training_pair(
     noise_prob: float = 0.5,
     dull_prob: float = 0.5,
 ) -> tuple[np.ndarray, str]:
-    """(image (24, 24, 3) uint8, caption) as pretraining sees them; all three at 0 is clean data.
-
-    caption_error: share of content words that are wrong; None = that of the prompt's task.
-
-    The base learns from mediocre data, so that it is mediocre at all three tasks; a specialist
-    sets to 0 what it should be good at.
-    """
+    """(image (24, 24, 3) uint8, caption). The base learns from mediocre data, so that it is mediocre at all
+    three tasks; a specialist sets to 0 what it should be good at. `caption_error`: share of content words
+    that are wrong; None = that of the prompt's task."""
     spec = parse(prompt)
     if caption_error is None:
         caption_error = world.CAPTION_ERROR[spec.task]

@@ -208,10 +208,7 @@ def _shuffled(keys, salt: str) -> list[str]:
 @cache
 def split(task: str, salt: str = "") -> tuple[list[str], list[str]]:
     """(train, test) prompts; no composition, string or scene of test occurs in train. The shipped split is
-    that of no salt, whose test prompts the base has never seen.
-
-    compose holds out 256 prompts, a fifth to two fifths of each of its four kinds.
-    """
+    that of no salt, whose test prompts the base has never seen."""
     prompts = all_prompts(task)
     if task == "compose":
         quota = {"single_object": 3, "counting": 13, "two_object": 40, "position": 80}  # compositions
@@ -247,11 +244,8 @@ def _held_out() -> frozenset[str]:
 
 
 def misname(spec: Spec, rng: np.random.Generator, rate: float) -> str:
-    """The caption with each content word replaced, with probability `rate`, by a wrong one.
-
-    Which words are wrong is drawn first; the wrong words are drawn again while they spell a
-    held-out prompt, so that no held-out caption is ever seen in training.
-    """
+    """The caption with each content word replaced, with probability `rate`, by a wrong one. Wrong words are
+    drawn again while they spell a held-out prompt, so that training never sees one."""
     wrong = rng.random(len(spec.words)) < rate
     if not wrong.any():
         return spec.prompt

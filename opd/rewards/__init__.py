@@ -1,11 +1,10 @@
 """Rewards: what one is, how it is named, and how it fails.
 
-What a reward is. A function
+What a reward is. A function, or a class whose instance is called in the same way,
 
     (images (B, 3, H, W) float32 in [0, 1] on the CPU, prompts list[str], metadata list[dict]) -> scores (B,)
 
-that returns a floating tensor, higher is better; or a class whose instance is called in the same way. Either
-may carry
+that returns a floating tensor, higher is better. Either may carry
 
     metadata_keys = ("key", ...)    what the metadata of every prompt must hold
     prompt_fault(text, metadata)    why a prompt cannot be scored, "" if it can
@@ -13,19 +12,18 @@ may carry
     about = "..."                   model, licence, size, definition and engine, said beside the scores
     divisor = 26.0                  raw score / divisor is the papers' reward, about in [0, 1]
 
-A class has one instance per process and argument, however many rewards name it, and `load` runs once before
-the first call. Scores may be on any device; moving the images to the models is the reward's job. A call that
-timed out may still run beside the next one. Raw scores are those of the papers' tables.
+A class has one instance per process and argument, and `load` runs once before the first call. Scores may be
+on any device; moving the images to the models is the reward's job. A call that timed out may still run beside
+the next one. Raw scores are those of the papers' tables.
 
 How it is named. `module:function` or `module:Class`; a short name from the table SHORT; either followed by
 `@ARGUMENT`, the one string that a class is made with (weights, an endpoint, a variant), as in
 `pickscore@/weights/pickscore`; or a weighted sum of these such as `0.7*module:a+0.3*module:b@c`.
 
-How it fails. What can be known before training is a ValueError that names the reward and the fix: a name
-that is malformed or cannot be imported (`find_reward`), models that do not load (`Reward.load`), prompts
-that cannot be scored and a wrong return value (`Reward.check`). Later, under `Reward.start`, a call that
-raises, hangs or returns something else than B finite scores is repeated prompt by prompt; what still fails
-is NaN and has a reason, and the caller decides. A reward that calls os._exit ends the run."""
+How it fails. Before training, a ValueError names the reward and the fix: a name that cannot be imported
+(`find_reward`), models that do not load (`Reward.load`), prompts that cannot be scored and a wrong return
+value (`Reward.check`). Later, under `Reward.start`, a call that raises, hangs or returns something else than
+B finite scores is repeated prompt by prompt; what still fails is NaN and has a reason."""
 
 import functools
 import importlib
@@ -73,8 +71,7 @@ def specs_of(text: str) -> list[str]:
 
 
 def find_reward(spec: str) -> "Reward":
-    """The reward called `spec`, its modules imported and its classes made. ValueError naming the spec and
-    the fix."""
+    """The reward called `spec`, its modules imported and its classes made."""
     if not re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec, re.IGNORECASE):
         raise ValueError(
             f"scorer {spec!r}: write it as module:function_or_class, as one of the short names "
@@ -97,10 +94,6 @@ class Term:
     function: Callable
     """A function, or the instance of a class."""
 
-    @property
-    def metadata_keys(self) -> tuple[str, ...]:
-        return getattr(self.function, "metadata_keys", ())
-
 
 class Reward:
     """A reward or a weighted sum of rewards, found once per run: checking, training, watching and reporting
@@ -109,19 +102,18 @@ class Reward:
     def __init__(self, spec: str, terms: list[Term]):
         self.spec = spec
         self.terms = terms
-        self.metadata_keys = tuple(dict.fromkeys(key for term in terms for key in term.metadata_keys))
+        keys = [key for term in terms for key in getattr(term.function, "metadata_keys", ())]
+        self.metadata_keys = tuple(dict.fromkeys(keys))
 
     @property
     def about(self) -> dict[str, str]:
-        """What the terms state about themselves, by name; a term that states nothing is left out. Final once
-        `load` has run."""
+        """What the terms state about themselves, by name. Final once `load` has run."""
         lines = {}
         for term in self.terms:
-            if not hasattr(term.function, "about"):
-                continue
-            lines[term.name] = term.function.about
-            if hasattr(term.function, "divisor"):
-                lines[term.name] += f"; reward: score / {term.function.divisor:g}"
+            if hasattr(term.function, "about"):
+                lines[term.name] = term.function.about
+                if hasattr(term.function, "divisor"):
+                    lines[term.name] += f"; reward: score / {term.function.divisor:g}"
         return lines
 
     @property
@@ -132,8 +124,7 @@ class Reward:
         return getattr(self.terms[0].function, "divisor", 1.0)
 
     def load(self, device: torch.device) -> None:
-        """Load the models of every term that has some, unless this process has loaded them before.
-        ValueError naming the spec if that fails."""
+        """Load the models of every term that has some, unless this process has loaded them before."""
         for term in self.terms:
             function = term.function
             if not hasattr(function, "load") or id(function) in _LOADED:
@@ -146,9 +137,8 @@ class Reward:
             _LOADED[id(function)] = function
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        """The raw scores (B,), unguarded. A reward that is no sum answers as it pleases (`fault_of` judges
-        it); the terms of a sum are each held to what a single reward must return, and ValueError names the
-        one that is wrong."""
+        """The raw scores (B,). `fault_of` judges what comes back; here it judges the terms of a sum, which
+        the sum would hide."""
         if len(self.terms) == 1 and self.terms[0].weight == 1:
             return self.terms[0].function(images_BCHW, prompts, metadata)
         total_B = torch.zeros(len(prompts))
@@ -162,7 +152,7 @@ class Reward:
 
     def check(self, task: str, prompts: list[Prompt], pixels: tuple[int, int]) -> None:
         """Look for the metadata it needs, then call it once, on grey images of `pixels` (height, width).
-        ValueError naming task, reward and fix. There is no time-out: a first call may prepare much."""
+        There is no time-out: a first call may prepare much."""
         self.check_metadata(task, prompts)
         reward = f"task {task!r}: reward {self.spec!r}"
         probe = prompts[:2]
@@ -180,8 +170,7 @@ class Reward:
             raise ValueError(f"{reward} {fault} ({wanted})")
 
     def check_metadata(self, task: str, prompts: list[Prompt]) -> None:
-        """ValueError naming the first prompt that lacks a key of `metadata_keys`, or that a term cannot
-        score, with its file and line."""
+        """ValueError naming the first prompt, with its file and line, that cannot be scored."""
         for prompt in prompts:
             for key in self.metadata_keys:
                 if key not in prompt.metadata:
@@ -190,9 +179,9 @@ class Reward:
                         f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl"
                     )
             for term in self.terms:
-                if not hasattr(term.function, "prompt_fault"):
-                    continue
-                fault = term.function.prompt_fault(prompt.text, prompt.metadata)
+                fault = ""
+                if hasattr(term.function, "prompt_fault"):
+                    fault = term.function.prompt_fault(prompt.text, prompt.metadata)
                 if fault:
                     where = f"task {task!r}: {prompt.source} {prompt.text!r}"
                     raise ValueError(f"{where} cannot be scored by {term.name}: {fault}")
@@ -204,7 +193,7 @@ class Reward:
 
 def _find_function(name: str, spec: str) -> Callable:
     """The function called `name`, or the instance of the class; `spec` is what the user wrote."""
-    path, at, argument = name.partition("@")
+    path, *argument = name.split("@", 1)
     if ":" not in path and path not in SHORT:
         known = ", ".join(SHORT)
         raise ValueError(f"scorer {spec!r}: no short name {path!r} ({known}); write it as module:function")
@@ -215,11 +204,11 @@ def _find_function(name: str, spec: str) -> Callable:
         raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
     if inspect.isclass(function):
         try:
-            function = _instance(function, argument)
+            function = _instance(function, *argument)
         except Exception as error:  # whatever the user's class raises
             raise ValueError(f"scorer {spec!r}: the class {name} cannot be made: {error}") from error
-    elif at:
-        raise ValueError(f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument}")
+    elif argument:
+        raise ValueError(f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument[0]}")
     try:
         inspect.signature(function).bind(None, None, None)
     except (TypeError, ValueError) as error:
@@ -230,8 +219,6 @@ def _find_function(name: str, spec: str) -> Callable:
 
 
 @functools.cache
-def _instance(kind: type, argument: str) -> Callable:
+def _instance(kind: type, *arguments: str) -> Callable:
     """The one instance of a class and argument: two rewards that name it share its models."""
-    if argument:
-        return kind(argument)
-    return kind()
+    return kind(*arguments)

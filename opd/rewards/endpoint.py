@@ -11,6 +11,7 @@ import math
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -29,8 +30,8 @@ LONGEST = 16 * 2**20
 
 
 def ask(url: str, body: dict | None = None, key: str = "") -> dict:
-    """GET `url`, or POST `body`; the JSON object that comes back. `key`: a bearer token. ValueError, naming
-    server and reason, after TRIES, or at once for an answer that would be the same again."""
+    """GET `url`, or POST `body`; the JSON object that comes back. `key`: a bearer token. ValueError after
+    TRIES, or at once for an answer that would be the same again."""
     for number in range(TRIES):
         if number > 0:
             time.sleep(PAUSE * 2 ** (number - 1))
@@ -64,6 +65,17 @@ def _ask_once(url: str, body: dict | None, key: str) -> dict:
     return answer
 
 
+def text_at(url: str, answer: dict, *path: str | int) -> str:
+    """What the server's answer holds at a path of keys and positions. ValueError if there is nothing."""
+    value = answer
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{url}: no {step!r} in its answer: {str(answer)[:80]}") from error
+    return str(value)
+
+
 def checked_url(endpoint: str, example: str) -> str:
     """`endpoint` without its last slash. ValueError if it is no http address."""
     if not endpoint.startswith(("http://", "https://")):
@@ -78,22 +90,22 @@ def png_base64(picture: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def gather(requests: list, prompts: list[str]) -> Tensor:
-    """The scores (B,) of calls made side by side; NaN where one raised ValueError.
+def gather(score: Callable, items: list, prompts: list[str]) -> Tensor:
+    """`score(item, prompt)` of each pair side by side, (B,); NaN where it raised ValueError.
 
     The reason must not be lost: what failed is asked for again prompt by prompt (opd/rewards/scoring.py), and
     where a batch holds one prompt only and has a failure, the failure is raised."""
+
+    def attempt(item, prompt: str) -> float | ValueError:
+        try:
+            return score(item, prompt)
+        except ValueError as error:
+            return error
+
     with ThreadPoolExecutor(TOGETHER) as threads:
-        answers = list(threads.map(_answer, requests))
+        answers = list(threads.map(attempt, items, prompts))
     failures = [answer for answer in answers if isinstance(answer, ValueError)]
     if failures and len(set(prompts)) == 1:
         count = f"{len(failures)} of {len(prompts)} images: "
         raise ValueError(count + str(failures[0])) from failures[0]
     return torch.tensor([math.nan if isinstance(answer, ValueError) else answer for answer in answers])
-
-
-def _answer(request) -> float | ValueError:
-    try:
-        return request()
-    except ValueError as error:
-        return error

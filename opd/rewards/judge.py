@@ -7,7 +7,6 @@ compared with grades of this code; a subclass with another `text` and `pattern` 
 
 An answer without a grade, or with one out of range, is a failure and never 0."""
 
-import functools
 import os
 import re
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd.rewards.endpoint import ask, checked_url, gather, png_base64
+from opd.rewards.endpoint import ask, checked_url, gather, png_base64, text_at
 from opd.rewards.inputs import pictures
 
 HIGHEST = 5.0
@@ -66,19 +65,13 @@ class Judge:
 
     def load(self, device: torch.device) -> None:
         """Ask the server for its model. ValueError if it does not answer."""
-        answer = ask(f"{self.endpoint}/models", key=self.key)
-        try:
-            self.served = str(answer["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{self.endpoint}/models names no model: {str(answer)[:80]}") from error
+        url = f"{self.endpoint}/models"
+        self.served = text_at(url, ask(url, key=self.key), "data", 0, "id")
         self.about = f"{self.about}; {self.endpoint} runs {self.served}"
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Grades (B,); NaN where the judge gave none."""
-        requests = []
-        for picture, prompt in zip(pictures(images_BCHW), prompts, strict=True):
-            requests.append(functools.partial(self.grade, picture, prompt))
-        return gather(requests, prompts)
+        return gather(self.grade, pictures(images_BCHW), prompts)
 
     def grade(self, picture: Image.Image, prompt: str) -> float:
         """The grade of one picture. ValueError if the server fails or its answer holds none."""
@@ -92,15 +85,8 @@ class Judge:
             "temperature": 0,
             "max_tokens": 2048,
         }
-        answer = ask(f"{self.endpoint}/chat/completions", body, self.key)
-        try:
-            said = str(answer["choices"][0]["message"]["content"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{self.endpoint}: no message in its answer: {str(answer)[:80]}") from error
-        return self.grade_in(said)
-
-    def grade_in(self, said: str) -> float:
-        """The grade in a judge's words. ValueError if there is none from 1 to 5."""
+        url = f"{self.endpoint}/chat/completions"
+        said = text_at(url, ask(url, body, self.key), "choices", 0, "message", "content")
         match = re.search(self.pattern, said)
         if match is None:
             raise ValueError(f"{self.endpoint}: no grade in {said[-80:]!r}")

@@ -16,13 +16,12 @@ Argument: the worker's address, as in `deqa@http://localhost:8000`. The protocol
 with one finite number per image, or null where it has none. /about must name the scorer that was asked for.
 The released DeQA server gets JPEGs and ours PNGs, which moves its scores a little."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from opd.rewards.endpoint import ask, checked_url, gather, png_base64
+from opd.rewards.endpoint import ask, checked_url, gather, png_base64, text_at
 from opd.rewards.inputs import pictures
 
 BATCH = 16
@@ -42,13 +41,12 @@ class Remote:
 
     def load(self, device: torch.device) -> None:
         """Ask the worker what it is. ValueError if it does not answer or is another one."""
-        said = ask(f"{self.endpoint}/about")
-        for key in ("name", "about"):
-            if key not in said:
-                raise ValueError(f"{self.endpoint}/about lacks {key!r}: {str(said)[:80]}")
-        if self.name not in ("", said["name"]):
-            raise ValueError(f"{self.endpoint} is a worker for {said['name']!r}, wanted {self.name!r}")
-        self.about = f"{said['about']}, at {self.endpoint}"
+        url = f"{self.endpoint}/about"
+        said = ask(url)
+        name, about = (text_at(url, said, key) for key in ("name", "about"))
+        if self.name not in ("", name):
+            raise ValueError(f"{self.endpoint} is a worker for {name!r}, wanted {self.name!r}")
+        self.about = f"{about}, at {self.endpoint}"
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Scores (B,); NaN where the worker gave none."""
@@ -58,22 +56,20 @@ class Remote:
             part = slice(start, start + BATCH)
             body = {"images": images[part], "prompts": prompts[part], "metadata": metadata[part]}
             scores += self._scores(body)
-        return gather([functools.partial(self._checked, score) for score in scores], prompts)
+        return gather(self._checked, scores, prompts)
 
     def _scores(self, body: dict) -> list:
         """What the worker answers for one request: a list with something for each image."""
         answer = ask(f"{self.endpoint}/score", body)
-        got = answer.get("scores")
         count = len(body["images"])
-        if not isinstance(got, list) or len(got) != count:
+        if not isinstance(answer.get("scores"), list) or len(answer["scores"]) != count:
             wanted = f'wanted {{"scores": [...]}} with {count} numbers'
             raise ValueError(f"{self.endpoint}: {wanted}, got {str(answer)[:80]}")
-        return got
+        return answer["scores"]
 
-    def _checked(self, score) -> float:
+    def _checked(self, score, prompt: str) -> float:
         """ValueError for what is no number of the scorer's range."""
-        number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not number:
+        if type(score) not in (int, float) or not math.isfinite(score):
             raise ValueError(f"{self.endpoint}: {score!r} is no score")
         if not self.low <= score <= self.high:
             limits = f"{self.low:g} to {self.high:g}"

@@ -24,10 +24,7 @@ class Scoring:
         self, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict], timeout: float
     ):
         """`function`: a reward or anything that is called like one. `timeout`: seconds for one call.
-        `images_BCHW` must stay as they are. ValueError for unequal counts."""
-        if not len(images_BCHW) == len(prompts) == len(metadata):
-            counts = f"{len(images_BCHW)} images, {len(prompts)} prompts, {len(metadata)} metadata"
-            raise ValueError(f"{counts}: give as many of each")
+        `images_BCHW` must stay as they are."""
         self.function = function
         self.images_BCHW = images_BCHW
         self.prompts = prompts
