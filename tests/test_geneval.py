@@ -62,42 +62,27 @@ BELOW = "cat blue .95 0 100"
 
 # metadata, things, official, strict, dense; the dense column says how it comes about
 CASES = [
-    ("one dog", ONE, [DOG], 1, 1, 1),
     ("no dog", ONE, [], 0, 0, 0),  # 1 - 1/1
-    ("two dogs for one", ONE, [DOG, DOG2], 1, 0, 0),  # 1 - 1/1
     ("three dogs for one", ONE, [DOG, DOG2, DOG3], 1, 0, -1),  # 1 - 2/1
     ("a weak dog counts outside counting", ONE, [WEAK], 1, 1, 1),
     ("too weak a dog", ONE, ["dog red .3 0 0"], 0, 0, 0),  # more than .3 is asked for
-    ("a cat for a dog", ONE, [CAT], 0, 0, 0),
     ("both", TWO, [DOG, CAT], 1, 1, 1),
     ("one of two", TWO, [DOG], 0, 0, 0.5),  # (1 + 0) / 2
-    ("both, one twice", TWO, [DOG, DOG2, CAT], 1, 0, 0.5),  # (0 + 1) / 2
-    ("neither", TWO, [], 0, 0, 0),
     ("three of three", THREE, [DOG, DOG2, DOG3], 1, 1, 1),
-    ("two of three", THREE, [DOG, DOG2], 0, 0, 2 / 3),  # 1 - 1/3
     ("four of three: excluded", THREE, [DOG, DOG2, DOG3, DOG4], 0, 0, 2 / 3),
     ("a weak fourth is not counted", THREE, [DOG, DOG2, DOG3, WEAK], 1, 1, 1),
-    ("a weak third is not counted", THREE, [DOG, DOG2, WEAK], 0, 0, 2 / 3),
-    ("none of three", THREE, [], 0, 0, 0),  # 1 - 3/3
     ("red", RED, [DOG], 1, 1, 1),  # (1 + 1) / 2
     ("blue for red", RED, [DOG2], 0, 0, 0.5),  # count 1, colour 1 - 1/1
     ("the surest is red, the other blue", RED, [DOG, DOG2], 1, 0, 0),  # count 1 - 1/1, then 0
-    ("the surest is blue", RED, [DOG2, "dog red .5 0 0"], 0, 0, 0),
-    ("none for red", RED, [], 0, 0, 0),  # count 0, then 0
     ("two reds", REDS, [DOG, DOG3], 1, 1, 1),
     ("one red of two dogs", REDS, [DOG, DOG2], 0, 0, 0.75),  # count 1, colour 1 - 1/2
-    ("one dog for two reds", REDS, [DOG], 0, 0, 0.25),  # count 1/2, then 0
     ("both colours", BOTH, [DOG, CAT], 1, 1, 1),
     ("colours swapped", BOTH, ["dog blue .9 0 0", "cat red .9 50 0"], 0, 0, 0.5),  # (1+0+1+0) / 4
     ("one colour right", BOTH, [DOG, "cat red .9 50 0"], 0, 0, 0.75),  # (1+1+1+0) / 4
-    ("one missing", BOTH, [DOG], 0, 0, 0.5),  # (1+1+0+0) / 4
     ("left", LEFT, [CAT, DOG], 1, 1, 1),  # (1+1+1) / 3
     ("above for left", LEFT, [BELOW, DOG], 0, 0, 0.75),  # (1+1+0+1) / 4: the server's extra 1
-    ("right for left", LEFT, [CAT, "dog red .9 200 0"], 0, 0, 0.75),
     ("the target is missing", LEFT, [DOG], 0, 0, 1 / 3),  # (0+1+0) / 3
-    ("the placed one is missing", LEFT, [CAT], 0, 0, 1 / 3),  # (1+0+0) / 3
     ("two targets: the surest counts", LEFT, [CAT, "cat red .4 -50 0", DOG], 1, 0, 1 / 3),  # (0+1+0) / 3
-    ("red and left", LEFT_RED, [CAT, DOG], 1, 1, 1),  # (1+1+1+1) / 4
     ("blue and left", LEFT_RED, [CAT, "dog blue .9 0 0"], 0, 0, 2 / 3),  # (1+1+0) / 3: place unasked
     ("red and right", LEFT_RED, [CAT, "dog red .9 200 0"], 0, 0, 0.8),  # (1+1+1+0+1) / 5
 ]
@@ -124,11 +109,8 @@ def test_an_exclude_of_another_class_is_for_the_official_score_alone():
     "x, y, expected",
     [
         (-30, 0, {"left of"}),
-        (30, 0, {"right of"}),
-        (0, -30, {"above"}),
         (0, 30, {"below"}),
         (30, 30, {"right of", "below"}),  # shortened to 28, over 42.4: .66 each
-        (0, 0, set()),
         (2, 0, set()),  # within the slack of .1 x (10 + 10)
         (3, 0, set()),  # shortened to 1, over 3: .33
         (5, 0, {"right of"}),  # 3 / 5

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import socket
 import subprocess
 import sys
@@ -162,14 +161,11 @@ def test_each_picture_gets_its_own_grade(serve):
 
 BAD = [
     (lambda body: None, "3 tries failed, the last: no answer within 0.25 s", 3),
-    (lambda body: 500, "3 tries failed, the last: status 500: b'broken'", 3),
     (lambda body: 404, "status 404: b'broken'", 1),
     (lambda body: b"<html>", "3 tries failed, the last: not JSON: b'<html>'", 3),
-    (lambda body: b"[1]", "the last: no JSON object", 3),
     (lambda body: {"error": "x"}, "no 'choices' in its answer", 1),
     (lambda body: said("I like it"), "no grade in 'I like it'", 1),
     (lambda body: said("<OverallScore>9</OverallScore>"), "the grade 9 is not in 1-5", 1),
-    (lambda body: said("<OverallScore>-3</OverallScore>"), "the grade -3 is not in 1-5", 1),
 ]
 
 
@@ -254,10 +250,7 @@ def test_a_worker_gets_png_prompts_and_metadata_in_batches(serve):
 
 BAD_WORKERS = [
     (lambda body: {"outputs": [3.0]}, 'wanted {"scores": [...]} with 1 numbers'),
-    (lambda body: {"scores": [3.0, 3.0, 3.0]}, "with 1 numbers"),
-    (lambda body: {"scores": ["good"]}, "'good' is no score"),
     (lambda body: {"scores": [None]}, "None is no score"),
-    (lambda body: {"scores": [True]}, "True is no score"),
     (lambda body: b'{"scores": [NaN]}', "nan is no score"),
     (lambda body: {"scores": [0.0]}, "the score 0 is not in 1 to 5"),
 ]
@@ -282,15 +275,6 @@ def test_another_worker_or_half_a_worker_is_refused(serve):
     with pytest.raises(ValueError, match="/about: no 'about' in its answer"):
         loaded(f"remote@{serve(worker(ones, {'name': 'x', 'model': 'y'})).url}")
     assert loaded(f"remote@{serve(worker(ones)).url}")(pixels(0), ["a"], [{}]).tolist() == [1]
-
-
-def test_a_nan_picture_is_not_sent(serve):
-    server = serve(worker(ones))
-    images_BCHW = pixels(0)
-    images_BCHW[0, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="image 0 of the batch holds a NaN"):
-        loaded(f"deqa@{server.url}")(images_BCHW, ["a"], [{}])
-    assert len(server.asked) == 1
 
 
 def test_the_example_worker_scores():

@@ -1,8 +1,5 @@
 """The OCR reward: the released formula on readings made by hand, and the real engine on rendered signs."""
 
-import math
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -21,11 +18,8 @@ from opd.rewards.prompts import ocr_prompts
         ("Hello", "say Hello to all", 1),  # contained: more text costs nothing
         ("Hello", "", 0),
         ("Hello", "Hallo", 1 - 1 / 5),
-        ("Hello", "Helllo", 1 - 1 / 5),
         ("Hello", "xyz" * 20, 0),  # distance 60, cut at the length
-        ("abc", "cab", 1 - 2 / 3),
         ("kitten", "sitting", 1 - 3 / 6),
-        ("No. 7", "No7", 1 - 1 / 4),  # "no.7" has 4 characters
         ("it’s", "it's", 1 - 1 / 4),  # the right reading, as the released formula has it
     ],
 )
@@ -95,13 +89,11 @@ def signs(count):
     return torch.stack(images).float(), prompts
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.slow)])
-def test_rendered_signs_are_read_and_their_neighbours_are_not(reward, count):
-    images_BCHW, prompts = signs(count)
-    scores_B = reward(images_BCHW, prompts, [{}] * count)
-    some = min(count - 1, 20)
-    others_B = reward(images_BCHW[:some], prompts[1 : some + 1], [{}] * some)
-    assert scores_B.shape == (count,) and scores_B.mean() >= 0.98
+def test_rendered_signs_are_read_and_their_neighbours_are_not(reward):
+    images_BCHW, prompts = signs(12)
+    scores_B = reward(images_BCHW, prompts, [{}] * 12)
+    others_B = reward(images_BCHW, prompts[1:] + prompts[:1], [{}] * 12)
+    assert scores_B.shape == (12,) and scores_B.mean() >= 0.98
     assert others_B.mean() <= 0.25 and others_B.max() <= 0.6
 
 
@@ -113,22 +105,12 @@ def test_a_blank_picture_scores_zero_without_a_word(reward, capfd):
     assert said.out == said.err == ""
 
 
-def test_it_says_what_it_is(reward):
-    about = reward.about["ocr"]
-    assert re.search(r"; rapidocr \d+\.\d+\.\d+, onnxruntime \d+\.\d+\.\d+$", about)
-    assert "folded" in rewards.find_reward("ocr@folded").about["ocr@folded"] and "folded" not in about
-
-
 def test_what_cannot_be_scored_is_named(reward, tmp_path, monkeypatch):
     file = tmp_path / "train.txt"
     file.write_text('a sign "yes"\na sign that says no\n')
     message = r"train.txt:2 'a sign that says no' cannot be scored by ocr: .*quotes"
     with pytest.raises(ValueError, match=message):
         reward.check_metadata("ocr", load_prompts(str(file), "ocr", None))
-    images_BCHW = torch.full((2, 3, 64, 64), 0.5)
-    images_BCHW[1, 0, 0, 0] = math.nan
-    scores_B, failures, _ = reward.start(images_BCHW, ['"a"', '"b"'], [{}, {}], 60.0).result()
-    assert scores_B.isnan().tolist() == [False, True] and "image 0 of the batch holds a NaN" in failures[1]
     with pytest.raises(ValueError, match="unknown typography 'fold'"):
         rewards.find_reward("ocr@fold")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -36,13 +36,8 @@ def needs_both(images, prompts, metadata):
     return torch.tensor([float(m["target"] * m["scale"]) for m in metadata])
 
 
-def one_string_of_keys(images, prompts, metadata):
-    return torch.zeros(len(images))
-
-
 needs_target.metadata_keys = ("target",)
 needs_both.metadata_keys = ("scale", "target")
-one_string_of_keys.metadata_keys = "target"
 
 
 def a_column(images, prompts, metadata):
@@ -131,10 +126,7 @@ def test_every_short_name_leads_to_something_that_can_be_called():
     "spec, weights",
     [
         ("0.7*opd.mini.rewards:quality+0.3*tests.test_rewards:brightness", (0.7, 0.3)),
-        (" .7 * opd.mini.rewards:quality + 3E-1*tests.test_rewards:brightness ", (0.7, 0.3)),
-        ("1e+1*opd.mini.rewards:quality+-2.*tests.test_rewards:brightness", (10, -2)),
-        ("opd.mini.rewards:quality+0*tests.test_rewards:brightness", (1, 0)),
-        ("2*opd.mini.rewards:quality", (2, 0)),
+        (" 1e+1 * opd.mini.rewards:quality + -2.*tests.test_rewards:brightness ", (10, -2)),
     ],
 )
 def test_a_weighted_sum_is_the_sum_by_hand(spec, weights):
@@ -150,12 +142,9 @@ def test_a_sum_needs_the_metadata_of_all_its_terms():
     assert reward(torch.zeros(2, 3, 4, 4), ["", ""], metadata).tolist() == [11.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    "name, message", [("a_column", r"shape \(2, 1\) for 2"), ("integers", "int64"), ("a_list", "list")]
-)
-def test_a_sum_does_not_hide_what_a_term_returns(name, message):
-    with pytest.raises(ValueError, match=f"{HERE}:{name} .*{message}"):
-        rewards.find_reward(f"0.5*{HERE}:{name}+{HERE}:brightness")(images_of(2), ["", ""], [{}, {}])
+def test_a_sum_does_not_hide_what_a_term_returns():
+    with pytest.raises(ValueError, match=rf"{HERE}:a_column .*shape \(2, 1\) for 2"):
+        rewards.find_reward(f"0.5*{HERE}:a_column+{HERE}:brightness")(images_of(2), ["", ""], [{}, {}])
 
 
 def test_a_class_is_made_once_for_an_argument_and_loaded_once():
@@ -191,26 +180,14 @@ def test_a_reward_tells_what_its_terms_state_about_themselves(monkeypatch):
     [
         (f"{HERE}:Counted@broken", "Counted@broken cannot be made: no such variant"),
         (f"{HERE}:Counted@", "write it as"),
-        (f"{HERE}:Counted@a*b", "write it as"),
         (f"{HERE}:brightness@x", "takes no argument; drop @x"),
         ("", "write it as"),
-        ("a:b:c", "write it as"),
-        ("a:b+", "write it as"),
-        ("2*", "write it as"),
-        ("x*a:b", "write it as"),
-        ("2**a:b", "write it as"),
         ("a:b-a:c", "write it as"),
-        ("a:b a:c", "write it as"),
         ("nothing_here", "module:function"),
-        (".relative:f", "cannot be imported"),
-        (f"{HERE}:nothing", "cannot be imported"),
         (f"{HERE}:brightness+0.5*no.such:thing", "cannot be imported"),
         ("math:pi", "must accept"),
-        ("opd.rewards:find_reward", "must accept"),
         ("opd.rewards:Reward", "cannot be made: .*'terms'"),
         ("inf*jpeg_compressibility", "not finite"),
-        ("jpeg_compressibility+1e999*jpeg_compressibility", "not finite"),
-        (f"{HERE}:one_string_of_keys", "tuple"),
     ],
 )
 def test_wrong_names_are_refused(spec, message):
@@ -226,18 +203,17 @@ def pool(*metadata):
     return [Prompt(f"prompt {n}", "task", m) for n, m in enumerate(metadata)]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_reward_is_tried_on_grey_images_of_the_size_asked_for(count):
+def test_a_reward_is_tried_on_grey_images_of_the_size_asked_for():
     seen = []
 
     def reward(*batch):
         seen.append((*batch, torch.is_grad_enabled()))
         return torch.full((len(batch[0]),), math.nan)  # a grey image need not have a score
 
-    spy(reward).check("task", pool({"n": 0}, {"n": 1}, {"n": 2})[:count], (24, 16))
+    spy(reward).check("task", pool({"n": 0}, {"n": 1}, {"n": 2}), (24, 16))
     ((images, prompts, metadata, grad),) = seen
-    assert torch.equal(images, torch.full((min(2, count), 3, 24, 16), 0.5)) and not grad
-    assert (prompts, metadata) == (["prompt 0", "prompt 1"][:count], [{"n": 0}, {"n": 1}][:count])
+    assert torch.equal(images, torch.full((2, 3, 24, 16), 0.5)) and not grad
+    assert (prompts, metadata) == (["prompt 0", "prompt 1"], [{"n": 0}, {"n": 1}])
 
 
 def test_missing_metadata_is_found_in_any_prompt():
@@ -261,9 +237,7 @@ def test_a_prompt_that_cannot_be_scored_is_named_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     "function, message",
     [
-        (lambda *_: torch.zeros(1), r"shape \(1,\) for 2 images.*shape \(2,\)"),
-        (integers, r"int64.*scores\.float\(\)"),
-        (a_list, r"a list.*torch\.tensor"),
+        (a_column, r"shape \(2, 1\) for 2 images.*shape \(2,\)"),
         (broken, "raised KeyError on grey images .*prompt 0.*no such glyph"),
         (lambda *_: sys.exit("bye"), "raised SystemExit on grey images.*bye"),
     ],
@@ -324,23 +298,22 @@ def test_raising_for_one_prompt_costs_only_that_prompt():
     assert calls == [(TEXTS, [0, 1, 2, 3, 4]), *retries]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_an_image_without_a_score_is_scored_once_again(bad):
+def test_an_image_without_a_score_is_scored_once_again():
     calls = []
 
     def reward(images, prompts, metadata):
         calls.append([m["n"] for m in metadata])
         scores = brightness(images, prompts, metadata)
         if len(calls) == 1:
-            scores[[1, 3]] = bad
+            scores[[1, 3]] = torch.tensor([math.nan, math.inf])
         if len(prompts) == 1 and prompts[0] == "ccc":
-            scores[0] = bad
+            scores[0] = -math.inf
         return scores
 
     scores, failures, _ = scored(reward)
     good = [0, 1, 2, 4]
     assert torch.allclose(scores[good], brightness(images_of(5), None, None)[good]) and scores[3].isnan()
-    assert failures == {3: f"prompt 'ccc': returned {bad}"}
+    assert failures == {3: "prompt 'ccc': returned -inf"}
     assert calls == [[0, 1, 2, 3, 4], [1], [3]]
 
 
@@ -391,11 +364,6 @@ def test_after_two_late_retries_no_prompt_is_called_any_more():
     late, kept = "took longer than 0.1 s", "reward kept timing out"
     words = [f"prompt {text!r}: {kept if text == 'ccc' else late}" for text in TEXTS]
     assert failures == dict(enumerate(words))
-
-
-def test_no_images_are_no_failure():
-    scores, failures, _ = scored(lettered, texts=[])
-    assert scores.shape == (0,) and failures == {}
 
 
 def test_a_stuck_reward_keeps_neither_the_next_batch_nor_the_process():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from opd.mini.build import make_tokenizer
@@ -12,12 +13,13 @@ WORDS = "a photo of red green blue dog cat object two the".split()
 SIZE = 28
 
 
+def pil_processor(name: str):
+    """transformers 5 calls the one that needs no torchvision by a name of its own."""
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def clip_parts(width: int = 32, projection: int = 16):
     """(CLIPModel, CLIPProcessor): two layers a tower, 28 px, weights large enough to tell pictures apart."""
-    try:
-        from transformers import CLIPImageProcessorPil as Processor
-    except ImportError:
-        from transformers import CLIPImageProcessor as Processor
     tokenizer = make_tokenizer(WORDS)
     tokenizer.model_max_length = 32
     layers = dict(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -30,7 +32,9 @@ def clip_parts(width: int = 32, projection: int = 16):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)
-    images = Processor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    images = pil_processor("CLIPImageProcessor")(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
     return model, CLIPProcessor(image_processor=images, tokenizer=tokenizer)
 
 
@@ -45,10 +49,6 @@ def save_detector(folder: Path, seen: str) -> Path:
     """A Mask2Former on Swin that takes every query for a `seen`, or for nothing at all."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    try:
-        from transformers import Mask2FormerImageProcessorPil as Processor
-    except ImportError:
-        from transformers import Mask2FormerImageProcessor as Processor
     backbone = SwinConfig(
         image_size=64,
         embed_dim=8,
@@ -80,7 +80,7 @@ def save_detector(folder: Path, seen: str) -> Path:
     with torch.no_grad():
         model.class_predictor.bias[wanted] += 20
     model.save_pretrained(folder)
-    Processor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    pil_processor("Mask2FormerImageProcessor")(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
 
 
@@ -88,10 +88,6 @@ def save_blip(folder: Path, words: list[str]) -> Path:
     """A BLIP for questions whose vocabulary is `words`, yes and no."""
     from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 
-    try:
-        from transformers import BlipImageProcessorPil as Processor
-    except ImportError:
-        from transformers import BlipImageProcessor as Processor
     folder.mkdir(parents=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", "yes", "no", *words, "[DEC]", "[ENC]"]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -107,5 +103,6 @@ def save_blip(folder: Path, words: list[str]) -> Path:
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)
     model.save_pretrained(folder)
-    BlipProcessor(Processor(size={"height": SIZE, "width": SIZE}), tokenizer).save_pretrained(folder)
+    images = pil_processor("BlipImageProcessor")(size={"height": SIZE, "width": SIZE})
+    BlipProcessor(images, tokenizer).save_pretrained(folder)
     return folder

@@ -213,8 +213,6 @@ def _find_function(name: str, spec: str) -> Callable:
         inspect.signature(function).bind(None, None, None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"scorer {spec!r}: {name} must accept (images, prompts, metadata)") from error
-    if isinstance(getattr(function, "metadata_keys", ()), str):
-        raise ValueError(f"scorer {spec!r}: metadata_keys of {name} is a string; make it a tuple")
     return function
 
 
