@@ -90,8 +90,7 @@ def _shape_templates(device: torch.device) -> Tensor:
 
 
 def detect(images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All objects: image index (N,), colour (N,), shape (N,) with `OTHER`, centre of the box (N, 2) as y,
-    x."""
+    """All objects: image (N,), colour (N,), shape (N,) or `OTHER`, centre of the box (N, 2) as y, x."""
     colour_BHW = _colour_map(images_BCHW)
     label_BHW = _label(colour_BHW)
     area = torch.stack([torch.bincount(lab.flatten(), minlength=lab.numel() + 1) for lab in label_BHW])
@@ -116,9 +115,9 @@ def detect(images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _middle(present_NL: Tensor) -> Tensor:
     """Middle between the first and the last True of each row."""
-    length = present_NL.shape[1]
     first = present_NL.int().argmax(1)
-    return (first + length - 1 - present_NL.flip(1).int().argmax(1)) / 2
+    behind_last = present_NL.shape[1] - present_NL.flip(1).int().argmax(1)
+    return (first + behind_last - 1) / 2
 
 
 def _wanted(prompt: str, metadata: dict) -> list[tuple[int, int, int, str | None]]:
@@ -147,12 +146,9 @@ def _closeness(found: int, wanted: int) -> float:
 
 
 def _score_objects(objects: list[tuple[int, int, list[float]]], target: list) -> tuple[float, bool]:
-    """(partial credit, everything right) for the (colour, shape, centre) found in one image.
-
-    Per named thing: 0.6 for the number of right objects, 0.2 each for the numbers of its colour and
-    of its shape alone, blobs of no shape left out; scaled down by surplus objects; a wrong relation
-    keeps 0.6 of the credit.
-    """
+    """(partial credit, everything right) for the (colour, shape, centre) found in one image. Per named thing:
+    0.6 for the number of right objects, 0.2 each for the numbers of its colour and of its shape alone, blobs
+    of no shape left out; scaled down by surplus objects; a wrong relation keeps 0.6 of the credit."""
     credit, exact, where = 0.0, True, []
     for colour, shape, count, _ in target:
         right = [centre for c, s, centre in objects if (c, s) == (colour, shape)]
@@ -198,11 +194,9 @@ def compose_strict(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
 
 
 def read(images_BCHW: Tensor) -> list[str]:
-    """The characters in the three glyph places of the sign; a place with no glyph gives none.
-
-    Every 7x9 window is correlated with every glyph and its margin; the sign may sit two pixels
-    off its place and each glyph one pixel off the sign.
-    """
+    """The characters in the three glyph places of the sign; a place with no glyph gives none. Every 7x9
+    window is correlated with every glyph and its margin; the sign may sit two pixels off its place and each
+    glyph one pixel off the sign."""
     luminance = images_BCHW.float().mean(1, keepdim=True)
     glyphs = F.pad(torch.stack([torch.from_numpy(g) for g in world.FONT.values()]).float(), (1, 1, 1, 1))
     glyphs = glyphs.mean((1, 2), keepdim=True) - glyphs  # dark on light
@@ -239,11 +233,8 @@ def text(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tenso
 
 
 def noise_level(images_BCHW: Tensor) -> Tensor:
-    """Std of the noise, (B,): from the response of Immerkaer's filter, which is 0 on straight edges and
-    ramps.
-
-    The 40th percentile instead of the median, as the outlines of four circles fill nearly half the image.
-    """
+    """Std of the noise, (B,), by Immerkaer's filter, which is 0 on straight edges and ramps. The 40th
+    percentile instead of the median, as the outlines of four circles fill nearly half the image."""
     x = images_BCHW.float()
     x = x[:, :, 2:] - 2 * x[:, :, 1:-1] + x[:, :, :-2]
     x = x[..., 2:] - 2 * x[..., 1:-1] + x[..., :-2]
@@ -252,12 +243,9 @@ def noise_level(images_BCHW: Tensor) -> Tensor:
 
 
 def backdrop_chroma(images_BCHW: Tensor) -> Tensor:
-    """Colourfulness of the backdrop in [0, 1], (B,): the more colourful half of 16 blocks of 6x6 pixels.
-
-    Pixels in a palette colour and their neighbours are left out, so neither objects nor a
-    saturated fill count; a block's mean keeps noise from counting as colour; a sign covers no
-    more than the other half.
-    """
+    """Colourfulness of the backdrop in [0, 1], (B,): the more colourful half of 16 blocks of 6x6 pixels, as a
+    sign covers no more than the other half. Pixels in a palette colour and their neighbours are left out, so
+    neither objects nor a saturated fill count; a block's mean keeps noise from counting as colour."""
     objects = (_colour_map(images_BCHW) >= 0).float()[:, None]
     keep = 1 - F.max_pool2d(objects, 3, 1, 1)
     weight = F.avg_pool2d(keep, 6)
@@ -283,11 +271,8 @@ def _scene_views(prompt: str) -> tuple[Tensor, Tensor]:
 
 def likeness(images_BCHW: Tensor, prompts: list[str]) -> Tensor:
     """How much an image looks like the landscape asked for, in [0, 1], (B,); 1 for prompts of other kinds.
-
     Correlation of the luminance times cosine of the chroma, with the best of all clean pictures of the
-    prompt. Grain is grey and dullness a factor on the chroma, so the cosine sees neither; grain costs the
-    correlation a little.
-    """
+    prompt. Grain is grey and dullness a factor on the chroma, so the cosine sees neither."""
     light_B, hue_B = _light_and_hue(images_BCHW)
     scores = torch.ones(len(prompts), device=images_BCHW.device)
     for i, prompt in enumerate(prompts):

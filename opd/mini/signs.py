@@ -10,7 +10,6 @@ captions of which a third of the characters are wrong, so it knows what to draw 
 opd/mini/study/RESULTS.md, "A real reward".
 """
 
-import hashlib
 import sys
 from functools import partial
 from itertools import product
@@ -24,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from opd.families import sd3
 from opd.files import replace
-from opd.mini import build
+from opd.mini import build, world
 
 SIZE = 64
 LETTERS, DIGITS = "ACEHKLNRTX", "2345679"  # no two of them look alike
@@ -39,8 +38,8 @@ def prompt_of(string: str) -> str:
 
 
 def split() -> tuple[list[str], list[str]]:
-    """(train, test) strings, in an order that depends on no library's random generator."""
-    order = sorted(STRINGS, key=lambda string: hashlib.sha256(string.encode()).hexdigest())
+    """(train, test) strings."""
+    order = world.shuffled(STRINGS)
     return order[HELD_OUT:], order[:HELD_OUT]
 
 

@@ -200,7 +200,7 @@ def _composition(prompt: str) -> str:
     return min(prompt, mirrored.prompt)
 
 
-def _shuffled(keys, salt: str) -> list[str]:
+def shuffled(keys, salt: str = "") -> list[str]:
     """A fixed order that depends on no library's random generator; every salt has its own."""
     return sorted(keys, key=lambda k: hashlib.sha256((salt + k).encode()).hexdigest())
 
@@ -215,9 +215,9 @@ def split(task: str, salt: str = "") -> tuple[list[str], list[str]]:
         tags = {_composition(p): parse(p).metadata["tag"] for p in prompts}
         held = set()
         for tag, count in quota.items():
-            held.update(_shuffled((key for key in tags if tags[key] == tag), salt)[:count])
+            held.update(shuffled((key for key in tags if tags[key] == tag), salt)[:count])
     else:
-        held = set(_shuffled(prompts, salt)[: HELD_OUT[task]])
+        held = set(shuffled(prompts, salt)[: HELD_OUT[task]])
     test = [p for p in prompts if _composition(p) in held]
     assert len(test) == HELD_OUT[task], (task, len(test))
     return [p for p in prompts if _composition(p) not in held], test

@@ -55,6 +55,12 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled_BD).cpu(), dim=1)
 
 
+def with_clip(sources: str, clip: str) -> tuple[str, str]:
+    """An argument WEIGHTS[,CLIP] as both; `clip` where it names none."""
+    weights, _, named = sources.partition(",")
+    return weights, named or clip
+
+
 def load_clip(source: str, device: torch.device, processor: str = "") -> Clip:
     """CLIP from a directory or Hub id, with the processor of `processor` where `source` has none."""
     from transformers import CLIPModel

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opd.files import locate
-from opd.rewards.clip import FILES, VIT_L, load_clip, whole
+from opd.rewards.clip import FILES, VIT_L, load_clip, whole, with_clip
 from opd.rewards.inputs import need, pictures, versions
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -286,8 +286,7 @@ class Detector:
     are kept, so that a second score of the same pictures detects nothing anew."""
 
     def __init__(self, sources: str):
-        self.source, _, clip = sources.partition(",")
-        self.clip_source = clip or VIT_L
+        self.source, self.clip_source = with_clip(sources, VIT_L)
         self.clip = None
         self.last = (None, None)  # images and what was found in them, replaced as one
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights
+from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights, with_clip
 from opd.rewards.inputs import pictures, versions
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -62,7 +62,7 @@ class Aesthetic:
     divisor = 10.0
 
     def __init__(self, sources: str = AESTHETIC):
-        self.source, self.clip_source = _pair(sources, VIT_L)
+        self.source, self.clip_source = with_clip(sources, VIT_L)
         models = f"{self.source}, Apache-2.0, on {self.clip_source}, MIT, 428 M parameters"
         self.about = f"{models}: LAION's improved MLP of CLIP's unit vector of the picture, 1-10; {engine()}"
 
@@ -97,7 +97,7 @@ class HPSv2:
     """Argument: the weights' file or directory[,CLIP ViT-H, for its sizes and its tokenizer]."""
 
     def __init__(self, sources: str = HPS):
-        self.source, self.clip_source = _pair(sources, VIT_H)
+        self.source, self.clip_source = with_clip(sources, VIT_H)
         formula = "HPSv2.1: cosine of picture (longest side 224, padded with black) and prompt, .2-.35"
         self.about = f"{self.source}, Apache-2.0, 986 M parameters: {formula}; {engine()}"
 
@@ -168,12 +168,6 @@ def in_transformers_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[name] = tensor
     return renamed
-
-
-def _pair(sources: str, clip: str) -> tuple[str, str]:
-    """WEIGHTS[,CLIP] -> both."""
-    weights, _, named = sources.partition(",")
-    return weights, named or clip
 
 
 def engine() -> str:

@@ -114,7 +114,7 @@ def geneval_prompts(count: int, seed: int, split: str, mix: dict[str, int], take
     """Rows with tag, include, prompt, and exclude where the tag has it. `taken`: scenes to leave out."""
     rng = np.random.default_rng(seed_of(seed, "geneval prompts", split))
     tags = interleave(mix)
-    draws = [partial(SCENES[tags[number % len(tags)]], rng) for number in range(count)]
+    draws = [partial(scene, tags[number % len(tags)], rng) for number in range(count)]
     return distinct(draws, split, taken, scene_key, lambda row: row["prompt"])
 
 
@@ -126,52 +126,40 @@ def scene_key(row: dict) -> tuple:
     return (row["tag"], *sorted(things))
 
 
-def single_object(rng) -> dict:
-    (name,) = _some(rng, CLASSES, 1)
-    return _row("single_object", [_clause(name)], f"a photo of {_a(name)}")
-
-
-def two_object(rng) -> dict:
-    first, second = _some(rng, CLASSES, 2)
-    return _row("two_object", [_clause(first), _clause(second)], f"a photo of {_a(first)} and {_a(second)}")
-
-
-def counting(rng) -> dict:
-    """No more than asked for: one more of them is an `exclude` clause."""
-    (name,) = _some(rng, CLASSES, 1)
-    (number,) = _some(rng, tuple(NUMBERS), 1)
-    row = _row("counting", [_clause(name, number)], f"a photo of {NUMBERS[number]} {_plural(name)}")
-    return row | {"exclude": [_clause(name, number + 1)]}
-
-
-def colors(rng) -> dict:
-    (name,) = _some(rng, CLASSES[1:], 1)  # no coloured persons
-    (colour,) = _some(rng, COLOURS, 1)
-    return _row("colors", [_clause(name) | {"color": colour}], f"a photo of {_a(colour)} {name}")
-
-
-def position(rng) -> dict:
-    """The thing that the other is placed by comes first in `include`, and second in the prompt."""
-    first, second = _some(rng, CLASSES, 2)
-    (relation,) = _some(rng, RELATIONS, 1)
-    placed = _clause(first) | {"position": [relation, 0]}
-    return _row("position", [_clause(second), placed], f"a photo of {_a(first)} {relation} {_a(second)}")
-
-
-def color_attr(rng) -> dict:
-    first, second = _some(rng, CLASSES[1:], 2)
-    colour, other = _some(rng, COLOURS, 2)
-    clauses = [_clause(first) | {"color": colour}, _clause(second) | {"color": other}]
-    return _row("color_attr", clauses, f"a photo of {_a(colour)} {first} and {_a(other)} {second}")
-
-
-SCENES = {
-    scene.__name__: scene for scene in (single_object, two_object, counting, colors, position, color_attr)
-}
-
-
-def _row(tag: str, include: list[dict], prompt: str) -> dict:
-    return {"tag": tag, "include": include, "prompt": prompt}
+def scene(tag: str, rng) -> dict:
+    """A row of one tag. counting: one more than asked for is an `exclude` clause. position: the thing that
+    the other is placed by comes first in `include`, and second in the prompt."""
+    exclude = {}
+    if tag == "single_object":
+        (name,) = _some(rng, CLASSES, 1)
+        include = [_clause(name)]
+        text = _a(name)
+    elif tag == "two_object":
+        first, second = _some(rng, CLASSES, 2)
+        include = [_clause(first), _clause(second)]
+        text = f"{_a(first)} and {_a(second)}"
+    elif tag == "counting":
+        (name,) = _some(rng, CLASSES, 1)
+        (number,) = _some(rng, tuple(NUMBERS), 1)
+        include = [_clause(name, number)]
+        exclude = {"exclude": [_clause(name, number + 1)]}
+        text = f"{NUMBERS[number]} {_plural(name)}"
+    elif tag == "colors":
+        (name,) = _some(rng, CLASSES[1:], 1)  # no coloured persons
+        (colour,) = _some(rng, COLOURS, 1)
+        include = [_clause(name) | {"color": colour}]
+        text = f"{_a(colour)} {name}"
+    elif tag == "position":
+        first, second = _some(rng, CLASSES, 2)
+        (relation,) = _some(rng, RELATIONS, 1)
+        include = [_clause(second), _clause(first) | {"position": [relation, 0]}]
+        text = f"{_a(first)} {relation} {_a(second)}"
+    else:  # color_attr
+        first, second = _some(rng, CLASSES[1:], 2)
+        colour, other = _some(rng, COLOURS, 2)
+        include = [_clause(first) | {"color": colour}, _clause(second) | {"color": other}]
+        text = f"{_a(colour)} {first} and {_a(other)} {second}"
+    return {"tag": tag, "include": include, "prompt": f"a photo of {text}"} | exclude
 
 
 def _clause(name: str, count: int = 1) -> dict:
