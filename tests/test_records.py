@@ -231,7 +231,7 @@ def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path, c
     assert [(row["task"], row["tag"]) for row in found] == [("own", "")] * 3 + [("own", "counting")]
     assert found[0]["metadata"] == {"note": 1} and found[3]["metadata"] == {"note": 1, "tag": "counting"}
     printed = capsys.readouterr().out
-    assert "4 pictures of" in printed and "mean of tags" in printed and "best of prompt" in printed
+    assert "4 pictures of" in printed and "mean of tags" in printed
     (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
     assert score_pictures(tmp_path) == found  # what records.jsonl knows stays
 

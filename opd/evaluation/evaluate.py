@@ -209,7 +209,7 @@ def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
     """Print the table and what must be known of it, and write the file if there is to be one."""
     cells = summarise(records, scorers.specs())
     print(tables.table(cells, scorers.first, note_of(args, records)))
-    for line in [*tables.remarks(cells, records), *scorers.abouts()]:
+    for line in [*tables.remarks(records, scorers.specs()), *scorers.abouts()]:
         print(line)
     if args.out:
         whole = {

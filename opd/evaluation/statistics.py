@@ -1,4 +1,4 @@
-"""What scored pictures say together: means and their errors, sub-scores, diversity, the paper's average.
+"""What scored pictures say together: means and their errors, sub-scores by tag, diversity.
 
 Pictures of one prompt are alike, so they are no independent draws: errors are clustered by prompt.
 """
@@ -18,8 +18,6 @@ ALL, TAGS = "", "mean of tags"
 DIVERSITY, VARIETY = "diversity", "variety"
 MEASURES = {DIVERSITY: "within a prompt", VARIETY: "across prompts"}
 MOST = 1000  # pictures of a group that are compared across prompts
-# The four scorers of the paper's tables; their raw scores are divided by what makes about 1 of the best.
-PAPER = {"geneval": 1.0, "ocr": 1.0, "deqa": 5.0, "pickscore": 26.0}
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,6 @@ class Cell:
     """Raw; NaN if no picture has a score."""
     error: float
     """Standard error of the mean, clustered by prompt; NaN for fewer than two prompts."""
-    best: float
-    """Mean over prompts of the best picture of each: GenEval's score per prompt."""
 
 
 def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
@@ -72,18 +68,16 @@ def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> l
         return cells
     parts = [cell(place, [record for record in group if record.tag == tag], scorer, tag) for tag in tags]
     mean, error = mean_of(parts)
-    best = sum(part.best for part in parts) / len(parts)
     counts = [sum(getattr(part, name) for part in parts) for name in ("n", "missing", "prompts")]
-    return [*cells, *parts, Cell(*place, scorer, TAGS, *counts, mean, error, best)]
+    return [*cells, *parts, Cell(*place, scorer, TAGS, *counts, mean, error)]
 
 
 def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str) -> Cell:
     scored = [record for record in group if record.scores[scorer] is not None]
     values = [record.scores[scorer] for record in scored]
     prompts = [record.prompt for record in scored]
-    best, _ = clustered(*best_of_prompt(values, prompts))
     counts = len(scored), len(group) - len(scored), len(set(prompts))
-    return Cell(*place, scorer, tag, *counts, *clustered(values, prompts), best)
+    return Cell(*place, scorer, tag, *counts, *clustered(values, prompts))
 
 
 # ---- means and their errors ----------------------------------------------------------------------
@@ -104,14 +98,6 @@ def clustered(values: list[float], clusters: list[str]) -> tuple[float, float]:
         return mean, math.nan
     squares = sum(residual**2 for residual in residuals.values())
     return mean, math.sqrt(count / (count - 1) * squares) / n
-
-
-def best_of_prompt(values: list[float], prompts: list[str]) -> tuple[list[float], list[str]]:
-    """The largest value of every prompt."""
-    best = {}
-    for value, prompt in zip(values, prompts, strict=True):
-        best[prompt] = max(value, best[prompt]) if prompt in best else value
-    return list(best.values()), list(best)
 
 
 def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:
@@ -145,7 +131,7 @@ def diversity_within(place: tuple[str, str, str], group: list[Record]) -> list[C
     if not spreads:
         return []
     mean, error = clustered(spreads, [str(i) for i in range(len(spreads))])
-    return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error, mean)]
+    return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error)]
 
 
 def diversity_across(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
@@ -175,7 +161,7 @@ def diversity_across(place: tuple[str, str, str], group: list[Record]) -> list[C
         own_P.append(distance_NN[own][apart_NN[own]].mean())
     error = 2 * float(np.std(own_P, ddof=1)) / math.sqrt(len(names))
     pairs = int(apart_NN.sum()) // 2
-    return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error, mean)]
+    return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error)]
 
 
 def pixels_of(thumbnail: str) -> np.ndarray:
@@ -194,22 +180,3 @@ def headline(cells: list[Cell], row: str, split: str, first: dict[str, str]) -> 
         if (entry.row, entry.split, entry.tag) == (row, split, ALL) and first[entry.task] == entry.scorer:
             found[entry.task] = entry
     return found
-
-
-def average_of_paper(cells: list[Cell], row: str, split: str) -> float | None:
-    """(GenEval + OCR + DeQA / 5 + PickScore / 26) / 4, None unless all four scorers were used.
-
-    A scorer that was used on several tasks counts with the mean over them; GenEval's score is the mean over
-    its tags where it has some.
-    """
-    parts = []
-    for name, divisor in PAPER.items():
-        used = {}
-        for entry in cells:
-            here = (entry.row, entry.split) == (row, split) and entry.scorer.partition("@")[0] == name
-            if here and (entry.tag == ALL or (entry.tag == TAGS and name == "geneval")):
-                used[entry.task] = entry.mean  # the mean of tags comes after that of all pictures
-        if not used:
-            return None
-        parts.append(sum(used.values()) / len(used) / divisor)
-    return sum(parts) / len(parts)

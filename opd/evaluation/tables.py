@@ -4,9 +4,8 @@ import math
 import re
 
 from opd.evaluation.records import Record
-from opd.evaluation.statistics import ALL, MEASURES, Cell, average_of_paper, headline, mean_of
+from opd.evaluation.statistics import ALL, MEASURES, Cell, headline, mean_of
 
-ENOUGH = 8  # pictures from which on equal scores are remarkable
 Block = dict[str, dict[str, str]]  # row -> heading -> text
 
 
@@ -22,7 +21,7 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
 
 def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
-    Below, for every scorer of a task, what is known of tags and prompts; then the diversity."""
+    Below, for every scorer of a task, its tags; then the diversity."""
     lines = [note]
     for split in dict.fromkeys(cell.split for cell in cells):
         lines += ["", *text_of(split, means(cells, split, first))]
@@ -51,16 +50,12 @@ def means(cells: list[Cell], split: str, first: dict[str, str]) -> Block:
                     heading = f"{cell.task}:{label(cell.scorer)}"
                 texts[heading] = number(cell.mean, cell.error)
         texts["mean"] = number(*mean_of(headline(cells, row, split, first).values()))
-        average = average_of_paper(cells, row, split)
-        if average is not None:
-            texts["Avg"] = number(average, math.nan)
         block[row] = texts
     return block
 
 
 def behind(cells: list[Cell]) -> Block:
-    """What is behind the mean of one scorer on one task, or the diversity: {} where there is nothing more to
-    say."""
+    """The tags of one scorer on one task, or the diversity; {} where there are none."""
     block = {}
     for cell in cells:
         texts = block.setdefault(cell.row, {})
@@ -68,8 +63,6 @@ def behind(cells: list[Cell]) -> Block:
             texts[MEASURES[cell.scorer]] = number(cell.mean, cell.error)
         elif cell.tag != ALL:
             texts[cell.tag] = number(cell.mean, cell.error)
-        elif cell.prompts < cell.n:
-            texts["best of prompt"] = number(cell.best, math.nan)
     return {row: texts for row, texts in block.items() if texts}
 
 
@@ -101,27 +94,14 @@ def label(scorer: str) -> str:
     return re.sub(r"[\w.]+:(?=[A-Za-z_])", "", scorer)
 
 
-def remarks(cells: list[Cell], records: list[Record]) -> list[str]:
-    """What the reader of a table must know: scores that are missing, and why; scorers that say always the
-    same."""
-    said = []
-    for cell in cells:
-        if cell.missing and cell.tag == ALL:
-            group = [record for record in records if belongs(record, cell)]
-            reasons = [record.reasons[cell.scorer] for record in group if cell.scorer in record.reasons]
-            count = f"{cell.missing} of {cell.n + cell.missing} pictures have no score"
-            said.append(f"{place(cell)}: {count}: {reasons[0]}")
-        if cell.tag == ALL and cell.scorer not in MEASURES and cell.n >= ENOUGH:
-            values = {record.scores[cell.scorer] for record in records if belongs(record, cell)} - {None}
-            if len(values) == 1:
-                said.append(f"{place(cell)}: all {cell.n} pictures have the same score, {values.pop():g}")
-    return said
-
-
-def belongs(record: Record, cell: Cell) -> bool:
-    same = (record.row, record.split, record.task) == (cell.row, cell.split, cell.task)
-    return same and cell.scorer in record.scores
-
-
-def place(cell: Cell) -> str:
-    return f"{cell.row}, {cell.split} {cell.task}, {label(cell.scorer)}"
+def remarks(records: list[Record], scorers: list[str]) -> list[str]:
+    """A line for every scorer that gave some pictures of a task no score, with its first reason."""
+    missing = {}
+    for record in records:
+        for scorer in scorers:
+            if scorer in record.reasons:
+                place = f"{record.row}, {record.split} {record.task}, {label(scorer)}"
+                missing.setdefault(place, []).append(record.reasons[scorer])
+    return [
+        f"{place}: pictures without a score: {len(why)}, first: {why[0]}" for place, why in missing.items()
+    ]

@@ -106,7 +106,7 @@ class Report:
             guidance += f" (teachers {cfg.teacher_guidance})"
         note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, {guidance}"
         lines = [tables.table(cells, scorers.first, f"{note}, seed {cfg.seed}")]
-        self.scores = "\n".join([*lines, *tables.remarks(cells, records), *scorers.abouts()])
+        self.scores = "\n".join([*lines, *tables.remarks(records, scorers.specs()), *scorers.abouts()])
         say(self.scores)
         if self.folder.active:
             path = self.folder.path
