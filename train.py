@@ -42,7 +42,7 @@ from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
 from opd.ranks import say
 from opd.report.card import check_login
-from opd.report.report import Report, say_phases
+from opd.report.report import Report
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
 from opd.setup import Data, contents, set_up
@@ -135,7 +135,6 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         if due(done, cfg.sample_every, cfg.iterations):
             report.sample_grid(trained, done)
         report.show(done)
-    say_phases(folder.metrics())
     return True
 
 

@@ -156,21 +156,6 @@ def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
     return Sampling(cfg.eval_steps, cfg.seed, guidance)
 
 
-def say_phases(rows: list[dict]) -> None:
-    """Where the time of a GRPO run went, from its metrics; nothing where they hold no times."""
-    seconds = {"rollout": 0.0, "reward": 0.0, "train": 0.0, "scoring": 0.0}
-    for row in rows:
-        if "seconds" not in row:
-            return
-        for phase, value in row["seconds"].items():
-            seconds[phase] += value
-    whole = seconds["rollout"] + seconds["reward"] + seconds["train"]
-    if whole > 0:
-        shares = [f"{phase} {seconds[phase] / whole:.0%}" for phase in ("rollout", "reward", "train")]
-        computed = f"rewards were computed for {seconds['scoring']:.0f} s"
-        say(f"time: {', '.join(shares)}; {computed}, of which {seconds['reward']:.0f} s were waited for")
-
-
 # ---- the prompts of a report -----------------------------------------------------------------------
 
 
