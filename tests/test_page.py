@@ -97,9 +97,6 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
 
-    def named(self, name):
-        return [attributes for tag, attributes in self.found if tag == name]
-
 
 def pictures_of(text):
     """The addresses of the page's pictures. No element loads anything, no address leads out of the page."""
@@ -108,8 +105,6 @@ def pictures_of(text):
     named = [value for _, attributes in tags.found for name, value in attributes.items() if name == "src"]
     assert all(address.startswith("data:image/") for address in named)
     assert not any(word in text for word in ("url(", "@import", "href=", "srcset="))
-    [policy] = [meta["content"] for meta in tags.named("meta") if "http-equiv" in meta]
-    assert policy.startswith("default-src 'none'")
     return named
 
 
@@ -122,7 +117,7 @@ def test_the_page_of_a_run(folder):
     assert len(pictures_of(text)) == 2 + len(list((folder / "samples").iterdir())) == 4
     assert "<h1>my &lt;run&gt;</h1>" in text and "step 3 of 3" in text
     assert html.escape((folder / "table.txt").read_text()) in text
-    assert "--config" in text and "opd.evaluation" in text and "deploy_guidance" in text
+    assert html.escape('"deploy_guidance": 1.5') in text
 
 
 def test_the_page_is_written_at_every_save(settings, world, tmp_path):

@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.files import digest, replace, resolve
 from opd.formats.export import deployment_of
+from opd.formats.lora_files import find_adapter
 from opd.lora import BASE
 from opd.model import Model
 
@@ -20,30 +21,35 @@ METHODS = {
 
 def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str) -> None:
     """README.md of the student in `folder` after `done` steps; `table` are its scores, "" without."""
-    deployment = deployment_of(cfg, model)
-    licence = licence_of(model)
+    deployment, licence = deployment_of(cfg, model), licence_of(model)
     named = licence.get("license_name") or licence.get("license") or "not known; look it up"
     t5 = "not used"
     if deployment.t5:
         t5 = f"used where the pipeline has one, {deployment.t5_tokens} tokens"
-    parts = [
-        f"---\n{front_matter(cfg, licence).to_yaml()}\n---",
-        f"# {name_of(cfg)}",
-        f"Made by {METHODS[cfg.stage]}, {done} steps.",
-        "## How to sample it",
-        f"- base: `{cfg.model}` (licence of the base: {named})\n"
-        f"- guidance: {deployment.guidance:g} (1 = none)\n"
-        f"- resolution: {deployment.resolution} px\n"
-        f"- steps: {deployment.steps} (ODE)\n"
-        f"- T5: {t5}",
-        usage(cfg),
-        "## What it was made from",
-        "\n".join(origins(cfg)),
-        training_text(cfg),
-    ]
+    text = f"""---
+{front_matter(cfg, licence).to_yaml()}
+---
+
+# {name_of(cfg)}
+
+Made by {METHODS[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, seed {cfg.seed}.
+
+## How to sample it
+
+- base: `{cfg.model}` (licence of the base: {named})
+- guidance: {deployment.guidance:g} (1 = none)
+- resolution: {deployment.resolution} px
+- steps: {deployment.steps} (ODE)
+- T5: {t5}
+
+{usage(cfg)}
+
+## What it was made from
+
+{origins(cfg)}
+"""
     if table:
-        parts += ["## Scores", f"```\n{table}\n```"]
-    text = "\n\n".join(parts) + "\n"
+        text += f"\n## Scores\n\n```\n{table}\n```\n"
     replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -76,9 +82,10 @@ def usage(cfg: RunConfig) -> str:
     return f"    {command}\n\nreads `deployment.json`. {others}"
 
 
-def origins(cfg: RunConfig) -> list[str]:
-    """Teachers with their digests, or what was trained on."""
-    lines = [f"- start: `{cfg.cold_start}`"]
+def origins(cfg: RunConfig) -> str:
+    """What was trained, and teachers with their digests, or rewards."""
+    trained = "all weights" if cfg.full else f"LoRA of rank {cfg.rank}, alpha {cfg.alpha:g}"
+    lines = [f"- trained: {trained}", f"- start: `{cfg.cold_start}`"]
     if isinstance(cfg, DistillationConfig):
         for name, source in cfg.teachers.items():
             lines.append(f"- teacher {name}: `{source}`{digest_text(source)}")
@@ -87,31 +94,18 @@ def origins(cfg: RunConfig) -> list[str]:
             lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}")
     if isinstance(cfg, GRPOConfig):
         lines += [f"- reward of {task}: `{spec}`" for task, spec in cfg.train_rewards.items()]
-    return lines
-
-
-def training_text(cfg: RunConfig) -> str:
-    trained = f"LoRA of rank {cfg.rank}, alpha {cfg.alpha:g}"
-    if cfg.full:
-        trained = "All weights"
-    return f"{trained}; {cfg.samples_per_step()} samples per step; seed {cfg.seed}."
-
-
-def digest_text(source: str) -> str:
-    path = resolve(source.partition(":")[0])
-    if source == BASE or not path.exists():
-        return ""
-    return f", sha256 `{digest_of_weights(path)}`"
+    return "\n".join(lines)
 
 
 @cache
-def digest_of_weights(path: Path) -> str:
-    """sha256 of an adapter: of the file that is read, or of all weights of a directory in the order of their
-    names."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("adapter_model.safetensors")) or sorted(path.rglob("*.safetensors"))
-    return digest(*files)
+def digest_text(source: str) -> str:
+    """The sha256 of an adapter's file; nothing for the base and for whole models."""
+    if source == BASE or not resolve(source.partition(":")[0]).exists():
+        return ""
+    try:
+        return f", sha256 `{digest(find_adapter(source))}`"
+    except FileNotFoundError:
+        return ""
 
 
 def name_of(cfg: RunConfig) -> str:

@@ -7,11 +7,11 @@ python -m opd.report runs/mini        # write it anew from what lies in the fold
 import base64
 import io
 import json
-import shlex
 import sys
 from html import escape
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,12 +24,9 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: auto; padding: 2em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin: 2em 0 .5em; border-bottom: 1px solid #ddd }
 pre { font: 13px/1.4 ui-monospace, monospace; background: #f6f6f4; padding: .8em; overflow-x: auto }
-table { border-collapse: collapse; font-size: 13px } td { padding: .1em 1em .1em 0; vertical-align: top }
 figure { margin: 0 0 .8em; overflow-x: auto } figcaption { font-size: 13px; color: #666 }
 .plot { width: 100%; max-width: 1100px }
 """
-# Nothing may be loaded from anywhere: pictures are in the page, and there is no script.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,13 +49,11 @@ def write_page(folder: Path) -> Path:
         *drawn("KL to the teachers (grey: not measured)", folder / "kl.png", plots.kl_figure(rows)),
         *strip(folder / "samples"),
         *scores(folder / "table.txt"),
-        commands(folder, settings),
-        settings_table(settings),
+        settings_text(folder / "config.json"),
     ]
     body = "\n".join(parts)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(folder.name)}: {settings["stage"]}</title>
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <style>{STYLE}</style></head>
 <body>
 {body}
@@ -96,16 +91,15 @@ def drawn(title: str, file: Path, figure: Figure | None) -> list[str]:
 
 
 def strip(folder: Path) -> list[str]:
-    """The student's pictures of fixed prompts from fixed noise, at up to twelve steps from first to last."""
+    """The student's pictures of fixed prompts from fixed noise, at up to SHOWN steps from first to last."""
     files = sorted(folder.glob("*.png"))
     if not files:
         return []
-    count = min(SHOWN, len(files))
-    chosen = {round(i * (len(files) - 1) / max(1, count - 1)) for i in range(count)}
     figures = []
-    for place in sorted(chosen):
-        caption = f"step {int(files[place].stem)}"
-        image = f'<img alt="{caption}" src="{picture_url(files[place])}">'
+    for place in np.linspace(0, len(files) - 1, min(SHOWN, len(files))).round():
+        file = files[int(place)]
+        caption = f"step {int(file.stem)}"
+        image = f'<img alt="{caption}" src="{picture_url(file)}">'
         figures.append(f"<figure><figcaption>{caption}</figcaption>{image}</figure>")
     return ["<h2>Fixed prompts, fixed noise</h2>", *figures]
 
@@ -132,24 +126,6 @@ def scores(file: Path) -> list[str]:
     return ["<h2>Scores</h2>", f"<pre>{escape(file.read_text())}</pre>"]
 
 
-def commands(folder: Path, settings: dict) -> str:
-    """What to do with the run."""
-    quoted = shlex.quote(str(folder))
-    lines = [
-        f"torchrun train.py --config {quoted}/config.json           # go on, if it was stopped",
-        f"torchrun train.py --config {quoted}/config.json --seed 1 --out NEW",
-    ]
-    if not settings.get("full"):
-        student = f"--model {shlex.quote(settings['model'])} --adapters student={quoted}/student"
-        lines += [f"python sample.py {student} --prompts PROMPTS", f"python -m opd.evaluation {student}"]
-    text = "\n".join(lines)
-    return f"<h2>Commands</h2>\n<pre>{escape(text)}</pre>"
-
-
-def settings_table(settings: dict) -> str:
-    rows = []
-    for name, value in settings.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        rows.append(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>")
-    body = "\n".join(rows)
-    return f"<h2>Settings</h2>\n<details><summary>config.json</summary><table>{body}</table></details>"
+def settings_text(file: Path) -> str:
+    text = escape(file.read_text(encoding="utf-8"))
+    return f"<h2>Settings</h2>\n<details><summary>config.json</summary><pre>{text}</pre></details>"
