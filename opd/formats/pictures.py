@@ -1,5 +1,6 @@
 """Pictures: files, tensors, and labelled grids of them."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +52,11 @@ def labelled_grid(rows: dict[str, list[torch.Tensor]], columns: list[str], pixel
     draw = ImageDraw.Draw(canvas)
     for column, caption in enumerate(columns):
         x = left + column * (width + GAP)
-        draw.multiline_text((x, 4), wrap(caption, max(6, width // 6)), fill="black", spacing=1)
+        lines = textwrap.wrap(caption, max(6, width // 6))[:3]
+        draw.multiline_text((x, 4), "\n".join(lines), fill="black", spacing=1)
     for row, (name, images) in enumerate(tiles.items()):
         y = TOP + row * (height + GAP)
         draw.text((6, y + height // 2 - 6), name, fill="black")
         for column, image in enumerate(images):
             canvas.paste(image, (left + column * (width + GAP), y))
     return canvas
-
-
-def wrap(text: str, width: int) -> str:
-    """At most three lines of `width` characters."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(line[:width] for line in lines[:3])
