@@ -222,7 +222,7 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
         (["--rewards", f"red={HERE}:needs_target"], "task 'red': reward 'tests.test_evaluate:needs_target'"),
         (["--prompts", "--heldout"], "both empty"),
         (["--no-base", "--adapters"], "--no-base without --adapters"),
-        (["--out", "/dev/null"], "--out '/dev/null' exists and is not a regular file"),
+        (["--out", "/dev/null"], "--out '/dev/null' is not a regular file"),
         (["--out", f"{__file__}/new/scores.json"], f"{__file__!r} is not a directory"),
     ],
 )

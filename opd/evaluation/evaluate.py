@@ -142,16 +142,10 @@ def check(args: Arguments) -> None:
         raise ValueError("--no-base without --adapters leaves nothing to score")
     if args.records and args.pictures:
         raise ValueError("--records makes pictures, --pictures scores some that exist; give one of them")
-    if args.out:
-        check_writable(args.out)
-
-
-def check_writable(out: str) -> None:
-    """ValueError where a JSON file cannot be put: the work of hours would end in it."""
-    path = Path(out)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--out {out!r} exists and is not a regular file; name a file such as scores.json")
-    check_folder(out, above=True)
+    if args.out:  # the work of hours would end in a file that cannot be written
+        check_folder(args.out, above=True)
+        if Path(args.out).exists() and not Path(args.out).is_file():
+            raise ValueError(f"--out {args.out!r} is not a regular file; name a file such as scores.json")
 
 
 def read_splits(args: Arguments) -> Splits:
@@ -227,18 +221,10 @@ def note_of(args: Arguments, records: list[Record]) -> str:
     if args.pictures:
         return f"{len(records)} pictures of {args.pictures}"
     counts = f"n={args.count or 'all'} per-prompt={args.per_prompt} steps={args.steps}"
-    scales = said(guidance_used(records))
+    scales = ", ".join(f"{name} {scale:g}" for name, scale in guidance_used(records).items())
     return f"{counts} guidance={scales} seed={args.seed} resolution={args.resolution or 'native'}"
 
 
 def guidance_used(records: list[Record]) -> dict[str, float]:
     """Row -> guidance, of those rows of which it is known."""
     return {record.row: record.settings["guidance"] for record in records if "guidance" in record.settings}
-
-
-def said(scales: dict[str, float]) -> str:
-    """One number where all rows share it, else each row's."""
-    different = set(scales.values())
-    if len(different) == 1:
-        return f"{different.pop():g}"
-    return ", ".join(f"{name} {scale:g}" for name, scale in scales.items())
