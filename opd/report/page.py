@@ -105,14 +105,12 @@ def strip(folder: Path) -> list[str]:
 
 
 def picture_url(file: Path) -> str:
-    """A picture as it is, or reduced where it is wide."""
+    """A picture, reduced where it is wide."""
     with Image.open(file) as image:
-        if image.width <= WIDEST:
-            return data_url(file.read_bytes(), "png")
         small = image.convert("RGB")
     small.thumbnail((WIDEST, WIDEST))
     buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=88)
+    small.save(buffer, format="JPEG", quality=92)
     return data_url(buffer.getvalue(), "jpeg")
 
 

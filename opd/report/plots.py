@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from opd.runfolder import flatten
 
@@ -74,9 +74,6 @@ def draw_curves(panel: Axes, title: str, drawn: dict[str, dict[int, float]]) -> 
     scores = title in ("held-out score", "reward")
     if not scores and all(value > 0 for values in drawn.values() for value in values.values()):
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter(NullFormatter())
     if len(drawn) > 1 or scores:
         panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=9)
 
