@@ -92,7 +92,7 @@ def test_diversity_within_a_prompt_is_the_distance_of_pictures_of_one_prompt():
     assert diversity_within(place, records) == []  # each prompt has one
     records += [record(prompt="a", thumbnail=BLACK), record(prompt="b", thumbnail=BLACK)]
     [cell] = diversity_within(place, records)
-    assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (DIVERSITY, 0.5, 2, 2)
+    assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (DIVERSITY, pytest.approx(0.5), 2, 2)
     [cell] = diversity_within(place, [*records, record(prompt="b", thumbnail=BLACK)])  # pairs 1, 1, 0
     assert cell.mean == pytest.approx((0 + 2 / 3) / 2)
     noise = np.random.default_rng(0).integers(256, size=(40, 192))
@@ -106,7 +106,7 @@ def test_diversity_across_prompts_is_the_distance_of_pictures_of_different_promp
     alike = [record(prompt="a", thumbnail=BLACK), record(prompt="a", thumbnail=WHITE)]
     assert diversity_across(place, alike) == [] and diversity_across(place, [record(prompt="c")]) == []
     [cell] = diversity_across(place, [*alike, record(prompt="b", thumbnail=WHITE)])  # pairs 1, 0
-    assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (VARIETY, 0.5, 2, 2)
+    assert (cell.scorer, cell.mean, cell.n, cell.prompts) == (VARIETY, pytest.approx(0.5), 2, 2)
 
     random = np.random.default_rng(0)
 

@@ -7,11 +7,10 @@ import base64
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
-from opd.evaluation.records import THUMBNAIL, Record
+from opd.evaluation.records import Record
 
 ALL, TAGS = "", "mean of tags"
 # How far apart pictures lie, of one prompt and of different ones. The keys are those of committed results.
@@ -112,62 +111,55 @@ def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:
 
 
 def diversity_within(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
-    """How far the pictures of one prompt lie apart; nothing where no prompt has two pictures.
-
-    The root mean squared difference of two pictures, reduced to 8 x 8 pixels with values in [0, 1], averaged
-    over the pairs of a prompt, then over prompts. 0 = all alike; pixels that are independent and uniform
-    would have .41.
-    """
+    """How far the pictures of one prompt lie apart, averaged over the pairs of a prompt, then over prompts;
+    nothing where no prompt has two pictures."""
     pictures = {}
     for record in group:
         if record.thumbnail:
-            pictures.setdefault(record.prompt, []).append(pixels_of(record.thumbnail))
-    spreads, pairs = [], 0
-    for thumbnails in pictures.values():
-        distances = [math.sqrt(((a - b) ** 2).mean()) for a, b in combinations(thumbnails, 2)]
-        if distances:
-            spreads.append(sum(distances) / len(distances))
-            pairs += len(distances)
-    if not spreads:
+            pictures.setdefault(record.prompt, []).append(record)
+    several = [own for own in pictures.values() if len(own) > 1]
+    if not several:
         return []
-    mean, error = clustered(spreads, [str(i) for i in range(len(spreads))])
-    return [Cell(*place, DIVERSITY, ALL, pairs, 0, len(spreads), mean, error)]
+    pairs = [math.comb(len(own), 2) for own in several]
+    means = [float(distances(own).sum()) / (2 * count) for own, count in zip(several, pairs, strict=True)]
+    mean, error = clustered(means, list(map(str, range(len(means)))))
+    return [Cell(*place, DIVERSITY, ALL, sum(pairs), 0, len(several), mean, error)]
 
 
 def diversity_across(place: tuple[str, str, str], group: list[Record]) -> list[Cell]:
     """How far pictures of different prompts lie apart, which shows a style that has spread to all of them;
     nothing where there are fewer than two prompts.
 
-    The distance is that within a prompt, averaged over pairs; of many pictures, MOST at a fixed stride. The
-    error is that of a mean over pairs: 2 / sqrt(P) times the deviation of the P prompts' own mean distances.
+    Averaged over pairs; of many pictures, MOST at a fixed stride. The error is that of a mean over pairs:
+    2 / sqrt(P) times the deviation of the P prompts' own mean distances.
     """
     having = [record for record in group if record.thumbnail]
     having = having[:: max(1, math.ceil(len(having) / MOST))]
-    prompts = [record.prompt for record in having]
-    names = list(dict.fromkeys(prompts))
+    names, prompt_N = np.unique([record.prompt for record in having], return_inverse=True)
     if len(names) < 2:
         return []
-    pixels_ND = np.stack([pixels_of(record.thumbnail).reshape(-1) for record in having])
-    squares_N = (pixels_ND**2).mean(1)
-    squares_NN = squares_N[:, None] + squares_N - 2 * pixels_ND @ pixels_ND.T / pixels_ND.shape[1]
-    # The square root of rounding errors below 0 would be NaN.
-    distance_NN = np.sqrt(squares_NN.clip(min=0))
-    number_N = np.array([names.index(prompt) for prompt in prompts])
-    apart_NN = number_N[:, None] != number_N
-    mean = float(distance_NN[apart_NN].mean())
-    own_P = []
-    for number in range(len(names)):
-        own = number_N == number
-        own_P.append(distance_NN[own][apart_NN[own]].mean())
+    distance_NN = distances(having)
+    apart_NN = prompt_N[:, None] != prompt_N
+    own_P = [distance_NN[prompt_N == n][:, prompt_N != n].mean() for n in range(len(names))]
     error = 2 * float(np.std(own_P, ddof=1)) / math.sqrt(len(names))
-    pairs = int(apart_NN.sum()) // 2
+    mean, pairs = float(distance_NN[apart_NN].mean()), int(apart_NN.sum()) // 2
     return [Cell(*place, VARIETY, ALL, pairs, 0, len(names), mean, error)]
 
 
+def distances(records: list[Record]) -> np.ndarray:
+    """(N, N): the root mean squared difference of every two pictures, reduced to 8 x 8 pixels in [0, 1].
+    0 = all alike; pixels that are independent and uniform would have .41."""
+    pixels_ND = np.stack([pixels_of(record.thumbnail) for record in records])
+    squares_N = (pixels_ND**2).mean(1)
+    squares_NN = squares_N[:, None] + squares_N - 2 * pixels_ND @ pixels_ND.T / pixels_ND.shape[1]
+    # The square root of rounding errors below 0 would be NaN; those of a picture with itself are no distance.
+    np.fill_diagonal(squares_NN, 0)
+    return np.sqrt(squares_NN.clip(min=0))
+
+
 def pixels_of(thumbnail: str) -> np.ndarray:
-    """Base64 -> (8, 8, 3) in [0, 1]."""
-    numbers = np.frombuffer(base64.b64decode(thumbnail), dtype=np.uint8)
-    return numbers.reshape(THUMBNAIL, THUMBNAIL, 3).astype(np.float64) / 255
+    """Base64 -> its numbers in [0, 1]."""
+    return np.frombuffer(base64.b64decode(thumbnail), dtype=np.uint8) / 255
 
 
 # ---- over tasks ----------------------------------------------------------------------------------
