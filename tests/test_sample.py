@@ -57,18 +57,18 @@ def test_the_same_command_makes_the_same_bytes_whatever_was_there(reference, wor
     assert all(np.abs(smaller[name].astype(int) - reference[name]).max() <= 1 for name in NAMES)
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("seed", "1"),
-        ("steps", "4"),
-        ("guidance", "3.0"),
-        ("sampler", "sde"),
-        ("sampler", "cps"),
-        ("resolution", "16"),
-        ("dtype", "bfloat16"),
-    ],
-)
+CHANGES = [
+    "seed 1",
+    "steps 4",
+    "guidance 3.0",
+    "sampler sde",
+    "sampler cps",
+    "resolution 16",
+    "dtype bfloat16",
+]
+
+
+@pytest.mark.parametrize("flag, value", [change.split() for change in CHANGES])
 def test_every_setting_changes_every_image(flag, value, reference, world, tmp_path):
     images = run(world, tmp_path, **{flag: value})
     assert set(images) == set(reference)
@@ -137,11 +137,9 @@ def test_a_stranger_s_png_is_not_trusted(changes, message, world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["p.txt", "p.csv"])
-def test_prompts_from_a_file(name, reference, world, tmp_path):
-    header = "prompt\n" if name == "p.csv" else ""
-    (tmp_path / name).write_text(header + "a red circle\ntwo blue squares\n")
-    images = run(world, tmp_path / "out", prompts=[str(tmp_path / name)])
+def test_prompts_from_a_file(reference, world, tmp_path):
+    (tmp_path / "p.csv").write_text("prompt\na red circle\ntwo blue squares\n")
+    images = run(world, tmp_path / "out", prompts=[str(tmp_path / "p.csv")])
     assert all(np.array_equal(images[n], reference[n]) for n in reference)
 
 
@@ -153,14 +151,9 @@ def test_any_prompt_makes_a_file_name():
 # (flags, what the one line must contain)
 REFUSED = [
     (["--images", "0"], "--images is 0"),
-    (["--guidance", "nan"], "--guidance is nan"),
     (["--sampler", "cps", "--noise-level", "3"], "--sampler cps needs --noise-level in (0, 1], got 3.0"),
-    (["--sampler", "sde", "--noise-level", "0"], "--sampler sde needs --noise-level above 0"),
     (["--model", "./nowhere"], "model './nowhere': no such file or directory"),
-    (["--resolution", "6"], "resolution 6 does not fit this model"),
-    (["--adapters", "x=./nowhere"], "adapter './nowhere': no such file or directory"),
     (["--adapters", "v1.0=RED"], "adapter name 'v1.0'"),
-    (["--prompts"], "--prompts: give at least one"),
     (["--prompts", "x", " "], "none of them empty"),
     (["--device", "gpu9"], "--device 'gpu9'"),
     (["--again", "nowhere.png"], "--again 'nowhere.png': "),
