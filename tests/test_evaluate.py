@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from opd.data import Prompt, fair_sample
-from opd.evaluation import evaluate, tables
+from opd.evaluation import evaluate
 from opd.evaluation.records import in_8_bits
-from opd.evaluation.score import Row, Scorers, find_scorers, mean_score, planned, score
-from opd.evaluation.statistics import summarise
+from opd.evaluation.score import Row, Scorers, mean_score, planned, score
 from opd.model import Sampling
 from opd.rewards import Reward, Term
 from tests import tiny
@@ -139,26 +138,6 @@ def test_a_batch_is_scored_while_the_next_is_generated(model, monkeypatch):
 
     monkeypatch.setattr(model, "images", watched)
     assert mean_of(model, reward=reward, timeout=120.0) == alone
-
-
-def test_scores_of_a_sum_with_a_class_and_of_several_scorers(model):
-    """Twice the brightness less the darkness; and the parts beside it, of the same pictures."""
-    text = f"2*{HERE}:brightness + -1*{HERE}:Darkness, {HERE}:brightness"
-    scorers = Scorers(find_scorers({"red": text}), 30.0, strict=True)
-    scorers.load(torch.device("cpu"))
-    rows = {"base": Row("base", Sampling(3, 0, 1.0)), "red": Row("red", Sampling(3, 0, 2.0))}
-    splits = {"train": {"red": POOL}, "held-out": {"red": POOL[:1]}}
-    batches = planned(rows, splits, dict.fromkeys(rows, {}), 4, batch=3)
-    assert [len(batch.records) for batch in batches] == [3, 1] * 4
-    records = score(batches, scorers, model)
-    blend, bright = scorers.specs()
-    for record in records:
-        b = record.scores[bright]
-        assert record.scores[blend] == pytest.approx(2 * b - (1 - b), abs=1e-5)
-    own = [record for record in records if (record.row, record.split) == ("red", "train")]
-    assert mean_score(own, bright) == mean_of(model, count=4, guidance=2.0)
-    scores = tables.scores_of(summarise(records, scorers.specs()), scorers.first)
-    assert [list(scores), list(scores["base"])] == [["base", "red"], ["train", "held-out"]]
 
 
 # ---- scorers that fail -----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Record:
     def lacks(self, scorer: str) -> bool:
         return self.scores.get(scorer) is None
 
-    def scored(self, scorer: str, value: float | None, reason: str) -> "Record":
+    def scored(self, scorer: str, value: float | None, reason: str = "") -> "Record":
         """This record with one more value, or the reason why there is none."""
         reasons = {name: text for name, text in self.reasons.items() if name != scorer}
         if reason:
@@ -70,19 +70,13 @@ def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, setti
         row=row,
         split=split,
         task=prompt.task,
-        tag=tag_of(prompt.metadata),
+        tag=str(prompt.metadata["tag"]) if "tag" in prompt.metadata else "",
         prompt=prompt.text,
         metadata=prompt.metadata,
         index=index,
         seed=seed,
         settings=settings,
     )
-
-
-def tag_of(metadata: dict) -> str:
-    if "tag" in metadata:
-        return str(metadata["tag"])
-    return ""
 
 
 # ---- pictures as numbers -------------------------------------------------------------------------
@@ -186,26 +180,22 @@ def read_pictures(folder: RecordFolder) -> list[Record]:
     if not known or (folder.path / "metadata.jsonl").is_file():
         captions, rows = read_metadata(folder.path)
         find_files(folder.path, rows)  # refuses those that are missing, or not in this folder
-        for index, (prompt, row) in enumerate(zip(captions, rows, strict=True)):
-            if not prompt.strip():
-                raise ValueError(f"{folder.path}/metadata.jsonl: {row['file_name']!r} has an empty prompt")
-            if row["file_name"] not in known:
-                records.append(foreign(folder.path.name, prompt.strip(), row, index))
+        for index, (text, row) in enumerate(zip(captions, rows, strict=True)):
+            file = row["file_name"]
+            if not text.strip():
+                raise ValueError(f"{folder.path}/metadata.jsonl: {file!r} has an empty prompt")
+            place = {"row": folder.path.name or "pictures", "split": "pictures", "task": "pictures"}
+            place |= {name: str(row[name]) for name in place if name in row}
+            metadata = {name: row[name] for name in row if name not in ("file_name", "prompt", *place)}
+            prompt = Prompt(text.strip(), place["task"], metadata)
+            if file not in known:
+                record = record_of(place["row"], place["split"], prompt, index, seed=0, settings={})
+                records.append(replace(record, file=file))
     missing = [record.file for record in records if not folder.has_pictures([record])]
     if missing:
         count = f"{len(missing)} of {len(records)} pictures"
         raise FileNotFoundError(f"{folder.path}: {count} are missing: {', '.join(missing[:3])}")
     return records
-
-
-def foreign(folder: str, prompt: str, row: dict, index: int) -> Record:
-    names = {"row": folder or "pictures", "split": "pictures", "task": "pictures"}
-    for name in names:
-        if name in row:
-            names[name] = str(row[name])
-    metadata = {key: row[key] for key in row if key not in ("file_name", "prompt", *names)}
-    made = {"metadata": metadata, "tag": tag_of(row), "index": index, "seed": 0, "settings": {}}
-    return Record(file=row["file_name"], prompt=prompt, **names, **made)
 
 
 def sized_alike(folder: Path, records: list[Record], size: int) -> list[list[Record]]:

@@ -146,13 +146,9 @@ def made(records: list[Record], row: Row, model: Model) -> Tensor:
     return in_8_bits(images_BCHW)
 
 
-@dataclass(frozen=True)
-class Started:
-    """A batch whose scores are under way."""
-
-    records: list[Record]
-    asked: list[tuple[Reward, list[int], Scoring]]
-    """Scorer, the positions that it was asked about, and its answer to come."""
+# A batch whose scores are under way: its records, and each scorer with the positions that it was asked about
+# and its answer to come.
+Started = tuple[list[Record], list[tuple[Reward, list[int], Scoring]]]
 
 
 class Scorers:
@@ -197,19 +193,19 @@ class Scorers:
                 asked.append((scorer, places, answer))
         thumbnails = map(thumbnail_of, images_BCHW)
         shown = [replace(record, thumbnail=t) for record, t in zip(records, thumbnails, strict=True)]
-        return Started(shown, asked)
+        return shown, asked
 
     def collect(self, started: Started, folder: RecordFolder | None) -> list[Record]:
         """Wait for the scores: the batch's records with them, written into `folder`."""
-        records = list(started.records)
-        for scorer, places, answer in started.asked:
+        records, asked = started
+        for scorer, places, answer in asked:
             scores_B, reasons, _ = answer.result()
             self.check(scorer, records[0], len(places), list(reasons.values()))
             for position, place in enumerate(places):
-                value, reason = scores_B[position].item(), ""
                 if position in reasons:
-                    value, reason = None, reasons[position]
-                records[place] = records[place].scored(scorer.spec, value, reason)
+                    records[place] = records[place].scored(scorer.spec, None, reasons[position])
+                else:
+                    records[place] = records[place].scored(scorer.spec, scores_B[position].item())
         if folder is not None:
             folder.append(records)
         return records
@@ -243,7 +239,7 @@ def find_scorers(rewards: dict[str, str]) -> dict[str, list[Reward]]:
 
 def mean_score(records: list[Record], scorer: str) -> float:
     """Over the pictures that have one; NaN if none has."""
-    values = [record.scores[scorer] for record in records if record.scores[scorer] is not None]
+    values = [record.scores[scorer] for record in records if not record.lacks(scorer)]
     if not values:
         return math.nan
     return sum(values) / len(values)
