@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,10 +42,7 @@ class Images:
 
 
 def load_images(source: str, model) -> Images:
-    """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once.
-
-    FileNotFoundError / ValueError naming the file or line for missing, unreadable or misshapen data.
-    """
+    """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once."""
     folder = Path(source).expanduser()
     captions, rows = read_metadata(folder)
     log_shift = model.family.log_shift(model.folder, model.shape)
@@ -57,22 +54,20 @@ def load_images(source: str, model) -> Images:
 
 
 def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
-    """Captions and rows of metadata.jsonl. FileNotFoundError / ValueError naming the line."""
+    """Captions and rows of metadata.jsonl."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         wanted = 'one line {"file_name", "prompt"} per image, or {"prompt"} per latent of latents.safetensors'
         raise FileNotFoundError(f"{str(folder)!r} holds no metadata.jsonl; give {wanted}")
-    captions, rows = [], []
-    for number, row in read_jsonl(file):
-        captions.append(caption_of(row, f"{file}:{number}"))
-        rows.append(row)
-    if not rows:
+    lines = list(read_jsonl(file))
+    if not lines:
         raise ValueError(f"{file} is empty")
-    return captions, rows
+    captions = [caption_of(row, f"{file}:{number}") for number, row in lines]
+    return captions, [row for _, row in lines]
 
 
 def caption_of(row: dict, where: str) -> str:
-    """The first text under one of CAPTION_KEYS. ValueError with `where` if there is none."""
+    """The first text under one of CAPTION_KEYS."""
     for key in CAPTION_KEYS:
         if isinstance(row.get(key), str):
             require_prompt(row[key], where)
@@ -98,7 +93,7 @@ def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
 
 
 def find_files(folder: Path, rows: list[dict]) -> list[Path]:
-    """The image of every row. ValueError for a row without, FileNotFoundError for one that is not there."""
+    """The image of every row."""
     for number, row in enumerate(rows, 1):
         line = f"{folder}/metadata.jsonl: line {number}"
         if "file_name" not in row:
@@ -121,25 +116,17 @@ def require_inside(folder: Path, name, line: str) -> None:
 
 
 def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
-    """Image files -> latents (N, C, H, W) in the model's dtype."""
+    """Image files, their middles in the model's resolution -> latents (N, C, H, W) in the model's dtype."""
+    height, width = model.pixels
     vae = model.family.load_vae(model.folder).to(model.device)
     latents = []
     for i in range(0, len(files), batch):
-        images = [to_tensor(cropped(read_image(file), *model.pixels)) for file in files[i : i + batch]]
-        encoded = model.family.encode_images(vae, torch.stack(images).to(model.device))
+        pictures = [read_image(file) for file in files[i : i + batch]]
+        pictures = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in pictures]
+        images_BCHW = torch.stack([to_tensor(picture) for picture in pictures])
+        encoded = model.family.encode_images(vae, images_BCHW.to(model.device))
         latents.append(encoded.to("cpu", model.dtype))
     return torch.cat(latents)
-
-
-def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The image resized until it just covers height x width; what stands out is cut off on both sides
-    alike."""
-    scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        across, down = max(width, round(scale * image.width)), max(height, round(scale * image.height))
-        image = image.resize((across, down), Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 # ---- sampling and keeping --------------------------------------------------------------------------
