@@ -6,8 +6,6 @@ import re
 from opd.evaluation.records import Record
 from opd.evaluation.statistics import ALL, MEASURES, Cell, headline, mean_of
 
-Block = dict[str, dict[str, str]]  # row -> heading -> text
-
 
 def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
     """{row: {split: {task: mean of its first scorer, ..., "mean": their mean}}}. `first`: task -> scorer."""
@@ -22,52 +20,36 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
 def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
     Below, for every scorer of a task, its tags; then the diversity."""
-    lines = [note]
-    for split in dict.fromkeys(cell.split for cell in cells):
-        lines += ["", *text_of(split, means(cells, split, first))]
     blocks = {}
     for cell in cells:
-        title = f"{cell.split} {cell.task}: {label(cell.scorer)}"
-        if cell.scorer in MEASURES:
-            title = f"{cell.split} {cell.task}: diversity"
-        blocks.setdefault(title, []).append(cell)
-    for title, own in blocks.items():
-        block = behind(own)
-        if block:
-            lines += ["", *text_of(title, block)]
+        title, heading = place_of(cell, first)
+        texts = blocks.setdefault(title, {}).setdefault(cell.row, {})
+        texts[heading] = number(cell.mean, cell.error)
+    places = dict.fromkeys((cell.row, cell.split) for cell in cells)
+    for row, split in places:
+        mean, error = mean_of(headline(cells, row, split, first).values())
+        blocks[split][row]["mean"] = number(mean, error)
+    splits = dict.fromkeys(split for _, split in places)
+    lines = [note]
+    for title in dict.fromkeys([*splits, *blocks]):
+        lines += ["", *text_of(title, blocks[title])]
     return "\n".join(lines)
 
 
-def means(cells: list[Cell], split: str, first: dict[str, str]) -> Block:
-    block = {}
-    for row in dict.fromkeys(cell.row for cell in cells if cell.split == split):
-        texts = {}
-        for cell in cells:
-            mine = (cell.row, cell.split, cell.tag) == (row, split, ALL)
-            if mine and cell.scorer not in MEASURES:
-                heading = cell.task
-                if first[cell.task] != cell.scorer:
-                    heading = f"{cell.task}:{label(cell.scorer)}"
-                texts[heading] = number(cell.mean, cell.error)
-        texts["mean"] = number(*mean_of(headline(cells, row, split, first).values()))
-        block[row] = texts
-    return block
+def place_of(cell: Cell, first: dict[str, str]) -> tuple[str, str]:
+    """The title of its block and the heading of its column."""
+    task = f"{cell.split} {cell.task}"
+    if cell.scorer in MEASURES:
+        return f"{task}: diversity", MEASURES[cell.scorer]
+    if cell.tag != ALL:
+        return f"{task}: {label(cell.scorer)}", cell.tag
+    if cell.scorer == first[cell.task]:
+        return cell.split, cell.task
+    return cell.split, f"{cell.task}:{label(cell.scorer)}"
 
 
-def behind(cells: list[Cell]) -> Block:
-    """The tags of one scorer on one task, or the diversity; {} where there are none."""
-    block = {}
-    for cell in cells:
-        texts = block.setdefault(cell.row, {})
-        if cell.scorer in MEASURES:
-            texts[MEASURES[cell.scorer]] = number(cell.mean, cell.error)
-        elif cell.tag != ALL:
-            texts[cell.tag] = number(cell.mean, cell.error)
-    return {row: texts for row, texts in block.items() if texts}
-
-
-def text_of(title: str, block: Block) -> list[str]:
-    """Aligned to the right, as wide as it must be."""
+def text_of(title: str, block: dict[str, dict[str, str]]) -> list[str]:
+    """The lines of a block, row -> heading -> text, aligned to the right."""
     headings = list(dict.fromkeys(heading for texts in block.values() for heading in texts))
     rows = [[title, *headings]]
     for row, texts in block.items():
@@ -100,8 +82,6 @@ def remarks(records: list[Record], scorers: list[str]) -> list[str]:
     for record in records:
         for scorer in scorers:
             if scorer in record.reasons:
-                place = f"{record.row}, {record.split} {record.task}, {label(scorer)}"
+                place = f"{record.row}, {record.split} {record.task}, {scorer}: pictures without a score"
                 missing.setdefault(place, []).append(record.reasons[scorer])
-    return [
-        f"{place}: pictures without a score: {len(why)}, first: {why[0]}" for place, why in missing.items()
-    ]
+    return [f"{place}: {len(reasons)}, first: {reasons[0]}" for place, reasons in missing.items()]
