@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import compiled, errors, flow, lora, ranks, routing, signals
+from opd import compiled, errors, flow, lora, ranks, routing
 from opd.cli import describe, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
@@ -63,7 +63,7 @@ def main() -> None:
             print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]), flush=True)
             print(forecast(cfg))
             return
-    with signals.handled():
+    with ranks.handled():
         run(cfg)
 
 
@@ -80,7 +80,7 @@ def run(cfg: RunConfig) -> None:
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)
         stage = choose_stage(cfg, model, data, rewards, trained)
-        with signals.deferred():
+        with ranks.deferred():
             finished = train(cfg, stage, trained, folder, report)
         if finished:
             report.table(trained)
@@ -98,7 +98,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
     for step in bar:
-        signal = signals.received(model.device)
+        signal = ranks.received(model.device)
         if signal:
             bar.close()
             folder.save_to_go_on(trained, step)
