@@ -56,9 +56,9 @@ TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 BREAKS = [
     (cut, TRANSFORMER, "pipeline'.*SafetensorError"),
     (spoil, TRANSFORMER, "transformer: 1 of .* numbers of .* are NaN or infinite"),
-    (drop_a_layer, TRANSFORMER, "transformer lacks 2 weights, first transformer_blocks.1.attn.to_q"),
+    (drop_a_layer, TRANSFORMER, "2 weights are missing: .*transformer_blocks.1.attn.to_q"),
     (scribble, "transformer/config.json", "pipeline"),
-    (a_billion_layers, "transformer/config.json", "num_layers is 1000000000, and at most 1000 is built"),
+    (a_billion_layers, "transformer/config.json", "config.json.*num_layers.*1000000000"),
     (cut, "vae/diffusion_pytorch_model.safetensors", "vae"),
     (spoil, "vae/diffusion_pytorch_model.safetensors", "vae: 1 of .* NaN or infinite"),
     (scribble, "vae/config.json", "pipeline"),
@@ -67,7 +67,7 @@ BREAKS = [
     (spoil, "text_encoder_2/model.safetensors", "text encoders of .*pipeline: NaN or infinite numbers for"),
     (scribble, "text_encoder/config.json", "text encoders of .*pipeline"),
     (empty, "tokenizer_2", "tokenizer_2 holds none of tokenizer.json"),
-    (shutil.rmtree, "tokenizer", "lacks its folders ..tokenizer"),
+    (shutil.rmtree, "tokenizer", "lacks its folder tokenizer"),
     (shutil.rmtree, "vae", "vae"),
     (scribble, "tokenizer/tokenizer.json", "text encoders of .*pipeline"),
 ]
