@@ -263,6 +263,7 @@ class Distillation:
         cfg, model, teachers = self.cfg, self.model, list(self.teachers.values())
         prompts = [plan.prompts_N[n].text for n in batch.samples]
         text = model.text(prompts)
+        # Whom to ask hangs on the state only by the anchor's weight there.
         queries = {}
         for weight in set(plan.anchor_T):
             alpha_NK = routing.anchored(plan.routed_NK, self.anchor, weight)
@@ -272,16 +273,19 @@ class Distillation:
         scale = ranks.world() / (len(plan.prompts_N) * len(plan.queried))
         distances_BTK = torch.zeros(len(text), cfg.steps, len(teachers), device=model.device)
 
+        # From noise on, state by state; whoever takes a step sets state.x_next, where the walk goes on.
         for state in self.walk(plan.step, batch.samples, max(plan.queried) + 1):
             if state.i in plan.queried:
+                # The one forward pass of the student: it has the gradient, and it drives the rollout.
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
                 asked = queries[plan.anchor_T[state.i]]
                 targets = ask(teachers, asked, state, prompts)
                 w_B = torch.full_like(state.sigma_B, plan.weight_T[state.i])
-                # Eq. 16, and the student's own step to the next state, which is a constant.
+                # Eq. 16. The same pass over memory takes the student's step: state.x_next, a constant.
                 loss_B, distances_BTK[:, state.i] = self.estimate(state, v, targets, asked.alpha_BK, w_B)
                 (loss_B.sum() * scale).backward()
             elif cfg.walker == "student":
+                # Not trained on: the student only walks past it.
                 with torch.no_grad():
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
             if cfg.walker == "teacher":  # off-policy: the sample's teachers take the step, not the anchor

@@ -36,12 +36,13 @@ from opd.cli import (
     pixels_of,
     plain_names,
 )
+from opd.estimators import ESTIMATORS
 from opd.files import require_path
 
 # A new row of these tables is a new choice of the flag.
 Rollouts = Literal[tuple(flow.TRANSITIONS)]
 Weights = Literal[tuple(flow.WEIGHTS)]
-Estimators = Literal["pathwise", "pg", "pg_state", "pg_live"]  # the functions of opd/estimators.py
+Estimators = Literal[tuple(ESTIMATORS)]
 
 # No names for a teacher: what train.py logs beside the teachers', and the adapters that it makes itself.
 METRICS = "step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs seconds"
