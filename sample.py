@@ -23,6 +23,7 @@ from torch import Tensor
 
 from opd import errors, lora
 from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names, restored
+from opd.config import Rollouts
 from opd.data import load_prompts, load_tasks
 from opd.files import check_folder, is_hub_id, reading, resolve
 from opd.formats import latents
@@ -65,7 +66,7 @@ class Arguments:
     nothing is."""
     seed: Seed = 0
     """Seed of the noise; every row uses the same."""
-    sampler: Literal["ode", "sde", "cps"] = "ode"
+    sampler: Rollouts = "ode"
     """Deterministic, or with the noise of training rollouts."""
     noise_level: Annotated[float, NotNegative] = 0.7
     """a, for sde and cps."""

@@ -113,7 +113,7 @@ class Scores:
     watch_prompts: Count = 64
     """Prompts per task in those."""
     reward_timeout: Seconds = 60.0
-    """Seconds after which a reward is given up, retried, and its group dropped."""
+    """Seconds after which a reward is given up and retried; then stage grpo drops the group."""
 
 
 @dataclass(frozen=True)
@@ -288,10 +288,12 @@ class DistillationConfig(Rollout):
     id[:subfolder]), base (the base itself) or ema (the moving average of the student)."""
     routes: Texts = field(default_factory=dict)
     """Task -> teacher, for tasks that are not taught by the teacher of the same name, or a weighted sum of
-    teachers such as 0.7*text+0.3*quality. A prompt's own field "route" goes before it."""
+    teachers such as 0.7*text+0.3*quality. A prompt's own field "route" goes before it; with --routing reward
+    both are what a sample without any score falls back to."""
     routing: Literal["task", "reward"] = "task"
     """Who teaches a sample: the teacher of its task, or that of the task whose reward finds most in the
-    finished image, each reward in units of its spread over the step."""
+    finished image, each reward in units of its spread over the step. A reward judges the prompts of its task,
+    and all whose metadata has what it needs."""
     anchor: str = ""
     """The teacher that anchors every sample (MAR): a name from --teachers, or base."""
     anchor_weight: Annotated[float, NotNegative] = 0.02
@@ -439,6 +441,7 @@ class DistillationConfig(Rollout):
         return self.queries or len(self.queryable())
 
     def merged(self) -> dict[str, str]:
+        """Name -> source of what --cold-start merge merges: the teachers of the tasks, unless it is said."""
         if self.merge_from:
             return self.merge_from
         taught = set()

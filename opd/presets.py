@@ -55,7 +55,7 @@ SD35_GRPO = {**SD35, **REAL, **BATCHES, **WALK, **OPTIMIZER}
 # ---- the runs ----------------------------------------------------------------------------------------------
 
 REAL_PRESETS: dict[str, RunConfig] = {
-    "sd35": DistillationConfig(**FLOW_OPD, micro_batch=8),
+    "sd35": DistillationConfig(**FLOW_OPD, micro_batch=8),  # the paper's, as sd35-flow-opd
     # One GPU of 24 GB: the four adapters share the base, samples go through in pairs, and activations are
     # computed again where an 80 GB card keeps them (a fifth of a step).
     "sd35-24gb": DistillationConfig(**FLOW_OPD, micro_batch=2, checkpointing=True),

@@ -51,7 +51,7 @@ def rows(routes_N: list[str], names_K: list[str]) -> Tensor:
 
 
 def anchored(alpha_NK: Tensor, column: int, weight: float) -> Tensor:
-    """MAR: every sample is held to the teacher in `column` with weight lambda, on top of its own teachers."""
+    """The anchor (MAR, eq. 16): every sample is held to the teacher in `column` too, with weight lambda."""
     anchored_NK = alpha_NK.clone()
     anchored_NK[:, column] += weight
     return anchored_NK

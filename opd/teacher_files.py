@@ -83,6 +83,7 @@ def read_teachers(cfg: DistillationConfig, model: Model) -> dict[str, Lora | Who
 
 
 def read_teacher(cfg: DistillationConfig, name: str, source: str, model: Model) -> Lora | Whole:
+    """One teacher, told apart by what its source holds. A new kind of teacher is a branch here."""
     place = cfg.teacher_device(name)
     path = locate_part("teacher", source.partition(":alpha=")[0], ["*.json"])
     with reading(f"teacher {source!r}"):

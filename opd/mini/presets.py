@@ -72,7 +72,9 @@ FINETUNE = {**MINI, **WHOLE, "warmup": 20, "save_every": 200, "sample_every": 20
 # ---- the runs ----------------------------------------------------------------------------------------------
 
 MINI_PRESETS: dict[str, RunConfig] = {
-    # The recipe that does best here: folded, with an anchor that leaves the composition alone.
+    # The recipe that does best here: folded, with an anchor that leaves the composition alone. What is not
+    # named are the defaults of opd/config.py: an SDE walk of ten steps, a start merged from the teachers,
+    # guidance 1 for the student, and more; --dry-run prints all of it.
     "mini": DistillationConfig(**FOLD, anchor_weight=0.02, anchor_levels={"0.6": 3.0}, iterations=100),
     "mini-fold": DistillationConfig(**FOLD, anchor_weight=0.0, iterations=50),
     "mini-flow-opd": DistillationConfig(**PAPER),
