@@ -281,8 +281,10 @@ class Distillation:
                 asked = queries[plan.anchor_T[state.i]]
                 targets = ask(teachers, asked, state, prompts)
                 w_B = torch.full_like(state.sigma_B, plan.weight_T[state.i])
-                # Eq. 16. The same pass over memory takes the student's step: state.x_next, a constant.
-                loss_B, distances_BTK[:, state.i] = self.estimate(state, v, targets, asked.alpha_BK, w_B)
+                # Eq. 16 and, in the same pass over memory, the student's step to the next state, a constant.
+                loss_B, distances_BTK[:, state.i], state.x_next = self.estimate(
+                    state, v, targets, asked.alpha_BK, w_B
+                )
                 (loss_B.sum() * scale).backward()
             elif cfg.walker == "student":
                 # Not trained on: the student only walks past it.
