@@ -36,12 +36,12 @@ from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import distance_metrics, name_non_finite, reward_metrics, summed
 from opd.estimators import ESTIMATORS
 from opd.grpo import GRPO
-from opd.memory import forecast
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
 from opd.ranks import say
 from opd.report.card import check_login
+from opd.report.memory import forecast
 from opd.report.report import Report
 from opd.rewards import Reward
 from opd.runfolder import RunFolder

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from opd import compiled, lora, memory, ranks
+from opd import compiled, lora, ranks
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
 from opd.errors import require
@@ -16,6 +16,7 @@ from opd.formats.lora_files import Lora, find_adapter
 from opd.lora import BASE, EMA, START, STUDENT
 from opd.model import Model
 from opd.ranks import say
+from opd.report import memory
 from opd.report.report import shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
 from opd.teacher_files import Whole, described, read_teachers

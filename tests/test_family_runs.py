@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd import lora, memory
+from opd import lora
 from opd.config import DistillationConfig
 from opd.model import Sampling
+from opd.report import memory
 from opd.runfolder import latest_state
 from tests import forked, tiny
 from tests.test_families import FIXTURES, PROMPTS, Theirs, made, noise, ours

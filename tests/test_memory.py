@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opd import memory
 from opd.bench import model as bench
-from opd.memory import LiveTensors, peak
 from opd.model import Model
+from opd.report import memory
+from opd.report.memory import LiveTensors, peak
 from opd.teacher_files import read_teachers
 from tests import tiny
 
