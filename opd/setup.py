@@ -9,8 +9,9 @@ from opd import compiled, lora, ranks
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, load_tasks, prompts_of_step
 from opd.errors import require
-from opd.files import digest, resolve, weight_files
+from opd.files import digest, resolve
 from opd.formats import merging
+from opd.formats.hub import weight_files
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
 from opd.lora import BASE, EMA, START, STUDENT
