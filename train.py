@@ -43,6 +43,7 @@ from opd.ranks import say
 from opd.report.card import check_login
 from opd.report.memory import forecast
 from opd.report.report import Report
+from opd.report.tracker import check_tracker
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
 from opd.setup import Data, contents, set_up
@@ -71,6 +72,7 @@ def run(cfg: RunConfig) -> None:
     """Set up, train, score."""
     with errors.in_one_line(ValueError, OSError):
         check_login(cfg.push)
+        check_tracker(cfg.tracker)
         device = ranks.start(cfg.deterministic)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
@@ -126,7 +128,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
             metrics |= {"states_per_second": cfg.states_per_sample() * samples / seconds}
             if cfg.compile:
                 metrics |= {"graphs": compiled.graphs()}
-            folder.log({"step": done} | metrics)
+            report.log({"step": done} | metrics)
             bar.set_postfix_str(f"loss={metrics['loss']:.4g}")
         if "watch" in metrics:
             folder.save_best(trained, metrics["watch"])

@@ -17,9 +17,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch.distributed.checkpoint as dcp
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import (
@@ -188,10 +186,8 @@ class RunFolder:
         """Steps done in the saved state."""
         self.best = -math.inf
         """The highest mean score of those watched so far."""
-        check_tracker(cfg.tracker)
         if active:
             self.path, self.held = claim(cfg)
-            self.tracker = Tracker(cfg, self.path)
 
     def check_contents(self, contents: dict[str, str]) -> None:
         """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
@@ -258,11 +254,10 @@ class RunFolder:
     # ---- logging ----
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl; flat numbers also go to the tracker."""
+        """Append one line to metrics.jsonl."""
         if self.active:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            self.tracker.log(row)
 
     def metrics(self) -> list[dict]:
         file = self.path / "metrics.jsonl"
@@ -283,59 +278,3 @@ class RunFolder:
 
 def mean_score(watched: dict[str, float]) -> float:
     return sum(watched.values()) / len(watched)
-
-
-# ---- trackers ----------------------------------------------------------------------------------------------
-
-
-def check_tracker(name: str) -> None:
-    """ValueError where --tracker names a package that is not installed."""
-    try:
-        if name == "tensorboard":
-            import torch.utils.tensorboard  # noqa: F401
-        elif name == "wandb":
-            import wandb  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f'--tracker {name} is not installed: pip install "flow-opd[{name}]"') from error
-
-
-class Tracker:
-    """--tracker: numbers and pictures go to TensorBoard or Weights & Biases as well."""
-
-    def __init__(self, cfg: RunConfig, path: Path):
-        self.board = self.wandb = None
-        if cfg.tracker == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(path / "tensorboard")
-        elif cfg.tracker == "wandb":
-            import wandb
-
-            self.wandb = wandb.init(project="flow-opd", config=to_json(cfg), dir=path)
-
-    def log(self, row: dict) -> None:
-        flat = {key: value for key, value in flatten(row).items() if isinstance(value, int | float)}
-        if self.wandb is not None:
-            self.wandb.log(flat, step=row["step"])
-        if self.board is not None:
-            for key, value in flat.items():
-                self.board.add_scalar(key, value, row["step"])
-
-    def picture(self, name: str, image: Image.Image, step: int) -> None:
-        if self.wandb is not None:
-            from wandb import Image as Logged
-
-            self.wandb.log({name: Logged(image)}, step=step)
-        if self.board is not None:
-            self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
-
-
-def flatten(row: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a/b": 1}."""
-    flat = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
