@@ -14,13 +14,13 @@ from opd.formats import merging
 from opd.formats.hub import weight_files
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
+from opd.formats.teacher_files import Whole, described, read_teachers
 from opd.lora import BASE, EMA, START, STUDENT
 from opd.model import Model
 from opd.ranks import say
 from opd.report import memory
 from opd.report.report import shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
-from opd.teacher_files import Whole, described, read_teachers
 from opd.teachers import teacher_names
 
 Data = dict[str, list[Prompt]] | Images

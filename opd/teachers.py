@@ -2,7 +2,7 @@
 
 A teacher is a callable `(x_BCHW, sigma_B, prompts) -> v_BCHW`: the velocity that it would take. It is given
 the prompts themselves, since it may read them with encoders of its own. Distillation knows nothing else of a
-teacher; which kinds there are says opd/teacher_files.py.
+teacher; which kinds there are says opd/formats/teacher_files.py.
 """
 
 from collections.abc import Callable

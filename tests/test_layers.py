@@ -14,7 +14,7 @@ opd.flow opd.kernels
 opd.files opd.cli opd.errors opd.ranks opd.data opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
 opd opd.mini.presets
-opd.formats.export opd.optim opd.sft opd.grpo opd.runfolder
+opd.formats.export opd.formats.teacher_files opd.optim opd.sft opd.grpo opd.runfolder
 opd.evaluation
 opd.report
 opd.setup train sample

@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd.bench import model as bench
+from opd.formats.teacher_files import read_teachers
 from opd.model import Model
 from opd.report import memory
 from opd.report.memory import LiveTensors, peak
-from opd.teacher_files import read_teachers
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -23,9 +23,9 @@ from opd.data import micro_batches
 from opd.errors import require
 from opd.families import Condition
 from opd.files import read_json, resolve
+from opd.formats.teacher_files import Whole
 from opd.lora import BASE, EMA, STUDENT, Lora
 from opd.model import Model
-from opd.teacher_files import Whole
 
 IN_TURN = ("activations", "decoding")
 """Parts of which only the larger counts: pictures are decoded between the passes of training."""
