@@ -12,9 +12,9 @@ import torch
 
 from opd import lora
 from opd.config import DistillationConfig
+from opd.formats.state import latest_state
 from opd.model import Sampling
 from opd.report import memory
-from opd.runfolder import latest_state
 from tests import forked, tiny
 from tests.test_families import FIXTURES, PROMPTS, Theirs, made, noise, ours
 from tests.test_ranks import losses

@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from opd import files
 from opd.cli import field_names, read_config
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
+from opd.formats.state import save_state
 from opd.report.tracker import Tracker, flatten
-from opd.runfolder import FREE, RunFolder, check_same_run, save_state
+from opd.runfolder import FREE, RunFolder, check_same_run
 from tests import tiny
 
 

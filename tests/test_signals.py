@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd.cli import describe
-from opd.runfolder import latest_state
+from opd.formats.state import latest_state
 from tests import forked, tiny
 from tests.test_ranks import ROOT, distil, launch, losses, torchrun
 
