@@ -14,10 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from opd import ranks
-from opd.cli import field_names, read_config, to_json
+from opd.cli import field_names
 from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.errors import require
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
+from opd.formats.settings import read_config, to_json
 from opd.formats.state import STATE, latest_state, load_state, save_state
 from opd.optim import Trained, due
 from opd.ranks import say

@@ -8,8 +8,9 @@ from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from opd.cli import dashed, describe, field_names, from_json, parse, read_config, starting_point, to_json
+from opd.cli import dashed, describe, field_names, parse, starting_point
 from opd.config import STAGES
+from opd.formats.settings import from_json, read_config, to_json
 from opd.presets import DEFAULT, PRESETS
 from tests.test_config import DISTIL, EVERY, SFT
 

@@ -7,6 +7,7 @@ import pytest
 
 from opd import data
 from opd.data import MicroBatch, Prompt
+from opd.formats.prompts import load_prompts, load_tasks
 
 # ---- files -------------------------------------------------------------------------------------------------
 
@@ -18,7 +19,7 @@ def write(folder, name, text):
 
 def test_txt_keeps_lines_and_drops_blank_ones(tmp_path):
     file = write(tmp_path, "a.txt", "\ufeffone\n\n  two words  \r\nthree\u2028still three\n")
-    assert data.load_prompts(file, "t", ["t"]) == [
+    assert load_prompts(file, "t", ["t"]) == [
         Prompt("one", "t"),
         Prompt("two words", "t"),
         Prompt("three\u2028still three", "t"),
@@ -32,7 +33,7 @@ def test_jsonl_fields_become_metadata_and_may_name_the_task(tmp_path):
         '{"prompt": "x\u2028y", "tag": "counting", "include": [{"class": "cat"}]}\n\n'
         '{"prompt": "z", "task": "other"}\n',
     )
-    first, second = data.load_prompts(file, "t", ["t", "other"])
+    first, second = load_prompts(file, "t", ["t", "other"])
     assert (first.text, first.task, first.metadata) == (
         "x\u2028y",
         "t",
@@ -43,14 +44,14 @@ def test_jsonl_fields_become_metadata_and_may_name_the_task(tmp_path):
 
 def test_csv_columns_become_metadata_and_may_name_the_task(tmp_path):
     file = write(tmp_path, "a.csv", '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n')
-    first, second = data.load_prompts(file, "t", ["t", "other"])
+    first, second = load_prompts(file, "t", ["t", "other"])
     assert (first.text, first.task, first.metadata) == ("a, b", "other", {"note": "n"})
     assert (second.text, second.task) == ("c", "t")
 
 
 def test_any_task_is_accepted_where_none_are_given(tmp_path):
     file = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "whatever"}\n')
-    assert data.load_prompts(file, "t", None) == [Prompt("x", "whatever")]
+    assert load_prompts(file, "t", None) == [Prompt("x", "whatever")]
 
 
 # (file name, content or None, expected error, pieces of the message)
@@ -85,20 +86,20 @@ def test_bad_files_are_refused_by_line(name, content, error, pieces, tmp_path):
     if content is not None:
         write(tmp_path, name, content)
     with pytest.raises(error) as caught:
-        data.load_prompts(str(tmp_path / name), "t", ["t", "other"])
+        load_prompts(str(tmp_path / name), "t", ["t", "other"])
     assert all(piece in str(caught.value) for piece in pieces), caught.value
 
 
 def test_load_tasks_pools_by_task_and_refuses_an_empty_one(tmp_path):
     a = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "b"}\n{"prompt": "y"}\n')
     b = write(tmp_path, "b.txt", "z\n")
-    assert data.load_tasks({"a": a, "b": b}) == {
+    assert load_tasks({"a": a, "b": b}) == {
         "a": [Prompt("y", "a")],
         "b": [Prompt("x", "b"), Prompt("z", "b")],
     }
     other = write(tmp_path, "c.jsonl", '{"prompt": "x", "task": "b"}\n')
     with pytest.raises(ValueError, match="task 'c' has no prompts.*c.jsonl.*names another task"):
-        data.load_tasks({"c": other, "b": b})
+        load_tasks({"c": other, "b": b})
 
 
 # ---- the prompts of a step ---------------------------------------------------------------------------------
@@ -204,4 +205,4 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     for name in ("latin.txt", "latin.csv"):
         (tmp_path / name).write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
         with pytest.raises(ValueError, match=f"{name}: not UTF-8 .*save it as UTF-8"):
-            data.load_prompts(str(tmp_path / name), "t", None)
+            load_prompts(str(tmp_path / name), "t", None)

@@ -13,9 +13,9 @@ from PIL import Image
 import sample
 import train
 from opd import ranks
-from opd.cli import to_json
 from opd.evaluation import evaluate
 from opd.formats.export import deployment_of
+from opd.formats.settings import to_json
 from tests import tiny
 
 BRIGHT = "tests.test_evaluate:brightness"

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from opd import ranks
-from opd.data import fair_sample, load_prompts
+from opd.data import fair_sample
 from opd.formats import lora_files
 from opd.formats.latents import Images, find_files, load_images
+from opd.formats.prompts import load_prompts
 from opd.model import Sampling
 from tests import tiny
 

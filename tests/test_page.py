@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from opd import ranks
-from opd.cli import to_json
+from opd.formats.settings import to_json
 from opd.report import card, page, plots
 from opd.report.plots import png
 from opd.runfolder import RunFolder

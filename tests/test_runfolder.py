@@ -10,8 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import files
-from opd.cli import field_names, read_config
+from opd.cli import field_names
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
+from opd.formats.settings import read_config
 from opd.formats.state import save_state
 from opd.report.tracker import Tracker, flatten
 from opd.runfolder import FREE, RunFolder, check_same_run

@@ -6,7 +6,7 @@ import torch
 
 from opd import ranks
 from opd.config import DistillationConfig, RunConfig, SFTConfig
-from opd.data import Prompt, fair_sample, load_tasks
+from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
@@ -14,6 +14,7 @@ from opd.evaluation.statistics import summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
+from opd.formats.prompts import load_tasks
 from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opd.cli import to_json
 from opd.config import RunConfig
+from opd.formats.settings import to_json
 
 
 def check_tracker(name: str) -> None:
