@@ -31,7 +31,7 @@ from opd.formats.hub import is_hub_id
 from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.formats.prompts import load_prompts, load_tasks
 from opd.formats.settings import restored
-from opd.model import Model, Sampling, find_device
+from opd.model import Model, Sampling
 from opd.presets import DEFAULT
 
 
@@ -165,7 +165,8 @@ def read_prompts(args: Arguments) -> list[str]:
 
 def load(args: Arguments, prompts: list[str]) -> Model:
     """The model with all adapters attached and the prompts encoded."""
-    device = find_device(args.device, "device")
+    with reading(f"--device {args.device!r}"):
+        device = torch.empty(0, device=args.device).device
     model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
     return model.load_with(args.adapters, prompts)
 

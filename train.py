@@ -4,8 +4,7 @@
     python train.py                                      # the miniature: three teachers, one student
     python train.py mini --seed 1 --out runs/seed1       # PRESET --field value; see opd/presets.py
     torchrun --nproc_per_node 8 train.py sd35 --shard-size 8
-    python train.py --dry-run                            # print the resolved configuration
-    python train.py sd35-grpo-ocr --help                 # a preset's stage decides which flags there are
+    python train.py sd35-grpo-ocr --help                 # its stage's flags; --dry-run prints their values
 
 The method (arXiv 2605.08063). The student samples its own trajectory x_1 -> x_0 by SDE. At every visited
 state the teacher of the prompt's task, and an anchor, say which velocity they would have taken; the weighted
@@ -113,11 +112,9 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         done = step + 1
 
         fault = fault_of_step(cfg, metrics, norm)
+        bad_steps = bad_steps + 1 if fault else 0
         if fault:
-            bad_steps += 1
             say(f"step {step}: {fault}; step skipped")
-        else:
-            bad_steps = 0
         if bad_steps >= min(MAX_BAD_STEPS, cfg.iterations):
             raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 

@@ -100,8 +100,8 @@ class Conditioning:
             if lacking:
                 self.prepare(lacking)
                 known = self.kept | self.window
-            self.moved = {prompt: self.move(known[prompt]) for prompt in dict.fromkeys(prompts)}
+            self.moved = {}
+            for prompt in dict.fromkeys(prompts):
+                on_cpu = known[prompt].items()
+                self.moved[prompt] = {k: tensor.to(self.device, non_blocking=True) for k, tensor in on_cpu}
         return [self.moved[prompt] for prompt in prompts]
-
-    def move(self, condition: Condition) -> Condition:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in condition.items()}

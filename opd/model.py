@@ -229,14 +229,6 @@ class Model:
         return torch.cat(pieces)
 
 
-def find_device(name: str, flag: str) -> torch.device:
-    """ValueError, naming the flag, for a device that does not exist here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--{flag} {name!r}: {str(error).splitlines()[0]}") from error
-
-
 def check_finite(module: torch.nn.Module) -> None:
     """ValueError naming the first weight that holds NaN or infinity; a sum, which either spoils, is one
     pass."""

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -32,12 +32,8 @@ def start(deterministic: bool = False) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(deterministic)
     cuda = torch.cuda.is_available()
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-    }.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -126,13 +122,6 @@ def gather(value) -> list:
     return found
 
 
-def mesh(shard_size: int, device: torch.device) -> DeviceMesh:
-    """(replicas, shards). shard_size 1 replicates, world() shards fully, anything between is hybrid."""
-    return init_device_mesh(
-        device.type, (world() // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
-    )
-
-
 def shard(
     model: torch.nn.Module,
     blocks: list[torch.nn.Module],
@@ -146,7 +135,9 @@ def shard(
     survive bf16. Every rank keeps the parameters `whole` as they are: the gradients of a trained adapter are
     then reduced once per step, and not in every backward pass of every block."""
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    grid = mesh(shard_size, device)
+    # shard_size 1 replicates, world() shards fully, anything between is hybrid.
+    shape = (world() // shard_size, shard_size)
+    grid = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for module in [*blocks, model]:
         fully_shard(
             module,

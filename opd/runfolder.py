@@ -62,19 +62,14 @@ def refuse_strangers(path: Path) -> None:
         inside = file.relative_to(path).parts[0] != "wandb"
         require(not (inside and file.is_symlink()), f"{file} is a link; a run writes into its own folder")
     config = path / "config.json"
-    ours = not found or (config.is_file() and is_settings(config))
+    try:
+        ours = not found or "stage" in read_json(config)
+    except (OSError, ValueError):
+        ours = False
     require(ours, f"{path} holds {min(found, default='')!r} and no run; choose an empty --out")
     lost = "student" in found and latest_state(path) == 0
     way_out = f"no {STATE}/ to resume from; choose another --out, or delete that folder"
     require(not lost, f"{path} holds a student, but {way_out}")
-
-
-def is_settings(file: Path) -> bool:
-    """Whether a config.json is one of ours."""
-    try:
-        return "stage" in read_json(file)
-    except ValueError:
-        return False
 
 
 def check_same_run(cfg: RunConfig, path: Path) -> None:

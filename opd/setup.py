@@ -20,7 +20,7 @@ from opd.lora import BASE, EMA, START, STUDENT
 from opd.model import Model
 from opd.ranks import say
 from opd.report import memory
-from opd.report.report import shown_texts, splits
+from opd.report.report import is_scored, shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
 from opd.teachers import teacher_names
 
@@ -133,18 +133,16 @@ def load_rewards(cfg: RunConfig, model: Model, data: Data) -> dict[str, Reward]:
     images."""
     if isinstance(cfg, SFTConfig):
         return {}
-    specs = []
-    if cfg.evaluate or cfg.watch_every:
-        for text in cfg.rewards.values():
-            specs += specs_of(text)
-    specs += cfg.training_rewards().values()
+    scorers, scored = {}, {}
+    if is_scored(cfg):
+        scorers = {task: specs_of(text) for task, text in cfg.rewards.items()}
+        scored = splits(cfg, data)
+    specs = [*sum(scorers.values(), []), *cfg.training_rewards().values()]
     rewards = {spec: find_reward(spec) for spec in specs}
-    if cfg.evaluate or cfg.watch_every:
-        for pools in splits(cfg, data).values():
-            for task, pool in pools.items():
-                if task in cfg.rewards:
-                    for spec in specs_of(cfg.rewards[task]):
-                        rewards[spec].check_metadata(task, pool)
+    for pools in scored.values():
+        for task in scorers.keys() & pools.keys():
+            for spec in scorers[task]:
+                rewards[spec].check_metadata(task, pools[task])
     for reward in rewards.values():
         reward.load(model.device)
     for task, spec in cfg.training_rewards().items():

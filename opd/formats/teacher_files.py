@@ -26,7 +26,7 @@ from opd.files import read_json, reading
 from opd.formats.hub import check_weights, locate_part, weight_files
 from opd.formats.lora_files import WEIGHTS, Lora
 from opd.lora import BASE, EMA
-from opd.model import Model, check_finite, find_device
+from opd.model import Model, check_finite
 
 OFFLOAD = "offload"
 FOREIGN = ("model.diffusion_model.", "joint_blocks.")  # what whole checkpoints of other tools begin with
@@ -112,7 +112,8 @@ def described(teacher: Lora | Whole) -> str:
 def device_of(place: str, model: Model) -> torch.device:
     if place in ("", OFFLOAD):
         return model.device
-    return find_device(place, "teacher-devices")
+    with reading(f"--teacher-devices {place!r}"):
+        return torch.empty(0, device=place).device
 
 
 # ---- a fine-tuned transformer ------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ class Report:
 
     def log(self, row: dict) -> None:
         """A line of metrics.jsonl; its numbers also go to the tracker."""
+        self.folder.log(row)
         if self.folder.active:
-            self.folder.log(row)
             self.tracker.log(row)
 
     def watch(self, trained: Trained, done: int) -> dict:
