@@ -59,12 +59,6 @@ def launch(kernel, programs: int, like: Tensor, *args, **constexprs) -> None:
         kernel[(programs,)](*args, **constexprs, num_warps=NUM_WARPS, enable_fp_fusion=False)
 
 
-def partition(x: Tensor) -> tuple[int, int, int]:
-    """(batch, dimensions per sample, blocks per sample)."""
-    dims = x.numel() // len(x)
-    return len(x), dims, triton.cdiv(dims, BLOCK.value)
-
-
 def rows(t: Tensor | None) -> tuple:
     """A batch as the kernels take it: (where it starts, stride from sample to sample), or () for None. Each
     sample is contiguous: checked in Python already, but a compiler may have changed it since."""

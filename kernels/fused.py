@@ -9,7 +9,7 @@ else is in the batch, run after run, and a step's log-probability has those of `
 import torch
 
 from opd.flow import per_sample
-from opd.kernels.common import BLOCK, CHUNK, launch, partition, rows, tl, triton
+from opd.kernels.common import BLOCK, CHUNK, launch, rows, tl, triton
 
 
 def fused(v, targets, alpha_BK, x=None, transition=(), noise=None, seed=None, index=None):
@@ -27,7 +27,8 @@ SCHEMA = """(Tensor v, Tensor[] targets, Tensor alpha_BK, Tensor? x, Tensor[] tr
 @torch.library.custom_op("flow_opd::forward", mutates_args=(), schema=SCHEMA)
 def forward_op(v, targets, alpha_BK, x, transition, noise, seed, index, need_grad):
     """The launcher: what `fused` returns, and the gradient's direction, empty unless need_grad."""
-    batch, dims, n_blocks = partition(v)
+    batch, dims = len(v), v[0].numel()
+    n_blocks = triton.cdiv(dims, BLOCK.value)
     distance_B, means_BC, x_next, direction = outputs = new_outputs(v, targets, x, need_grad)
     partials = torch.empty(n_blocks * means_BC.numel(), dtype=torch.float32, device=v.device)
     alpha_BK = alpha_BK.contiguous()

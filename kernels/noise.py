@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
+_LOW = 0xFFFFFFFF  # the lower word of 64 bits; after >> 32 it takes away the sign that the shift carries down
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
@@ -28,8 +28,8 @@ def normal(shape, seed: int, index: Tensor | None = None, device="cpu") -> Tenso
         raise ValueError(f"index has {got}: expected ({batch},) int64, one global index per sample")
     index_B1 = index.to(device)[:, None]
     call_1N = torch.arange((dims + 3) // 4, device=device)[None]
-    counters = (low_word(call_1N), high_word(call_1N), low_word(index_B1), high_word(index_B1))
-    w0, w1, w2, w3 = philox(seed, torch.broadcast_tensors(*counters))
+    counters = torch.broadcast_tensors(call_1N & _LOW, call_1N >> 32, index_B1 & _LOW, index_B1 >> 32 & _LOW)
+    w0, w1, w2, w3 = philox(seed, counters)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     noise_BN4 = torch.stack((z0, z1, z2, z3), dim=-1)
@@ -40,27 +40,17 @@ def philox(seed: int, counters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Ten
     """Philox4x32-10 (Salmon et al. 2011): four 32-bit counters -> four random 32-bit words, held in int64. A
     product of two words wraps to the same 64 bits there, so its halves can be read off it."""
     c0, c1, c2, c3 = counters
-    key_0, key_1 = low_word(seed), high_word(seed)
+    key_0, key_1 = seed & _LOW, seed >> 32
     for _ in range(10):
         product_0 = c0 * _MULTIPLIERS[0]
         product_1 = c2 * _MULTIPLIERS[1]
-        c0 = high_word(product_1) ^ c1 ^ key_0
-        c1 = low_word(product_1)
-        c2 = high_word(product_0) ^ c3 ^ key_1
-        c3 = low_word(product_0)
-        key_0 = low_word(key_0 + _KEY_STEPS[0])
-        key_1 = low_word(key_1 + _KEY_STEPS[1])
+        c0 = (product_1 >> 32 & _LOW) ^ c1 ^ key_0
+        c1 = product_1 & _LOW
+        c2 = (product_0 >> 32 & _LOW) ^ c3 ^ key_1
+        c3 = product_0 & _LOW
+        key_0 = (key_0 + _KEY_STEPS[0]) & _LOW
+        key_1 = (key_1 + _KEY_STEPS[1]) & _LOW
     return c0, c1, c2, c3
-
-
-def low_word(x):
-    """The lower 32 bits of an int or of int64 tensors."""
-    return x & _MASK
-
-
-def high_word(x):
-    """The upper 32 bits. The mask takes away the sign that the shift carries down."""
-    return (x >> 32) & _MASK
 
 
 def box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The ops: argument checks, then the fused kernels or the eager equations."""
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -27,16 +28,11 @@ def sde_step(x: Tensor, v: Tensor, transition: Transition, noise=None, *, seed=N
     dimension, +inf where std = 0, an ODE step. No gradient. With x and v in float64, so is everything.
     ValueError: a wrong shape, dtype, device, layout or coefficient, not exactly one of noise and seed.
     """
-    check_step(x, v, transition)
+    transition = check_step(x, v, transition)
     check_noise(x, noise, seed, index)
-    transition = on_device(transition, x)
-    if use_triton(x):
-        _, square_B1, x_next = fused(v, [], x.new_empty(len(x), 0), x, transition, noise, seed, index)
-        return x_next, flow.log_prob_mean(square_B1[:, 0], transition)
-    if noise is None:
-        noise = normal(x.shape, seed, index, device=x.device)
-    x_next = flow.step_mean(x, v, transition) + flow.per_sample(transition.std, x) * noise
-    return x_next, log_prob(x_next, x, v, transition)
+    nobody_B0 = x.new_empty(len(x), 0)
+    _, square_B1, x_next = distances(v, [], nobody_B0, x, transition, noise, seed, index)
+    return x_next, flow.log_prob_mean(square_B1[:, 0], transition)
 
 
 def velocity_mse(v: Tensor, targets, alpha: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +46,9 @@ def velocity_mse(v: Tensor, targets, alpha: Tensor, w: Tensor) -> tuple[Tensor, 
     A teacher with alpha 0 for a sample is not read for it; per_teacher is 0 there, for "not measured".
     ValueError: a wrong shape, dtype, device or layout, K = 0.
     """
-    check_samples("v", v, v, (*FULL, *HALF))
+    check_samples("v", v, v)
     targets, alpha_BK, w_B = check_targets(v, targets, alpha, w)
-    distance_B, per_teacher_BK = weighted_distance(v, targets, alpha_BK)
+    distance_B, per_teacher_BK, _ = distances(v, targets, alpha_BK)
     return w_B * distance_B, per_teacher_BK
 
 
@@ -62,14 +58,11 @@ def opd_step(x, v, targets, alpha, w, transition, noise=None, *, seed=None, inde
     Arguments, shapes, dtypes, units and errors are those of the two. The loss carries a gradient to v; x_next
     and log_prob come from the detached velocity, so the state stays a constant.
     """
-    if not use_triton(x):
-        step = sde_step(x, v, transition, noise, seed=seed, index=index)
-        return (*velocity_mse(v, targets, alpha, w), *step)
-    check_step(x, v, transition)
+    transition = check_step(x, v, transition)
     check_noise(x, noise, seed, index)
     targets, alpha_BK, w_B = check_targets(v, targets, alpha, w)
-    transition = on_device(transition, x)
-    distance_B, squares_BC, x_next = fused(v, targets, alpha_BK, x.detach(), transition, noise, seed, index)
+    step = (x.detach(), transition, noise, seed, index)
+    distance_B, squares_BC, x_next = distances(v, targets, alpha_BK, *step)
     log_prob_B = flow.log_prob_mean(squares_BC[:, -1], transition)
     return w_B * distance_B, squares_BC[:, :-1], x_next, log_prob_B
 
@@ -82,18 +75,17 @@ def log_prob(x_next: Tensor, x: Tensor, v: Tensor, transition: Transition) -> Te
     It is a distillation loss whose one teacher is the velocity that would have led to x_next without noise.
     ValueError: a wrong shape, dtype, device, layout or coefficient.
     """
-    check_step(x, v, transition)
+    transition = check_step(x, v, transition)
     check_samples("x_next", x_next, x, (x.dtype,))
-    transition = on_device(transition, x)
     v_taken = flow.velocity_taken(x_next.detach(), x.detach(), transition)
-    square_B, _ = weighted_distance(v, [v_taken], x.new_ones(len(x), 1))
+    square_B, _, _ = distances(v, [v_taken], x.new_ones(len(x), 1))
     return flow.log_prob_mean(square_B, transition)
 
 
-def weighted_distance(v: Tensor, targets: list[Tensor], alpha_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_k alpha_bk mean_d (v_b - v_bk)^2 (B,), differentiable in v, and the K means (B, K), constants."""
+def distances(v, targets, alpha_BK, x=None, transition=(), noise=None, seed=None, index=None):
+    """What `fused` returns: its kernels', or the same by the equations of `flow`."""
     if use_triton(v):
-        return fused(v, targets, alpha_BK)[:2]
+        return fused(v, targets, alpha_BK, x, transition, noise, seed, index)
     v = flow.at_least_float32(v)
     means = []
     for k, target in enumerate(targets):
@@ -101,24 +93,27 @@ def weighted_distance(v: Tensor, targets: list[Tensor], alpha_BK: Tensor) -> tup
         # An unused teacher may even hold NaN, which a product with 0 would keep.
         difference_BD = torch.where(used_B1, (v - target).flatten(1), 0)
         means.append(flow.mean_square(difference_BD))
-    means_BK = torch.stack(means, dim=1)
-    return (alpha_BK * means_BK).sum(1), means_BK.detach()
-
-
-def on_device(transition: Transition, x: Tensor) -> Transition:
-    """Coefficients (B,) in the state's dtype, on its device. In a product, a 0-dim CPU tensor is an argument
-    of the launch: the host does not wait for the device, as it would for a copy."""
-    ones_B = x.new_ones(len(x))
-    return Transition(*(ones_B * value.detach().to(x.dtype) for value in transition))
+    x_next = None
+    if x is not None:
+        if noise is None:
+            noise = normal(x.shape, seed, index, device=x.device)
+        v_drawn = v.detach()
+        x_next = flow.step_mean(x, v_drawn, transition) + flow.per_sample(transition.std, x) * noise
+        v_taken = flow.velocity_taken(x_next, x, transition)
+        means.append(flow.mean_square((v_drawn - v_taken).flatten(1)))
+    means_BC = torch.stack(means, dim=1)
+    distance_B = (alpha_BK * means_BC[:, : len(targets)]).sum(1)
+    return distance_B, means_BC.detach(), x_next
 
 
 # ---- checks: a kernel would read whatever lies where a wrong shape or stride points ----
 
 
-def check_step(x: Tensor, v: Tensor, transition: Transition) -> None:
-    """A state, in float32 because rounding changes its likelihood; a velocity; (B,) or 0-dim coefficients."""
+def check_step(x: Tensor, v: Tensor, transition: Transition) -> Transition:
+    """A state, in float32 because rounding changes its likelihood; a velocity; (B,) or 0-dim coefficients.
+    Returns these (B,) in the state's dtype, on its device."""
     check_samples("x", x, x, FULL)
-    check_velocity("v", v, x)
+    check_samples("v", v, x)
     for name, value in transition._asdict().items():
         shape, device = (len(x),), x.device
         if isinstance(value, Tensor) and value.ndim == 0:
@@ -126,8 +121,12 @@ def check_step(x: Tensor, v: Tensor, transition: Transition) -> None:
             if value.device.type == "cpu":
                 device = value.device
         check_tensor(f"transition.{name}", value, shape, FULL, device)
-    check_values("transition.std", transition.std, lambda std: std >= 0, "no negative value")
-    check_values("transition.move", transition.move, lambda move: move != 0, "no 0")
+    check_values("transition.std", transition.std, operator.ge, "no negative value")
+    check_values("transition.move", transition.move, operator.ne, "no 0")
+    # In a product, a 0-dim CPU tensor is an argument of the launch: the host does not wait for the device, as
+    # it would for a copy.
+    ones_B = x.new_ones(len(x))
+    return Transition(*[ones_B * value.detach().to(x.dtype) for value in transition])
 
 
 def check_noise(x: Tensor, noise: Tensor | None, seed: int | None, index: Tensor | None) -> None:
@@ -154,32 +153,27 @@ def check_targets(v: Tensor, targets, alpha: Tensor, w: Tensor) -> tuple[list[Te
         raise ValueError("targets is empty (K = 0): expected at least one teacher")
     check_tensor("alpha", alpha, (len(v), len(targets)), FULL, v.device)
     check_tensor("w", w, (len(v),), FULL, v.device)
-    check_values("alpha", alpha, lambda alpha: alpha >= 0, "no negative weight")
+    check_values("alpha", alpha, operator.ge, "no negative weight")
     precision = torch.promote_types(v.dtype, torch.float32)
     alpha, w = alpha.detach().to(precision), w.detach().to(precision)
     present = []
     for k, target in enumerate(targets):
         if target is None:
             absent = f"targets[{k}] is None but alpha[:, {k}]"
-            check_values(absent, alpha[:, k], lambda alpha: alpha == 0, "0 for every sample")
+            check_values(absent, alpha[:, k], operator.eq, "0 for every sample")
             alpha = alpha.clone()
             alpha[:, k] = torch.where(alpha[:, k] == 0, 0.0, torch.nan)
             target = v
-        check_velocity(f"targets[{k}]", target, v)
+        check_samples(f"targets[{k}]", target, v)
         present.append(target.detach())
     return present, alpha, w
 
 
-def check_velocity(name: str, v: Tensor, like: Tensor) -> None:
-    """Velocities are float32, bf16 or fp16; or everything is float64, for the eager equations."""
-    dtypes = (torch.float32, *HALF)
-    if like.dtype == torch.float64:
-        dtypes = (torch.float64,)
-    check_samples(name, v, like, dtypes)
-
-
-def check_samples(name: str, t: Tensor, like: Tensor, dtypes: tuple) -> None:
-    """(B, ...) like another, not empty. Any stride over the batch (a slice, an expanded sample) is fine."""
+def check_samples(name: str, t: Tensor, like: Tensor, dtypes: tuple = ()) -> None:
+    """(B, ...) like another, not empty. Any stride over the batch (a slice, an expanded sample) is fine. No
+    dtypes: a velocity's, float32, bf16 or fp16; beside float64, which the eager equations take, that."""
+    if not dtypes:
+        dtypes = (torch.float64,) if like.dtype == torch.float64 else (torch.float32, *HALF)
     check_tensor(name, t, like.shape, dtypes, like.device)
     if t.ndim < 2 or t.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(t.shape)}: expected (B, ...), no dimension of them 0")
@@ -198,11 +192,10 @@ def check_tensor(name: str, t: Tensor, shape: tuple, dtypes: tuple, device: torc
         raise ValueError(f"{name} is on {t.device}: expected {device}")
 
 
-def check_values(name: str, t: Tensor, good: Callable[[Tensor], Tensor], expected: str) -> None:
-    if readable(t) and not good(t).all():
+def check_values(name: str, t: Tensor, compare: Callable, expected: str) -> None:
+    """Every value compared with 0, where looking costs nothing: not on an accelerator, which the host would
+    wait for, and not while tracing."""
+    if t.device.type != "cpu" or isinstance(t, FakeTensor) or torch.compiler.is_compiling():
+        return
+    if not compare(t, 0).all():
         raise ValueError(f"{name} = {t.tolist()}: expected {expected}")
-
-
-def readable(t: Tensor) -> bool:
-    """Whether looking at the values costs nothing: not on an accelerator (a host sync), not while tracing."""
-    return t.device.type == "cpu" and not isinstance(t, FakeTensor) and not torch.compiler.is_compiling()

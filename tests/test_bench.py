@@ -13,7 +13,7 @@ import train
 from opd import compiled
 from opd.bench import __main__ as bench
 from opd.bench import clock, gpu, kernels
-from opd.bench.model import SIZES, shifted_levels
+from opd.bench.model import SIZES
 from opd.families import sd3
 from opd.report import memory
 from opd.report.memory import LiveTensors
@@ -56,8 +56,7 @@ def test_both_structures_find_the_same_loss_and_gradient(both):
     assert ours["loss"] > 0 and ours["grad_norm"] > 0
     assert released["loss"] == pytest.approx(ours["loss"], rel=1e-4)
     assert released["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
-    speed = released["seconds_per_update"] / ours["seconds_per_update"]
-    assert f"ours / released: {speed:.3f} x trajectories/s" in text and "EMULATION" in text
+    assert f"trajectories_per_second {released['trajectories_per_second']:.4g}" in text
     assert all(seconds > 0 for numbers in (ours, released) for seconds in numbers["phases"].values())
 
 
@@ -200,7 +199,7 @@ def test_attention_is_counted():
 
 
 def test_sizes_are_those_of_the_models():
-    """The miniature as shipped; SD3.5-Medium has 2.24 billion parameters; levels' odds grow by the shift."""
+    """The miniature as shipped; SD3.5-Medium has 2.24 billion parameters."""
     shipped = sd3.transformer_config(ROOT / "opd/mini/weights/base")
     with torch.device("meta"):
         mini, medium = (SIZES[name].transformer() for name in ("mini", "sd35-medium"))
@@ -208,7 +207,6 @@ def test_sizes_are_those_of_the_models():
         if not name.startswith("_") and name != "dual_attention_layers":
             assert mini.config[name] == shipped[name], name
     assert sum(p.numel() for p in medium.parameters()) == pytest.approx(2.24e9, rel=0.005)
-    assert shifted_levels(4, 3.0)[::2] == [1, pytest.approx(0.75), 0]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +215,7 @@ def test_sizes_are_those_of_the_models():
         ("huge", "size 'huge' is unknown; choose from tiny, mini, sd35-medium, or gpu"),
         ("--teachers 0", "--teachers is 0"),
         ("--states 2 --queries 3", "--queries 3 exceeds the 2 states"),
-        ("--pixels 60", "--pixels 60 does not fit size tiny; use a multiple of 16 up to 256"),
+        ("--pixels 60", "resolution 60 does not fit this model: use a multiple of 16 up to 256"),
         ("--updates 1", "--updates is 1"),
     ],
 )

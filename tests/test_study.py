@@ -172,7 +172,7 @@ def calls(tmp_path, monkeypatch):
             cfg = parse(arguments[1:], PRESETS)
             (tmp_path / cfg.out / "student").mkdir(parents=True)
             line = {"step": cfg.iterations, "effective_batch": 30, "samples_per_second": 15.0}
-            (tmp_path / cfg.out / "metrics.jsonl").write_text(json.dumps(line))
+            (tmp_path / cfg.out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         elif "opd.evaluation" in arguments:
             Path(arguments[arguments.index("--out") + 1]).write_text(json.dumps({"cells": cells}))
 

@@ -7,7 +7,8 @@
 
 Per structure: seconds per update and trajectories per second (median, without instruments), where the time
 goes, forward and backward passes counted by adapter, FLOPs as a share of a large matrix product's rate in the
-same run, peak memory and what holds it. BENCHMARKS.md says how each is measured and keeps the numbers.
+same run, peak memory and what holds it; sizes in bytes, times in seconds. BENCHMARKS.md says how each is
+measured and keeps the numbers. "released" is our emulation of the released loop's structure.
 It takes the GPU if there is one. Run it in the repository's root, where train.py is.
 """
 
@@ -26,9 +27,6 @@ from opd.bench.model import WORKS, Work
 from opd.cli import Range, check_bounds
 from opd.files import write_json
 from opd.model import compute_dtype
-
-EMULATED = "released: OUR EMULATION of the released loop's structure from our modules, not the released code"
-GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -60,93 +58,41 @@ def main(arguments: list[str]) -> int:
         args = tyro.cli(Arguments, args=flags, default=start, prog=prog, description=__doc__)
         args.check()
         result = run(args)
-        print(table(result))
+        print("\n".join(lines_of(result)))
         if args.json:
             write_json(Path(args.json), result)
     return 0
 
 
 def run(args: Arguments) -> dict:
-    """Everything that is printed and written."""
+    """Everything that is printed and written; sizes in bytes."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = compute_dtype(args.work.dtype, device)
     rate = matmul_rate(dtype, device)
     result = {"about": about(device, dtype), "work": vars(args.work), "matmul_flops_per_second": rate}
-    names = [args.structure]
-    if args.structure == "both":
-        names = ["ours", "released"]
+    names = ["ours", "released"] if args.structure == "both" else [args.structure]
     result["structures"] = {}
     for name in names:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         result["structures"][name] = measure(name, args.work, device, args.updates, rate)
-    return result | {"ratio": ratio(result["structures"])}
+    return result
 
 
-def ratio(structures: dict) -> dict:
-    """Ours over released, where both were measured."""
-    if len(structures) < 2 or any("error" in numbers for numbers in structures.values()):
-        return {}
-    ours, released = structures["ours"], structures["released"]
-    speeds = ours["trajectories_per_second"] / released["trajectories_per_second"]
-    peaks = ours["memory"]["peak"] / released["memory"]["peak"]
-    difference = abs(ours["loss"] - released["loss"]) / abs(ours["loss"])
-    return {"trajectories_per_second": speeds, "peak_memory": peaks, "loss_difference": difference}
-
-
-# ---- showing -----------------------------------------------------------------------------------------------
-
-
-def table(result: dict) -> str:
-    place, structures = result["about"], result["structures"]
-    rate = result["matmul_flops_per_second"] * 1e-9
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in place.items()),
-        ", ".join(f"{name} {value}" for name, value in result["work"].items()),
-        f"matrix product in {place['dtype']}: {rate:.4g} GFLOP/s",
-    ]
-    if "released" in structures:
-        lines.append(EMULATED)
-    for name, numbers in structures.items():
-        lines += ["", f"== {name}"]
-        if "error" in numbers:
-            lines.append(f"not measured: {numbers['error']}")
+def lines_of(numbers: dict, indent: str = "") -> list[str]:
+    """A line for each number, those of a group below its name."""
+    lines = []
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *lines_of(value, indent + "  ")]
         else:
-            lines += rows(numbers)
-    found = result["ratio"]
-    if found:
-        lines += ["", f"ours / released: {found['trajectories_per_second']:.3f} x trajectories/s"]
-        lines.append(f"ours / released: {found['peak_memory']:.3f} x peak memory")
-        lines.append(f"loss of the first update differs by {found['loss_difference']:.1e} of itself")
-    return "\n".join(lines)
-
-
-def rows(numbers: dict) -> list[str]:
-    """The lines of one structure."""
-    updates = numbers["updates"]
-    spread = f"{min(updates):.4g} to {max(updates):.4g}, {len(updates)} updates"
-    lines = [
-        f"{'seconds per update':26}{numbers['seconds_per_update']:10.4g}   ({spread})",
-        f"{'trajectories/s':26}{numbers['trajectories_per_second']:10.4g}",
-        f"{'GFLOP per update':26}{numbers['flops_per_update'] * 1e-9:10.4g}",
-        f"{'share of matrix product':26}{numbers['matmul_share']:10.3f}",
-        f"{'first update: loss':26}{numbers['loss']:10.4g}   gradient norm {numbers['grad_norm']:.4g}",
-        f"{'compiled graphs':26}{numbers['graphs']:10}",
-    ]
-    total = sum(numbers["phases"].values())
-    for name, seconds in numbers["phases"].items():
-        lines.append(f"  {name:24}{seconds / total:10.1%}")
-    for name, passes in numbers["passes"].items():
-        lines.append(f"  {name:24}{passes['calls']:10} passes{passes['rows']:8} rows")
-    scale, unit = MIB, "MiB"
-    if numbers["memory"]["peak"] >= GIB:
-        scale, unit = GIB, "GiB"
-    for name, size in numbers["memory"].items():
-        line = f"  {name:24}{size / scale:11.3f} {unit}"
-        if name in numbers["predicted"]:
-            line += f"   predicted {numbers['predicted'][name] / scale:.3f}"
-        lines.append(line)
+            shown = value
+            if isinstance(value, float):
+                shown = f"{value:.4g}"
+            elif type(value) is int:
+                shown = f"{value:,}"
+            lines.append(f"{indent}{name:24}{shown}")
     return lines
 
 

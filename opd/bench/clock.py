@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -18,15 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from opd import compiled, kernels, lora
-from opd.bench.model import Work, make_world, our_stage, predicted
-from opd.bench.released import Released
+from opd.bench.model import Work, make_stage, predicted
 from opd.model import Model
 from opd.report.memory import LiveTensors
 from train import Distillation
 
 PHASES = ("student forward", "student backward", "teachers", "kernels", "optimizer", "rest")
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def measure(structure: str, work: Work, device: torch.device, updates: int, rate: float) -> dict:
@@ -34,8 +30,8 @@ def measure(structure: str, work: Work, device: torch.device, updates: int, rate
     out. `rate`: of a large matrix product, FLOP/s."""
     before = forget_peak(device)
     try:
-        stage = build(structure, work, device)
-        forget_peak(device)  # building is not measured
+        stage = make_stage(structure, work, device)
+        forget_peak(device)  # making it is not measured
         numbers = measure_stage(stage, updates, rate, before)
     except torch.OutOfMemoryError as error:
         return {"error": str(error).split("\n")[0]}
@@ -43,14 +39,6 @@ def measure(structure: str, work: Work, device: torch.device, updates: int, rate
     if structure == "ours":
         numbers["predicted"] = predicted(work, device)
     return numbers
-
-
-def build(structure: str, work: Work, device: torch.device) -> Distillation:
-    """The stage; the adapters that it was made from are freed on return, as train.py frees them."""
-    world = make_world(work, device)
-    if structure == "ours":
-        return our_stage(world)
-    return Released(world)
 
 
 def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -> dict:
@@ -116,7 +104,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def about(device: torch.device, dtype: torch.dtype) -> dict:
     """Where and with what it is measured."""
-    name = processor()
+    name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {
@@ -128,16 +116,6 @@ def about(device: torch.device, dtype: torch.dtype) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def processor() -> str:
-    """The CPU's name as Linux gives it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 # ---- phases ------------------------------------------------------------------------------------------------
@@ -202,7 +180,7 @@ def count(stage: Distillation, step: int) -> tuple[dict, int]:
     """Of one update: passes by adapter, FLOPs of matrix products and attention."""
     passes, flops = {}, flop_counter()
     with ExitStack() as stack:
-        for name, model in models_of(stage).items():
+        for name, model in {lora.STUDENT: stage.model, **stage.model.teachers}.items():
             hook = model.transformer.register_forward_hook(counting(passes, name), with_kwargs=True)
             stack.callback(hook.remove)
         stack.enter_context(flops)
@@ -210,11 +188,6 @@ def count(stage: Distillation, step: int) -> tuple[dict, int]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stage.step(step)
     return passes, flops.get_total_flops()
-
-
-def models_of(stage: Distillation) -> dict[str, Model]:
-    """The model that is trained, and the teachers with a transformer of their own by name."""
-    return {lora.STUDENT: stage.model} | stage.model.teachers
 
 
 def counting(passes: dict, owner: str) -> Callable:
@@ -243,16 +216,12 @@ def counting(passes: dict, owner: str) -> Callable:
 
 def flop_counter() -> FlopCounterMode:
     """PyTorch's own, which knows the attention of accelerators alone, with that of CPUs."""
-    cpu = {ATTENTION: attention_flop, ATTENTION_BACKWARD: attention_backward_flop}
-    return FlopCounterMode(display=False, custom_mapping=cpu)
-
-
-def attention_flop(query, key, value, *arguments, out_shape=None, **keywords) -> int:
-    return sdpa_flop(query, key, value)
-
-
-def attention_backward_flop(gradient, query, key, value, *arguments, out_shape=None, **keywords) -> int:
-    return sdpa_backward_flop(gradient, query, key, value)
+    counter, aten = FlopCounterMode(display=False), torch.ops.aten
+    counter.flop_registry |= {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    }
+    return counter
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -261,20 +230,20 @@ def attention_backward_flop(gradient, query, key, value, *arguments, out_shape=N
 def parts(stage: Distillation, peak: int) -> dict[str, int]:
     """Bytes by what they hold; activations are what remains of the peak."""
     sizes = {"base": 0, "copies": 0, "adapters": 0}
-    for name, model in models_of(stage).items():
-        tensors = [*model.transformer.named_parameters(), *model.transformer.named_buffers()]
-        for full_name, tensor in tensors:
-            part = "base"
-            if name != lora.STUDENT:
-                part = "copies"
-            elif ".lora_" in full_name:
-                part = "adapters"
-            sizes[part] += tensor.nbytes
+    for name, tensor in stored(stage.model):
+        sizes["adapters" if ".lora_" in name else "base"] += tensor.nbytes
+    for teacher in stage.model.teachers.values():
+        sizes["copies"] += sum(tensor.nbytes for _, tensor in stored(teacher))
     states = stage.trained.optimizer.state.values()
     sizes["optimizer"] = sum(value.nbytes for state in states for value in state.values())
     sizes["gradients"] = sum(parameter.nbytes for parameter in stage.trained.parameters.values())
     sizes["activations"] = peak - sum(sizes.values())
     return {"peak": peak} | sizes
+
+
+def stored(model: Model) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of its transformer by name."""
+    return [*model.transformer.named_parameters(), *model.transformer.named_buffers()]
 
 
 def forget_peak(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """What `opd.bench` measures: a pipeline's shapes with random weights, random adapters and the settings of a
-run, made without any file. The stage on top of it is the real one."""
+run, made without any file. The stage on top of it is the real one, or `Released`."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,13 @@ import tyro
 from diffusers import SD3Transformer2DModel
 
 from opd import compiled, lora
+from opd.bench.released import Released
 from opd.cli import Few, check_bounds
+from opd.conditioning import Conditioning
 from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
-from opd.families import Condition, sd3
+from opd.families import _parts as parts
+from opd.families import sd3
 from opd.formats.lora_files import Lora
 from opd.lora import START, STUDENT
 from opd.model import Model, compute_dtype
@@ -24,6 +28,7 @@ from train import Distillation
 
 FURTHER = "further"  # the teacher that is nothing but the anchor
 PATCH = 2
+PROMPTS = 10  # of each task
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,13 @@ class Size:
     head_width: int
     text_width: int
     pooled_width: int
-    channels: int
-    """Of the latents."""
-    positions: int
-    """Patches along the largest side."""
-    usual_side: int
-    """Latents along a side, at the size that positions count from."""
-    dual_layers: int
-    """Blocks with a second attention, the first ones."""
-    factor: int
-    """Pixels of the image per pixel of the latents, along a side."""
-    shift: float
-    """What the noise levels are shifted by, towards noise."""
-    tokens: int
-    """Text tokens of a prompt."""
+    channels: int  # of the latents
+    positions: int  # patches along the largest side
+    usual_side: int  # latents along a side, at the size that positions count from
+    dual_layers: int  # blocks with a second attention, the first ones
+    factor: int  # pixels of the image per pixel of the latents, along a side
+    shift: float  # of the noise levels, towards noise
+    tokens: int  # of a prompt: 77 are CLIP's, 128 T5's
     t5: bool
 
     def transformer(self) -> SD3Transformer2DModel:
@@ -76,9 +74,8 @@ class Size:
         return shapes
 
 
-# In columns: layers, heads, their width, width of text and of pooled text, latent channels, positions along a
-# side, usual latents along a side, blocks with a second attention. 77 tokens are CLIP's, 128 T5's.
 SIZES = {
+    # The order of `Size`'s fields.
     "tiny": Size(2, 2, 32, 64, 64, 4, 16, 8, 0, factor=8, shift=3.0, tokens=4, t5=False),
     "mini": Size(4, 4, 48, 128, 128, 8, 12, 12, 0, factor=2, shift=2.0, tokens=12, t5=False),
     "sd35-medium": Size(24, 24, 64, 4096, 2048, 16, 384, 128, 13, factor=8, shift=3.0, tokens=205, t5=True),
@@ -119,11 +116,8 @@ class Work:
     def check(self) -> None:
         """ValueError that names the flag, its value and what to change."""
         check_bounds(self)
-        unit = SIZES[self.size].factor * PATCH
-        limit = unit * SIZES[self.size].positions
-        if self.pixels % unit != 0 or self.pixels > limit:
-            way_out = f"use a multiple of {unit} up to {limit}"
-            raise ValueError(f"--pixels {self.pixels} does not fit size {self.size}; {way_out}")
+        size = SIZES[self.size]
+        parts.patches_along(self.pixels, size.factor * PATCH, size.positions)
         self.config().check(1)
         if self.compile:
             compiled.check_compiler()
@@ -171,25 +165,52 @@ WORKS = {
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class World:
-    """A model without adapters, and everything that a stage wants beside it."""
-
-    cfg: DistillationConfig
-    model: Model
-    pools: dict[str, list[Prompt]]
-    teachers: dict[str, Lora]
-    student: Lora
-
-
-def make_world(work: Work, device: torch.device) -> World:
-    """The same numbers at every call with the same arguments."""
-    cfg, model = work.config(), planned(work, device)
-    model.grids[cfg.steps] = shifted_levels(cfg.steps, SIZES[work.size].shift)
+def make_stage(structure: str, work: Work, device: torch.device) -> Distillation:
+    """The stage of a structure, "ours" or "released", on its model: the same numbers at every call."""
+    cfg, model, size = work.config(), planned(work, device), SIZES[work.size]
+    # Equal steps, shifted: s -> shift s / (1 + (shift - 1) s).
+    equal = [1 - i / cfg.steps for i in range(cfg.steps + 1)]
+    model.grids[cfg.steps] = [size.shift * s / (1 + (size.shift - 1) * s) for s in equal]
+    pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(PROMPTS)] for task in cfg.prompts}
+    prompts = [prompt.text for pool in pools.values() for prompt in pool]
+    model.conditioning.kept = random_conditions([*prompts, sd3.NEGATIVE], size.text_shapes(), model.dtype)
     model.transformer = random_transformer(work.size, model.dtype, device)
-    loras = {name: random_lora(model.skeleton, cfg, n) for n, name in enumerate(["student", *cfg.teachers])}
-    pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(64)] for task in cfg.prompts}
-    return World(cfg, model, pools, student=loras.pop("student"), teachers=loras)
+    student, *others = (random_lora(model.skeleton, cfg, n) for n in range(1 + len(cfg.teachers)))
+    for name, adapter in zip(cfg.teachers, others, strict=True):
+        if structure == "ours":
+            lora.attach(model.transformer, name, adapter, model.dtype)
+        else:
+            whole = merged_copy(model.transformer, adapter)
+            model.teachers[name] = replace(model, transformer=whole, teachers={})
+    # As train.py does: the frozen memory of the start, then the student.
+    lora.attach(model.transformer, START, student, model.dtype)
+    lora.attach(model.transformer, STUDENT, student, torch.float32)
+    for parameter in lora.parameters_of(model.transformer, STUDENT).values():
+        parameter.requires_grad_(True)
+    if cfg.checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    model.transformer.to(model.device)
+    if structure == "released":
+        return Released(cfg, model, pools, {}, Trained(cfg, model))
+    if cfg.compile:
+        compiled.compile_blocks(sd3.blocks(model.transformer))
+    return Distillation(cfg, model, pools, {}, Trained(cfg, model))
+
+
+def planned(work: Work, device: torch.device) -> Model:
+    """The model before its weights."""
+    size, dtype, folder = SIZES[work.size], compute_dtype(work.dtype, device), Path("no-folder")
+    side = work.pixels // size.factor
+    conditioning = Conditioning(sd3, folder, dtype, device)
+    skeleton = skeleton_of(work.size)
+    return Model(sd3, folder, skeleton, (size.channels, side, side), conditioning, dtype, device)
+
+
+@cache
+def skeleton_of(size: str) -> SD3Transformer2DModel:
+    """The transformer without storage; made once, as its table of positions takes seconds."""
+    with torch.device("meta"):
+        return SIZES[size].transformer()
 
 
 def random_transformer(size: str, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
@@ -204,56 +225,14 @@ def random_transformer(size: str, dtype: torch.dtype, device: torch.device) -> S
     return in_dtype(transformer, dtype).requires_grad_(False).eval()
 
 
-def planned(work: Work, device: torch.device) -> Model:
-    """The model before its weights."""
-    size, dtype = SIZES[work.size], compute_dtype(work.dtype, device)
-    side = work.pixels // size.factor
-    text = RandomText(size.text_shapes(), dtype, device)
-    shape = (size.channels, side, side)
-    return Model(sd3, Path("no-folder"), skeleton_of(work.size), shape, text, dtype, device)
-
-
-@cache
-def skeleton_of(size: str) -> SD3Transformer2DModel:
-    """The transformer without storage; made once, as its table of positions takes seconds."""
-    with torch.device("meta"):
-        return SIZES[size].transformer()
-
-
-def predicted(work: Work, device: torch.device) -> dict[str, int]:
-    """What opd.report.memory predicts of our structure, by the names under which memory is measured."""
-    cfg, model = work.config(), planned(work, device)
-    teachers = memory.assumed_teachers(cfg, model)
-    found = memory.predict(cfg, model, SIZES[work.size].text_shapes(), teachers, world=1)
-    parts = {name: found[name] for name in ("base", "optimizer", "gradients", "activations")}
-    return parts | {"adapters": found["adapters"] + found["teachers"], "peak": memory.peak(found)}
-
-
-@dataclass(eq=False)
-class RandomText:
-    """In the place of text encoders and their cache: random conditions of the right shape, on the device."""
-
-    shapes: dict[str, tuple[int, ...]]
-    dtype: torch.dtype
-    device: torch.device
-    made: dict[str, Condition] = field(default_factory=dict)
-
-    def __call__(self, prompts: list[str]) -> list[Condition]:
-        for prompt in prompts:
-            if prompt not in self.made:
-                self.made[prompt] = self.make(prompt)
-        return [self.made[prompt] for prompt in prompts]
-
-    def make(self, prompt: str) -> Condition:
+def random_conditions(prompts: list[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict:
+    """Prompt -> its Condition, in the place of what text encoders make of it."""
+    conditions = {}
+    for prompt in prompts:
         generator = torch.Generator().manual_seed(seed_of(prompt))
-        values = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
-        return {name: value.to(self.device, self.dtype) for name, value in values.items()}
-
-
-def shifted_levels(steps: int, shift: float) -> list[float]:
-    """Noise levels from 1 to 0: shift s / (1 + (shift - 1) s) of equal steps s."""
-    equal = [1 - i / steps for i in range(steps + 1)]
-    return [shift * s / (1 + (shift - 1) * s) for s in equal]
+        drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        conditions[prompt] = {name: value.to(dtype) for name, value in drawn.items()}
+    return conditions
 
 
 def random_lora(skeleton: torch.nn.Module, cfg: DistillationConfig, seed: int) -> Lora:
@@ -265,29 +244,25 @@ def random_lora(skeleton: torch.nn.Module, cfg: DistillationConfig, seed: int) -
     return adapter
 
 
-def our_stage(world: World) -> Distillation:
-    """The real stage on the real adapters."""
-    cfg, model = world.cfg, world.model
-    for name, adapter in world.teachers.items():
-        lora.attach(model.transformer, name, adapter, model.dtype)
-    attach_student(world)
-    if cfg.compile:
-        compiled.compile_blocks(model.family.blocks(model.transformer))
-    return Distillation(cfg, model, world.pools, {}, Trained(cfg, model))
-
-
-def attach_student(world: World) -> None:
-    """The student, the frozen memory of its start, and the model to its device: as train.py does."""
-    model = world.model
-    lora.attach(model.transformer, START, world.student, model.dtype)
-    lora.attach(model.transformer, STUDENT, world.student, torch.float32)
-    for parameter in lora.parameters_of(model.transformer, STUDENT).values():
-        parameter.requires_grad_(True)
-    if world.cfg.checkpointing:
-        model.transformer.enable_gradient_checkpointing()
-    model.transformer.to(model.device)
+def merged_copy(transformer: torch.nn.Module, adapter: Lora) -> torch.nn.Module:
+    """A whole float32 transformer with the adapter's update added to its weights."""
+    whole = in_dtype(copy.deepcopy(transformer), torch.float32)
+    with torch.no_grad():
+        for module in adapter.A:
+            weight = whole.get_submodule(module).weight
+            weight += adapter.update(module).to(weight.device)
+    return whole
 
 
 def in_dtype(transformer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """diffusers' own `to` would print advice about files that there are none of."""
     return torch.nn.Module.to(transformer, dtype)
+
+
+def predicted(work: Work, device: torch.device) -> dict[str, int]:
+    """What opd.report.memory predicts of our structure, by the names under which memory is measured."""
+    cfg, model = work.config(), planned(work, device)
+    teachers = memory.assumed_teachers(cfg, model)
+    found = memory.predict(cfg, model, SIZES[work.size].text_shapes(), teachers, world=1)
+    same = {name: found[name] for name in ("base", "optimizer", "gradients", "activations")}
+    return same | {"adapters": found["adapters"] + found["teachers"], "peak": memory.peak(found)}

@@ -8,32 +8,22 @@ ours. The loss is ours (eq. 16) on the same samples with the same noise, so that
 same gradient.
 """
 
-import copy
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opd.bench.model import World, attach_student, in_dtype
-from opd.formats.lora_files import Lora
-from opd.optim import Trained
 from opd.teachers import Teacher
 from opd.trajectory import State
 from train import Distillation
 
 
 class Released(Distillation):
-    """The loop of train.py on trajectories that were made before, taught by whole transformers."""
+    """The loop of train.py on trajectories that were made before, taught by the whole transformers of
+    `model.teachers`."""
 
-    def __init__(self, world: World):
-        model = world.model
-        for name, adapter in world.teachers.items():
-            model.teachers[name] = replace(
-                model, transformer=merged_copy(model.transformer, adapter), teachers={}
-            )
-        attach_student(world)
-        super().__init__(world.cfg, model, world.pools, {}, Trained(world.cfg, model))
+    def __init__(self, cfg, model, *others):
+        super().__init__(cfg, model, *others)
         for name in model.teachers:
             self.teachers[name] = in_mixed_precision(self.teachers[name], model.device, model.dtype)
 
@@ -46,16 +36,6 @@ class Released(Distillation):
                 state.step(self.model.velocity(state.x, state.sigma_B, text, self.cfg.guidance))
                 kept.append(state)
         return (state for state in kept if state.i in plan.queried)
-
-
-def merged_copy(transformer: torch.nn.Module, adapter: Lora) -> torch.nn.Module:
-    """A whole float32 transformer with the adapter's update added to its weights."""
-    whole = in_dtype(copy.deepcopy(transformer), torch.float32)
-    with torch.no_grad():
-        for module in adapter.A:
-            weight = whole.get_submodule(module).weight
-            weight += adapter.update(module).to(weight.device)
-    return whole
 
 
 def in_mixed_precision(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teacher:

@@ -1,8 +1,8 @@
 """The study's plots, from results alone (opd/mini/study/tables.py)."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
-from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib
@@ -31,11 +31,8 @@ def draw(results: list[dict]) -> None:
     """The committed pictures, anew."""
     with matplotlib.rc_context(STYLE):
         for file, plot in PLOTS.items():
-            write(file, plot(results))
-
-
-def write(file: Path, figure: Figure) -> None:
-    replace(file, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+            save = partial(plot(results).savefig, format="svg", metadata={"Date": None})
+            replace(file, save)
 
 
 def trade(results: list[dict]) -> Figure:
@@ -64,15 +61,7 @@ def marks(labels: dict[str, str], results: list[dict]) -> list[Mark]:
     return found
 
 
-def over_seconds(results: list[dict]) -> Figure:
-    return progress("seconds of one core", "seconds", results)
-
-
-def over_images(results: list[dict]) -> Figure:
-    return progress("pictures that were made for training", "samples", results)
-
-
-def progress(title: str, unit: str, results: list[dict]) -> Figure:
+def progress(results: list[dict], title: str, unit: str) -> Figure:
     """Score against what training took in `unit` of a curve: both mixes, the student after its three
     teachers, and a student of half as many steps that went on by GRPO."""
     teaching = taken(TEACHERS, unit, results)
@@ -108,9 +97,7 @@ def watched(name: str, unit: str, results: list[dict], start: float) -> list[Mar
 
 def deviation(values: list[float]) -> float:
     """The standard deviation; 0 of one value."""
-    if len(values) < 2:
-        return 0.0
-    return stdev(values)
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def plane(x_name: str, y_name: str, curves: dict[str, list[Mark]]) -> Figure:
@@ -156,7 +143,9 @@ def shares(results: list[dict]) -> tuple[list[str], dict[str, list[float]]]:
 
 PLOTS = {
     ROOT / "opd/mini/study/anchors.svg": trade,
-    ROOT / "opd/mini/study/progress.svg": over_seconds,
-    ROOT / "opd/mini/study/progress_images.svg": over_images,
+    ROOT / "opd/mini/study/progress.svg": partial(progress, title="seconds of one core", unit="seconds"),
+    ROOT / "opd/mini/study/progress_images.svg": partial(
+        progress, title="pictures that were made for training", unit="samples"
+    ),
     ROOT / "opd/mini/study/closed.svg": closed,
 }

@@ -1,9 +1,9 @@
 """The miniature's study: every run of a table as data, run where its result is missing.
 
     python -m opd.mini.study                        # what is missing, run by run; then tables and plots anew
-    python -m opd.mini.study --runs folded --seeds 0 1 2
+    python -m opd.mini.study --runs mix student --seeds 0 1 2
     python -m opd.mini.study --tables               # from the results alone
-    python -m opd.mini.study --quick                # the main table's runs, a fiftieth as long
+    python -m opd.mini.study --quick --runs mix     # a fiftieth as long, to try the commands
     python -m opd.mini.world --salt other --out runs/other/prompts
     python -m opd.mini.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
         --results runs/other/results           # on another split of the prompts, and another seed
@@ -13,7 +13,6 @@ JSON file in results/, so a study can be stopped, continued and spread over mach
 is scored anew. Tables and plots of RESULTS.md and README.md are made from these files alone.
 """
 
-import json
 import re
 import shlex
 import statistics
@@ -35,21 +34,19 @@ from opd.mini.study import plots
 from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, TABLES, Recipe
 from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, table, with_tables
 from opd.presets import PRESETS
+from opd.report.page import read_metrics
 
 PROMPTS = ROOT / "opd/mini/prompts"
 OUT = "runs/study"
 QUALITY = MINI_SCORERS["quality"]
-QUICK = "rivals"
-QUICKER = 50
-"""What --quick divides the iterations by."""
 
 
 @dataclass(frozen=True)
 class Arguments:
     runs: tuple[str, ...] = ()
-    """What to run. None: everything, or the main table's with --quick."""
+    """What to run. None: everything."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A training run of each recipe per seed; what is only scored has seed 0. With --quick: the first."""
+    """A training run of each recipe per seed; what is only scored has seed 0."""
     out: str = OUT
     """Where the run folders lie."""
     prompts: str = str(PROMPTS)
@@ -61,7 +58,7 @@ class Arguments:
     count: int = 256
     """Images per task, of prompts held out."""
     quick: bool = False
-    """A fiftieth of the iterations, 24 images per task, in runs/study-quick."""
+    """A fiftieth of the iterations, of the first seed, in runs/study-quick: the scores say nothing."""
     tables: bool = False
     """Run nothing; write the tables."""
     train: str = ""
@@ -69,7 +66,7 @@ class Arguments:
 
     def check(self) -> None:
         """ValueError for an unknown run, prompts that are not there, and runs or results that would be mixed
-        with those of other prompts or lengths."""
+        with those of other prompts."""
         known = [*RECIPES, *REFERENCES]
         unknown = [name for name in self.runs if name not in known]
         if unknown:
@@ -82,8 +79,8 @@ class Arguments:
         if self.other_prompts() and self.out == OUT:
             reason = f"--prompts {self.prompts} makes other teachers than those of {OUT}"
             raise ValueError(f"{reason}; give another folder to --out")
-        if self.committed() and (self.quick or self.other_prompts()):
-            reason = "--quick and --prompts make results that do not belong to the committed ones"
+        if self.committed() and self.other_prompts():
+            reason = "--prompts makes results that do not belong to the committed ones"
             raise ValueError(f"{reason}; give another folder to --results")
 
     def committed(self) -> bool:
@@ -103,7 +100,8 @@ class Arguments:
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     if args.quick:
-        args = quickened(args)
+        out = "runs/study-quick"
+        args = replace(args, out=out, results=f"{out}/results", seeds=args.seeds[:1], count=24)
     with errors.in_one_line(ValueError):
         args.check()
     if not args.runs:
@@ -121,12 +119,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name, rows in TABLES.items():
         if set(rows) & set(args.runs):
             print(f"{name}\n{table(name, results)}")
-
-
-def quickened(args: Arguments) -> Arguments:
-    """Every step of the study in minutes, in places of its own; the scores say nothing."""
-    args = replace(args, out="runs/study-quick", results="runs/study-quick/results", seeds=args.seeds[:1])
-    return replace(args, runs=args.runs or TABLES[QUICK], count=24)
 
 
 def missing(args: Arguments) -> list[tuple[str, int]]:
@@ -173,18 +165,18 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     if args.other_prompts():
         command += ["--prompts", *args.here(cfg.prompts)]
         command += ["--heldout", *args.here(cfg.heldout)]
-    iterations = cfg.iterations
+    wanted = cfg.iterations
     if args.quick:
-        iterations = max(2, cfg.iterations // QUICKER)
-        command += ["--iterations", str(iterations), "--watch-prompts", "8"]
+        wanted = max(2, wanted // 50)
+        command += ["--iterations", str(wanted), "--watch-prompts", "8"]
     started = time.monotonic()
     call(command)
     seconds = time.monotonic() - started
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(folder / "metrics.jsonl")
     done = metrics[-1]["step"]
     # A signal ends a run well, so that it can go on.
-    if done < iterations:
-        sys.exit(f"error: {folder} was stopped after step {done} of {iterations}; run this again to go on")
+    if done < wanted:
+        sys.exit(f"error: {folder} was stopped after step {done} of {wanted}; run this again to go on")
     result = {
         "flags": flags,
         "iterations": cfg.iterations,
@@ -206,41 +198,35 @@ def filled(args: Arguments, recipe: Recipe, seed: int) -> str:
     return re.sub(r"\{of ([\w.-]+)\}", place, recipe.flags)
 
 
-def scores(args: Arguments, name: str, seed: int) -> dict:
-    """What of MEASURED a recipe's student has, or every row of a reference."""
+def scores(args: Arguments, name: str, seed: int) -> dict[str, dict]:
+    """What of MEASURED a recipe's student has, {what: {task: number}}, or each of a reference's rows, {what:
+    {row: {task: number}}}, on held-out prompts: "held_out", each task's own score; "errors", their standard
+    errors; "quality_of", the quality of every task's pictures; "diversity", how far apart the pictures of one
+    prompt are, where a task has several of one; "variety", those of different ones."""
     folder = folder_of(args, name, seed)
+    rows, file = ["student"], folder / "heldout.json"
+    command = ["-m", "opd.evaluation", "--adapters", f"student={folder / 'student'}", "--no-base"]
     if name in REFERENCES:
-        found = evaluated(args, folder, REFERENCES[name].flags)
-        titles = REFERENCES[name].titles
-        return {what: {row: rows[row] for row in titles} for what, rows in found.items()}
-    found = evaluated(args, folder, f"--adapters student={shlex.quote(str(folder / 'student'))} --no-base")
-    return {what: rows["student"] for what, rows in found.items()}
-
-
-def evaluated(args: Arguments, folder: Path, flags: str) -> dict[str, dict]:
-    """{what: {row of opd.evaluation: {task: number}}} on held-out prompts: "held_out", each task's own score;
-    "errors", their standard errors; "quality_of", the quality of every task's pictures; "diversity", how far
-    apart the pictures of one prompt are, where a task has several of one; "variety", those of different ones.
-    """
-    file = folder / "heldout.json"
-    call(
-        ["-m", "opd.evaluation", *shlex.split(flags), "--prompts", "--heldout"]
-        + args.here(MINI_HELDOUT)
-        + ["--count", str(args.count), "--scorers", QUALITY, "--out", str(file)]
-    )
-    found = {what: {} for what in MEASURED}
+        rows = list(REFERENCES[name].titles)
+        command = ["-m", "opd.evaluation", *shlex.split(REFERENCES[name].flags)]
+    command += ["--prompts", "--heldout", *args.here(MINI_HELDOUT), "--count", str(args.count)]
+    call([*command, "--scorers", QUALITY, "--out", str(file)])
+    found = {what: {row: {} for row in rows} for what in MEASURED}
     for cell in read_json(file)["cells"]:
         row, task = cell["row"], cell["task"]
-        if cell["tag"] != ALL:
+        if cell["tag"] != ALL or row not in rows:
             continue
         if cell["scorer"] == MINI_SCORERS[task]:
-            found["held_out"].setdefault(row, {})[task] = cell["mean"]
-            found["errors"].setdefault(row, {})[task] = cell["error"]
+            found["held_out"][row][task] = cell["mean"]
+            found["errors"][row][task] = cell["error"]
         if cell["scorer"] == QUALITY:
-            found["quality_of"].setdefault(row, {})[task] = cell["mean"]
+            found["quality_of"][row][task] = cell["mean"]
         if cell["scorer"] in MEASURES:
-            found[cell["scorer"]].setdefault(row, {})[task] = cell["mean"]
-    return {what: rows for what, rows in found.items() if rows}
+            found[cell["scorer"]][row][task] = cell["mean"]
+    found = {what: of_row for what, of_row in found.items() if any(of_row.values())}
+    if name in REFERENCES:
+        return found
+    return {what: of_row["student"] for what, of_row in found.items()}
 
 
 def curve(metrics: list[dict]) -> dict:
@@ -253,9 +239,7 @@ def curve(metrics: list[dict]) -> dict:
             step = line["step"]
             samples, seconds = step * line["effective_batch"], step * step_seconds
             points.append({"step": step, "samples": samples, "seconds": round(seconds)} | line["watch"])
-    if not points:
-        return {}
-    return {"curve": points}
+    return {"curve": points} if points else {}
 
 
 def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, float]]:

@@ -21,6 +21,17 @@ MEASURED = ("held_out", "errors", "quality_of", *MEASURES)
 """What a result has of a model."""
 MEAN = "mean of compose, text, quality of all"
 SCORES = (*TASKS, "quality of shapes", "of signs", "of all", MEAN, DIVERSITY, VARIETY)
+# Table -> heading and score of its columns, and of those that show what a row has above the first one.
+OWN_COLUMNS = {
+    "anchors": (
+        {name: name for name in SCORES if name != VARIETY},
+        {"compose and text above the first row's": "of the tasks", "quality of all above": "of all"},
+    ),
+    "questions": (
+        {"compose": "compose", "text": "text", "quality of all": "of all", "mean of three": MEAN},
+        {"above the first row's": MEAN},
+    ),
+}
 # What stands above another run -> (run, run below it, score).
 CLAIMS = {
     "compose teacher above the base, compose": ("equal-compose", "base", "compose"),
@@ -66,14 +77,11 @@ def with_tables(page: str, results: list[dict]) -> str:
 
 
 def table(name: str, results: list[dict]) -> str:
-    """The lines of a table."""
+    """The lines of a table: every score of its runs, unless it has columns of its own."""
     if name == "claims":
         return claims(results, load(OTHER))
-    if name == "anchors":
-        return anchors(TABLES[name], results)
-    if name == "questions":
-        return questions(TABLES[name], results)
-    return everywhere(TABLES[name], results)
+    columns, above = OWN_COLUMNS.get(name, ({score: score for score in SCORES}, {}))
+    return compared(TABLES[name], results, columns, above)
 
 
 def markdown(columns: list[str], lines: list[list[str]]) -> str:
@@ -100,24 +108,6 @@ def scores_of(result: dict) -> dict[str, float]:
     if VARIETY in result:  # of shapes and of signs, whose prompts ask for no background
         found[VARIETY] = fmean([result[VARIETY][task] for task in ("compose", "text")])
     return found
-
-
-def everywhere(names: tuple[str, ...], results: list[dict]) -> str:
-    """Every score of the runs."""
-    return compared(names, results, {name: name for name in SCORES}, {})
-
-
-def anchors(names: tuple[str, ...], results: list[dict]) -> str:
-    """The same, and what the tasks and all pictures have above the first row's."""
-    columns = {name: name for name in SCORES if name != VARIETY}
-    above = {"compose and text above the first row's": "of the tasks", "quality of all above": "of all"}
-    return compared(names, results, columns, above)
-
-
-def questions(names: tuple[str, ...], results: list[dict]) -> str:
-    """The scores of the tasks, and what each row's mean of three has above the first row's."""
-    columns = {"compose": "compose", "text": "text", "quality of all": "of all", "mean of three": MEAN}
-    return compared(names, results, columns, {"above the first row's": MEAN})
 
 
 def compared(
@@ -197,17 +187,10 @@ def of_seed(seed: int, results: list[dict]) -> dict[str, dict]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation, the value alone, or nothing."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return short(values[0])
-    return plus_minus(fmean(values), stdev(values))
-
-
-def plus_minus(mean: float, deviation: float) -> str:
-    """.345 ± .008"""
-    return f"{short(mean)} ± {short(deviation)}"
+    """.345 ± .008, mean and standard deviation; the value alone, or nothing."""
+    if len(values) < 2:
+        return "".join(map(short, values))
+    return f"{short(fmean(values))} ± {short(stdev(values))}"
 
 
 def short(value: float) -> str:
