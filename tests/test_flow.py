@@ -201,12 +201,6 @@ def test_the_other_weights_follow_their_definitions():
     assert len(flow.WEIGHTS) == 4
 
 
-def test_extrapolated_goes_on_along_what_was_learned():
-    v, reference = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 0.0]])
-    assert flow.extrapolated(v, reference, 1.5).tolist() == [[4.0, -1.5]]
-    assert torch.equal(flow.extrapolated(v, reference, 1.0), v)
-
-
 # ---------------------------------------------------------------- guidance, flow matching, precision
 
 
