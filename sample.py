@@ -22,13 +22,15 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from opd import errors, lora
-from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names, restored
+from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
 from opd.config import Rollouts
-from opd.data import load_prompts, load_tasks
-from opd.files import check_folder, is_hub_id, reading, resolve
+from opd.files import check_folder, reading, resolve
 from opd.formats import latents
 from opd.formats.export import KEY, guidance_of
+from opd.formats.hub import is_hub_id
 from opd.formats.pictures import labelled_grid, save_image, to_pil
+from opd.formats.prompts import load_prompts, load_tasks
+from opd.formats.settings import restored
 from opd.model import Model, Sampling, find_device
 from opd.presets import DEFAULT
 

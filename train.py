@@ -36,13 +36,14 @@ from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import distance_metrics, name_non_finite, reward_metrics, summed
 from opd.estimators import ESTIMATORS
 from opd.grpo import GRPO
-from opd.memory import forecast
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
 from opd.presets import PRESETS
 from opd.ranks import say
 from opd.report.card import check_login
+from opd.report.memory import forecast
 from opd.report.report import Report
+from opd.report.tracker import check_tracker
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
 from opd.setup import Data, contents, set_up
@@ -71,6 +72,7 @@ def run(cfg: RunConfig) -> None:
     """Set up, train, score."""
     with errors.in_one_line(ValueError, OSError):
         check_login(cfg.push)
+        check_tracker(cfg.tracker)
         device = ranks.start(cfg.deterministic)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
@@ -126,7 +128,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
             metrics |= {"states_per_second": cfg.states_per_sample() * samples / seconds}
             if cfg.compile:
                 metrics |= {"graphs": compiled.graphs()}
-            folder.log({"step": done} | metrics)
+            report.log({"step": done} | metrics)
             bar.set_postfix_str(f"loss={metrics['loss']:.4g}")
         if "watch" in metrics:
             folder.save_best(trained, metrics["watch"])
@@ -171,6 +173,8 @@ class Plan:
     """w at each state."""
     anchor_T: list[float]
     """The anchor's weight (lambda) at each state."""
+    kl_T: list[float]
+    """Eq. 12's weight there, for the log; infinite where a step has no noise."""
     queried: list[int]
     """Indices of the states that are trained on."""
     metrics: dict
@@ -210,6 +214,12 @@ class Distillation:
         name_non_finite(step, self.names, sums_RT, parts)
         return self.metrics(plan, sums_RT), norm
 
+    def metrics(self, plan: Plan, sums_RT: Tensor) -> dict:
+        """The log's row of a step, from its sums on the CPU."""
+        sigmas, weights = self.model.sigmas(self.cfg.steps), (plan.weight_T, plan.anchor_T, plan.kl_T)
+        row = distance_metrics(sums_RT, plan.routed_NK, plan.queried, *weights, sigmas, self.names)
+        return row | plan.metrics
+
     def accumulate(self, plan: Plan) -> tuple[Tensor, list[tuple[list[Prompt], Tensor]]]:
         """The gradient of one optimizer step over this rank's micro-batches, left in the student's .grad.
         Returns the sums of their distances to the teachers, and the distances of each."""
@@ -235,18 +245,15 @@ class Distillation:
         prompts_N = [prompt for prompt in prompts for _ in range(cfg.group)]
         route_N = [route_of(cfg, prompt) for prompt in prompts_N]
         if self.router is not None:
-
-            def walk(index: list[int]) -> Iterator[State]:
-                return self.walk(step, index, cfg.steps)
-
-            route_N, scores_PG = self.router.routes(prompts_N, route_N, walk, step)
+            route_N, scores_PG = self.router.routes(prompts_N, route_N, self.walk, step)
             metrics = reward_metrics(scores_PG, [prompt.task for prompt in prompts])
         routed_NK = routing.rows(route_N, self.names)
         sigmas = self.model.sigmas(cfg.steps)
         weight_T = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
         anchor_T = routing.anchor_weights(sigmas[:-1], cfg.anchor_weight, cfg.anchor_levels)
+        kl_T = flow.state_weights("kl", sigmas, cfg.rollout, cfg.noise_level)
         queried = queried_states(cfg, step)
-        return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, queried, metrics)
+        return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, kl_T, queried, metrics)
 
     def walk(self, step: int, index: list[int], states: int) -> Iterator[State]:
         """The first `states` states of the trajectories of samples `index`, a function of (seed, step)."""
@@ -295,18 +302,6 @@ class Distillation:
                     targets = ask(teachers, queries[plan.anchor_T[state.i]], state, prompts)
                 state.step(mean_velocity(targets, routed_BK))
         return distances_BTK
-
-    def metrics(self, plan: Plan, sums_RT: Tensor) -> dict:
-        """The log's row of a step, from its sums on the CPU."""
-        cfg, sigmas, kl_at = self.cfg, self.model.sigmas(self.cfg.steps), {}
-        if cfg.noise_level > 0:
-            for i, weight in enumerate(flow.state_weights("kl", sigmas, cfg.rollout, cfg.noise_level)):
-                if math.isfinite(weight):
-                    kl_at[i] = f"{sigmas[i]:.3f}", weight
-        row = distance_metrics(
-            sums_RT, plan.routed_NK, plan.queried, plan.weight_T, plan.anchor_T, self.names, kl_at
-        )
-        return row | plan.metrics
 
 
 def queried_states(cfg: DistillationConfig, step: int) -> list[int]:

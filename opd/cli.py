@@ -1,4 +1,4 @@
-"""The command line: fields with bounds, presets, config.json, and what --dry-run prints.
+"""The command line: fields with bounds, presets, and what --dry-run prints.
 
 A program's settings are a frozen dataclass, its flags are the fields, and a field carries its bounds:
 
@@ -15,18 +15,13 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import PrimitiveConstructorSpec
 
-from opd.files import read_json, reading
-
-Settings = Any
-"""An instance of such a class; one of train.py's has the name of its stage, too."""
+from opd.formats.settings import Settings, read_config
 
 # ---- bounds ------------------------------------------------------------------------------------------------
 
@@ -217,60 +212,6 @@ def field_names(kind: type) -> set[str]:
 
 def dashed(name: str) -> str:
     return name.replace("_", "-")
-
-
-# ---- config.json -------------------------------------------------------------------------------------------
-
-
-def to_json(cfg: Settings) -> dict:
-    """{"stage": its name, then every field}: what config.json holds."""
-    return {"stage": cfg.stage, **asdict(cfg)}
-
-
-def read_config(file: str | Path, stages: dict[str, type]) -> Settings:
-    """The settings in a saved config.json. ValueError naming the file, and the field where one is wrong."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ValueError(f"config {str(file)!r}: no such file")
-    values = read_json(path)
-    with reading(f"config {str(file)!r}"):
-        return from_json(values, stages)
-
-
-def from_json(values: dict, stages: dict[str, type]) -> Settings:
-    """The inverse of `to_json`, also where JSON made lists of tuples."""
-    own = dict(values)
-    stage = own.pop("stage", None)
-    if stage not in list(stages):
-        raise ValueError(f'"stage" is {stage!r:.200}; expected one of {", ".join(stages)}')
-    return restored(stages[stage], own, f"stage {stage}")
-
-
-def restored(kind: type, values: dict, what: str) -> Settings:
-    """An instance of a dataclass of settings from what JSON made of all its fields: of each what tyro would
-    make of it as a flag. ValueError naming a wrong field; `what` has those fields."""
-    hints = get_type_hints(kind, include_extras=True)
-    known = [setting.name for setting in fields(kind)]
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"{what} has no field {names} (another version's, or misspelt)")
-    missing = [name for name in known if name not in values]
-    if missing:
-        raise ValueError(f"field {', '.join(map(repr, missing))} is missing")
-    return kind(**{name: restored_value(name, values[name], hints[name]) for name in known})
-
-
-def restored_value(name: str, value: Any, hint: Any) -> Any:
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
-    if isinstance(value, list):
-        value = tuple(value)
-    if spec.is_instance(value):
-        with suppress(ValueError):
-            read = spec.instance_from_str(spec.str_from_instance(value))
-            if read == value:  # so "0.1" is no number, and 1.0 no whole one
-                return read
-    raise ValueError(f"field {name!r} is {value!r:.200}; expected {spec.metavar}")
 
 
 # ---- --dry-run ---------------------------------------------------------------------------------------------

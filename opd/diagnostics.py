@@ -27,13 +27,14 @@ def distance_metrics(
     queried: list[int],
     weight_T: list[float],
     anchor_T: list[float],
+    kl_T: list[float],
+    sigmas: list[float],
     names: list[str],
-    kl_at: dict[int, tuple[str, float]],
 ) -> dict:
     """The loss of a step (eq. 16); and of each teacher in `names` and of the anchor its weighted loss and its
     KL by noise level; all in nats per dimension.
 
-    `sums_RT`: `summed` over the step. `kl_at`: state -> (its noise level in words, eq. 12's weight).
+    `sums_RT`: `summed` over the step. At each state w, the anchor's lambda, eq. 12's weight, the noise level.
     """
     row = {"loss": 0.0}
     trained = len(routed_NK) * len(queried)
@@ -49,7 +50,8 @@ def distance_metrics(
         sums = {i: float(sums_RT[r, i]) for i in states}
         row["loss"] += sum(scale_T[i] * weight_T[i] * sums[i] for i in states) / trained
         row[name] = {"loss": sum(weight_T[i] * sums[i] for i in states) / (count * len(states))}
-        row[name]["kl"] = {kl_at[i][0]: kl_at[i][1] * sums[i] / count for i in states if i in kl_at}
+        noisy = [i for i in states if math.isfinite(kl_T[i])]
+        row[name]["kl"] = {f"{sigmas[i]:.3f}": kl_T[i] * sums[i] / count for i in noisy}
     return row
 
 

@@ -16,8 +16,9 @@ from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.families import Condition, family_of
-from opd.files import check_encoders, check_weights, find_pipeline, reading, weight_files
+from opd.files import reading
 from opd.formats import lora_files
+from opd.formats.hub import check_encoders, check_weights, find_pipeline, weight_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State
 

@@ -1,46 +1,32 @@
-"""A run folder: whose it is, what it logs, and the state that a run goes on from.
+"""A run folder: whose it is, what it logs, and the students that it holds.
 
-    config.json       the settings          metrics.jsonl   a line per step
-    contents.json     what the run reads    state/STEP/     everything to resume from
-    student/, best/, checkpoints/STEP/      students as users load them
-
-A state is safetensors files of torch.distributed.checkpoint: every rank writes what it alone holds, and any
-number of ranks goes on from it. At any moment one state is whole.
+config.json       the settings          metrics.jsonl   a line per step
+contents.json     what the run reads    state/STEP/     everything to resume from
+student/, best/, checkpoints/STEP/      students as users load them
 """
 
 import errno
 import fcntl
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch.distributed.checkpoint as dcp
-from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-
 from opd import ranks
-from opd.cli import field_names, read_config, to_json
+from opd.cli import field_names
 from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.errors import require
 from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
+from opd.formats.settings import read_config, to_json
+from opd.formats.state import STATE, latest_state, load_state, save_state
 from opd.optim import Trained, due
 from opd.ranks import say
 
 FREE = field_names(Logistics) | field_names(Scores)  # may change when a run resumes
-CONTENTS, STATE = "contents.json", "state"
+CONTENTS = "contents.json"
 # The settings that name what a run reads: they may change where the contents stay.
 PATHS = ("model", "teachers", "prompts", "cold_start", "merge_from", "data")
-SIZES = "sizes.json"  # of the files of a state: a part that is missing would leave numbers as they are
 
 
 # ---- whose folder it is ------------------------------------------------------------------------------------
@@ -128,54 +114,6 @@ def refuse_changes(what: str, changes: list[str], forced: bool) -> None:
         require(not changes, what)
 
 
-# ---- the state ---------------------------------------------------------------------------------------------
-
-
-def latest_state(path: Path) -> int:
-    """Steps done in the last whole state of a run folder; 0 if there is none."""
-    return max([int(folder.name) for folder in (path / STATE).glob("[0-9]*")], default=0)
-
-
-def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
-    """Write state/DONE, then delete the one before (collectives). OSError where there is no room for it."""
-    whole = path / STATE / f"{done:06d}"
-    half = whole.with_name(f".{whole.name}.tmp")
-    if whole.is_dir():
-        return
-    ranks.barrier()
-    try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(half), save_distributed=True))
-    except (CheckpointException, SafetensorError, OSError) as error:
-        shutil.rmtree(half, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"{whole} cannot be written ({reason}); the state before is whole") from error
-    ranks.barrier()
-    if ranks.rank() == 0:
-        sizes = {}
-        for file in sorted(half.iterdir()):
-            sizes[file.name] = file.stat().st_size
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        write_json(half / SIZES, sizes)
-        half.rename(whole)
-        for folder in (path / STATE).glob("[0-9]*"):
-            if folder != whole:
-                shutil.rmtree(folder)
-    ranks.barrier()
-
-
-def load_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, sharded in any way, from state/DONE (collectives). OSError naming a damaged state."""
-    place = path / STATE / f"{done:06d}"
-    try:
-        for name, size in read_json(place / SIZES).items():
-            require((place / name).stat().st_size == size, f"{name} is not whole")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(place)))
-    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
-        way_out = f"begin another run from its last student ({path / 'student'}), or delete the folder"
-        raise OSError(f"{place} is damaged ({type(error).__name__}); {way_out}") from error
-
-
 # ---- at work -----------------------------------------------------------------------------------------------
 
 
@@ -188,10 +126,8 @@ class RunFolder:
         """Steps done in the saved state."""
         self.best = -math.inf
         """The highest mean score of those watched so far."""
-        check_tracker(cfg.tracker)
         if active:
             self.path, self.held = claim(cfg)
-            self.tracker = Tracker(cfg, self.path)
 
     def check_contents(self, contents: dict[str, str]) -> None:
         """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
@@ -258,11 +194,10 @@ class RunFolder:
     # ---- logging ----
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl; flat numbers also go to the tracker."""
+        """Append one line to metrics.jsonl."""
         if self.active:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            self.tracker.log(row)
 
     def metrics(self) -> list[dict]:
         file = self.path / "metrics.jsonl"
@@ -283,59 +218,3 @@ class RunFolder:
 
 def mean_score(watched: dict[str, float]) -> float:
     return sum(watched.values()) / len(watched)
-
-
-# ---- trackers ----------------------------------------------------------------------------------------------
-
-
-def check_tracker(name: str) -> None:
-    """ValueError where --tracker names a package that is not installed."""
-    try:
-        if name == "tensorboard":
-            import torch.utils.tensorboard  # noqa: F401
-        elif name == "wandb":
-            import wandb  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f'--tracker {name} is not installed: pip install "flow-opd[{name}]"') from error
-
-
-class Tracker:
-    """--tracker: numbers and pictures go to TensorBoard or Weights & Biases as well."""
-
-    def __init__(self, cfg: RunConfig, path: Path):
-        self.board = self.wandb = None
-        if cfg.tracker == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(path / "tensorboard")
-        elif cfg.tracker == "wandb":
-            import wandb
-
-            self.wandb = wandb.init(project="flow-opd", config=to_json(cfg), dir=path)
-
-    def log(self, row: dict) -> None:
-        flat = {key: value for key, value in flatten(row).items() if isinstance(value, int | float)}
-        if self.wandb is not None:
-            self.wandb.log(flat, step=row["step"])
-        if self.board is not None:
-            for key, value in flat.items():
-                self.board.add_scalar(key, value, row["step"])
-
-    def picture(self, name: str, image: Image.Image, step: int) -> None:
-        if self.wandb is not None:
-            from wandb import Image as Logged
-
-            self.wandb.log({name: Logged(image)}, step=step)
-        if self.board is not None:
-            self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
-
-
-def flatten(row: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a/b": 1}."""
-    flat = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat

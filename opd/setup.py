@@ -5,20 +5,23 @@ import math
 
 import torch
 
-from opd import compiled, lora, memory, ranks
+from opd import compiled, lora, ranks
 from opd.config import DistillationConfig, RunConfig, SFTConfig
-from opd.data import Prompt, load_tasks, prompts_of_step
+from opd.data import Prompt, prompts_of_step
 from opd.errors import require
-from opd.files import digest, resolve, weight_files
+from opd.files import digest, resolve
 from opd.formats import merging
+from opd.formats.hub import weight_files
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
+from opd.formats.prompts import load_tasks
+from opd.formats.teacher_files import Whole, described, read_teachers
 from opd.lora import BASE, EMA, START, STUDENT
 from opd.model import Model
 from opd.ranks import say
+from opd.report import memory
 from opd.report.report import shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
-from opd.teacher_files import Whole, described, read_teachers
 from opd.teachers import teacher_names
 
 Data = dict[str, list[Prompt]] | Images

@@ -2,7 +2,7 @@
 
 A teacher is a callable `(x_BCHW, sigma_B, prompts) -> v_BCHW`: the velocity that it would take. It is given
 the prompts themselves, since it may read them with encoders of its own. Distillation knows nothing else of a
-teacher; which kinds there are says opd/teacher_files.py.
+teacher; which kinds there are says opd/formats/teacher_files.py.
 """
 
 from collections.abc import Callable
@@ -77,14 +77,14 @@ class RewardRouter:
         self, prompts_N: list[Prompt], route_N: list[str], walk: Callable, step: int
     ) -> tuple[list[str], Tensor]:
         """(each sample's route, its score by its own task's reward, as groups (P, G), NaN where that failed).
-        A sample that no reward could score keeps its route. `walk(index)` visits the samples' states."""
+        A sample that no reward could score keeps its route. `walk`: that of Distillation."""
         cfg, model = self.cfg, self.model
         pending = {task: [] for task in self.reward_of}
         samples = dict.fromkeys(range(len(prompts_N)), "any")
         for batch in micro_batches(samples, cfg.micro_batch, ranks.world(), ranks.rank()):
             text = model.text([prompts_N[n].text for n in batch.samples])
             with lora.use(model.transformer, model.trained):
-                for state in walk(batch.samples):
+                for state in walk(step, batch.samples, cfg.steps):
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
             if any(batch.real):
                 self.start(batch, prompts_N, model.decode(state.x_next), pending)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import train
-from opd import compiled, memory
+from opd import compiled
 from opd.bench import __main__ as bench
 from opd.bench import clock, gpu, kernels
 from opd.bench.model import SIZES, shifted_levels
 from opd.families import sd3
-from opd.memory import LiveTensors
+from opd.report import memory
+from opd.report.memory import LiveTensors
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--dtype", "float32", "--updates", "2"]

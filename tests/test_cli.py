@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from opd.cli import dashed, describe, field_names, from_json, parse, read_config, to_json
+from opd.cli import dashed, describe, field_names, parse
 from opd.config import STAGES
+from opd.formats.settings import from_json, read_config, to_json
 from opd.presets import DEFAULT, PRESETS
 from tests.test_config import DISTIL, SFT
 

@@ -17,10 +17,11 @@ import tyro
 
 import sample
 from opd import config
-from opd.cli import Given, Range, bounds_of, check_bounds, dashed, field_names, parse, to_json
+from opd.cli import Given, Range, bounds_of, check_bounds, dashed, field_names, parse
 from opd.config import DistillationConfig, GRPOConfig, SFTConfig
 from opd.evaluation import evaluate
 from opd.files import resolve
+from opd.formats.settings import to_json
 from opd.presets import PRESETS
 from opd.rewards import find_reward
 

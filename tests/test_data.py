@@ -7,6 +7,7 @@ import pytest
 
 from opd import data
 from opd.data import MicroBatch, Prompt
+from opd.formats.prompts import load_prompts, load_tasks
 
 # ---- files -------------------------------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ def write(folder, name, text):
 def test_what_a_file_holds(tmp_path, name, text, prompts):
     """Any task is accepted where none are given."""
     for tasks in (["t", "other"], None):
-        found = data.load_prompts(write(tmp_path, name, text), "t", tasks)
+        found = load_prompts(write(tmp_path, name, text), "t", tasks)
         assert found == prompts and [p.metadata for p in found] == [p.metadata for p in prompts]
 
 
@@ -72,20 +73,20 @@ def test_bad_files_are_refused_by_line(name, content, error, pieces, tmp_path):
     if content is not None:
         write(tmp_path, name, content)
     with pytest.raises(error) as caught:
-        data.load_prompts(str(tmp_path / name), "t", ["t", "other"])
+        load_prompts(str(tmp_path / name), "t", ["t", "other"])
     assert all(piece in str(caught.value) for piece in pieces), caught.value
 
 
 def test_load_tasks_pools_by_task_and_refuses_an_empty_one(tmp_path):
     a = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "b"}\n{"prompt": "y"}\n')
     b = write(tmp_path, "b.txt", "z\n")
-    assert data.load_tasks({"a": a, "b": b}) == {
+    assert load_tasks({"a": a, "b": b}) == {
         "a": [Prompt("y", "a")],
         "b": [Prompt("x", "b"), Prompt("z", "b")],
     }
     other = write(tmp_path, "c.jsonl", '{"prompt": "x", "task": "b"}\n')
     with pytest.raises(ValueError, match="task 'c' has no prompts.*c.jsonl.*names another task"):
-        data.load_tasks({"c": other, "b": b})
+        load_tasks({"c": other, "b": b})
 
 
 # ---- the prompts of a step ---------------------------------------------------------------------------------
@@ -191,4 +192,4 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     for name in ("latin.txt", "latin.csv"):
         (tmp_path / name).write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
         with pytest.raises(ValueError, match=f"{name}: not UTF-8 .*save it as UTF-8"):
-            data.load_prompts(str(tmp_path / name), "t", None)
+            load_prompts(str(tmp_path / name), "t", None)

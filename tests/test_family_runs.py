@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd import lora, memory
+from opd import lora
 from opd.config import DistillationConfig
+from opd.formats.state import latest_state
 from opd.model import Sampling
-from opd.runfolder import latest_state
+from opd.report import memory
 from tests import forked, tiny
 from tests.forked import losses
 from tests.test_families import FIXTURES, PROMPTS, Theirs, made, noise, ours

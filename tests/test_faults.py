@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from opd import ranks, runfolder
+from opd import ranks
+from opd.formats import state
 from opd.runfolder import RunFolder
 from opd.setup import set_up
 from tests import tiny
@@ -142,13 +143,13 @@ def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
             raise OSError(number, reason)
         write(tensors, storage_writer=storage_writer)
 
-    days, write = itertools.count(), runfolder.dcp.save
+    days, write = itertools.count(), state.dcp.save
     monkeypatch.setattr(time, "time", lambda: 1.8e9 - 86400 * next(days))
-    monkeypatch.setattr(runfolder.dcp, "save", full)
+    monkeypatch.setattr(state.dcp, "save", full)
     with pytest.raises(SystemExit, match=f"error: .*{reason}"):
         train.run(cfg)
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    monkeypatch.setattr(runfolder.dcp, "save", write)
+    monkeypatch.setattr(state.dcp, "save", write)
     train.run(cfg)
     assert "resuming" in capsys.readouterr().out
     name = "student/adapter_model.safetensors"

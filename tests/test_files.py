@@ -10,8 +10,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 import opd
-from opd.data import load_prompts
-from opd.files import digest, find_pipeline, locate, resolve
+from opd.files import digest, resolve
+from opd.formats.hub import find_pipeline, locate
+from opd.formats.prompts import load_prompts
 from opd.model import Model
 
 PACKAGE = Path(opd.__file__).parent

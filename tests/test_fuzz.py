@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
-from opd.cli import from_json, to_json
 from opd.config import STAGES
-from opd.data import load_prompts
 from opd.families import sd3
 from opd.formats import lora_files
 from opd.formats.latents import find_files
+from opd.formats.prompts import load_prompts
+from opd.formats.settings import from_json, to_json
 from opd.model import Model
 from tests.test_config import EVERY
 

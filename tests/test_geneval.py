@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from opd import rewards
-from opd.data import load_prompts
 from opd.formats.pictures import to_pil
+from opd.formats.prompts import load_prompts
 from opd.rewards import geneval
 from opd.rewards.geneval import Found, dense, kept, official, relations, strict
 from tests.tiny_scorers import save_clip, save_detector

@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from opd.data import fair_sample, load_prompts
+from opd.data import fair_sample
 from opd.formats import lora_files
 from opd.formats.latents import Images, load_images
+from opd.formats.prompts import load_prompts
 from opd.model import Sampling
 from tests import tiny
 

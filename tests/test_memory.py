@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opd import memory
 from opd.bench import model as bench
-from opd.memory import LiveTensors, peak
+from opd.formats.teacher_files import read_teachers
 from opd.model import Model
-from opd.teacher_files import read_teachers
+from opd.report import memory
+from opd.report.memory import LiveTensors, peak
 from tests import tiny
 
 CPU = torch.device("cpu")

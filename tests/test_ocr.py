@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from opd import rewards
-from opd.data import load_prompts
+from opd.formats.prompts import load_prompts
 from opd.rewards import ocr
 from opd.rewards.prompts import ocr_prompts
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from opd.data import load_prompts
+from opd.formats.prompts import load_prompts
 from opd.rewards import prompts
 from opd.rewards.geneval import TAGS, metadata_fault
 from opd.rewards.ocr import target_fault, target_of

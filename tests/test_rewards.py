@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from opd import rewards
-from opd.data import Prompt, load_prompts
+from opd.data import Prompt
+from opd.formats.prompts import load_prompts
 from opd.mini import rewards as mini
 from opd.rewards import jpeg
 

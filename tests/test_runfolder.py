@@ -10,9 +10,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import files
-from opd.cli import field_names, read_config
+from opd.cli import field_names
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
-from opd.runfolder import FREE, RunFolder, check_same_run, save_state
+from opd.formats.settings import read_config
+from opd.formats.state import save_state
+from opd.report.tracker import Tracker
+from opd.runfolder import FREE, RunFolder, check_same_run
 from tests import tiny
 
 
@@ -129,11 +132,11 @@ def test_saved_settings_that_cannot_be_read_are_refused_by_name(tmp_path):
 
 
 def test_tensorboard_gets_the_flat_numbers(tmp_path):
-    run = RunFolder(config(tmp_path, tracker="tensorboard"), active=True)
+    tracker = Tracker(config(tmp_path, tracker="tensorboard"), tmp_path)
     for row in rows(1, 2):
-        run.log(row)
-    run.tracker.board.flush()
-    events = EventAccumulator(str(run.path / "tensorboard"))
+        tracker.log(row)
+    tracker.board.flush()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"step", "loss", "red/loss", "red/kl/1.000", "grad_norm"}
     assert [(e.step, e.value) for e in events.Scalars("grad_norm")] == [(1, 2.0), (2, 4.0)]

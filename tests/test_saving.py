@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from opd.formats.state import save_state
 from opd.model import Model
-from opd.runfolder import RunFolder, save_state
+from opd.runfolder import RunFolder
 from opd.setup import contents
 from tests import forked, tiny
 from tests.tiny_grpo import BRIGHT

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.runfolder import latest_state
+from opd.formats.state import latest_state
 from tests import forked, tiny
 from tests.forked import ROOT, losses
 from tests.test_ranks import distil, launch

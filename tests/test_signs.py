@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from opd import rewards
-from opd.data import load_prompts
+from opd.formats.prompts import load_prompts
 from opd.mini import signs
 from opd.presets import PRESETS
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
-from opd.files import PIPELINE_FILES
+from opd.formats.hub import PIPELINE_FILES
 from tests.test_teachers import WEIGHTS, answer, built, furnished
 
 LAYER = "transformer_blocks.1.attn.to_q.weight"

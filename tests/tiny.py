@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
 from opd import lora, ranks
-from opd.cli import to_json
 from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 from opd.families import sd3
 from opd.formats import export, lora_files
+from opd.formats.settings import to_json
 from opd.mini import build as mini
 from opd.optim import Trained
 from opd.report.report import Report

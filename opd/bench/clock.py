@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from opd import compiled, kernels, lora
 from opd.bench.model import Work, make_world, our_stage, predicted
 from opd.bench.released import Released
-from opd.memory import LiveTensors
 from opd.model import Model
+from opd.report.memory import LiveTensors
 from train import Distillation
 
 PHASES = ("student forward", "student backward", "teachers", "kernels", "optimizer", "rest")

@@ -10,7 +10,7 @@ import torch
 import tyro
 from diffusers import SD3Transformer2DModel
 
-from opd import compiled, lora, memory
+from opd import compiled, lora
 from opd.cli import Few, check_bounds
 from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
@@ -19,6 +19,7 @@ from opd.formats.lora_files import Lora
 from opd.lora import START, STUDENT
 from opd.model import Model, compute_dtype
 from opd.optim import Trained
+from opd.report import memory
 from train import Distillation
 
 FURTHER = "further"  # the teacher that is nothing but the anchor
@@ -220,7 +221,7 @@ def skeleton_of(size: str) -> SD3Transformer2DModel:
 
 
 def predicted(work: Work, device: torch.device) -> dict[str, int]:
-    """What opd.memory predicts of our structure, by the names under which memory is measured."""
+    """What opd.report.memory predicts of our structure, by the names under which memory is measured."""
     cfg, model = work.config(), planned(work, device)
     teachers = memory.assumed_teachers(cfg, model)
     found = memory.predict(cfg, model, SIZES[work.size].text_shapes(), teachers, world=1)

@@ -19,7 +19,7 @@ import tyro
 
 from opd import errors, lora, ranks
 from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds
-from opd.data import Prompt, load_tasks
+from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, Splits, find_scorers, planned, score, with_known
@@ -27,6 +27,7 @@ from opd.evaluation.statistics import summarise
 from opd.files import check_folder, digest, write_json
 from opd.formats.export import guidance_of
 from opd.formats.lora_files import find_adapter
+from opd.formats.prompts import load_tasks
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
 from opd.rewards import specs_of

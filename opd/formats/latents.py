@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.data import Prompt, fair_sample, read_jsonl, require_prompt, seed_of
+from opd.data import Prompt, fair_sample, seed_of
 from opd.files import replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
+from opd.formats.prompts import read_jsonl, require_prompt
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.files import digest, locate_part, read_json
+from opd.files import digest, read_json
+from opd.formats.hub import locate_part
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from opd.runfolder import flatten
+from opd.report.tracker import flatten
 
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#66aadd", "#dd99aa")
 WIDTH = 11  # inches of a figure: two panels and their legends

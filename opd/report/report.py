@@ -6,7 +6,7 @@ import torch
 
 from opd import ranks
 from opd.config import DistillationConfig, RunConfig, SFTConfig
-from opd.data import Prompt, fair_sample, load_tasks
+from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
@@ -14,12 +14,14 @@ from opd.evaluation.statistics import summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
+from opd.formats.prompts import load_tasks
 from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due
 from opd.ranks import say
 from opd.report.card import push_student, write_card
 from opd.report.page import write_page
+from opd.report.tracker import Tracker
 from opd.rewards import Reward, specs_of
 from opd.runfolder import RunFolder
 
@@ -36,6 +38,8 @@ class Report:
         folder: RunFolder,
     ):
         self.cfg, self.model, self.folder = cfg, model, folder
+        if folder.active:
+            self.tracker = Tracker(cfg, folder.path)
         self.texts = fixed_texts(data)
         self.scores = ""
         """The table, once there is one."""
@@ -43,6 +47,12 @@ class Report:
             self.splits = splits(cfg, data)
             own = {task: [rewards[spec] for spec in specs_of(text)] for task, text in cfg.rewards.items()}
             self.scorers = Scorers(own, cfg.reward_timeout, strict=False)
+
+    def log(self, row: dict) -> None:
+        """A line of metrics.jsonl; its numbers also go to the tracker."""
+        if self.folder.active:
+            self.folder.log(row)
+            self.tracker.log(row)
 
     def watch(self, trained: Trained, done: int) -> dict:
         """{"watch": the student's score on held-out prompts of every task, trained on or not}, {} where it is
@@ -86,7 +96,7 @@ class Report:
         if self.folder.active:
             grid = labelled_grid({f"{done}": list(images)}, self.texts)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
-            self.folder.tracker.picture("samples", grid, done)
+            self.tracker.picture("samples", grid, done)
 
     def table(self, trained: Trained) -> None:
         """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and

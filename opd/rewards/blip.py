@@ -10,7 +10,7 @@ en_core_web_sm takes for noun chunks, as the benchmark does (.[compbench])."""
 import torch
 from torch import Tensor
 
-from opd.files import locate
+from opd.formats.hub import locate
 from opd.rewards.clip import FILES, whole
 from opd.rewards.inputs import need, pictures, versions
 

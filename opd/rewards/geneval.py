@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from opd.files import locate
+from opd.formats.hub import locate
 from opd.rewards.clip import FILES, VIT_L, load_clip, whole, with_clip
 from opd.rewards.inputs import need, pictures, versions
 

@@ -22,8 +22,9 @@ import numpy as np
 import tyro
 
 from opd.cli import Count, Range, Seed, Shares, check_bounds
-from opd.data import interleave, load_prompts, seed_of
+from opd.data import interleave, seed_of
 from opd.files import replace
+from opd.formats.prompts import load_prompts
 from opd.rewards.geneval import CLASSES, COLOURS, RELATIONS, TAGS
 from opd.rewards.ocr import target_of
 

@@ -23,10 +23,9 @@ from opd.data import micro_batches
 from opd.errors import require
 from opd.families import Condition
 from opd.files import read_json, resolve
-from opd.formats.lora_files import is_target
+from opd.formats.teacher_files import Whole
 from opd.lora import BASE, EMA, STUDENT, Lora
 from opd.model import Model
-from opd.teacher_files import Whole
 
 IN_TURN = ("activations", "decoding")
 """Parts of which only the larger counts: pictures are decoded between the passes of training."""
@@ -155,16 +154,13 @@ def held_by_teachers(model: Model, teachers: dict[str, Lora | Whole]) -> int:
 
 def lora_numbers(cfg: RunConfig, model: Model) -> int:
     """How many numbers one LoRA of --rank has."""
-    return sum(cfg.rank * sum(weight.shape) for weight in targets(model).values())
+    with FakeTensorMode():
+        fresh = fresh_lora(cfg, model)
+    return numbers([*fresh.A.values(), *fresh.B.values()])
 
 
-def targets(model: Model) -> dict[str, Tensor]:
-    """The weights that a fresh LoRA adapts, by module."""
-    found = {}
-    for name, module in model.skeleton.named_modules():
-        if isinstance(module, nn.Linear) and is_target(name, model.family.LORA_TARGETS):
-            found[name] = module.weight
-    return found
+def fresh_lora(cfg: RunConfig, model: Model) -> Lora:
+    return lora.fresh_lora(model.skeleton, model.family.LORA_TARGETS, cfg.rank, cfg.alpha, cfg.seed)
 
 
 def gathered(cfg: RunConfig, model: Model) -> int:
@@ -233,12 +229,7 @@ def without_weights(
     fake.negative = condition(model, text)
     if cfg.full:
         return fake, list(transformer.requires_grad_(True).parameters())
-    A, B, scale = {}, {}, {}
-    for module, weight in targets(model).items():
-        A[module] = torch.empty(cfg.rank, weight.shape[1])
-        B[module] = torch.empty(weight.shape[0], cfg.rank)
-        scale[module] = 1.0
-    lora.attach(transformer, STUDENT, Lora("empty", "", A, B, scale), torch.float32)
+    lora.attach(transformer, STUDENT, fresh_lora(cfg, model), torch.float32)
     for layer in lora.lora_layers(transformer):
         layer.switch(STUDENT)
     trained = list(lora.parameters_of(transformer, STUDENT).values())

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from opd.config import DistillationConfig
-from opd.files import check_weights, locate_part, read_json, reading, weight_files
+from opd.files import read_json, reading
+from opd.formats.hub import check_weights, locate_part, weight_files
 from opd.formats.lora_files import WEIGHTS, Lora
 from opd.lora import BASE, EMA
 from opd.model import Model, check_finite, find_device

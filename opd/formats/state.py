@@ -1,0 +1,70 @@
+"""The state that a run resumes from: safetensors files of torch.distributed.checkpoint in state/STEP/.
+
+Every rank writes what it alone holds, and any number of ranks goes on from it. At any moment one state is
+whole.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+
+from opd import ranks
+from opd.errors import require
+from opd.files import read_json, write_json
+
+STATE = "state"
+SIZES = "sizes.json"  # of the files of a state: a part that is missing would leave numbers as they are
+
+
+def latest_state(path: Path) -> int:
+    """Steps done in the last whole state of a run folder; 0 if there is none."""
+    return max([int(folder.name) for folder in (path / STATE).glob("[0-9]*")], default=0)
+
+
+def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
+    """Write state/DONE, then delete the one before (collectives). OSError where there is no room for it."""
+    whole = path / STATE / f"{done:06d}"
+    half = whole.with_name(f".{whole.name}.tmp")
+    if whole.is_dir():
+        return
+    ranks.barrier()
+    try:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(half), save_distributed=True))
+    except (CheckpointException, SafetensorError, OSError) as error:
+        shutil.rmtree(half, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"{whole} cannot be written ({reason}); the state before is whole") from error
+    ranks.barrier()
+    if ranks.rank() == 0:
+        sizes = {}
+        for file in sorted(half.iterdir()):
+            sizes[file.name] = file.stat().st_size
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        write_json(half / SIZES, sizes)
+        half.rename(whole)
+        for folder in (path / STATE).glob("[0-9]*"):
+            if folder != whole:
+                shutil.rmtree(folder)
+    ranks.barrier()
+
+
+def load_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, sharded in any way, from state/DONE (collectives). OSError naming a damaged state."""
+    place = path / STATE / f"{done:06d}"
+    try:
+        for name, size in read_json(place / SIZES).items():
+            require((place / name).stat().st_size == size, f"{name} is not whole")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(place)))
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
+        way_out = f"begin another run from its last student ({path / 'student'}), or delete the folder"
+        raise OSError(f"{place} is damaged ({type(error).__name__}); {way_out}") from error
