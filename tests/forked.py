@@ -2,6 +2,7 @@
 run that is to be signalled or killed, or one of several ranks, starts in a fraction of a second."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from opd.cli import describe
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -48,6 +51,13 @@ def main(module: str, log: Path, arguments: list[str], **environment: str) -> Co
     return Command(process, log)
 
 
+def command_line(cfg) -> list[str]:
+    """The arguments with which train.py has the settings `cfg`, on top of a preset of their stage."""
+    preset = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}[cfg.stage]
+    words = [word for line in describe(cfg, "").splitlines()[1:] for word in line.split(" ")]
+    return [preset, *(word.replace("''", "") for word in words)]
+
+
 def train(log: Path, arguments: list[str], **environment: str) -> Command:
     """`python train.py ARGUMENTS`."""
     return main("train", log, arguments, **environment)
@@ -56,14 +66,27 @@ def train(log: Path, arguments: list[str], **environment: str) -> Command:
 def ranks(folder: Path, count: int, arguments: list[str], module: str = "train") -> list[Command]:
     """`main()` of a module on several ranks without a launcher; outputs in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
-        shared["MASTER_PORT"] = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     return [
         main(module, folder / f"rank{rank}.log", arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(count)
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def rows(out: Path) -> list[dict]:
+    """What a run has logged."""
+    file = out / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in rows(out)]
 
 
 def finished(runs: list[Command]) -> str:

@@ -54,29 +54,24 @@ def test_both_structures_find_the_same_loss_and_gradient(both):
     text, result = both
     ours, released = result["structures"].values()
     assert ours["loss"] > 0 and ours["grad_norm"] > 0
-    assert released["loss"] == pytest.approx(ours["loss"], rel=1e-4)
-    assert released["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+    for number in ("loss", "grad_norm"):
+        assert released[number] == pytest.approx(ours[number], rel=1e-4)
     assert f"trajectories_per_second {released['trajectories_per_second']:.4g}" in text
     assert all(seconds > 0 for numbers in (ours, released) for seconds in numbers["phases"].values())
 
 
-def test_passes(both):
+def test_passes_and_memory(both):
     """A queried state costs a sample one student forward and backward, its teacher and the anchor a forward;
-    the emulation runs the student once more."""
+    the emulation runs the student once more, and holds the float32 transformer once more per teacher and for
+    the anchor."""
     ours, released = both[1]["structures"].values()
     visited = TRAJECTORIES * STATES
     expected = {"student, forward": visited, "student, backward": visited, "further": visited}
     expected |= {f"task{k}": visited // TEACHERS for k in range(TEACHERS)}
     assert {name: passes["rows"] for name, passes in ours["passes"].items()} == expected
     assert released["passes"] == ours["passes"] | {"student, no gradient": {"calls": 9, "rows": visited}}
-
-
-def test_memory_by_part(both):
-    """float32: the emulation holds the transformer once more per teacher and for the anchor."""
-    ours, released = both[1]["structures"].values()
-    assert ours["memory"]["copies"] == 0
+    assert ours["memory"]["copies"] == 0 and ours["memory"]["base"] == released["memory"]["base"]
     assert released["memory"]["copies"] == 4 * released["memory"]["base"]
-    assert ours["memory"]["base"] == released["memory"]["base"]
     for numbers in (ours, released):
         peak, *parts = numbers["memory"].values()
         assert sum(parts) == peak and 0 < numbers["memory"]["activations"] < 3 * 2**20
@@ -96,9 +91,8 @@ def test_queries_guidance_and_checkpointing(tmp_path, alone):
     flags = "--states 4 --queries 2 --guidance 3 --teachers 2 --dtype bfloat16 --checkpointing --updates 2"
     assert bench.main([*flags.split(), "--json", str(tmp_path / "b.json")]) == 0
     numbers = json.loads((tmp_path / "b.json").read_text())["structures"]["ours"]
-    rows = {name: passes["rows"] for name, passes in numbers["passes"].items()}
-    assert rows["student, backward"] == 2 * 2 * TRAJECTORIES and rows["further"] == 2 * TRAJECTORIES
-    assert rows["task0"] == rows["task1"] == 2 * TRAJECTORIES // 2
+    rows = {name: passes["rows"] // TRAJECTORIES for name, passes in numbers["passes"].items()}
+    assert (rows["student, backward"], rows["further"], rows["task0"], rows["task1"]) == (4, 2, 1, 1)
     assert_predicted(numbers)
 
 
@@ -177,12 +171,6 @@ def test_the_gpu_command_names_what_fails_and_ends_in_time(tmp_path, monkeypatch
     assert json.loads((tmp_path / "gpu.json").read_text())["large"] == {"error": "too large"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
-    assert bench.main(["gpu", "--out", str(tmp_path / "gpu.json")]) == 2
-    assert "no GPU: nothing was measured" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
 # ---- instruments -------------------------------------------------------------------------------------------
 
 
@@ -213,10 +201,8 @@ def test_sizes_are_those_of_the_models():
     "flags, words",
     [
         ("huge", "size 'huge' is unknown; choose from tiny, mini, sd35-medium, or gpu"),
-        ("--teachers 0", "--teachers is 0"),
         ("--states 2 --queries 3", "--queries 3 exceeds the 2 states"),
         ("--pixels 60", "resolution 60 does not fit this model: use a multiple of 16 up to 256"),
-        ("--updates 1", "--updates is 1"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, words):

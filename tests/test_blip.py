@@ -90,21 +90,19 @@ def test_without_a_list_the_phrases_are_spacys_noun_chunks(reward, images_BCHW, 
     assert torch.equal(reward(images_BCHW, PROMPTS, [{}, {}]), reward(images_BCHW, PROMPTS, METADATA))
 
 
-@pytest.mark.parametrize(
-    "metadata, models, words",
-    [
-        ({}, None, r"flow-opd\[compbench\]"),
-        ({}, set(), "python -m spacy download en_core_web_sm"),
-        ({"noun_phrases": "a dog"}, None, "must be a list of texts, got 'a dog'"),
-        ({"noun_phrases": []}, None, "no noun phrase was found"),
-    ],
-)
+FAULTS = [
+    ({}, None, r"flow-opd\[compbench\]"),
+    ({}, set(), "python -m spacy download en_core_web_sm"),
+    ({"noun_phrases": "a dog"}, None, "must be a list of texts, got 'a dog'"),
+    ({"noun_phrases": []}, None, "no noun phrase was found"),
+]
+
+
+@pytest.mark.parametrize("metadata, models, words", FAULTS)
 def test_a_prompt_that_cannot_be_scored_says_why(folder, monkeypatch, metadata, models, words):
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    if models is not None:
-        monkeypatch.setitem(sys.modules, "spacy", spacy_that_knows(models))
-    fault = BlipVqa(str(folder)).prompt_fault("a dog", metadata)
-    assert re.search(words, fault), fault
+    spacy = None if models is None else spacy_that_knows(models)
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    assert re.search(words, BlipVqa(str(folder)).prompt_fault("a dog", metadata))
 
 
 def test_a_model_that_does_not_know_yes_and_no_is_refused(tmp_path):

@@ -4,15 +4,14 @@ import json
 import re
 import shlex
 from dataclasses import fields, replace
-from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from opd.cli import dashed, describe, field_names, parse, starting_point
+from opd.cli import dashed, describe, field_names, parse
 from opd.config import STAGES
 from opd.formats.settings import from_json, read_config, to_json
 from opd.presets import DEFAULT, PRESETS
-from tests.test_config import DISTIL, EVERY, SFT
+from tests.test_config import DISTIL, SFT
 
 # One preset of every stage, to put flags on.
 PRESET_OF = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}
@@ -44,10 +43,6 @@ def test_pairs_replace_the_default_as_a_whole():
         ("--teachers a=", "expected NAME=VALUE, got 'a='"),
         ("--mix a=1 a=2", "the name 'a' is given twice"),
         ("--mix a=1.5", "'1.5'"),
-        ("--weight l2", "l2"),
-        ("--steps ten", "ten"),
-        ("--query-beta 1", "query-beta"),
-        ("--learning-rate 1", "learning-rate"),
         ("--iter 1", "--iter"),
         ("--seed 1 mini", "mini"),
     ],
@@ -87,9 +82,7 @@ def test_help_shows_the_flags_of_the_stage_and_no_other(stage, capsys):
     "arguments, message",
     [
         ("mini --config FILE", "--config FILE and preset 'mini': give one of them"),
-        ("--config=FILE mini --seed 1", "--config FILE and preset 'mini': give one of them"),
         ("--config a --config=b", "--config a and --config b: give one of them"),
-        ("--config=", "config '': no such file"),
         ("--config nowhere.json", "config 'nowhere.json': no such file"),
     ],
 )
@@ -139,27 +132,18 @@ def test_whole_numbers_in_json_are_read_as_fractions_where_these_are_meant(tmp_p
     "changes, message",
     [
         ({"stage": None}, '"stage" is None; expected one of opd, sft, grpo'),
-        ({"stage": ["opd"]}, "\"stage\" is ['opd']; expected one of opd, sft, grpo"),
         ({"lr": None, "seed": None}, "field 'lr', 'seed' is missing"),
         ({"stage": "sft"}, "stage sft has no field 'evaluate', 'rewards', "),
-        (
-            {"cosine_every": 0},
-            "no field 'cosine_every' (another version's, or misspelt)",
-        ),
+        ({"cosine_every": 0}, "no field 'cosine_every' (another version's, or misspelt)"),
         ({"lr": "0.1"}, "field 'lr' is '0.1'; expected FLOAT"),
         ({"lr": True}, "field 'lr' is True; expected FLOAT"),
-        ({"lr": 10**400}, "field 'lr' is 1000"),
         ({"seed": 1.5}, "field 'seed' is 1.5; expected INT"),
-        ({"seed": True}, "field 'seed' is True; expected INT"),
         ({"t5": 1}, "field 't5' is 1; expected {True,False}"),
+        ({"decay": "linear"}, "field 'decay' is 'linear'; expected {constant,cosine}"),
         ({"out": 3}, "field 'out' is 3; expected STR"),
-        ({"out": ["a"]}, "field 'out' is ('a',); expected STR"),
         ({"resolution": ["512"]}, "field 'resolution' is ('512',); expected STR"),
-        ({"teachers": ["a"]}, "field 'teachers' is ('a',); expected NAME=VALUE ..."),
-        ({"teachers": {"a": 1}}, "field 'teachers' is {'a': 1}; expected NAME=VALUE ..."),
         ({"teachers": {"a=b": "c"}}, "field 'teachers' is {'a=b': 'c'}; expected NAME=VALUE ..."),
         ({"mix": {"red": 1.0}}, "field 'mix' is {'red': 1.0}; expected NAME=VALUE ..."),
-        ({"query_beta": [1.0]}, "field 'query_beta' is (1.0,); expected FLOAT FLOAT"),
         ({"query_beta": [1.0, "2"]}, "field 'query_beta' is (1.0, '2'); expected FLOAT FLOAT"),
     ],
 )
@@ -171,30 +155,16 @@ def test_a_wrong_saved_field_is_named_with_its_file(changes, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cfg", EVERY, ids=lambda cfg: cfg.stage)
-def test_a_wrong_choice_is_refused(cfg):
-    hints = get_type_hints(type(cfg))
-    choices = [name for name, hint in hints.items() if get_origin(hint) is Literal]
-    assert len(choices) >= 4
-    for name in choices:
-        with pytest.raises(ValueError, match=f"field '{name}' is 'nonsense'; expected {{"):
-            from_json(to_json(cfg) | {name: "nonsense"}, STAGES)
-
-
 @pytest.mark.parametrize(
     "content, message",
-    [
-        (b'{"stage": "opd",', "not JSON"),
-        (b"\xff\xfe\x00", "not JSON"),
-        (b"[1, 2]", "expected an object, got '[1, 2]'"),
-    ],
+    [('{"stage": "opd",', "not JSON"), ("[1, 2]", "expected an object, got '[1, 2]'")],
 )
 def test_a_broken_file_is_named(content, message, tmp_path):
     file = tmp_path / "config.json"
-    file.write_bytes(content)
-    with pytest.raises(ValueError) as caught:
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         parse(["--config", str(file)], PRESETS)
-    assert str(file) in str(caught.value) and message in str(caught.value)
+    assert str(file) in str(caught.value)
 
 
 # ---- --dry-run ---------------------------------------------------------------------------------------------
@@ -212,13 +182,6 @@ def test_describe_shows_every_field_once_and_can_be_parsed(cfg):
     ]
     arguments = shlex.split("\n".join(lines))
     assert parse([PRESET_OF[cfg.stage], *arguments], PRESETS) == cfg
-
-
-def test_the_starting_point_is_named(tmp_path):
-    file = str(written(tmp_path))
-    assert starting_point(["sd35", "--seed", "1"], PRESETS) == ("sd35", PRESETS["sd35"], ["--seed", "1"])
-    assert starting_point(["--seed", "1"], PRESETS) == ("mini", DEFAULT, ["--seed", "1"])
-    assert starting_point(["--config", file], PRESETS) == (f"--config {file}", DISTIL, [])
 
 
 # ---- the program -------------------------------------------------------------------------------------------
@@ -244,8 +207,6 @@ def test_dry_run_prints_the_settings_and_writes_nothing(monkeypatch, capsys, tmp
     "arguments, message",
     [
         ("mimi", "error: unknown preset 'mimi'"),
-        ("--lr 0", "error: --lr is 0.0; it must be positive"),
-        ("--shard-size 2", "error: --shard-size 2 does not divide the 1 ranks"),
         ("mini --beta 1", "error: --beta belongs to stage grpo; this is stage opd"),
         ("--config nowhere.json", "error: config 'nowhere.json': no such file"),
     ],

@@ -18,7 +18,7 @@ import tyro
 import sample
 from opd import config
 from opd.cli import Given, Range, bounds_of, check_bounds, dashed, field_names, parse
-from opd.config import STAGES, DistillationConfig, GRPOConfig, Logistics, RunConfig, Scores, SFTConfig
+from opd.config import DistillationConfig, GRPOConfig, SFTConfig
 from opd.evaluation import evaluate
 from opd.files import resolve
 from opd.formats.settings import to_json
@@ -83,29 +83,16 @@ def test_every_number_has_bounds(settings):
             assert field.name in bounded, field.name
 
 
-# (settings, field, value, message): what some bounds are, and how they are said.
+# (settings, field, value, message): how bounds are said, one of every kind.
 BOUNDS = [
-    (SFT, "lr", 0.0, "--lr is 0.0; it must be positive and finite"),
     (SFT, "lr", NAN, "--lr is nan; it must be positive and finite"),
     (SFT, "ema", 1.0, "--ema is 1.0; it must lie in [0, 1)"),
     (SFT, "iterations", 0, "--iterations is 0; it must be at least 1 and at most 1000000"),
-    (SFT, "rank", 10_001, "--rank is 10001; it must be at least 1 and at most 10000"),
     (SFT, "seed", 2**63, f"--seed is {2**63}; it must fit into 64 bits"),
     (SFT, "model", "", "--model is empty: give a pipeline directory or a Hub id owner/name"),
-    (GRPO, "weight_decay", -1.0, "--weight-decay is -1.0; it must not be negative, and be finite"),
     (GRPO, "reward_timeout", 1e300, "--reward-timeout is 1e+300; it must be positive, at most"),
     (GRPO, "mix", {"red": 3, "blue": 0}, "--mix is red=3 blue=0; it must be at least 1 and at most 10000"),
     (DISTIL, "query_beta", (0.0, 2.0), "--query-beta is 0.0 2.0; it must be positive and finite"),
-    (
-        DISTIL,
-        "extrapolate",
-        {"red": 0.5},
-        "--extrapolate is red=0.5; it must be at least 1.0 and at",
-    ),
-    (DISTIL, "teacher_guidances", {"red": INF}, "--teacher-guidances is red=inf; it must be finite"),
-    (DISTIL, "anchor_levels", {"0.6": -1.0}, "--anchor-levels is 0.6=-1.0; it must not be negative"),
-    (sample.Arguments(), "guidance", NAN, "--guidance is nan; it must be finite"),
-    (evaluate.Arguments(), "guidance", (1.0, INF), "--guidance is 1.0 inf; it must be finite"),
 ]
 
 
@@ -122,14 +109,10 @@ REFUSED = """
 opd grpo sft | --shard-size 3 | --shard-size 3 does not divide the 4 ranks; choose one of [1, 2, 4]
 opd grpo sft | --push nonsense | --push 'nonsense': write a Hub repository as OWNER/NAME
 opd grpo sft | --cold-start base --merge naive | --merge naive is for --cold-start merge alone
-opd grpo sft | --cold-start x --merge-from a=b | --merge-from {'a': 'b'} is for --cold-start merge alone
 grpo sft | --cold-start merge | --cold-start merge has nothing to merge; add --merge-from NAME=ADAPTER ...
 grpo | --full --beta 0 --cold-start x | --full trains the base; --cold-start 'x' cannot apply
-sft | --full --cold-start x | --full trains the base; --cold-start 'x' cannot apply
-sft | --resolution -1 | --resolution '-1': write pixels per side, or HEIGHTxWIDTH
 sft | --resolution 768*512 | --resolution '768*512': write pixels
 sft | --resolution 512x | --resolution '512x': write pixels
-sft | --resolution 0 | --resolution '0': write pixels per side, or HEIGHTxWIDTH, each from 1 to 10000
 sft | --resolution 8x10001 | --resolution '8x10001': write pixels
 opd grpo | --prompts a/b=x | --prompts: the name 'a/b' may hold letters, digits
 opd grpo | --heldout ..=x | --heldout: the name '..' may hold letters, digits
@@ -138,24 +121,18 @@ opd grpo | --steps 1 --skip-last | --steps 1 with --skip-last leaves no state to
 opd grpo | --rewards red=m:f blue=m:f | task 'green' has no scorer; add --rewards green=module:function or
 opd grpo | --heldout dog=x.txt | add --rewards dog=module:function or --no-evaluate
 opd grpo | --watch-every 5 --heldout | --watch-every 5 scores held-out prompts; give --heldout TASK=FILE
-opd grpo | --no-evaluate --watch-every 5 --rewards | task 'red' has no scorer
 opd grpo | --rollout cps --noise-level 1.5 | --rollout cps needs --noise-level in (0, 1], got 1.5
 opd | --queries 11 | --queries 11 exceeds the 10 states
 opd | --queries 10 --skip-last | --queries 10 exceeds the 9 states
-opd | --queries 3 --query-range 0 2 | --queries 3 exceeds the 2 states
 opd | --query-range 2 11 | --query-range 2 11 does not lie within the 10 states of a trajectory
-opd | --query-range 3 3 | --query-range 3 3 does not lie within
 opd | --noise-level 0 | --weight kl divides by the SDE's noise; with --noise-level 0 use --weight ode_kl
-opd | --noise-level 0 --weight kl_released | --weight kl_released divides
 opd | --noise-level 0 --weight uniform | --rollout sde with --noise-level 0 adds no noise; use --rollout ode
-opd | --noise-level 0 --weight ode_kl --rollout cps | --rollout cps with --noise-level 0
 opd | --rollout cps | --rollout cps with --weight kl: the last cps step has no noise, so its weight is
 opd | --rollout ode --weight ode_kl --estimator pg | --estimator pg takes the likelihood of noisy steps: got
 opd | --rollout cps --weight uniform --estimator pg_live | use --rollout sde, or cps with --skip-last
 opd | --walker teacher --estimator pg | judge the student's own steps; leave out --walker teacher
 opd | --walker teacher --routing reward --train-rewards red=a green=a blue=a | leave out --walker teacher
 opd | --teachers a.b=x | --teachers: the name 'a.b' is empty or has a dot, * or +; choose another
-opd | --teachers base=x | --teachers: the name 'base' is for the source 'base'; choose another
 opd | --teachers ema=x | --teachers: the name 'ema' is for the source 'ema'; choose another
 opd | --teachers red=ema green=x blue=x | --teachers red=ema: --ema 0 keeps no moving average
 opd | --teacher-guidances dog=2 | --teacher-guidances names 'dog', which is not among the teachers
@@ -168,13 +145,10 @@ opd | --prompts dog=x --no-evaluate | add it to --teachers or map it with --rout
 opd | --routes red=nobody | task 'red' is routed to 'nobody', which is not among the teachers
 opd | --routes red=-1*blue | --routes red: '-1*blue': the weight '-1' must be a positive number
 opd | --routes red=0.5*red+0.5*red | --routes red: '0.5*red+0.5*red' names 'red' twice
-opd | --routes dog=red | --routes names 'dog', which is not among the tasks of --prompts
 opd | --train-rewards dog=m:f | --train-rewards names 'dog', which is not among the tasks of --prompts
 opd | --routing reward | --routing reward: task 'red' has no reward; add --train-rewards red=module:function
 opd | --anchor nobody | --anchor 'nobody' is not among the teachers ['red', 'green', 'blue', 'base']; name one
-opd | --anchor= --anchor-weight 0 --anchor-levels .5=1 | --anchor '' is not among the teachers
 opd | --anchor-levels 0=1 | --anchor-levels 0=1.0: a noise level lies in (0, 1]
-opd | --anchor-levels nan=1 | --anchor-levels nan=1.0: a noise level lies
 opd | --anchor-levels late=1 | --anchor-levels late=1.0: a noise level lies
 grpo | --group 1 | --group 1: an advantage compares the images of one prompt, alone it is always 0; use
 grpo | --noise-level 0 | needs the likelihood of a noisy step: --rollout sde --noise-level 0.0; use --rollout
@@ -187,7 +161,6 @@ grpo | --rollout cps | --rollout cps: the last CPS step has no noise, hence no l
 grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | or end --window-range before it
 grpo | --steps 6 --window 1 --window-range 0 7 | --window 1 does not fit into --window-range 0 7 of the 6
 grpo | --steps 6 --window 1 --window-range 0 6 --skip-last | --window 1 does not fit
-grpo | --steps 6 --window 3 --window-range 2 4 | --window 3 does not fit
 """
 # The same, to be accepted.
 ACCEPTED = """
@@ -259,14 +232,7 @@ def test_routes_and_shares():
 
 
 def test_states_that_a_step_trains_on():
-    counts = {
-        "mini": 5,
-        "mini-flow-opd": 10,
-        "mini-gfd-opd": 2,
-        "sd35-fold": 2,
-        "mini-text": 1,
-        "mini-base": 1,
-    }
+    counts = {"mini": 5, "mini-flow-opd": 10, "mini-gfd-opd": 2, "mini-text": 1, "mini-base": 1}
     assert {name: PRESETS[name].states_per_sample() for name in counts} == counts
 
 
@@ -328,14 +294,10 @@ def test_the_sd35_teachers_know_their_rewards(name):
 
 def test_presets_name_the_package_relative_to_its_folder():
     """So that a run resumes in a checkout that has moved."""
-    packaged = 0
-    for cfg in PRESETS.values():
-        text = json.dumps(to_json(cfg))
-        assert str(Path(config.__file__).parents[1]) not in text
-        for source in re.findall(r'"(opd/[^"]*)"', text):
-            assert resolve(source).exists(), source
-            packaged += 1
-    assert packaged > 20
+    text = json.dumps([to_json(cfg) for cfg in PRESETS.values()])
+    sources = re.findall(r'"(opd/[^"]*)"', text)
+    assert len(sources) > 20 and str(Path(config.__file__).parents[1]) not in text
+    assert all(resolve(source).exists() for source in sources)
 
 
 # ---- the classes -------------------------------------------------------------------------------------------
@@ -344,19 +306,9 @@ def test_presets_name_the_package_relative_to_its_folder():
 def test_every_field_says_what_it_is():
     """A docstring under each field, in every class: it is the flag's help."""
     for module in (config, sample, evaluate):
-        classes = [
-            node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
-        ]
-        for kind in classes:
+        tree = ast.parse(inspect.getsource(module))
+        for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             for node, after in pairwise([*kind.body, None]):
                 if isinstance(node, ast.AnnAssign):
                     said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                     assert said and len(after.value.value) > 5, f"{kind.name}.{node.target.id}"
-
-
-def test_what_may_change_on_resume_and_what_may_not_do_not_overlap():
-    free = field_names(Logistics) | field_names(Scores)
-    assert not field_names(Logistics) & field_names(Scores)
-    for stage, kind in STAGES.items():
-        assert kind.stage == stage and field_names(Logistics) < field_names(RunConfig) <= field_names(kind)
-        assert {"model", "lr", "seed", "guidance"} <= field_names(kind) - free

@@ -17,53 +17,41 @@ def write(folder, name, text):
     return str(folder / name)
 
 
-def test_txt_keeps_lines_and_drops_blank_ones(tmp_path):
-    file = write(tmp_path, "a.txt", "\ufeffone\n\n  two words  \r\nthree\u2028still three\n")
-    assert load_prompts(file, "t", ["t"]) == [
-        Prompt("one", "t"),
-        Prompt("two words", "t"),
-        Prompt("three\u2028still three", "t"),
-    ]
-
-
-def test_jsonl_fields_become_metadata_and_may_name_the_task(tmp_path):
-    file = write(
-        tmp_path,
-        "a.jsonl",
-        '{"prompt": "x\u2028y", "tag": "counting", "include": [{"class": "cat"}]}\n\n'
-        '{"prompt": "z", "task": "other"}\n',
-    )
-    first, second = load_prompts(file, "t", ["t", "other"])
-    assert (first.text, first.task, first.metadata) == (
-        "x\u2028y",
-        "t",
-        {"tag": "counting", "include": [{"class": "cat"}]},
-    )
-    assert (second.text, second.task, second.metadata) == ("z", "other", {})
-
-
-def test_csv_columns_become_metadata_and_may_name_the_task(tmp_path):
-    file = write(tmp_path, "a.csv", '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n')
-    first, second = load_prompts(file, "t", ["t", "other"])
-    assert (first.text, first.task, first.metadata) == ("a, b", "other", {"note": "n"})
-    assert (second.text, second.task) == ("c", "t")
-
-
-def test_any_task_is_accepted_where_none_are_given(tmp_path):
-    file = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "whatever"}\n')
-    assert load_prompts(file, "t", None) == [Prompt("x", "whatever")]
+@pytest.mark.parametrize(
+    "name, text, prompts",
+    [
+        (
+            "a.txt",  # blank lines are dropped
+            "\ufeffone\n\n  two words  \r\nthree\u2028still three\n",
+            [Prompt("one", "t"), Prompt("two words", "t"), Prompt("three\u2028still three", "t")],
+        ),
+        (
+            "a.jsonl",  # fields become metadata and may name the task
+            '{"prompt": "x\u2028y", "tag": "a", "include": [{"class": "cat"}]}\n\n'
+            '{"prompt": "z", "task": "other"}\n',
+            [Prompt("x\u2028y", "t", {"tag": "a", "include": [{"class": "cat"}]}), Prompt("z", "other")],
+        ),
+        (
+            "a.csv",  # and so do columns
+            '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n',
+            [Prompt("a, b", "other", {"note": "n"}), Prompt("c", "t", {"note": ""})],
+        ),
+    ],
+)
+def test_what_a_file_holds(tmp_path, name, text, prompts):
+    """Any task is accepted where none are given."""
+    for tasks in (["t", "other"], None):
+        found = load_prompts(write(tmp_path, name, text), "t", tasks)
+        assert found == prompts and [p.metadata for p in found] == [p.metadata for p in prompts]
 
 
 # (file name, content or None, expected error, pieces of the message)
 BAD_FILES = [
     ("a.txt", None, FileNotFoundError, ["task 't'", "a.txt"]),
-    ("a.txt", "\n \n", ValueError, ["a.txt", "holds no prompt"]),
     ("a.csv", "prompt\n", ValueError, ["a.csv", "holds no prompt"]),
     ("a.parquet", "x", ValueError, ["a.parquet", "'.parquet'", ".txt, .jsonl, .csv"]),
     ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', ValueError, ["a.jsonl:2", "not JSON"]),
-    ("a.jsonl", '{"prompt": "x"}\n\n["x"]\n', ValueError, ["a.jsonl:3", "expected an object"]),
     ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', ValueError, ["a.jsonl:2", "no prompt"]),
-    ("a.jsonl", '{"prompt": null}\n', ValueError, ["a.jsonl:1", "no prompt"]),
     (
         "a.jsonl",
         '{"prompt": "x", "task": "u"}\n',
@@ -71,7 +59,6 @@ BAD_FILES = [
         ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"],
     ),
     ("a.csv", "text,task\nx,t\n", ValueError, ["a.csv:1", "no column 'prompt'", "'text'"]),
-    ("a.csv", "task,prompt\nt,x\nt\n", ValueError, ["a.csv:3", "no prompt"]),
     ("a.txt", "x\n" + "y" * 10_000_000, ValueError, ["a.txt:2", "a prompt of 10000000 characters"]),
     ("a.txt", "x\nred\0dot\n", ValueError, ["a.txt:2", "holds a NUL"]),
     ("a.jsonl", '{"prompt": "half \\ud800"}\n', ValueError, ["a.jsonl:1", "half a surrogate pair"]),

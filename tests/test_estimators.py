@@ -55,18 +55,6 @@ def test_pg_averages_to_the_pathwise_gradient_and_pg_state_to_zero(sampler, caps
         print(f", pg_state {variance_of_zero:.3g}; exact, squared: {float(exact.norm()) ** 2:.3g}")
 
 
-def test_pathwise_is_the_gradient_of_equation_16():
-    tiny = Tiny()
-    exact, *_ = tiny.gradients("pathwise")
-    x, v = tiny.x[:1], tiny.x[:1] @ tiny.W
-    by_hand = sum(
-        0.7 * alpha * (v - target[:1]).square().mean()
-        for alpha, target in zip([1.0, 0.3], tiny.targets, strict=True)
-    )
-    assert x.shape == v.shape
-    assert torch.allclose(exact, torch.autograd.grad(by_hand, tiny.W)[0], rtol=1e-10)
-
-
 def test_pg_live_is_pathwise_and_a_score_of_mean_zero_until_it_clamps():
     tiny = Tiny()
     exact, *_ = tiny.gradients("pathwise")

@@ -249,22 +249,15 @@ def test_velocities_and_images_are_the_pipelines(size, guidance, case):
     assert mine.std() > 0.05 and (mine - images).abs().max() < 1e-4
 
 
-def test_guidance_changes_the_velocity_and_costs_one_forward(case):
+def test_guidance_costs_one_forward(case):
     model = ours(case)
     x, sigma_B, text = noise(model), torch.tensor([1.0, 0.5, 0.01]), model.text(PROMPTS)
     batches = []
     model.transformer.register_forward_hook(lambda _, __, output: batches.append(len(output[0])))
     with torch.no_grad():
-        plain = model.velocity(x, sigma_B, text, 1.0)
-        guided = model.velocity(x, sigma_B, text, 3.0)
+        plain, guided = (model.velocity(x, sigma_B, text, guidance) for guidance in (1.0, 3.0))
     assert (guided - plain).abs().max() > 1e-2
-    if case.family.guide is None:
-        assert batches == [3, 3]
-        return
-    assert batches == [3, 6]
-    torch.testing.assert_close(
-        case.family.guide(plain, torch.randn_like(plain), 1.0), plain, rtol=0, atol=1e-6
-    )
+    assert batches == ([3, 3] if case.family.guide is None else [3, 6])
 
 
 def test_velocity_of_a_sample_does_not_depend_on_its_batch(case):
@@ -317,30 +310,6 @@ def test_an_adapter_of_any_tool_is_what_it_is_to_the_pipeline(case, tmp_path):
             assert (base - velocity).abs().max() > 1e-2
 
 
-def test_a_fresh_adapter_learns_a_teachers_velocity(case):
-    model, family, guidance = ours(case), case.family, 3.0
-    teacher = tiny.random_lora(case.pipeline, seed=8, family=family)
-    student = lora.fresh_lora(model.skeleton, family.LORA_TARGETS, rank=4, alpha=8.0, seed=0)
-    lora.attach(model.transformer, "teacher", teacher, torch.float32)
-    lora.attach(model.transformer, lora.STUDENT, student, torch.float32)
-    weights = lora.parameters_of(model.transformer, lora.STUDENT).values()
-    for weight in weights:
-        weight.requires_grad_(True)
-    optimizer = torch.optim.Adam(weights, lr=1e-2)
-    x, sigma_B, text = noise(model), torch.tensor([0.9, 0.5, 0.2]), model.text(PROMPTS)
-    with torch.no_grad(), lora.use(model.transformer, "teacher"):
-        target = model.velocity(x, sigma_B, text, guidance)
-    losses = []
-    for _ in range(15):
-        with lora.use(model.transformer, lora.STUDENT):
-            loss = (model.velocity(x, sigma_B, text, guidance) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_the_skeleton_has_the_weights_names_and_shapes_without_storage(case):
     skeleton = case.family.skeleton(case.pipeline)
     real = case.family.load_transformer(case.pipeline, torch.bfloat16)
@@ -372,10 +341,14 @@ def test_shapes_and_scale_of_latents_and_images_fit_each_other(case):
     assert decoded.shape == images.shape and 0 <= decoded.min() and decoded.max() <= 1
 
 
-def test_a_side_that_does_not_divide_is_refused(case):
-    for size in ((7, 8), (8, 7), (0, 8)):
-        with pytest.raises(ValueError, match="does not fit this model: use a multiple of 4"):
-            case.family.latent_shape(case.pipeline, *size)
+def test_a_size_that_does_not_fit_is_refused(case):
+    most = {"sd3": " up to 16", "z_image": " up to 32"}.get(case.family.__name__.split(".")[-1], "")
+    for side in (-8, 0, 6, 7, *([36] if most else [])):
+        for size in ((side, 8), (8, side)):
+            with pytest.raises(
+                ValueError, match=f"{side} does not fit this model: use a multiple of 4{most}"
+            ):
+                case.family.latent_shape(case.pipeline, *size)
 
 
 def test_conditions_are_no_longer_than_predicted(case):

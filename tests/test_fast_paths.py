@@ -18,10 +18,7 @@ from opd.setup import set_up
 from tests import forked, tiny
 
 DTYPES = {"float32": 1e-5, "bfloat16": 2**-6}
-PATHS = {
-    "batched": {"micro_batch": 8},
-    "recomputed": {"checkpointing": True},
-}
+PATHS = {"batched": {"micro_batch": 8}, "recomputed": {"checkpointing": True}}
 
 
 def numbers(world, dtype, **changes):

@@ -150,12 +150,6 @@ def same(one: dict, other: dict) -> bool:
     )
 
 
-def test_a_place_of_its_own_is_for_a_teacher_with_weights_of_its_own(place):
-    cfg = replace(STAGES["opd"](), **BASES["opd"] | {"teacher_devices": {"red": "offload"}})
-    with pytest.raises(ValueError, match="'place/red' is an adapter on the student's base"):
-        tiny.build(cfg)
-
-
 # ---- what is not trained with ------------------------------------------------------------------------------
 
 

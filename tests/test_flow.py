@@ -11,17 +11,14 @@ from opd import flow
 MEAN, STD = 1.5, 0.6  # the Gaussian "data set": N(MEAN, STD^2 I)
 
 
-def marginal_variance(sigma):
-    return (1 - sigma) ** 2 * STD**2 + sigma**2
+def marginal_variance(sigma, std):
+    return (1 - sigma) ** 2 * std**2 + sigma**2
 
 
-def velocity_slope(sigma, std=STD):
-    """E[eps - data | x] = slope (x - E x) - MEAN for Gaussian data."""
-    return (sigma - (1 - sigma) * std**2) / ((1 - sigma) ** 2 * std**2 + sigma**2)
-
-
-def exact_velocity(x, sigma, std=STD):
-    return velocity_slope(sigma, std) * (x - (1 - sigma) * MEAN) - MEAN
+def exact_velocity(x, sigma, std):
+    """E[eps - data | x] for Gaussian data."""
+    slope = (sigma - (1 - sigma) * std**2) / marginal_variance(sigma, std)
+    return slope * (x - (1 - sigma) * MEAN) - MEAN
 
 
 def random_step(batch=4, dims=6):
@@ -52,135 +49,75 @@ def cps_by_formula(x, v, sigma, sigma_next, noise_level):
     return (1 - sigma_next) * x0 + torch.sqrt(sigma_next**2 - std**2) * x1, std
 
 
-# ---------------------------------------------------------------- schedule
-
-
-def test_diffusion_coefficient():
-    sigma = torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64)
-    s = flow.diffusion_coefficient(sigma, torch.tensor([0.8, 0.5, 0.2, 0.0], dtype=torch.float64), 0.7)
-    expected = [0.7 * math.sqrt(q) for q in (1 / (1 - 0.8), 0.8 / 0.2, 1.0, 0.2 / 0.8)]
-    assert torch.isfinite(s).all()
-    assert torch.allclose(s, torch.tensor(expected, dtype=torch.float64), rtol=1e-14)
-
-
 # ---------------------------------------------------------------- sampling a Gaussian exactly
 
 
-def propagate(step, steps, std=STD, start=1.0, samples=20_000):
-    """Draw at `start` from the marginal, then walk the grid; returns per sigma the sample mean and
-    variance."""
-    generator = torch.Generator().manual_seed(0)
-    grid = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
-    x = torch.randn(1, samples, generator=generator, dtype=torch.float64)
-    x = (1 - start) * MEAN + math.sqrt((1 - start) ** 2 * std**2 + start**2) * x
-    rows = []
+def step_of(name, x, v, sigma, sigma_next, noise_level, z):
+    transition = flow.TRANSITIONS[name](sigma, sigma_next, noise_level)
+    return flow.step_mean(x, v, transition) + transition.std * z
+
+
+def walked(name, noise_level, std, start, steps):
+    """[(sigma, mean, variance)] of a walk from the marginal at `start`. A step is affine in the state and in
+    the noise, so +-1 std of each give its moments to rounding, without any Monte Carlo."""
+    grid, rows = torch.linspace(start, 0, steps + 1, dtype=torch.float64), []
+    centre, variance = (1 - start) * MEAN, marginal_variance(grid[0], std)
     for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None], strict=True):
-        z = torch.randn(1, samples, generator=generator, dtype=torch.float64)
-        x = step(x, exact_velocity(x, sigma, std), sigma, sigma_next, z)
-        rows.append((sigma_next.item(), x.mean().item(), x.var().item()))
+        x = centre + variance.sqrt() * torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
+        z = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
+        x = step_of(name, x, exact_velocity(x, sigma, std), sigma, sigma_next, noise_level, z)
+        centre, variance = x.mean(), x.var(correction=0)
+        rows.append((sigma_next, centre, variance))
     return rows
 
 
-def step_of(name, noise_level):
-    def step(x, v, sigma, sigma_next, z):
-        transition = flow.TRANSITIONS[name](sigma, sigma_next, noise_level)
-        return flow.step_mean(x, v, transition) + transition.std * z
-
-    return step
-
-
-ode = step_of("ode", 0.7)
-
-
-def sde(noise_level):
-    return step_of("sde", noise_level)
-
-
-def cps(noise_level):
-    return step_of("cps", noise_level)
-
-
-# (step, std of the data, start, relative discretisation error of the variance allowed at 400 steps) ODE and
+# (sampler, noise level, std of the data, start, relative error of the variance allowed at 400 steps). ODE and
 # SDE are first-order: the local variance error of order D^2 accumulates to a few D = 1/400, relative to a
 # variance of at least 0.26. The SDE starts below sigma = 1, where s changes by O(1) in one step. Small-noise
 # CPS adds up a deficit of sigma^2 (1 - cos(a pi/2))^2 per step, negligible at a = 0.1; on a point mass CPS is
 # exact at any a.
 WALKS = [
-    (ode, STD, 1.0, 0.01),
-    (sde(0.7), STD, 0.9, 0.01),
-    (sde(0.3), STD, 0.9, 0.01),
-    (cps(0.1), STD, 1.0, 0.02),
-    (cps(0.0), STD, 1.0, 0.01),
-    (cps(0.7), 0.0, 1.0, 0.0),
+    ("ode", 0.7, STD, 1.0, 0.01),
+    ("sde", 0.7, STD, 0.9, 0.01),
+    ("sde", 0.3, STD, 0.9, 0.01),
+    ("cps", 0.1, STD, 1.0, 0.02),
+    ("cps", 0.0, STD, 1.0, 0.01),
+    ("cps", 0.7, 0.0, 1.0, 0.0),
 ]
 
 
-@pytest.mark.parametrize("step, std, start, discretisation", WALKS)
-def test_sampling_reproduces_the_marginals(step, std, start, discretisation):
-    """5 standard errors of Monte Carlo (sqrt(V/n) of a mean, sqrt(2/n) V of a variance) plus the
-    discretisation."""
-    samples = 20_000
-    for sigma, mean, variance in propagate(step, 400, std, start, samples):
-        exact = (1 - sigma) ** 2 * std**2 + sigma**2
+@pytest.mark.parametrize("name, noise_level, std, start, discretisation", WALKS)
+def test_sampling_reproduces_the_marginals(name, noise_level, std, start, discretisation):
+    for sigma, mean, variance in walked(name, noise_level, std, start, 400):
+        exact = marginal_variance(sigma, std)
         # The mean is propagated without discretisation error: v has mean -MEAN at every sigma.
-        assert abs(mean - (1 - sigma) * MEAN) <= 5 * math.sqrt(exact / samples) + 1e-12
-        assert abs(variance - exact) <= (5 * math.sqrt(2 / samples) + discretisation) * exact + 1e-12
-
-
-def variance_recursion(sigma, sigma_next, s, variance):
-    """Exact variance after one Euler-Maruyama step; x_next is linear in x: keep x - move slope (x - E x) +
-    const + s sqrt(D) z."""
-    dt = sigma - sigma_next
-    keep = 1 - s**2 * dt / (2 * sigma)
-    move = dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
-    return (keep - move * velocity_slope(sigma)) ** 2 * variance + s**2 * dt
-
-
-@pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.7])
-def test_one_step_is_affine_with_the_exact_moments(noise_level):
-    """No Monte Carlo: +-1 std of the state and of the noise give the mean and variance of one step to
-    rounding."""
-    grid = torch.linspace(1, 0, 11, dtype=torch.float64)
-    for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None], strict=True):
-        s = flow.diffusion_coefficient(sigma, sigma_next, noise_level)
-        centre, variance = (1 - sigma) * MEAN, marginal_variance(sigma)
-        x = centre + variance.sqrt() * torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
-        z = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
-        x_next = sde(noise_level)(x, exact_velocity(x, sigma), sigma, sigma_next, z)
-        assert torch.allclose(x_next.mean(), (1 - sigma_next) * MEAN, rtol=1e-12)
-        assert torch.allclose(
-            x_next.var(correction=0), variance_recursion(sigma, sigma_next, s, variance), rtol=1e-12
-        )
+        assert abs(mean - (1 - sigma) * MEAN) <= 1e-12
+        assert abs(variance - exact) <= discretisation * exact + 1e-12
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.7])
 def test_discretisation_error_is_first_order(noise_level):
-    def final_error(steps):
-        grid = torch.linspace(0.9, 0, steps + 1, dtype=torch.float64)
-        variance = marginal_variance(grid[0])
-        for sigma, sigma_next in zip(grid[:-1], grid[1:], strict=True):
-            s = flow.diffusion_coefficient(sigma, sigma_next, noise_level)
-            variance = variance_recursion(sigma, sigma_next, s, variance)
-        return (variance - STD**2).abs().item()
+    coarse, fine = (abs(walked("sde", noise_level, STD, 0.9, n)[-1][2] - STD**2) for n in (400, 800))
+    assert 1.8 < coarse / fine < 2.2 and fine < 0.005 * STD**2
 
-    assert 1.8 < final_error(400) / final_error(800) < 2.2
-    assert final_error(800) < 0.005 * STD**2
+
+# ---------------------------------------------------------------- a step
 
 
 def test_every_step_is_the_papers():
     """Eq. 5-6, Euler and Flow-CPS as they are written there, from one linear formula; float64 to rounding."""
     x, v, _, _, sigma, sigma_next = random_step()
-    mean, std, _ = sde_by_formula(x, v, sigma, sigma_next, 0.7)
-    transition = flow.sde_transition(sigma, sigma_next, 0.7)
-    assert torch.allclose(flow.step_mean(x, v, transition), mean, rtol=1e-14, atol=1e-14)
-    assert torch.allclose(transition.std, std[:, 0], rtol=1e-14)
-    mean, std = cps_by_formula(x, v, sigma, sigma_next, 0.7)
-    transition = flow.cps_transition(sigma, sigma_next, 0.7)
-    assert torch.allclose(flow.step_mean(x, v, transition), mean, rtol=1e-14, atol=1e-14)
-    assert torch.allclose(transition.std, std[:, 0], rtol=1e-14)
-    euler = x - (sigma - sigma_next)[:, None] * v
-    transition = flow.ode_transition(sigma, sigma_next, 0.7)
-    assert torch.allclose(flow.step_mean(x, v, transition), euler, rtol=1e-14) and not transition.std.any()
+    nothing = torch.zeros(4, 1, dtype=torch.float64)
+    expected = {
+        "sde": sde_by_formula(x, v, sigma, sigma_next, 0.7)[:2],
+        "cps": cps_by_formula(x, v, sigma, sigma_next, 0.7),
+        "ode": (x - (sigma - sigma_next)[:, None] * v, nothing),
+    }
+    assert expected.keys() == flow.TRANSITIONS.keys()
+    for name, (mean, std) in expected.items():
+        transition = flow.TRANSITIONS[name](sigma, sigma_next, 0.7)
+        assert torch.allclose(flow.step_mean(x, v, transition), mean, rtol=1e-14, atol=1e-14)
+        assert torch.allclose(transition.std, std[:, 0], rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["sde", "cps"])
@@ -241,13 +178,6 @@ def test_kl_weight_equals_torch_distributions(name, noise_level):
     assert torch.allclose(kl, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_kl_weight_of_the_sde_is_equation_12():
-    *_, sigma, sigma_next = random_step()
-    s, dt = flow.diffusion_coefficient(sigma, sigma_next, 0.7), sigma - sigma_next
-    eq_12 = dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2
-    assert torch.allclose(flow.sde_transition(sigma, sigma_next, 0.7).kl_weight(), eq_12, rtol=1e-13)
-
-
 def test_the_last_cps_step_has_no_finite_kl():
     grid = torch.linspace(1, 0, 11, dtype=torch.float64)
     weight_T = flow.cps_transition(grid[:-1], grid[1:], 0.7).kl_weight()
@@ -269,12 +199,6 @@ def test_the_other_weights_follow_their_definitions():
     assert torch.allclose(flow.WEIGHTS["ode_kl"](transition, sigma, dt) * difference, ode_kl, rtol=1e-10)
     assert torch.equal(flow.WEIGHTS["uniform"](transition, sigma, dt), torch.ones(4, dtype=torch.float64))
     assert len(flow.WEIGHTS) == 4
-
-
-def test_extrapolated_goes_on_along_what_was_learned():
-    v, reference = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 0.0]])
-    assert flow.extrapolated(v, reference, 1.5).tolist() == [[4.0, -1.5]]
-    assert torch.equal(flow.extrapolated(v, reference, 1.0), v)
 
 
 # ---------------------------------------------------------------- guidance, flow matching, precision

@@ -66,15 +66,12 @@ CASES = [
     ("three dogs for one", ONE, [DOG, DOG2, DOG3], 1, 0, -1),  # 1 - 2/1
     ("a weak dog counts outside counting", ONE, [WEAK], 1, 1, 1),
     ("too weak a dog", ONE, ["dog red .3 0 0"], 0, 0, 0),  # more than .3 is asked for
-    ("both", TWO, [DOG, CAT], 1, 1, 1),
     ("one of two", TWO, [DOG], 0, 0, 0.5),  # (1 + 0) / 2
     ("three of three", THREE, [DOG, DOG2, DOG3], 1, 1, 1),
     ("four of three: excluded", THREE, [DOG, DOG2, DOG3, DOG4], 0, 0, 2 / 3),
     ("a weak fourth is not counted", THREE, [DOG, DOG2, DOG3, WEAK], 1, 1, 1),
-    ("red", RED, [DOG], 1, 1, 1),  # (1 + 1) / 2
     ("blue for red", RED, [DOG2], 0, 0, 0.5),  # count 1, colour 1 - 1/1
     ("the surest is red, the other blue", RED, [DOG, DOG2], 1, 0, 0),  # count 1 - 1/1, then 0
-    ("two reds", REDS, [DOG, DOG3], 1, 1, 1),
     ("one red of two dogs", REDS, [DOG, DOG2], 0, 0, 0.75),  # count 1, colour 1 - 1/2
     ("both colours", BOTH, [DOG, CAT], 1, 1, 1),
     ("colours swapped", BOTH, ["dog blue .9 0 0", "cat red .9 50 0"], 0, 0, 0.5),  # (1+0+1+0) / 4
@@ -132,14 +129,11 @@ def test_at_most_sixteen_of_a_class_are_kept_the_surest_first():
     "metadata, fault",
     [
         ({"tag": "colour", "include": [clause("dog")]}, "tag is 'colour'"),
-        ({"tag": "colors", "include": []}, "at least one clause"),
         (asked("colors", {"class": "dog"}), '"include" 0: a clause is an object with "class" and "count"'),
         (asked("colors", clause("doge")), "unknown class 'doge'"),
-        (asked("colors", clause("dog", 0)), "count is 0"),
         (asked("colors", clause("dog", color="grey")), "unknown color 'grey'"),
         (asked("position", clause("dog"), clause("cat", position=["beside", 0])), "write .relation, clause."),
         (asked("position", clause("dog", position=["above", 0])), '"include" 0: position points at clause 0'),
-        (asked("colors", clause("dog"), exclude=[clause("unicorn")]), '"exclude" 0: unknown class'),
     ],
 )
 def test_metadata_of_another_schema_are_refused(metadata, fault):

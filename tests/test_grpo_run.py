@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from opd import grpo, ranks
 from opd.data import MicroBatch, prompts_of_step
 from opd.model import Model
 from opd.rewards import find_reward
 from opd.setup import set_up
-from tests.tiny import grpo_config
-from tests.tiny_grpo import BRIGHT, build, distance, flat, recorded, run
+from tests import tiny
+from tests.tiny import distance, gradient_of, grpo_config
+from tests.tiny_grpo import BRIGHT, build, recorded
 
 # ---- the run -----------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, chang
         model.transformer.register_forward_hook(lambda *given, rows=rows: rows.append(len(given[-1][0])))
         monkeypatch.setattr(trained, "update", lambda *_: 1.0)
         stage.step(0)
-        gradients.append(flat(p.grad for p in trained.parameters.values()))
+        gradients.append(gradient_of(trained))
         samples.append(sum(rows))
     assert gradients[1].norm() > 1e-4 and distance(gradients[0], gradients[1]) < 1e-4
     cfg = grpo_config(world, **changes)
@@ -116,32 +116,10 @@ def test_zero_spread_groups_are_counted_and_teach_nothing(world):
     assert row["groups"] == {"zero_spread": 2, "dropped": 0, "all": 4} and gradient.norm() > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "ema_every": 2, "epochs": 2, "updates": 2}], ids=str)
-def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, changes, monkeypatch):
-    whole = run(grpo_config(world, out=str(tmp_path / "a"), iterations=4, save_every=2, **changes))[0]
-    cfg = grpo_config(world, out=str(tmp_path / "b"), iterations=4, save_every=2, **changes)
-    original = grpo.GRPO.step
-
-    def interrupted(stage, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return original(stage, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grpo.GRPO, "step", interrupted)
-        run(cfg)
-    resumed = run(cfg)[0]
-    assert [r["loss"] for r in resumed.metrics()] == [r["loss"] for r in whole.metrics()]
-    states = [load_file(file) for f in "ab" for file in (tmp_path / f / "state/000004").glob("*.safetensors")]
-    assert len(states) == 2 and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
 def test_full_fine_tuning_trains_the_transformer(world, tmp_path):
-    folder, _, trained, _ = run(grpo_config(world, out=str(tmp_path), full=True, lr=1e-3))
-    assert (
-        len(trained.parameters) > 50
-        and (tmp_path / "student" / "diffusion_pytorch_model.safetensors").is_file()
-    )
+    folder, _, trained, _ = tiny.run(grpo_config(world, out=str(tmp_path), full=True, lr=1e-3))
+    assert len(trained.parameters) > 50
+    assert (tmp_path / "student" / "diffusion_pytorch_model.safetensors").is_file()
     assert all(row["grad_norm"] > 0 for row in folder.metrics())
 
 
@@ -181,14 +159,9 @@ def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_lo
 ):
     CALLS.clear()
     MODE[0] = mode
-    cfg = grpo_config(
-        world,
-        out=str(tmp_path),
-        iterations=8,
-        train_rewards={"red": "tests.test_grpo_run:failing", "blue": BRIGHT},
-        reward_timeout=0.3,
-    )
-    rows = run(cfg)[0].metrics()
+    rewards = {"red": "tests.test_grpo_run:failing", "blue": BRIGHT}
+    cfg = grpo_config(world, out=str(tmp_path), iterations=8, train_rewards=rewards, reward_timeout=0.3)
+    rows = tiny.run(cfg)[0].metrics()
     dropped = [row["groups"]["dropped"] for row in rows]
     assert len(rows) == 8 and sum(dropped) >= 1 and dropped[0] == 0 and max(dropped) == 1
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
@@ -203,35 +176,9 @@ def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
     for step, spec in enumerate((BRIGHT, "tests.test_grpo_run:nothing", BRIGHT)):
         stage.reward_of = dict.fromkeys(("red", "blue"), find_reward(spec))
         row, norm = stage.step(step)
-        weights.append(flat(p.detach() for p in trained.parameters.values()))
+        weights.append(torch.cat([ranks.full(p.detach()).flatten() for p in trained.parameters.values()]))
         assert row["groups"]["dropped"] == (0 if spec == BRIGHT else 4) and (norm > 0) == (spec == BRIGHT)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
-
-
-def test_a_watched_scorer_that_fails_does_not_end_the_run(world, tmp_path):
-    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    cfg = grpo_config(
-        world,
-        out=str(tmp_path),
-        heldout=files,
-        rewards={"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"},
-        watch_every=1,
-        watch_prompts=3,
-    )
-    rows = run(cfg)[0].metrics()
-    assert len(rows) == 2 and 0 < rows[0]["watch"]["red"] < 1 and math.isnan(rows[0]["watch"]["blue"])
-
-
-def test_a_scorer_that_fails_costs_its_column_and_not_the_table(world, tmp_path):
-    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"}
-    cfg = grpo_config(
-        world, out=str(tmp_path), heldout=files, rewards=scorers, evaluate=True, eval_prompts=4, eval_steps=2
-    )
-    *_, trained, report = run(cfg)
-    report.table(trained)
-    student = json.loads((tmp_path / "scores.json").read_text())["student"]["held-out"]
-    assert 0 < student["red"] < 1 and math.isnan(student["blue"])
 
 
 def nothing(images, prompts, metadata):
@@ -241,99 +188,50 @@ def nothing(images, prompts, metadata):
 # ---- what the log holds ------------------------------------------------------------------------------------
 
 
-def test_held_out_tasks_are_watched_trained_on_or_not(world, tmp_path):
+def test_held_out_tasks_are_watched_and_scored_and_a_scorer_that_fails_costs_its_column(world, tmp_path):
+    """Whether they are trained on, as red, or not."""
     files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    cfg = grpo_config(
-        world,
-        out=str(tmp_path),
-        prompts={"red": files["red"]},
-        heldout=files,
-        rewards={"red": BRIGHT, "blue": BRIGHT},
-        watch_every=2,
-        watch_prompts=3,
-        iterations=3,
-    )
-    rows = run(cfg)[0].metrics()
-    assert [sorted(row["watch"]) if "watch" in row else None for row in rows] == [
-        None,
-        ["blue", "red"],
-        ["blue", "red"],
-    ]
-    assert list(rows[0]["reward"]) == ["red"]
-
-
-def test_report_scores_base_and_student(world, tmp_path):
-    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    cfg = grpo_config(
-        world,
-        out=str(tmp_path),
-        heldout=files,
-        rewards={"red": BRIGHT, "blue": BRIGHT},
-        evaluate=True,
-        eval_prompts=4,
-        eval_steps=2,
-    )
-    *_, trained, report = run(cfg)
+    scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"}
+    scored = {"heldout": files, "rewards": scorers, "watch_every": 2, "watch_prompts": 3}
+    table = {"evaluate": True, "eval_prompts": 4, "eval_steps": 2}
+    trained_on = {"prompts": {"red": files["red"]}, "iterations": 3}
+    cfg = grpo_config(world, out=str(tmp_path), **scored, **table, **trained_on)
+    folder, _, trained, report = tiny.run(cfg)
+    rows = folder.metrics()
+    assert list(rows[0]["reward"]) == ["red"] and ["watch" in row for row in rows] == [False, True, True]
     report.table(trained)
-    assert list(json.loads((tmp_path / "scores.json").read_text())) == ["base", "student"]
-
-
-# ---- bad input ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"group": 1}, "--group 1: an advantage compares the images of one prompt"),
-        ({"rollout": "ode"}, "needs the likelihood of a noisy step"),
-        ({"noise_level": 0.0}, "needs the likelihood of a noisy step"),
-        ({"full": True, "beta": 0.1}, "--beta 0.1 with --full"),
-        ({"cold_start": "merge"}, "--cold-start merge"),
-        ({"updates": 3}, "--updates 3 does not divide --prompts-per-step 4"),
-        ({"window": 3, "window_range": (2, 4)}, "--window 3 does not fit into --window-range 2 4"),
-        ({"window": 2, "window_range": (2, 4), "skip_last": True}, r"of the 3 states \(--steps, --skip-last"),
-        ({"window": 2, "window_range": (3, 9)}, r"of the 4 states \(--steps"),
-        (
-            {"train_rewards": {"red": BRIGHT}},
-            "task 'blue' has no reward to train on; add --train-rewards blue=module:function",
-        ),
-        ({"clip_range": 0.0}, "--clip-range is 0.0"),
-        ({"beta": -1.0}, "--beta is -1.0"),
-    ],
-)
-def test_impossible_settings_are_refused(world, changes, message):
-    with pytest.raises(ValueError, match=message):
-        grpo_config(world, **changes).check(1)
-
-
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ("no.such:reward", "cannot be imported"),
-        ("tests.test_grpo_run:whole_numbers", "which is not floating"),
-        ("tests.test_grpo_run:too_long", r"returned shape \(3,\) for 2 images"),
-        ("tests.test_grpo_run:needy", "needs 'include' with every prompt"),
-    ],
-)
-def test_bad_rewards_are_refused_before_weights_load(world, spec, message, monkeypatch):
-    monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
-    cfg = grpo_config(world, train_rewards={"red": spec, "blue": BRIGHT})
-    with pytest.raises(ValueError, match=message):
-        set_up(cfg, ranks.start())
-
-
-def test_a_scorer_of_the_table_that_lacks_metadata_is_refused_before_weights_load(world, monkeypatch):
-    monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
-    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:needy"}
-    cfg = grpo_config(world, heldout=files, rewards=scorers, watch_every=1)
-    with pytest.raises(ValueError, match="needs 'include' with every prompt"):
-        set_up(cfg, ranks.start())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == ["base", "student"]
+    for found in (rows[1]["watch"], rows[2]["watch"], scores["student"]["held-out"]):
+        assert 0 < found["red"] < 1 and math.isnan(found["blue"])
 
 
 def test_held_out_prompts_are_not_read_where_nothing_is_scored(world, tmp_path):
     cfg = grpo_config(world, out=str(tmp_path), heldout={"red": "no/such/file.txt"}, iterations=1)
-    assert len(run(cfg)[0].metrics()) == 1
+    assert len(tiny.run(cfg)[0].metrics()) == 1
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+HERE = "tests.test_grpo_run"
+BAD_REWARDS = [
+    ("train_rewards", "no.such:reward", "cannot be imported"),
+    ("train_rewards", f"{HERE}:whole_numbers", "which is not floating"),
+    ("train_rewards", f"{HERE}:too_long", r"returned shape \(3,\) for 2 images"),
+    ("train_rewards", f"{HERE}:needy", "needs 'include' with every prompt"),
+    ("rewards", f"{HERE}:needy", "needs 'include' with every prompt"),
+]
+
+
+@pytest.mark.parametrize("field, spec, message", BAD_REWARDS)
+def test_bad_rewards_are_refused_before_weights_load(world, field, spec, message, monkeypatch):
+    """That train, and that watch and score."""
+    monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
+    changes = {field: {"red": BRIGHT, "blue": spec}}
+    if field == "rewards":
+        changes |= {"heldout": {"blue": str(world / "blue.txt")}, "watch_every": 1}
+    with pytest.raises(ValueError, match=message):
+        set_up(grpo_config(world, **changes), ranks.start())
 
 
 def whole_numbers(images, prompts, metadata):

@@ -175,31 +175,6 @@ def test_steps_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])
-def test_kl_loss_is_the_kl_of_the_transitions_per_dimension(kind):
-    """velocity_mse with the `kl` weight = torch.distributions' KL of the two transitions over d, sample by
-    sample."""
-    a = arguments(kind=kind)
-    transition, teacher = a["transition"], a["targets"][0]
-    ones = torch.ones(3, 1, dtype=torch.float64)
-    loss, _ = kernels.velocity_mse(a["v"], [teacher], ones, transition.kl_weight())
-    std = transition.std[:, None, None]
-    student = Normal(flow.step_mean(a["x"], a["v"], transition), std)
-    expert = Normal(flow.step_mean(a["x"], teacher, transition), std)
-    expected = torch.distributions.kl_divergence(student, expert).mean((1, 2))
-    assert torch.allclose(loss, expected, rtol=1e-10)
-
-
-@pytest.mark.parametrize("kind", ["sde", "cps"])
-def test_log_prob_is_the_log_density_of_the_transition(kind):
-    a = arguments(kind=kind)
-    mean = flow.step_mean(a["x"], a["v"], a["transition"])
-    expected = Normal(mean, a["transition"].std[:, None, None]).log_prob(a["x_next"]).mean((1, 2))
-    assert torch.allclose(
-        kernels.log_prob(a["x_next"], a["x"], a["v"], a["transition"]), expected, rtol=1e-10
-    )
-
-
-@pytest.mark.parametrize("kind", ["sde", "cps"])
 def test_log_prob_is_as_accurate_as_the_direct_formula(kind):
     """At every state of a 10-step grid, the error of the float32 log-probability against the float64 density
     is at most twice that of (x_next - mean)^2 / (2 std^2) in float32, plus a unit in the last place."""
@@ -248,22 +223,20 @@ def test_a_step_without_noise_is_eulers():
 # ---------------------------------------------------------------- noise
 
 
-def test_philox_known_answers():
-    """The three vectors published with the algorithm (Random123, philox4x32 10 rounds)."""
-    ones = 0xFFFFFFFF
-    for counter, key, words in [
-        ((0, 0, 0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ((ones,) * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            0x299F31D0A4093822,
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ]:
-        out = philox(
-            key, tuple(torch.tensor([c] * 9) for c in counter)
-        )  # 9 lanes: the vectorised and the scalar path
-        assert all(" ".join(f"{int(word[lane]):08x}" for word in out) == words for lane in range(9))
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+PHILOX = [
+    ((0,) * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ((2**32 - 1,) * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (PI, 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+@pytest.mark.parametrize("counter, key, words", PHILOX)
+def test_philox_known_answers(counter, key, words):
+    """The three vectors published with the algorithm (Random123, philox4x32 10 rounds), in 9 lanes: the
+    vectorised and the scalar path."""
+    out = philox(key, tuple(torch.tensor([c] * 9) for c in counter))
+    assert all(" ".join(f"{int(word[lane]):08x}" for word in out) == words for lane in range(9))
 
 
 def test_normal_is_normal():
@@ -279,9 +252,8 @@ def test_normal_is_normal():
 
 def test_noise_differs_between_samples_steps_and_elements():
     rows = torch.cat([kernels.normal((8, 4096), seed) for seed in (0, 1, 2**40)])
-    rows = torch.cat(
-        [rows, rows[:1].roll(1, 1), rows[:1].roll(4, 1)]
-    )  # neighbouring elements, neighbouring Philox calls
+    # Neighbouring elements, neighbouring Philox calls.
+    rows = torch.cat([rows, rows[:1].roll(1, 1), rows[:1].roll(4, 1)])
     correlation = torch.corrcoef(rows).fill_diagonal_(0)
     assert correlation.abs().max() < 5 / math.sqrt(4096)
 
@@ -315,23 +287,19 @@ def coefficients(**changes):
 Z = torch.zeros(3, 4, 5)
 BAD = [
     ({"x": Z.bfloat16()}, "x has dtype torch.bfloat16: expected torch.float32"),
-    ({"x": torch.zeros(0, 4, 5)}, r"x has shape \(0, 4, 5\)"),
     ({"v": torch.zeros(3, 4, 6)}, r"v has shape \(3, 4, 6\): expected \(3, 4, 5\)"),
     ({"v": Z.double()}, "v has dtype torch.float64: expected .*float32 or .*bfloat16 or .*float16"),
     ({"v": torch.zeros(3, 5, 4).mT}, r"v has strides \(20, 1, 4\): expected contiguous samples"),
     ({"v": torch.zeros(3, 4, 5, device="meta")}, "v is on meta: expected cpu"),
     ({"targets": []}, "K = 0"),
     ({"targets": [Z, torch.zeros(3, 5, 4)]}, r"targets\[1\] has shape \(3, 5, 4\): expected \(3, 4, 5\)"),
-    ({"targets": [Z, None]}, r"targets\[1\] is None but alpha\[:, 1\]"),
     ({"alpha": torch.ones(3, 3)}, r"alpha has shape \(3, 3\): expected \(3, 2\)"),
     ({"alpha": -torch.ones(3, 2)}, "alpha = .*expected no negative weight"),
     ({"w": 2.0}, r"w has type float: expected a tensor of shape \(3,\)"),
     (coefficients(std=torch.tensor(math.nan)), "transition.std = nan: expected no negative value"),
     (coefficients(move=torch.tensor([0.5, 0.0, 0.5])), "transition.move = .*: expected no 0"),
-    (coefficients(keep=torch.tensor(1)), "transition.keep has dtype torch.int64"),
     (coefficients(std=torch.ones(3, 1, 1)), r"transition.std has shape \(3, 1, 1\): expected \(3,\)"),
     ({"seed": 3}, "noise and seed = 3 are both given, or neither"),
-    ({"noise": None}, "noise and seed = None are both given, or neither"),
     ({"noise": None, "seed": -1}, "seed = -1: expected an integer, 0 <= seed"),
     ({"noise": None, "seed": 3, "index": torch.arange(3).int()}, "index has dtype torch.int32"),
     ({"index": torch.arange(3)}, "index is given but noise is too"),
@@ -346,16 +314,6 @@ def test_bad_input_is_named(changes, message):
     for mode in ("eager", "triton"):
         with backend(mode), pytest.raises(ValueError, match=message):
             opd(**changes)
-
-
-def test_bad_states_of_log_prob_and_normal_are_named():
-    a = arguments(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"x_next has shape \(2, 4, 5\): expected \(3, 4, 5\)"):
-        kernels.log_prob(a["x_next"][:2], a["x"], a["v"], a["transition"])
-    with pytest.raises(ValueError, match=r"index has shape \(2,\) and dtype torch.int64: expected \(3,\)"):
-        kernels.normal((3, 4), 1, torch.arange(2))
-    with pytest.raises(ValueError, match="v has dtype torch.int64"):
-        kernels.velocity_mse(Z.long(), a["targets"], a["alpha"], a["w"])
 
 
 def test_backend_switch():

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tests import forked, tiny
 from tests.test_shards import arguments as full_fine_tuning
 from tests.test_shards import latents  # noqa: F401 (a fixture)
-from tests.test_signals import flags
 
 KILLS = int(os.environ["KILLS"]) if "KILLS" in os.environ else 2
 CLOCK = ("seconds", "samples_per_second", "states_per_second")  # of a row of metrics.jsonl
@@ -23,11 +22,11 @@ OFTEN = {"iterations": 6, "save_every": 1, "sample_every": 2, "eval_steps": 2}
 
 
 def distil(world, out, latents):  # noqa: F811
-    return flags(tiny.config(world, out=str(out), ema=0.9, **OFTEN), "mini")
+    return forked.command_line(tiny.config(world, out=str(out), ema=0.9, **OFTEN))
 
 
 def grow(world, out, latents):  # noqa: F811
-    return flags(tiny.grpo_config(world, out=str(out), **OFTEN), "mini-text")
+    return forked.command_line(tiny.grpo_config(world, out=str(out), **OFTEN))
 
 
 def finetune(world, out, latents):  # noqa: F811
@@ -44,9 +43,8 @@ def contents(run):
             continue
         name = str(file.relative_to(run))
         found[name] = file.read_bytes().replace(str(run).encode(), b"RUN")
-        if file.suffix == ".safetensors" and name.startswith(
-            "state/"
-        ):  # the order of its tensors says nothing
+        # The order of a state's tensors says nothing.
+        if file.suffix == ".safetensors" and name.startswith("state/"):
             found[name] = {key: (value.dtype, value.tolist()) for key, value in load_file(file).items()}
         if name == "metrics.jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]

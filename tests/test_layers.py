@@ -81,19 +81,3 @@ def test_what_an_import_costs():
         for modules, absent in ABSENT.items()
     ]
     assert forks(*codes) == "".join(f"[] {modules}\n" for modules in ABSENT)
-
-
-def test_only_the_presets_and_the_study_name_the_miniature():
-    for name, file in sources().items():
-        if not name.startswith(("opd.mini", "opd.presets", "opd.mini.study.run")):
-            paths = [text for text in strings(file) if "opd/mini" in text or "opd.mini" in text]
-            assert not paths, name
-
-
-def strings(file):
-    """The strings that the code of a file works with: not those that stand alone, its documentation."""
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
-            yield node.value

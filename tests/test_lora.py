@@ -11,7 +11,7 @@ from opd import lora
 from opd.families import sd3
 from opd.formats import lora_files
 from opd.lora import LoraLinear
-from tests.tiny_lora import MODULES, pairs, peft_dir, under, velocity
+from tests.tiny_lora import MODULES, under, velocity
 
 # ---- one layer ---------------------------------------------------------------------------------------------
 
@@ -88,12 +88,6 @@ def test_the_trained_adapter_says_the_same_with_and_without_gradients(dtype, tol
     assert (walked - products).norm() <= tolerance * products.norm()
 
 
-def test_a_model_may_ask_for_the_dtype_of_a_layer():
-    """Some transformers read `layer.weight.dtype`, Z-Image's time embedding for one."""
-    ours, _ = pair(torch.bfloat16)
-    assert ours.weight is ours.base_layer.weight and ours.weight.dtype == torch.bfloat16
-
-
 # ---- a model -----------------------------------------------------------------------------------------------
 
 
@@ -114,11 +108,10 @@ def folded(base, update):
 def dense_update(folder):
     """The update of a PEFT directory whose alpha is its rank, straight from its tensors."""
     tensors = load_file(folder / "adapter_model.safetensors")
-    names = {key.partition(".lora_")[0] for key in tensors}
     return {
-        name.removeprefix("base_model.model."): tensors[f"{name}.lora_B.weight"]
-        @ tensors[f"{name}.lora_A.weight"]
-        for name in names
+        name.removeprefix("base_model.model."): b @ tensors[f"{name}.lora_A.weight"]
+        for name in {key.partition(".lora_")[0] for key in tensors}
+        for b in [tensors[f"{name}.lora_B.weight"]]
     }
 
 
@@ -142,13 +135,6 @@ def test_each_adapter_equals_its_folded_copy_and_the_base_is_untouched(transform
         assert (under(transformer, name) - expected).abs().max() < 1e-5
         assert (expected - plain).abs().max() > 0.01
         assert torch.equal(under(transformer, lora.BASE), plain)
-
-
-def test_ranks_may_differ_between_modules_and_teachers(base, tmp_path):
-    weights = pairs((3, 2))
-    sources = {"a": peft_dir(tmp_path / "a", weights), "b": peft_dir(tmp_path / "b", pairs((5,)))}
-    expected = velocity(folded(base, {m: b @ a * 7 / len(a) for m, (a, b) in weights.items()}))
-    assert (under(attached(base, **sources), "a") - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_an_adapter_of_some_layers_leaves_the_others_alone(transformer):
@@ -201,12 +187,6 @@ def test_teachers_add_their_lora_bytes_and_nothing_else(base, world):
     per_teacher = sum(2 * t.numel() for t in [*red.A.values(), *red.B.values()])
     assert before.items() <= after.items() and sum(after.values()) - sum(before.values()) == 3 * per_teacher
     assert not any(p.requires_grad for p in transformer.parameters())
-
-
-@pytest.mark.parametrize("name", ["v1.0", ""])
-def test_names_that_cannot_be_stored_are_refused(name, base, world):
-    with pytest.raises(ValueError, match=f"adapter name '{name}'"):
-        attached(base, **{name: world / "red"})
 
 
 def test_a_fresh_lora_starts_at_the_base_with_pefts_spread(base, world):

@@ -18,17 +18,7 @@ from opd import lora
 from opd.families import sd3
 from opd.formats import lora_files
 from opd.model import Model
-from tests.tiny_lora import (
-    CONFIG,
-    MODULES,
-    TARGETS,
-    keyed,
-    pairs,
-    peft_dir,
-    single_file,
-    under,
-    velocity,
-)
+from tests.tiny_lora import CONFIG, MODULES, TARGETS, keyed, pairs, peft_dir, single_file, under, velocity
 
 
 @pytest.fixture(scope="module")
@@ -266,17 +256,13 @@ def test_a_file_without_alpha_says_so_and_takes_the_users(tmp_path, capsys):
         torch.testing.assert_close(asked.update(module), 6 / 3 * b @ a, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("asked, message", [("many", "'many', not a number"), ("0", "must be positive")])
-def test_an_alpha_that_is_no_alpha_is_refused(asked, message, tmp_path):
-    source = str(single_file(tmp_path / "x", keyed(pairs())))
-    with pytest.raises(ValueError, match=message):
-        lora_files.read_lora(f"{source}:alpha={asked}")
-
-
-def test_the_user_cannot_contradict_the_file(tmp_path):
-    source = str(peft_dir(tmp_path / "x", pairs()))
-    with pytest.raises(ValueError, match="the file states its alpha, so leave out :alpha=7"):
-        lora_files.read_lora(f"{source}:alpha=7")
+def test_an_alpha_that_is_none_or_contradicts_the_file_is_refused(tmp_path):
+    silent, states = str(single_file(tmp_path / "x", keyed(pairs()))), str(peft_dir(tmp_path / "y", pairs()))
+    refused = [("many", silent, "'many', not a number"), ("0", silent, "must be positive")]
+    refused += [("7", states, "the file states its alpha, so leave out :alpha=7")]
+    for asked, source, message in refused:
+        with pytest.raises(ValueError, match=message):
+            lora_files.read_lora(f"{source}:alpha={asked}")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -303,12 +289,10 @@ def replaced(kind, change):
     return changed(lambda tensors: tensors.update({name: change(tensors[name])}))
 
 
-def zeros(kind):
-    return changed(lambda tensors: [t.zero_() for name, t in tensors.items() if f"lora_{kind}" in name])
-
-
-def cut_to_rank_0(tensors):
-    tensors |= {k: t[:0] if "lora_A" in k else t[:, :0].contiguous() for k, t in tensors.items()}
+def zero_b(tensors):
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.zero_()
 
 
 def config(**settings):
@@ -319,11 +303,8 @@ def with_metadata(text):
     return lambda folder: single_file(folder, keyed(pairs()), {"lora_adapter_metadata": text})
 
 
-def one_alpha(value):
-    def write(folder):
-        return single_file(folder, with_alpha_keys(pairs()) | {f"{SECOND}.alpha": torch.tensor(value)})
-
-    return write
+def alpha_nan(folder):
+    return single_file(folder, with_alpha_keys(pairs()) | {f"{SECOND}.alpha": torch.tensor(torch.nan)})
 
 
 def of_bytes(content, name="adapter_model.safetensors"):
@@ -345,40 +326,28 @@ POSITIVE = "must be positive and finite"
 REFUSED = {
     "nowhere": (lambda folder: folder, "no such file or directory"),
     "empty directory": (empty, "neither adapter_model.safetensors nor"),
-    "not safetensors": (
-        of_bytes(b"version https://git-lfs.github.com/spec/v1"),
-        "not a readable safetensors",
-    ),
+    "not safetensors": (of_bytes(b"version https://git-lfs.github.com/"), "not a readable safetensors"),
     "a huge header": (of_bytes(HUGE), "not a readable safetensors file"),
     "a broken config": (of_bytes(b"{", "adapter_config.json"), "adapter_config.json: not JSON"),
     "broken metadata": (with_metadata("["), "lora_adapter_metadata is no JSON object"),
-    "a list of metadata": (with_metadata("[1]"), "lora_adapter_metadata is no JSON object"),
     "nothing": (lambda folder: single_file(folder, {}), "0 A and 0 B factors"),
-    "zero B": (zeros("B"), "zero everywhere.*saved before training.*write 'base'"),
-    "zero A": (zeros("A"), "zero everywhere"),
+    "zero B": (changed(zero_b), "zero everywhere.*saved before training.*write 'base'"),
     "half a pair": (
         changed(lambda t: t.pop(f"base_model.model.{MODULES[2]}.lora_B.weight")),
         rf"4 A and 3 B factors.*{MODULES[2]}",
     ),
     "full model": (added(f"{FIRST}.weight", 32, 32), f"{FIRST}.weight' is no LoRA weight"),
     "DoRA": (added(f"{FIRST}.lora_magnitude_vector", 32), f"{FIRST}.*is no LoRA weight"),
-    "LoKr": (added(f"{FIRST}.lokr_w1", 4, 4), f"{FIRST}.*is no LoRA weight"),
-    "a bias": (added(f"{FIRST}.lora_B.bias", 32), f"{FIRST}.lora_B.bias' is no LoRA weight"),
     "given twice": (added(f"transformer.{FIRST}.lora_A.weight", 3, 32), f"{FIRST} is given twice"),
     "integers": (replaced("A", lambda t: t.int()), f"{SECOND} holds torch.int32"),
-    "complex": (replaced("B", lambda t: t.to(torch.complex64)), f"{SECOND} holds torch.complex64"),
     "NaN": (replaced("A", lambda t: t.fill_(torch.nan)), f"{SECOND} has values that are not finite"),
-    "infinite": (replaced("B", lambda t: t.fill_(torch.inf)), f"{SECOND} has values that are not finite"),
     "a convolution": (replaced("A", lambda t: t[..., None, None]), f"{SECOND}.*only linear layers"),
     "other ranks": (replaced("B", lambda t: t[:, :2].contiguous()), f"{SECOND}.*rank 3 in A, 2 in B"),
-    "rank 0": (changed(cut_to_rank_0), "rank 0 in A, 0 in B"),
     "an absurd rank": (lambda folder: single_file(folder, keyed(pairs((33,)))), "rank 33 in A, 33 in B"),
     "alpha of some layers": (added(f"{FIRST}.alpha"), "some layers state an alpha, but not"),
     "alpha astray": (added("elsewhere.alpha"), "alpha without a layer.*elsewhere"),
-    "alpha 0": (one_alpha(0.0), f"the alpha of {SECOND} is 0.0; it {POSITIVE}"),
-    "alpha NaN": (one_alpha(torch.nan), f"the alpha of {SECOND} is nan; it {POSITIVE}"),
+    "alpha NaN": (alpha_nan, f"the alpha of {SECOND} is nan; it {POSITIVE}"),
     "no number": (config(lora_alpha="much"), "lora_alpha is 'much', not a number"),
-    "config alpha infinite": (config(lora_alpha=float("inf")), f"lora_alpha is inf; it {POSITIVE}"),
     "negative alpha": (config(alpha_pattern={FIRST: -2}), f"alpha_pattern .* is -2.0; it {POSITIVE}"),
     # As a regular expression it would take minutes on a long name.
     "a hostile pattern": (config(alpha_pattern={"(a+)+$": 2}), "is a regular expression; write out"),
@@ -412,30 +381,20 @@ def another_layer(name):
     return lambda tensors: tensors.update(factors)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (without_a_module, rf"lacks 1 of these layers: \['{MODULES[3]}'\]; the file is incomplete"),
-        (other_width, rf"{SECOND} updates \(32, 48\), the base has \(32, 32\); it was made for another base"),
-        (
-            another_layer("transformer_blocks.9.attn.to_q"),
-            r"1 of its 5 layers are not in the base: .*blocks.9",
-        ),
-        (
-            another_layer("text_encoder.q_proj"),
-            "not in the base.*for another base, or for a text encoder too",
-        ),
-    ],
-)
-def test_adapters_of_another_base_are_refused(change, message, world, tmp_path):
-    def check(source):
-        lora = lora_files.read_lora(source)
-        lora_files.check_fits(lora, sd3.skeleton(world / "pipeline"), sd3.LORA_TARGETS)
+OTHER_BASES = [
+    (without_a_module, rf"lacks 1 of these layers: \['{MODULES[3]}'\]; the file is incomplete"),
+    (other_width, rf"{SECOND} updates \(32, 48\), the base has \(32, 32\); it was made for another base"),
+    (another_layer("transformer_blocks.9.attn.to_q"), r"1 of its 5 layers are not in the base: .*blocks.9"),
+    (another_layer("text_encoder.q_proj"), "not in the base.*for another base, or for a text encoder too"),
+]
 
-    check(str(changed(lambda tensors: None)(tmp_path / "good")))
+
+@pytest.mark.parametrize("change, message", OTHER_BASES)
+def test_adapters_of_another_base_are_refused(change, message, world, tmp_path):
     source = str(changed(change)(tmp_path / "bad"))
+    adapter = lora_files.read_lora(source)
     with pytest.raises(ValueError, match=message) as caught:
-        check(source)
+        lora_files.check_fits(adapter, sd3.skeleton(world / "pipeline"), sd3.LORA_TARGETS)
     assert repr(source) in str(caught.value)
 
 
@@ -457,26 +416,18 @@ def asked(world, monkeypatch):
     return calls
 
 
-def test_of_a_hub_id_with_and_without_subfolder_the_adapter_alone_is_fetched(asked, world):
+def test_of_a_hub_id_with_and_without_subfolder_the_adapter_alone_is_fetched(asked, world, monkeypatch):
     red, blue = lora_files.read_lora("owner/plain"), lora_files.read_lora("owner/sub:blue")
     assert red.sha256 == lora_files.read_lora(str(world / "red")).sha256
     assert blue.sha256 == lora_files.read_lora(str(world / "blue")).sha256 != red.sha256
     names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert asked == [("owner/plain", names), ("owner/sub", [f"blue/{name}" for name in names])]
-
-
-def test_alpha_may_be_asked_for_behind_a_subfolder(asked, monkeypatch):
     monkeypatch.setattr(lora_files, "peft_config", lambda path, metadata: {})
     assert set(lora_files.read_lora("owner/sub:red:alpha=1").scale.values()) == {1 / 4}
 
 
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("owner/sub:gone", "owner/sub holds no folder 'gone'"),
-        ("owner/gated", r"\(OSError\); check the spelling"),
-    ],
-)
-def test_what_the_hub_does_not_have_is_named(source, message, asked):
-    with pytest.raises(FileNotFoundError, match=f"adapter '{source}'.*{message}"):
-        lora_files.read_lora(source)
+def test_what_the_hub_does_not_have_is_named(asked):
+    missing = {"owner/sub:gone": "holds no folder 'gone'", "owner/gated": r"\(OSError\); check the spelling"}
+    for source, message in missing.items():
+        with pytest.raises(FileNotFoundError, match=f"adapter '{source}'.*{message}"):
+            lora_files.read_lora(source)

@@ -10,29 +10,25 @@ from opd.formats.prompts import load_prompts
 from opd.rewards import ocr
 from opd.rewards.prompts import ocr_prompts
 
+FORMULA = [
+    ("Hello World", "hELLOwORLD", 1),  # case and spaces do not count
+    ("Hello", "say Hello to all", 1),  # contained: more text costs nothing
+    ("Hello", "", 0),
+    ("Hello", "Hallo", 1 - 1 / 5),
+    ("Hello", "xyz" * 20, 0),  # distance 60, cut at the length
+    ("it’s", "it's", 1 - 1 / 4),  # the right reading, as the released formula has it
+]
 
-@pytest.mark.parametrize(
-    "target, text, score",
-    [
-        ("Hello World", "hELLOwORLD", 1),  # case and spaces do not count
-        ("Hello", "say Hello to all", 1),  # contained: more text costs nothing
-        ("Hello", "", 0),
-        ("Hello", "Hallo", 1 - 1 / 5),
-        ("Hello", "xyz" * 20, 0),  # distance 60, cut at the length
-        ("kitten", "sitting", 1 - 3 / 6),
-        ("it’s", "it's", 1 - 1 / 4),  # the right reading, as the released formula has it
-    ],
-)
+
+@pytest.mark.parametrize("target, text, score", FORMULA)
 def test_the_released_formula(target, text, score):
     assert ocr.ocr_score(target, text) == pytest.approx(score)
 
 
-@pytest.mark.parametrize(
-    "target, text", [("it’s", "it's"), ("“Go”", '"go"'), ("½ off", "1/2 off"), ("1–2 — ﬁne", "1-2-fine")]
-)
-def test_folded_typography_counts_as_right(target, text):
-    assert ocr.ocr_score(target, text) < 1
-    assert ocr.ocr_score(ocr.folded(target), ocr.folded(text)) == 1
+def test_folded_typography_counts_as_right():
+    for target, text in [("“Go”", '"go"'), ("½ off", "1/2 off"), ("1–2 — ﬁne", "1-2-fine")]:
+        assert ocr.ocr_score(target, text) < 1
+        assert ocr.ocr_score(ocr.folded(target), ocr.folded(text)) == 1
 
 
 def test_edit_distance_is_the_recursive_definition():

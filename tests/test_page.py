@@ -4,25 +4,21 @@ import hashlib
 import html
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
-from opd import ranks
-from opd.formats.settings import to_json
 from opd.report import card, page, plots
 from opd.report.plots import png
 from opd.runfolder import RunFolder
 from tests import tiny
+from tests.tiny_grpo import BRIGHT
 
 
 class Hub:
@@ -48,36 +44,20 @@ class Hub:
 
 
 def run(cfg, folder):
-    file = folder / "settings.json"
-    file.write_text(json.dumps(to_json(cfg)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--config", str(file)])
         patch.setattr(card, "HfApi", Hub)
-        try:
-            train.main()
-        finally:
-            if torch.distributed.is_initialized():
-                ranks.stop()
+        tiny.main(cfg, folder)
 
 
 @pytest.fixture(scope="module")
 def settings(world, tmp_path_factory):
     """Saves and grids after steps 2 and 3, a table at the end, pictures to tensorboard, a push."""
-    return tiny.config(
-        world,
-        out=str(tmp_path_factory.mktemp("page") / "my <run>"),
-        iterations=3,
-        save_every=2,
-        sample_every=2,
-        evaluate=True,
-        heldout={"red": str(world / "red.txt")},
-        rewards=dict.fromkeys(tiny.PROMPTS, "tests.tiny_grpo:brightness"),
-        eval_prompts=5,
-        eval_steps=2,
-        deploy_guidance=1.5,
-        tracker="tensorboard",
-        push="me/my-student",
-    )
+    scored = {"evaluate": True, "eval_prompts": 5, "eval_steps": 2, "deploy_guidance": 1.5}
+    scored |= {"heldout": {"red": str(world / "red.txt")}, "rewards": dict.fromkeys(tiny.PROMPTS, BRIGHT)}
+    often = {"iterations": 3, "save_every": 2, "sample_every": 2}
+    told = {"tracker": "tensorboard", "push": "me/my-student"}
+    out = tmp_path_factory.mktemp("page") / "my <run>"
+    return tiny.config(world, out=str(out), **often, **scored, **told)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Preference scores: formulas by hand on the same random weights; HPSv2's weights by torch's attention."""
 
 import shutil
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from opd import rewards
@@ -162,9 +161,8 @@ def hps(tmp_path_factory):
 def test_converted_weights_compute_what_open_clip_computes(hps, folder, images_BCHW):
     reference, processor, file = hps
     small = [to_pil(image, 0).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in images_BCHW]
-    pixels_BCHW = processor.image_processor(
-        images=small, do_resize=False, do_center_crop=False, return_tensors="pt"
-    ).pixel_values
+    as_they_are = dict(do_resize=False, do_center_crop=False, return_tensors="pt")
+    pixels_BCHW = processor.image_processor(images=small, **as_they_are).pixel_values
     with torch.no_grad():
         images_BD = F.normalize(reference.of_pixels(pixels_BCHW), dim=1)
         rows = []
@@ -186,18 +184,15 @@ def test_padding_keeps_the_shape_of_the_picture():
 # ---- what goes wrong --------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_clip_with_missing_weights_is_refused(folder, tmp_path):
-    from safetensors.torch import load_file
-
     torn = tmp_path / "torn"
     shutil.copytree(folder, torn)
     weights = load_file(torn / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, torn / "model.safetensors", metadata={"format": "pt"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=r"lack 1 tensors, such as \['visual_projection.weight'\]"):
-            load_clip(str(torn), CPU)
+    with pytest.raises(ValueError, match=r"lack 1 tensors, such as \['visual_projection.weight'\]"):
+        load_clip(str(torn), CPU)
 
 
 def test_a_pickle_that_would_run_code_is_refused(folder, tmp_path):
@@ -210,17 +205,12 @@ def test_a_pickle_that_would_run_code_is_refused(folder, tmp_path):
         scored(f"aesthetic@{tmp_path}/evil.pth,{folder}", torch.rand(1, 3, 8, 8), ["a"])
 
 
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ("pickscore@{t}/no", "CLIP '.*no': no such file"),
-        ("hpsv2@{c},{c}", "HPSv2 .*there is no file 'HPS_v2.1_compressed.pt'"),
-    ],
-)
-def test_missing_weights_are_named(spec, message, folder, tmp_path):
-    reward = rewards.find_reward(spec.format(t=tmp_path, c=folder))
-    with pytest.raises(ValueError, match=message):
-        reward.load(CPU)
+def test_missing_weights_are_named(folder, tmp_path):
+    missing = {f"pickscore@{tmp_path}/no": "CLIP '.*no': no such file"}
+    missing[f"hpsv2@{folder},{folder}"] = "HPSv2 .*there is no file 'HPS_v2.1_compressed.pt'"
+    for spec, message in missing.items():
+        with pytest.raises(ValueError, match=message):
+            rewards.find_reward(spec).load(CPU)
 
 
 def test_each_says_what_it_is_and_its_divisor():

@@ -13,9 +13,10 @@ from opd import flow, lora, routing
 from opd.data import MicroBatch, Prompt, micro_batches
 from opd.presets import PRESETS
 from opd.rewards import find_reward
-from opd.teachers import RewardRouter, extrapolated, route_of
+from opd.teachers import RewardRouter, extrapolated
 from tests import tiny
-from tests.test_train import build, distance, gradient, record
+from tests.test_train import build, gradient, record
+from tests.tiny import distance
 
 BRIGHT, DARK = "tests.tiny_grpo:brightness", "-1*tests.tiny_grpo:brightness"
 ALONE = {"anchor_weight": 0.0}  # the routed teachers alone
@@ -83,12 +84,6 @@ def test_an_anchor_by_level_is_asked_where_it_counts_and_counts_as_said(world):
     assert row["loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_same_weight_at_every_level_is_a_constant_anchor(world):
-    constant, row = gradient(world, anchor_weight=0.3)
-    levels, other = gradient(world, anchor_weight=0.0, anchor_levels={"1": 0.3})
-    assert distance(levels, constant) < 1e-6 and row["loss"] == pytest.approx(other["loss"], rel=1e-6)
-
-
 # ---- routing -----------------------------------------------------------------------------------------------
 
 
@@ -109,11 +104,11 @@ def test_a_soft_route_is_the_sum_of_its_teachers(world):
     assert distance(red, blue) > 0.1 and distance(soft, 0.7 * red + 0.3 * blue) < 1e-5
 
 
-def test_a_prompt_may_name_its_own_route(world, tmp_path):
+def test_a_route_of_a_prompt_goes_before_its_tasks(world, tmp_path):
     file = tmp_path / "red.jsonl"
     file.write_text('{"prompt": "a red circle", "route": "blue"}\n{"prompt": "a red dot", "route": "blue"}\n')
     changes = {"prompts": {"red": str(file)}, **ALONE}
-    own = gradient(world, **changes)[0]
+    own = gradient(world, routes={"red": "0.5*red+0.5*blue"}, **changes)[0]  # of the task
     by_task = gradient(world, routes={"red": "blue"}, **changes)[0]
     assert torch.equal(own, by_task)
     file.write_text('{"prompt": "a red circle", "route": "green"}\n')
@@ -162,10 +157,8 @@ def test_a_reward_that_needs_metadata_does_not_claim_prompts_without(world):
     prompts = [Prompt("a", "red"), Prompt("b", "red", {"words": 1})]
     pending = {"red": [], "blue": []}
     router.start(batch, prompts, torch.rand(2, 3, 4, 4), pending)
-    assert {task: [samples for samples, _ in mine] for task, mine in pending.items()} == {
-        "red": [[0, 1]],
-        "blue": [[1]],
-    }
+    judged = {task: [samples for samples, _ in mine] for task, mine in pending.items()}
+    assert judged == {"red": [[0, 1]], "blue": [[1]]}
 
 
 # ---- off-policy --------------------------------------------------------------------------------------------
@@ -202,11 +195,6 @@ def test_off_policy_every_sample_walks_with_its_own_teachers(world):
                         v += share * model.velocity(expected.x, expected.sigma_B, text, 1.0)
             expected.step(v)
             torch.testing.assert_close(state.x[b], expected.x[0], rtol=1e-5, atol=1e-5)
-
-
-def test_off_policy_gradients_are_of_the_teachers_states(world, plain):
-    off = gradient(world, walker="teacher", **ALONE)[0]
-    assert off.norm() > 1e-4 and distance(off, plain) > 1e-3
 
 
 # ---- queries and what they cost ----------------------------------------------------------------------------
@@ -254,18 +242,8 @@ def test_presets_are_their_papers_formulas(where):
     assert weights(diffusion) == pytest.approx([0.25**2 / 2] * 4)
     assert (diffusion.rollout, diffusion.anchor_weight, diffusion.cold_start) == ("ode", 0.0, "base")
     assert weights(dance) == [1.0] * 4
-    assert (dance.rollout, dance.queries, dance.query_beta, dance.anchor_weight) == (
-        "ode",
-        1,
-        (5.0, 2.0),
-        0.0,
-    )
+    assert (dance.rollout, dance.anchor_weight) == ("ode", 0.0)
+    assert (dance.queries, dance.query_beta) == (1, (5.0, 2.0))
     assert gfd.guidance == 1.0 < gfd.teacher_guidance
     assert len(gfd.queryable()) == 2 and set(gfd.extrapolate.values()) == {1.25}
     assert gfd.extrapolate.keys() == gfd.teachers.keys()
-
-
-def test_a_route_of_a_prompt_goes_before_its_tasks(world):
-    cfg = tiny.config(world, routes={"red": "blue"})
-    assert route_of(cfg, Prompt("a", "red")) == "blue"
-    assert route_of(cfg, Prompt("a", "red", {"route": "0.5*red+0.5*blue"})) == "0.5*red+0.5*blue"

@@ -1,6 +1,5 @@
 """Rewards: what a name means, what is refused before training, that no failure goes unnoticed."""
 
-import importlib
 import math
 import subprocess
 import sys
@@ -43,10 +42,6 @@ needs_both.metadata_keys = ("scale", "target")
 
 def a_column(images, prompts, metadata):
     return torch.zeros(len(images), 1)
-
-
-def integers(images, prompts, metadata):
-    return torch.arange(len(images))
 
 
 def a_list(images, prompts, metadata):
@@ -117,23 +112,11 @@ def test_a_single_name_is_the_function_itself():
     assert spy(lambda *batch: answer)(images_of(2), ["", ""], [{}, {}]) is answer
 
 
-def test_every_short_name_leads_to_something_that_can_be_called():
-    for name, path in rewards.SHORT.items():
-        module, attribute = path.split(":")
-        assert callable(getattr(importlib.import_module(module), attribute)), name
-
-
-@pytest.mark.parametrize(
-    "spec, weights",
-    [
-        ("0.7*opd.mini.rewards:quality+0.3*tests.test_rewards:brightness", (0.7, 0.3)),
-        (" 1e+1 * opd.mini.rewards:quality + -2.*tests.test_rewards:brightness ", (10, -2)),
-    ],
-)
-def test_a_weighted_sum_is_the_sum_by_hand(spec, weights):
+@pytest.mark.parametrize("spec, a, b", [("0.7*{}+0.3*{}", 0.7, 0.3), (" 1e+1 * {} + -2.*{} ", 10, -2)])
+def test_a_weighted_sum_is_the_sum_by_hand(spec, a, b):
     batch = images_of(4, 32), ["a"] * 4, [{}] * 4
-    wanted = weights[0] * mini.quality(*batch) + weights[1] * brightness(*batch)
-    assert torch.allclose(rewards.find_reward(spec)(*batch), wanted, atol=1e-6)
+    found = rewards.find_reward(spec.format("opd.mini.rewards:quality", f"{HERE}:brightness"))
+    assert torch.allclose(found(*batch), a * mini.quality(*batch) + b * brightness(*batch), atol=1e-6)
 
 
 def test_a_sum_needs_the_metadata_of_all_its_terms():
@@ -141,11 +124,6 @@ def test_a_sum_needs_the_metadata_of_all_its_terms():
     assert reward.metadata_keys == ("target", "scale")
     metadata = [{"target": 1, "scale": 5}, {"target": 2, "scale": 0}]
     assert reward(torch.zeros(2, 3, 4, 4), ["", ""], metadata).tolist() == [11.0, 2.0]
-
-
-def test_a_sum_does_not_hide_what_a_term_returns():
-    with pytest.raises(ValueError, match=rf"{HERE}:a_column .*shape \(2, 1\) for 2"):
-        rewards.find_reward(f"0.5*{HERE}:a_column+{HERE}:brightness")(images_of(2), ["", ""], [{}, {}])
 
 
 def test_a_class_is_made_once_for_an_argument_and_loaded_once():
@@ -180,14 +158,11 @@ def test_a_reward_tells_what_its_terms_state_about_themselves(monkeypatch):
     "spec, message",
     [
         (f"{HERE}:Counted@broken", "Counted@broken cannot be made: no such variant"),
-        (f"{HERE}:Counted@", "write it as"),
         (f"{HERE}:brightness@x", "takes no argument; drop @x"),
         ("", "write it as"),
-        ("a:b-a:c", "write it as"),
         ("nothing_here", "module:function"),
         (f"{HERE}:brightness+0.5*no.such:thing", "cannot be imported"),
         ("math:pi", "must accept"),
-        ("opd.rewards:Reward", "cannot be made: .*'terms'"),
         ("inf*jpeg_compressibility", "not finite"),
     ],
 )
@@ -240,7 +215,6 @@ def test_a_prompt_that_cannot_be_scored_is_named_with_its_line(tmp_path):
     [
         (a_column, r"shape \(2, 1\) for 2 images.*shape \(2,\)"),
         (broken, "raised KeyError on grey images .*prompt 0.*no such glyph"),
-        (lambda *_: sys.exit("bye"), "raised SystemExit on grey images.*bye"),
     ],
 )
 def test_misbehaving_rewards_are_refused(function, message):
@@ -322,7 +296,6 @@ def test_an_image_without_a_score_is_scored_once_again():
     "reward, reason",
     [
         (lambda *_: torch.zeros(3), "returned shape (3,) for 2 images"),
-        (integers, "returned dtype torch.int64"),
         (a_list, "returned a list"),
         (lambda images, *_: torch.full((2,), 1e300, dtype=torch.float64), "returned inf"),
         (lambda *_: sys.exit("bye"), "raised SystemExit: bye"),
@@ -377,8 +350,7 @@ def test_a_stuck_reward_keeps_neither_the_next_batch_nor_the_process():
         first, second = stuck.start(*batch, 0.1), bright.start(*batch, 60.0)
         print(second.result()[0].tolist(), *first.result()[:2])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[1.0] tensor([nan]) {0: \"prompt 'a': took longer than 0.1 s\"}"

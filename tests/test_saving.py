@@ -1,6 +1,5 @@
 """What a run folder keeps, whom it belongs to, and what a run that resumes insists on."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -15,9 +14,8 @@ from opd.formats.state import save_state
 from opd.model import Model
 from opd.runfolder import RunFolder
 from opd.setup import contents
-from tests import tiny
-
-BRIGHT = "tests.tiny_grpo:brightness"
+from tests import forked, tiny
+from tests.tiny_grpo import BRIGHT
 
 
 def snapshot(folder):
@@ -31,21 +29,12 @@ def snapshot(folder):
 def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_path):
     out = tmp_path / "run"
     scored = {"heldout": {"red": str(world / "red.txt")}, "rewards": {"red": BRIGHT}}
-    cfg = tiny.config(
-        world,
-        out=str(out),
-        iterations=5,
-        save_every=1,
-        keep_last=2,
-        sample_every=5,
-        eval_steps=2,
-    )
-    cfg = replace(cfg, watch_every=1, watch_prompts=4, lr=0.1, **scored)
+    often = {"iterations": 5, "save_every": 1, "keep_last": 2, "sample_every": 5, "eval_steps": 2}
+    cfg = tiny.config(world, out=str(out), lr=0.1, watch_every=1, watch_prompts=4, **often, **scored)
     train.run(cfg)
     kept = {file.name for file in (out / "checkpoints").iterdir()}
     assert kept == {"000004", "000005"}
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    watched = [row["watch"]["red"] for row in rows]
+    watched = [row["watch"]["red"] for row in forked.rows(out)]
     best = watched.index(max(watched)) + 1
     assert len(set(watched)) == 5
     if f"{best:06d}" in kept:
@@ -98,10 +87,6 @@ def theirs(out):
     (out / "config.json").write_text('{"model_type": "llama"}')
 
 
-def notes(out):
-    (out / "notes.txt").write_text("mine")
-
-
 def student_alone(out):
     (out / "config.json").write_text('{"stage": "opd"}')
     (out / "student").mkdir()
@@ -112,26 +97,20 @@ def linked_student(out):
     (out / "student").symlink_to(out.parent / "precious")
 
 
-def linked_metrics(out):
-    (out / "metrics.jsonl").symlink_to(out.parent / "precious.txt")
-
-
 def linked_checkpoint(out):
     (out / "checkpoints").mkdir()
     (out / "checkpoints" / "000020").symlink_to(out.parent)
 
 
-@pytest.mark.parametrize(
-    "prepare, message",
-    [
-        (theirs, "holds 'config.json' and no run; choose an empty --out"),
-        (notes, "holds 'notes.txt' and no run"),
-        (student_alone, "holds a student, but no state/ to resume from; choose another --out"),
-        (linked_student, "student is a link; a run writes into its own folder"),
-        (linked_metrics, "metrics.jsonl is a link"),
-        (linked_checkpoint, "000020 is a link"),
-    ],
-)
+NOT_A_RUNS = [
+    (theirs, "holds 'config.json' and no run; choose an empty --out"),
+    (student_alone, "holds a student, but no state/ to resume from; choose another --out"),
+    (linked_student, "student is a link; a run writes into its own folder"),
+    (linked_checkpoint, "000020 is a link"),
+]
+
+
+@pytest.mark.parametrize("prepare, message", NOT_A_RUNS)
 def test_a_folder_that_is_not_a_runs_is_left_alone(world, tmp_path, prepare, message):
     out = tmp_path / "run"
     out.mkdir()

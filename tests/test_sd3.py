@@ -1,10 +1,10 @@
-"""What is SD3's alone: its noise levels by hand, its encoders, its timestep, its shapes."""
+"""What is SD3's alone: its shift by hand, its encoders, its timestep, its shapes."""
 
 import math
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from diffusers.models import embeddings
 
 from opd.families import sd3
@@ -39,36 +39,28 @@ def test_the_table_of_positions_is_read_and_not_computed(world, monkeypatch):
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_sigmas_of_a_static_shift(shift, world, tmp_path):
-    """Sigma is spaced evenly between 1 and the shifted 1/1000, then shifted: s u / (1 + (s - 1) u)."""
-    pipeline = tiny.with_scheduler(world / "pipeline", tmp_path / "pipeline", {"shift": shift})
-    low = shift * 0.001 / (1 + (shift - 1) * 0.001)
-    u = torch.linspace(1, low, 8, dtype=torch.float64)
-    expected = [*(shift * u / (1 + (shift - 1) * u)).tolist(), 0.0]
-    assert sd3.sigmas(pipeline, (4, 4, 4), 8) == pytest.approx(expected, abs=1e-7)  # stored in float32
-    assert sd3.log_shift(pipeline, (4, 4, 4)) == pytest.approx(math.log(shift))
+DYNAMIC = {"use_dynamic_shifting": True, "max_shift": 1.15}
+# (scheduler, side of the latent, log of the shift): dynamic, linear in the number of 2 x 2 patches, .5 at 256
+# and 1.15 at 4096.
+SHIFTS = [
+    ({"shift": 1.0}, 4, 0.0),
+    ({"shift": 3.0}, 4, math.log(3)),
+    (DYNAMIC, 32, 0.5),
+    (DYNAMIC, 128, 1.15),
+    (DYNAMIC, 64, 0.5 + 0.65 * 768 / 3840),
+    (DYNAMIC | {"time_shift_type": "linear"}, 32, math.log(0.5)),
+]
 
 
-@pytest.mark.parametrize("side, mu", [(32, 0.5), (128, 1.15), (64, 0.5 + 0.65 * 768 / 3840)])
-def test_sigmas_of_a_dynamic_shift(side, mu, world, tmp_path):
-    """mu is linear in the number of 2 x 2 patches, .5 at 256 and 1.15 at 4096; exp(mu) shifts the odds."""
-    settings = {"use_dynamic_shifting": True, "max_shift": 1.15}
+@pytest.mark.parametrize("settings, side, log_shift", SHIFTS)
+def test_a_shift_multiplies_the_odds(settings, side, log_shift, world, tmp_path):
+    """Those of the second of three levels, which lies halfway between 1 and the shifted 1/1000. That all
+    levels are the pipeline's: tests/test_families.py."""
     pipeline = tiny.with_scheduler(world / "pipeline", tmp_path / "pipeline", settings)
-    u = torch.linspace(1, 0.001, 5, dtype=torch.float64)
-    expected = math.exp(mu) / (math.exp(mu) + 1 / u - 1)
-    assert sd3.sigmas(pipeline, (4, side, side), 5)[:-1] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert sd3.log_shift(pipeline, (4, side, side)) == pytest.approx(mu)
-
-
-def test_a_linear_dynamic_shift_multiplies_the_odds_by_mu(world, tmp_path):
-    settings = {"use_dynamic_shifting": True, "time_shift_type": "linear"}
-    pipeline = tiny.with_scheduler(world / "pipeline", tmp_path / "pipeline", settings)
-    level = sd3.sigmas(pipeline, (4, 32, 32), 3)[1]
-    u = (1 + 0.001) / 2
-    odds = level / (1 - level) * (1 - u) / u
-    assert odds == pytest.approx(0.5, rel=1e-5)
-    assert sd3.log_shift(pipeline, (4, 32, 32)) == pytest.approx(math.log(0.5))
+    assert sd3.log_shift(pipeline, (4, side, side)) == pytest.approx(log_shift)
+    if "shift" not in settings:
+        level, u = sd3.sigmas(pipeline, (4, side, side), 3)[1], (1 + 0.001) / 2
+        assert math.log(level / (1 - level) * (1 - u) / u) == pytest.approx(log_shift, abs=1e-5)
 
 
 def test_grids_that_do_not_fall_to_zero_are_refused(world, tmp_path):
@@ -146,29 +138,8 @@ def test_a_blank_token_stands_for_the_zeros_that_diffusers_reads(changes):
     assert (sd3.velocity(theirs, x, sigma, once) - expected).abs().max() > 1e-3
 
 
-def test_latents_are_scaled_as_diffusers_scales_them(world):
-    vae = sd3.load_vae(world / "pipeline")
-    pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", **tiny.NO_T5)
-    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    latents = sd3.encode_images(vae, image)
-    with torch.no_grad():
-        mean = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mean
-        decoded = pipe.vae.decode(mean).sample
-    torch.testing.assert_close(latents, (mean - 0.1) * 0.8)
-    theirs = pipe.image_processor.postprocess(decoded, output_type="pt")
-    torch.testing.assert_close(sd3.decode(vae, latents), theirs, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("size, shape", [((8, 8), (4, 4, 4)), ((4, 16), (4, 2, 8)), ((16, 8), (4, 8, 4))])
 def test_latent_shape(size, shape, world):
     assert sd3.latent_shape(world / "pipeline", *size) == shape
     assert sd3.image_tokens(world / "pipeline", shape) == (shape[1] // 2) * (shape[2] // 2)
     assert sd3.pixels(world / "pipeline") == 2 and sd3.default_resolution(world / "pipeline") == 8
-
-
-@pytest.mark.parametrize("resolution", [-8, 6, 9, 20])
-def test_resolutions_that_do_not_fit_are_refused(resolution, world):
-    message = f"resolution {resolution} does not fit this model: use a multiple of 4 up to 16"
-    for size in ((resolution, 8), (8, resolution)):
-        with pytest.raises(ValueError, match=message):
-            sd3.latent_shape(world / "pipeline", *size)

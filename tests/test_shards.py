@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import forked, tiny
 from tests.counted_run import counted_by
-from tests.test_ranks import losses
-from tests.test_signals import flags
+from tests.forked import losses
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def latents(tmp_path_factory):
 def arguments(world, out, latents, **changes):
     shared = {"data": str(latents), "full": True, "save_every": 1, "ema": 0.9, "prompts_per_step": 4}
     cfg = tiny.sft_config(world, out=str(out), **shared | changes)
-    return flags(cfg, "mini-sft-text")
+    return forked.command_line(cfg)
 
 
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(world, tmp_path, latents):

@@ -3,15 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from opd.cli import describe
 from opd.formats.state import latest_state
 from tests import forked, tiny
-from tests.test_ranks import ROOT, distil, launch, losses, torchrun
+from tests.forked import ROOT, losses
+from tests.test_ranks import distil, launch
 
 GO_ON = "the same command goes on"
 
@@ -33,29 +34,15 @@ class LoadsForever:
         return images.mean((1, 2, 3))
 
 
-def flags(cfg, preset: str) -> list[str]:
-    """The command line of `cfg`, on top of a preset of its stage."""
-    words = [word for line in describe(cfg, "").splitlines()[1:] for word in line.split(" ")]
-    return [preset, *(word.replace("''", "") for word in words)]
-
-
 def distillation(world, out, **changes) -> list[str]:
-    return flags(tiny.config(world, out=str(out), **changes), "mini")
+    return forked.command_line(tiny.config(world, out=str(out), **changes))
 
 
 def steps_logged(out) -> int:
-    file = out / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+    return len(forked.rows(out))
 
 
-def steps_saved(out) -> int:
-    return latest_state(out)
-
-
-@pytest.mark.parametrize(
-    "number, world_size",
-    [(signal.SIGTERM, 2), (signal.SIGINT, 1)],
-)
+@pytest.mark.parametrize("number, world_size", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on(
     world, tmp_path, number, world_size
 ):
@@ -64,7 +51,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on(
     forked.wait_for(lambda: steps_logged(out) >= 3)
     runs[-1].signal(number)
     assert [run.ended() for run in runs] == [0] * world_size
-    done, name = steps_saved(out), signal.Signals(number).name
+    done, name = latest_state(out), signal.Signals(number).name
     assert done == steps_logged(out) >= 3
     stopped = f"stopped by {name} after step {done} of 2000; {GO_ON} there"
     assert runs[0].printed().count(stopped) == 1
@@ -86,7 +73,7 @@ def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world
     rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:asleep")
     cfg = tiny.grpo_config(world, out=str(out), train_rewards=rewards, reward_timeout=900.0)
     sleeping = tmp_path / "sleeping"
-    run = forked.train(tmp_path / "log", flags(cfg, "mini-text"), BEGUN=str(sleeping))
+    run = forked.train(tmp_path / "log", forked.command_line(cfg), BEGUN=str(sleeping))
     forked.wait_for(sleeping.exists)
     for _ in range(2):
         run.signal(signal.SIGUSR1)
@@ -103,7 +90,7 @@ def test_a_signal_before_training_ends_it_in_a_line(world, tmp_path):
     rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:LoadsForever")
     cfg = tiny.grpo_config(world, out=str(tmp_path / "run"), train_rewards=rewards)
     loading = tmp_path / "loading"
-    run = forked.train(tmp_path / "log", flags(cfg, "mini-text"), BEGUN=str(loading))
+    run = forked.train(tmp_path / "log", forked.command_line(cfg), BEGUN=str(loading))
     forked.wait_for(loading.exists)
     run.signal(signal.SIGTERM)
     assert run.ended(5) == 0
@@ -137,10 +124,11 @@ def test_a_rank_that_is_lost_ends_the_others_in_a_line(world, tmp_path, number):
 def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
     """`--max-restarts 1`, and a rank is killed: the run ends as if nothing had been, with the losses of one
     process."""
-    settings = [*distil(world), "--save-every", "1", "--iterations", "8"]
-    alone = launch(world, tmp_path / "alone", 1, *settings)
-    arguments = torchrun(world, tmp_path / "run", 2, *settings)
-    arguments[3:3] = ["--max-restarts", "1"]
+    settings = {"save_every": 1, "iterations": 8}
+    alone = launch(tmp_path / "alone", 1, distil(world, tmp_path / "alone", **settings))
+    torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1 --master_port"
+    script = [str(forked.free_port()), "train.py", *distil(world, tmp_path / "run", **settings)]
+    arguments = [sys.executable, *torchrun.split(), *script]
     launcher = subprocess.Popen(
         arguments,
         cwd=ROOT,

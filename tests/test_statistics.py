@@ -24,10 +24,6 @@ from opd.evaluation.tables import label, number, remarks, scores_of, table
 
 
 def record(row="student", task="t", prompt="p", index=0, tag="", thumbnail="", reasons=None, **scores):
-    return scored(scores, row, task, prompt, index, tag, thumbnail, reasons)
-
-
-def scored(scores, row="student", task="t", prompt="p", index=0, tag="", thumbnail="", reasons=None):
     file = f"{row}/{task}/{prompt}/{index}.png"
     place = dict(file=file, row=row, split="held-out", task=task, tag=tag, prompt=prompt, index=index)
     made = dict(metadata={}, seed=0, settings={}, thumbnail=thumbnail)
@@ -53,12 +49,8 @@ def test_the_error_agrees_with_a_bootstrap_over_prompts():
     drawn = random.integers(80, size=(20000, 80))
     assert error == pytest.approx((sums[drawn].sum(1) / sizes[drawn].sum(1)).std(), rel=0.05)
     assert error > 1.7 * values.std(ddof=1) / math.sqrt(len(values))
-
-
-def test_few_values_have_no_error():
+    assert clustered([1.0, 2.0], ["a", "a"]) == pytest.approx((1.5, math.nan), nan_ok=True)
     assert clustered([], []) == pytest.approx((math.nan, math.nan), nan_ok=True)
-    mean, error = clustered([1.0, 2.0], ["a", "a"])
-    assert mean == 1.5 and math.isnan(error)
 
 
 # ---- cells ------------------------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
             scores = {"m:own": value, "0.5*m:a+m:b": 20 * value}
             tag = "odd" if index % 2 else "even"
             place = dict(row=row, prompt=str(index // 2), index=index, tag=tag)
-            records.append(scored(scores, thumbnail=BLACK if index % 2 else WHITE, **place))
+            records.append(record(thumbnail=BLACK if index % 2 else WHITE, **place, **scores))
     cells = summarise(records, ["m:own", "0.5*m:a+m:b"])
     first = {"t": "m:own"}
     lines = table(cells, first, "n=8").splitlines()

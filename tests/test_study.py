@@ -99,36 +99,6 @@ def test_runs_are_compared_seed_by_seed():
     assert row.endswith("| 3 | .600 ± .000 | .900 ± .000 | .600 ± .000 | .700 ± .000 | .000 ± .141 |")
 
 
-def test_claims_are_of_one_seed_and_the_teachers_count_each_on_its_own_task():
-    def of_seed(seed):
-        return [
-            result("equal-compose", seed, 0.5, 0.6, (0.5, 0.5, 0.5)),
-            result("equal-text", seed, 0.1, 0.9, (0.5, 0.5, 0.5)),
-            result("all-quality", seed, 0.0, 0.4, (0.9, 1.0, 0.8)),
-            result("mix-all", seed, 0.4, 0.8, (0.8, 0.8, 0.8)),
-            result("student", seed, 0.5 + seed / 10, 0.9, (0.7, 0.8, 0.9)),
-        ]
-
-    lines = tables.claims([*of_seed(0), *of_seed(1)], of_seed(3)).split("\n")
-    assert "| student above the compose teacher, compose | .000 | .100 | .050 ± .071 | .300 |" in lines
-    teachers = "| the teachers, each on its own task, above that mix | .100 | .100 | .100 ± .000 | .100 |"
-    assert teachers in lines and "| student above the usual mix, mean of three |  |  |  |  |" in lines
-
-
-def test_what_the_plots_show_by_hand():
-    results = [result("anchor-0", seed, 0.2 + seed / 5, 0.9, (0.5, 0.5, 0.5)) for seed in (0, 1)]
-    (mark,) = plots.marks({"anchor-0": "0", "anchor-2": "2"}, results)
-    assert mark == plots.Mark(pytest.approx(0.6), 0.5, "0", pytest.approx(0.1 / 2**0.5), 0.0)
-    point = dict.fromkeys(runs.TASKS, 0.5) | {"samples": 7}
-    seeds = [{"curve": [point | {"seconds": seconds}]} for seconds in (4, 6)]
-    students = [result("student", seed, 0, 0, (0, 0, 0), **seeds[seed]) for seed in (0, 1)]
-    assert plots.watched("student", "seconds", students, 30.0) == [plots.Mark(35.0, 0.5, "", 0.0, 0.0)]
-    assert plots.taken(("student", "mix"), "seconds", students) == 5
-    for student, share in zip(students, (0.25, 0.75), strict=True):
-        student["kl_closed"] = {"compose": {"1.000": share}}
-    assert plots.shares(students) == (["1.000"], {"compose": [0.5]})
-
-
 @pytest.mark.parametrize("results", [COMMITTED, []], ids=["committed", "none"])
 def test_every_plot_is_written(tmp_path, monkeypatch, results):
     files = {tmp_path / file.name: plot for file, plot in plots.PLOTS.items()}
@@ -140,31 +110,29 @@ def test_every_plot_is_written(tmp_path, monkeypatch, results):
 # ---- running -----------------------------------------------------------------------------------------------
 
 
-def test_a_result_from_metrics_by_hand():
-    """The KL's share that is gone: the last ten values against the first two. A curve counts median steps."""
-    kl = [{"red": {"kl": {"1.000": value}}, "green": {"kl": {}}} for value in (0.4, 0.2, *[0.1] * 20)]
-    assert study.kl_closed(kl, ["red", "green"]) == {"red": {"1.000": pytest.approx(2 / 3, abs=1e-4)}}
-    speeds = (15.0, 0.01, 15.0)  # the second step was held up
-    lines = [{"step": n + 1, "effective_batch": 30, "samples_per_second": s} for n, s in enumerate(speeds)]
-    lines[1]["watch"] = {"compose": 0.3}
-    assert study.curve(lines) == {"curve": [{"step": 2, "samples": 60, "seconds": 4, "compose": 0.3}]}
-    assert study.curve(lines[:1]) == {}
+def write_prompts(folder):
+    """Those of another split."""
+    folder.mkdir(exist_ok=True)
+    for name, content in world.prompt_files("other").items():
+        (folder / name).write_text(content)
+    return folder
 
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
     """The programs that the study runs, by their arguments; every run leaves scores and metrics."""
-    made = []
-    cells = []
+    made, cells = [], []
     for task, (score, quality) in {"compose": (0.1, 0.4), "text": (0.2, 0.5), "quality": (0.3, 0.3)}.items():
-        for scorer, tag, mean in (
-            (MINI_SCORERS[task], "", score),
-            (MINI_SCORERS[task], "counting", 0.9),
-            (study.QUALITY, "", quality),
-            ("variety", "", 0.25),
-        ):
-            cell = {"row": "student", "task": task, "scorer": scorer, "tag": tag, "mean": mean, "error": 0.01}
-            cells.append(cell)
+        own = MINI_SCORERS[task]
+        means = {
+            (own, ""): score,
+            (own, "counting"): 0.9,
+            (study.QUALITY, ""): quality,
+            ("variety", ""): 0.25,
+        }
+        for (scorer, tag), mean in means.items():
+            where = {"row": "student", "task": task, "scorer": scorer, "tag": tag}
+            cells.append(where | {"mean": mean, "error": 0.01})
 
     def call(arguments):
         made.append(arguments)
@@ -201,10 +169,7 @@ def test_a_run_makes_what_it_needs_once_then_trains_then_scores(tmp_path, calls)
 
 def test_another_split_is_trained_on_and_scored(tmp_path, calls):
     """Every prompt file of a run is that of the folder, those of its further tasks too."""
-    folder = tmp_path / "prompts"
-    folder.mkdir()
-    for name, content in world.prompt_files("other").items():
-        (folder / name).write_text(content)
+    folder = write_prompts(tmp_path / "prompts")
     places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     study.main(["--runs", "mix-all", "--seeds", "3", "--prompts", str(folder), *places])
     training, scoring = calls
@@ -223,18 +188,16 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, calls, monkeypatch):
     assert not list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--runs", "golden"], "--runs names golden; known: equal-compose,"),
-        (["--seeds"], "--seeds is empty"),
-        (["--prompts", "nowhere"], "--prompts nowhere: there is no compose.train.jsonl in it"),
-        (["--prompts", "{}"], "other teachers than those of runs/study; give another folder to --out"),
-        (["--prompts", "{}", "--out", "a"], "do not belong to the committed ones; give another folder"),
-    ],
-)
+REFUSED = [
+    (["--runs", "golden"], "--runs names golden; known: equal-compose,"),
+    (["--prompts", "nowhere"], "--prompts nowhere: there is no compose.train.jsonl in it"),
+    (["--prompts", "{}"], "other teachers than those of runs/study; give another folder to --out"),
+    (["--prompts", "{}", "--out", "a"], "do not belong to the committed ones; give another folder"),
+]
+
+
+@pytest.mark.parametrize("flags, words", REFUSED)
 def test_bad_input_is_refused_before_anything_runs(tmp_path, flags, words):
-    for name, content in world.prompt_files("other").items():
-        (tmp_path / name).write_text(content)
+    write_prompts(tmp_path)
     with pytest.raises(SystemExit, match=re.escape(words)):
         study.main([flag.format(tmp_path) for flag in flags])

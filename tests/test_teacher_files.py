@@ -34,11 +34,7 @@ def test_a_full_teacher_answers_like_the_adapter_that_is_in_its_weights(form, wo
 def test_a_full_teacher_is_held_in_the_compute_dtype(world, place, tmp_path):
     _, model, *_ = built(world, tmp_path, place / "full", dtype="bfloat16")
     own = model.teachers["red"].transformer
-    assert (
-        {p.dtype for p in own.parameters()}
-        == {p.dtype for p in model.transformer.parameters()} - {torch.float32}
-        == {torch.bfloat16}
-    )
+    assert {p.dtype for p in own.parameters()} == {torch.bfloat16}
 
 
 def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_path, monkeypatch):
@@ -54,12 +50,10 @@ def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_p
     for source in ("owner/lora", "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
         assert ("red" in model.teachers) == (source != "owner/lora")
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert calls == [
         ("owner/lora", ["*.json"]),
-        (
-            "owner/lora",
-            ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"],
-        ),
+        ("owner/lora", adapter),
         ("owner/full", ["full/*.json"]),
         ("owner/full", ["full/*.json", "full/*.safetensors"]),
         ("owner/larger", ["*.json"]),
@@ -109,7 +103,6 @@ def ddim(folder):
     "change, message",
     [
         (edited("vae/config.json", scaling_factor=1.5), "VAE's scaling_factor is 1.5, the student's 0.8"),
-        (edited("vae/config.json", shift_factor=0.0), "VAE's shift_factor is 0.0, the student's 0.1"),
         (edited("vae/config.json", block_out_channels=[8]), r"shape .* is \(4, 8, 8\), the student's"),
         (other_channels, r"shape .* is \(8, 4, 4\), the student's \(4, 4, 4\)"),
         (ddim, "scheduler for flow matching is False"),
@@ -152,24 +145,13 @@ def test_weights_of_another_architecture_are_refused(
     refused(world, tmp_path, teacher, message)
 
 
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        (
-            {"num_attention_heads": 4, "attention_head_dim": 8},
-            "is 4 in its config.json, 2 in the base's|is 8 in",
-        ),
-        (
-            {"_class_name": "FluxTransformer2DModel"},
-            "_class_name is 'FluxTransformer2DModel' in its config.json",
-        ),
-    ],
-)
-def test_a_config_of_another_architecture_is_refused(values, message, world, place, tmp_path, no_weights):
+def test_a_config_of_another_architecture_is_refused(world, place, tmp_path, no_weights):
     teacher = tmp_path / "teacher"
     shutil.copytree(place / "full", teacher)
-    edited("config.json", **values)(teacher)
-    refused(world, tmp_path, teacher, message)
+    edited("config.json", num_attention_heads=4, attention_head_dim=8)(teacher)
+    refused(world, tmp_path, teacher, "is 4 in its config.json, 2 in the base's|is 8 in")
+    edited("config.json", _class_name="FluxTransformer2DModel")(teacher)
+    refused(world, tmp_path, teacher, "_class_name is 'FluxTransformer2DModel' in its config.json")
 
 
 def test_a_full_teacher_without_weights_or_a_part_of_them_is_named(world, place, tmp_path, no_weights):
@@ -192,9 +174,8 @@ def test_numbers_that_are_none_are_refused(world, place, tmp_path):
 def test_a_checkpoint_of_another_tool_is_refused_with_the_way_to_convert_it(world, tmp_path, no_weights):
     file = tmp_path / "x.safetensors"
     save_file({"model.diffusion_model.joint_blocks.0.x.weight": torch.ones(2)}, file)
-    refused(
-        world, tmp_path, file, r"SD3Transformer2DModel.from_single_file\(FILE\).save_pretrained\(FOLDER\)"
-    )
+    way_out = r"SD3Transformer2DModel.from_single_file\(FILE\).save_pretrained\(FOLDER\)"
+    refused(world, tmp_path, file, way_out)
 
 
 def test_places_that_cannot_be_are_refused(world, place, tmp_path, no_weights):

@@ -1,6 +1,4 @@
-"""The walk: every sampler's steps against their papers' formulas, noise by sample."""
-
-import math
+"""The walk: every sampler's steps in float64, noise by sample. That steps are the papers': test_flow.py."""
 
 import pytest
 import torch
@@ -18,21 +16,6 @@ def path_of(name, noise_level=0.7, sigmas=SIGMAS):
     return Path(sigmas, [grid.at(i) for i in range(steps)], list(range(100, 100 + steps)))
 
 
-def by_formula(name, x, v, i, z):
-    """One step as the papers write it, in float64."""
-    sigma, after = SIGMAS[i], SIGMAS[i + 1]
-    dt = sigma - after
-    if name == "ode":
-        return x - dt * v
-    if name == "cps":
-        std = after * math.sin(0.7 * math.pi / 2)
-        x0, x1 = x - sigma * v, x + (1 - sigma) * v
-        return (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1 + std * z
-    s = 0.7 * math.sqrt(sigma / (1 - (SIGMAS[1] if sigma == 1 else sigma)))
-    mean = x * (1 - s**2 * dt / (2 * sigma)) - v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
-    return mean + s * math.sqrt(dt) * z
-
-
 @pytest.mark.parametrize("name", flow.TRANSITIONS)
 def test_a_walk_takes_the_steps_of_its_sampler(name):
     index = torch.tensor([7, 2, 5])
@@ -43,7 +26,8 @@ def test_a_walk_takes_the_steps_of_its_sampler(name):
         v = torch.sin(state.x)
         state.step(v)
         z = kernels.normal(x.shape, 100 + state.i, index).double()
-        wanted = by_formula(name, wanted, torch.sin(wanted), state.i, z)
+        transition = path_of(name).transitions[state.i]
+        wanted = flow.step_mean(wanted, torch.sin(wanted), transition) + transition.std * z
     assert visited == [(i, pytest.approx(sigma)) for i, sigma in enumerate(SIGMAS[:-1])]
     assert state.x_next.dtype == torch.float32
     assert torch.allclose(state.x_next.double(), wanted, atol=1e-5)

@@ -1,6 +1,5 @@
-"""What is Z-Image's alone: its noise levels by hand, its time and sign, its texts, its shapes."""
+"""What is Z-Image's alone: its time and sign, its texts, its adapters."""
 
-import math
 from fnmatch import fnmatch
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from opd import lora
 from opd.families import z_image
 from opd.formats import lora_files
-from tests import tiny, tiny_families
+from tests import tiny_families
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a dot"]
@@ -18,16 +17,6 @@ PROMPTS = ["a red circle", "two blue squares", "a dot"]
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     return tiny_families.make_z_image(tmp_path_factory.mktemp("z_image") / "pipeline")
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_sigmas_of_a_static_shift(shift, pipeline, tmp_path):
-    """1, 1 - 1/N, ... 1/N, then shifted: s u / (1 + (s - 1) u)."""
-    pipeline = tiny.with_scheduler(pipeline, tmp_path / "pipeline", {"shift": shift})
-    u = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64)
-    expected = shift * u / (1 + (shift - 1) * u)
-    assert z_image.sigmas(pipeline, (4, 4, 4), 5) == pytest.approx(expected.tolist(), abs=1e-6)
-    assert z_image.log_shift(pipeline, (4, 4, 4)) == pytest.approx(math.log(shift))
 
 
 def test_time_runs_to_the_data_in_float32_under_a_bfloat16_model():
@@ -56,14 +45,6 @@ def test_a_text_is_as_long_as_its_prompt_in_the_chat_template(pipeline):
     torch.testing.assert_close(alone["embeds"], conditions[2]["embeds"], rtol=0, atol=1e-5)
     without = z_image.load_text(pipeline, torch.float32, CPU, False)
     assert torch.equal(z_image.encode_prompts(without, [PROMPTS[2]], CPU)[0]["embeds"], alone["embeds"])
-
-
-@pytest.mark.parametrize("resolution, message", [(0, ""), (10, ""), (36, "multiple of 4 up to 32")])
-def test_resolutions_that_do_not_fit_are_refused(resolution, message, pipeline):
-    with pytest.raises(ValueError, match=f"resolution {resolution} does not fit.*{message}"):
-        z_image.latent_shape(pipeline, 8, resolution)
-    assert z_image.latent_shape(pipeline, 32, 32) == (4, 16, 16)
-    assert z_image.default_resolution(pipeline) == 8
 
 
 def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):

@@ -1,8 +1,12 @@
 """A tiny StableDiffusion3Pipeline and adapters for it, made and saved in a second: what the tests run on."""
 
+import json
+import math
 import shutil
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from diffusers import (
@@ -19,8 +23,11 @@ from opd import lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 from opd.families import sd3
 from opd.formats import export, lora_files
+from opd.formats.settings import to_json
 from opd.mini import build as mini
 from opd.optim import Trained
+from opd.report.report import Report
+from opd.runfolder import RunFolder
 from opd.setup import set_up
 
 PROMPTS = {
@@ -159,28 +166,21 @@ def furnish(folder: Path, family=sd3) -> Path:
 
 def config(world: Path, **changes) -> DistillationConfig:
     """A distillation on the tiny world: two teachers, red and blue; blue is the anchor."""
+    lora = {"rank": 4, "alpha": 8.0, "cold_start": "base"}
+    step = {"prompts_per_step": 4, "group": 2, "micro_batch": 4, "steps": 4}
+    schedule = {"iterations": 3, "lr": 1e-2, "warmup": 0, "decay": "constant"}
+    kept = {"out": str(world / "run"), "evaluate": False, "sample_every": 0, "save_every": 100}
     base = DistillationConfig(
         model=str(world / "pipeline"),
         dtype="float32",
-        rank=4,
-        alpha=8.0,
-        cold_start="base",
-        teachers={"red": str(world / "red"), "blue": str(world / "blue")},
+        teachers={name: str(world / name) for name in PROMPTS},
+        prompts={name: str(world / f"{name}.txt") for name in PROMPTS},
         anchor="blue",
         anchor_weight=0.1,
-        prompts={"red": str(world / "red.txt"), "blue": str(world / "blue.txt")},
-        prompts_per_step=4,
-        group=2,
-        micro_batch=4,
-        steps=4,
-        iterations=3,
-        lr=1e-2,
-        warmup=0,
-        decay="constant",
-        out=str(world / "run"),
-        evaluate=False,
-        sample_every=0,
-        save_every=100,
+        **lora,
+        **step,
+        **schedule,
+        **kept,
     )
     return replace(base, **changes)
 
@@ -210,3 +210,52 @@ def build(cfg: RunConfig):
     model, data, rewards = set_up(cfg, ranks.start())
     trained = Trained(cfg, model)
     return cfg, model, data, trained, train.choose_stage(cfg, model, data, rewards, trained)
+
+
+def run(cfg: RunConfig, change=None):
+    """(run folder, model, trained, report) of the whole loop; `change` is given model and stage before it."""
+    cfg.check(1)
+    model, data, rewards = set_up(cfg, ranks.start())
+    trained, folder = Trained(cfg, model), RunFolder(cfg, active=True)
+    report = Report(cfg, model, data, rewards, folder)
+    stage = train.choose_stage(cfg, model, data, rewards, trained)
+    if change:
+        change(model, stage)
+    train.train(cfg, stage, trained, folder, report)
+    return folder, model, trained, report
+
+
+def main(cfg: RunConfig, folder: Path) -> None:
+    """`python train.py --config FILE`, in this process; the file is written into `folder`."""
+    file = folder / "settings.json"
+    file.write_text(json.dumps(to_json(cfg)))
+    with mock.patch.object(sys, "argv", ["train.py", "--config", str(file)]):
+        try:
+            train.main()
+        finally:
+            if torch.distributed.is_initialized():
+                ranks.stop()
+
+
+def step_by_hand(rollout: str, grid: list[float], i: int, x, v) -> tuple:
+    """(mean, std) of a step of noise level 0.7 as its paper writes it: eq. 5-6, or Flow-CPS."""
+    sigma, after = grid[i], grid[i + 1]
+    if rollout == "cps":
+        std = after * math.sin(0.7 * math.pi / 2)
+        x0, x1 = x - sigma * v, x + (1 - sigma) * v
+        return (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1, std
+    dt = sigma - after
+    if rollout == "ode":
+        return x - dt * v, 0.0
+    s = 0.7 * math.sqrt(sigma / (1 - (grid[1] if sigma == 1 else sigma)))
+    mean = x * (1 - s**2 * dt / (2 * sigma)) - v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
+    return mean, s * math.sqrt(dt)
+
+
+def gradient_of(trained: Trained) -> torch.Tensor:
+    """Flat."""
+    return torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())

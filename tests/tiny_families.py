@@ -33,6 +33,9 @@ from opd.mini import build as mini
 from tests import tiny
 
 WIDTH = 32
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+ONE_OF_EACH = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+DYNAMIC = {"use_dynamic_shifting": True}
 
 
 def make_flux(folder: Path) -> Path:
@@ -42,18 +45,15 @@ def make_flux(folder: Path) -> Path:
     tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
     FluxPipeline(
         transformer=FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
+            **ONE_OF_EACH,
+            **HEADS,
             joint_attention_dim=t5.config.d_model,
             pooled_projection_dim=WIDTH,
             guidance_embeds=True,
             axes_dims_rope=(4, 6, 6),
         ),
         vae=tiny.make_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
         text_encoder=make_clip(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=t5,
@@ -72,17 +72,14 @@ def make_flux2(folder: Path) -> Path:
     vae.bn.running_var.uniform_(0.5, 2.0)
     Flux2KleinPipeline(
         transformer=Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
+            **ONE_OF_EACH,
+            **HEADS,
             joint_attention_dim=3 * WIDTH,
             guidance_embeds=False,
             axes_dims_rope=(4, 4, 4, 4),
         ),
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
         text_encoder=make_qwen3(Qwen3ForCausalLM, tokenizer, layers=28, inner=WIDTH),
         tokenizer=tokenizer,
     ).save_pretrained(folder)
@@ -97,8 +94,7 @@ def make_qwen_image(folder: Path) -> Path:
         in_channels=16,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **HEADS,
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
     )
@@ -114,7 +110,7 @@ def make_qwen_image(folder: Path) -> Path:
     QwenImagePipeline(
         transformer=transformer,
         vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC, shift_terminal=0.02),
         text_encoder=make_qwen25(tokenizer),
         tokenizer=tokenizer,
     ).save_pretrained(folder)
