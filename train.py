@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import compiled, errors, flow, lora, ranks, routing
+from opd import compiled, errors, flow, lora, ranks, routing, signals
 from opd.cli import describe, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
@@ -63,7 +63,7 @@ def main() -> None:
             print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]), flush=True)
             print(forecast(cfg))
             return
-    with ranks.handled():
+    with signals.handled():
         run(cfg)
 
 
@@ -81,7 +81,7 @@ def run(cfg: RunConfig) -> None:
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)
         stage = choose_stage(cfg, model, data, rewards, trained)
-        with ranks.deferred():
+        with signals.deferred():
             finished = train(cfg, stage, trained, folder, report)
         if finished:
             report.table(trained)
@@ -92,22 +92,24 @@ def run(cfg: RunConfig) -> None:
 
 def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> bool:
     """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
-    checkpoint. Returns whether it came to its end: a signal stops it between two steps."""
+    checkpoint. Returns whether it came to its end: a signal stops it between two states."""
     first, model = folder.resume(trained), trained.model
     report.restore(trained, first)
     bad_steps = 0
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
     for step in bar:
-        signal = ranks.received(model.device)
-        if signal:
+        try:
+            signals.boundary()
+            model.ahead(step)
+            started = time.perf_counter()
+            metrics, norm = stage.step(step)
+        except signals.Stopped as signal:  # in the middle of the step, which is made again
             bar.close()
+            trained.undo(step)
             folder.save_to_go_on(trained, step)
             say(f"stopped by {signal} after step {step} of {cfg.iterations}; the same command goes on there")
             return False
-        model.ahead(step)
-        started = time.perf_counter()
-        metrics, norm = stage.step(step)
         seconds = time.perf_counter() - started
         done = step + 1
 
@@ -279,6 +281,7 @@ class Distillation:
 
         # From noise on, state by state; whoever takes a step sets state.x_next, where the walk goes on.
         for state in self.walk(plan.step, batch.samples, max(plan.queried) + 1):
+            signals.boundary()
             if state.i in plan.queried:
                 # The one forward pass of the student: it has the gradient, and it drives the rollout.
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)

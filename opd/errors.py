@@ -1,8 +1,13 @@
 """Errors: what the user can mend is one line that names it; the rest keeps its traceback."""
 
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 from opd import ranks
 
@@ -20,10 +25,19 @@ def in_one_line(*mendable: type[Exception]) -> Iterator[None]:
     try:
         yield
     except mendable as error:
-        sys.exit(f"error: {error}")
+        leave(f"error: {error}")
     except RuntimeError as error:
         if not ranks.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
         lost = "another rank ended, or did not answer for half an hour"
-        sys.exit(f"error: {lost}; the same command goes on after the last checkpoint ({reason})")
+        leave(f"error: {lost}; the same command goes on after the last checkpoint ({reason})")
+
+
+def leave(line: str) -> NoReturn:
+    """End with a line and exit status 1. torchrun, whose own traceback follows, is told the line by its error
+    file, and prints it last."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        told = {"message": line, "timestamp": int(time.time())}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(told))
+    sys.exit(line)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import kernels, lora, ranks, trajectory
+from opd import kernels, lora, ranks, signals, trajectory
 from opd.config import GRPOConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import STATISTICS, policy_metrics, reward_metrics
@@ -144,6 +144,7 @@ class GRPO:
         with lora.use(model.transformer, model.trained):
             seed = seed_of(cfg.seed, step, "start")
             for state in model.walk(self.path(step, states), seed, batch.samples, starts):
+                signals.boundary()
                 v = self.velocity(state, text, states, shared)
                 state.step(v)
                 if state.i in states:
@@ -265,6 +266,7 @@ class GRPO:
         sums = torch.zeros(len(STATISTICS), device=model.device)
         largest = torch.zeros((), device=model.device)
         for j, state in enumerate(sampled.states):
+            signals.boundary()
             kl_weight = state.transition.kl_weight()
             reference_v = None
             if cfg.beta > 0:

@@ -53,6 +53,8 @@ class Trained:
             self.average = dict(zip(self.parameters, taught.values(), strict=True))
         self.updates = 0
         """Calls of `update` in this process."""
+        self.before: tuple[int, dict[str, Tensor]] = (-1, {})
+        """A step of several updates, and the state before the first of them."""
 
     def update(self, step: int, turn: int = 0, turns: int = 1) -> float:
         """Clip and step; returns the gradient norm. A non-finite norm (the same on every rank) skips the
@@ -62,6 +64,8 @@ class Trained:
         of them.
         """
         self.updates += 1
+        if turns > 1 and self.before[0] != step:
+            self.before = step, {name: tensor.clone() for name, tensor in self.state().items()}
         ranks.reshard(self.model.transformer)
         ranks.average_gradients(list(self.parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.cfg.clip)
@@ -73,6 +77,12 @@ class Trained:
         self.optimizer.zero_grad()
         self._move_average(step * turns + turn)
         return norm
+
+    def undo(self, step: int) -> None:
+        """Take back what a step has done that was not finished."""
+        if self.before[0] == step:
+            for name, tensor in self.state().items():
+                tensor.copy_(self.before[1][name])
 
     def _move_average(self, count: int) -> None:
         """EMA with decay min(ema, (1 + n) / (10 + n)), n updates in."""

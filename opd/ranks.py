@@ -1,13 +1,6 @@
-"""All rank handling. On one process, with or without torchrun, everything here does nothing or the obvious.
-
-Signals: a run that is told to stop saves between two steps, after the same one on every rank, and ends well.
-"""
+"""All rank handling. On one process, under torchrun or not, everything here does nothing or the obvious."""
 
 import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -21,13 +14,14 @@ TIMEOUT = timedelta(minutes=30)
 """After which ranks give up one that does not answer, and end."""
 # At the start the other ranks wait while the first encodes prompts, which may take longer than any step.
 PATIENCE = timedelta(hours=24)
-_patient = None  # the group that waits so long; made by `start`
+# Groups of CPU tensors, made by `start`: one that waits so long, and one for `largest_later`.
+_patient = _aside = None
 
 
 def start(deterministic: bool = False) -> torch.device:
     """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on
     GPU. `deterministic`: torch refuses what has no deterministic algorithm."""
-    global _patient
+    global _patient, _aside
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(deterministic)
@@ -47,6 +41,7 @@ def start(deterministic: bool = False) -> torch.device:
             timeout=TIMEOUT,
         )
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _aside = dist.new_group(backend="gloo", timeout=TIMEOUT)
     if deterministic:
         say("deterministic algorithms alone, as --deterministic asks")
     return device
@@ -111,6 +106,11 @@ def largest(tensor: torch.Tensor) -> torch.Tensor:
     if world() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+def largest_later(tensor: torch.Tensor) -> dist.Work:
+    """The same for a CPU tensor, without waiting: it has the maximum after `wait()` of what is returned."""
+    return dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_aside, async_op=True)
 
 
 def gather(value) -> list:
@@ -183,70 +183,3 @@ def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if rank() == 0:
             found[name] = whole.cpu().contiguous()
     return found
-
-
-# ---- signals -----------------------------------------------------------------------------------------------
-
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ECHO = 2.0
-"""Seconds in which a further signal is the same one: a scheduler signals the launcher and the ranks, and the
-launcher passes its own on."""
-
-
-class SignalHandler:
-    """Python calls `handle` in the main thread, between two of its instructions."""
-
-    number: int = 0
-    """The first signal; 0 = none yet."""
-    since: float = 0.0
-    deferred: bool = False
-    """Whether the loop will look at the number, and save before the end."""
-
-    def handle(self, number: int, frame) -> None:
-        # What is saved is renamed into place when it is whole, so leaving at any moment does no harm. An
-        # exception might be swallowed by whatever runs here.
-        now = time.monotonic()
-        if self.number == 0 and self.deferred:
-            self.number, self.since = number, now
-        elif self.number == 0:
-            name = signal.Signals(number).name
-            line = f"\nstopped by {name}; the same command goes on after the last checkpoint\n"
-            if rank() == 0:
-                os.write(1, line.encode())
-            os._exit(0)
-        elif now - self.since > ECHO:
-            os._exit(128 + number)
-
-
-_handler = SignalHandler()  # signals belong to the process, and so does this
-
-
-@contextmanager
-def handled() -> Iterator[None]:
-    """Inside, a signal of HANDLED ends the process with one line and status 0, or waits for `received` where
-    that is called; a later one ends it at once."""
-    _handler.number, _handler.since, _handler.deferred = 0, 0.0, False
-    before = {number: signal.signal(number, _handler.handle) for number in HANDLED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def deferred() -> Iterator[None]:
-    """Inside, a signal waits until `received` is called."""
-    _handler.deferred = True
-    try:
-        yield
-    finally:
-        _handler.deferred = False
-
-
-def received(device: torch.device) -> str:
-    """The name of a signal that any rank has received, the same on all of them, or "" (a collective)."""
-    number = int(largest(torch.tensor(_handler.number, device=device)))
-    if number == 0:
-        return ""
-    return signal.Signals(number).name

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from opd import flow, kernels, lora, ranks
+from opd import flow, kernels, lora, ranks, signals
 from opd.config import SFTConfig
 from opd.data import MicroBatch, micro_batches, seed_of
 from opd.formats.latents import Images
@@ -32,6 +32,7 @@ class SFT:
         total = torch.zeros(2, device=self.model.device)
         kinds = dict.fromkeys(range(len(chosen)), "image")
         for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank()):
+            signals.boundary()
             real_B = torch.tensor(batch.real, dtype=torch.float32, device=self.model.device)
             with lora.use(self.model.transformer, self.model.trained):
                 loss_B = self.loss(chosen, batch, step) * real_B

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import flow, lora, ranks, routing
+from opd import flow, lora, ranks, routing, signals
 from opd.config import DistillationConfig
 from opd.data import MicroBatch, Prompt, micro_batches
 from opd.errors import require
@@ -85,6 +85,7 @@ class RewardRouter:
             text = model.text([prompts_N[n].text for n in batch.samples])
             with lora.use(model.transformer, model.trained):
                 for state in walk(step, batch.samples, cfg.steps):
+                    signals.boundary()
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
             if any(batch.real):
                 self.start(batch, prompts_N, model.decode(state.x_next), pending)

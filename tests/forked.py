@@ -63,10 +63,16 @@ def train(log: Path, arguments: list[str], **environment: str) -> Command:
     return main("train", log, arguments, **environment)
 
 
-def ranks(folder: Path, count: int, arguments: list[str], module: str = "train") -> list[Command]:
+def ranks(
+    folder: Path, count: int, arguments: list[str], module: str = "train", **environment: str
+) -> list[Command]:
     """`main()` of a module on several ranks without a launcher; outputs in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    shared = environment | {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
         main(module, folder / f"rank{rank}.log", arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(count)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A row imports from itself and from above. A name stands for all below it that no other row names.
 ROWS = """
 opd.flow opd.kernels
-opd.files opd.formats.settings opd.cli opd.errors opd.ranks opd.data opd.routing opd.trajectory
+opd.files opd.formats.settings opd.cli opd.errors opd.ranks opd.signals opd.data opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
 opd opd.mini.presets
 opd.formats.export opd.formats.teacher_files opd.optim opd.sft opd.grpo opd.runfolder

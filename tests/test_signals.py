@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from opd import signals
 from opd.formats.state import latest_state
 from tests import forked, tiny
 from tests.forked import ROOT, losses
@@ -43,22 +45,30 @@ def steps_logged(out) -> int:
 
 
 @pytest.mark.parametrize("number, world_size", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
-def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on(
-    world, tmp_path, number, world_size
-):
-    out = tmp_path / "run"
-    runs = forked.ranks(tmp_path, world_size, distillation(world, out, iterations=2000))
+def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, number, world_size):
+    """To one rank: within five seconds all of them end with the last finished step saved."""
+
+    def command(out, iterations):
+        return distillation(world, out, iterations=iterations, prompts_per_step=24)
+
+    out, slow = tmp_path / "run", tmp_path / "slow"
+    runs = forked.ranks(tmp_path, world_size, command(out, 2000), "tests.slowed", SLOW=str(slow))
     forked.wait_for(lambda: steps_logged(out) >= 3)
+    slow.write_text("0.6")
+    forked.wait_for(slow.with_suffix(".begun").exists)
     runs[-1].signal(number)
+    signalled = time.monotonic()
     assert [run.ended() for run in runs] == [0] * world_size
+    assert time.monotonic() - signalled < 5
     done, name = latest_state(out), signal.Signals(number).name
     assert done == steps_logged(out) >= 3
-    stopped = f"stopped by {name} after step {done} of 2000; {GO_ON} there"
-    assert runs[0].printed().count(stopped) == 1
+    printed = runs[0].printed()
+    assert printed.count(f"stopped by {name} after step {done} of 2000; {GO_ON} there") == 1
+    assert f"{name}: saving the last finished step; again to leave now" in runs[-1].printed() or runs[1:]
     assert all("Traceback" not in run.printed() and "rror" not in run.printed() for run in runs)
 
-    again = forked.train(tmp_path / "log", distillation(world, out, iterations=done + 2))
-    whole = forked.train(tmp_path / "log2", distillation(world, tmp_path / "whole", iterations=done + 2))
+    again = forked.train(tmp_path / "log", command(out, done + 2))
+    whole = forked.train(tmp_path / "log2", command(tmp_path / "whole", done + 2))
     assert (again.ended(), whole.ended()) == (0, 0)
     assert f"resuming {out} after step {done}" in again.printed()
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
@@ -67,14 +77,43 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on(
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world, tmp_path):
-    """The first waits for a step that takes minutes."""
-    out = tmp_path / "run"
+def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch):
+    """Stage grpo with two updates a step, left between them."""
+    *_, trained, stage = tiny.build(tiny.grpo_config(world, updates=2, ema=0.9))
+    stage.step(0)
+    before = {name: tensor.clone() for name, tensor in trained.state().items()}
+    update = trained.update
+
+    def update_once(step, turn, turns):
+        if turn == 1:
+            raise signals.Stopped("SIGTERM")
+        return update(step, turn, turns)
+
+    monkeypatch.setattr(trained, "update", update_once)
+    with pytest.raises(signals.Stopped):
+        stage.step(1)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained.state().items())
+    trained.undo(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state().items())
+
+
+def test_a_signal_does_not_wait_for_a_reward(world, tmp_path):
     rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:asleep")
-    cfg = tiny.grpo_config(world, out=str(out), train_rewards=rewards, reward_timeout=900.0)
+    cfg = tiny.grpo_config(world, out=str(tmp_path / "run"), train_rewards=rewards, reward_timeout=900.0)
     sleeping = tmp_path / "sleeping"
     run = forked.train(tmp_path / "log", forked.command_line(cfg), BEGUN=str(sleeping))
     forked.wait_for(sleeping.exists)
+    run.signal(signal.SIGUSR1)
+    assert run.ended(5) == 0
+    assert "stopped by SIGUSR1 after step 0 of 2" in run.printed()
+
+
+def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world, tmp_path):
+    """The first waits for one velocity, which takes a minute here."""
+    out, slow = tmp_path / "run", tmp_path / "slow"
+    slow.write_text("60")
+    run = forked.main("tests.slowed", tmp_path / "log", distillation(world, out), SLOW=str(slow))
+    forked.wait_for(slow.with_suffix(".begun").exists)
     for _ in range(2):
         run.signal(signal.SIGUSR1)
         time.sleep(0.2)

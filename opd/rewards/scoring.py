@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from opd import ranks
+from opd import ranks, signals
 
 MOST_LATE = 2
 """After so many late retries of a batch, its further prompts are not tried again."""
@@ -122,6 +122,12 @@ class Call:
         scores = function(images_BCHW, prompts, metadata)
         return fault_of(scores, len(prompts)) or scores.float().tolist()
 
+    def is_over(self) -> bool:
+        """Whether it has ended or is late."""
+        if not self.begun.is_set():
+            return False
+        return self.ended.is_set() or time.monotonic() > self.start + self.timeout
+
     def answer_in_time(self) -> list[float] | str | None:
         """Wait for the scores, or in words what went wrong; None if the call still runs after its time."""
         self.begun.wait()
@@ -152,6 +158,7 @@ def gather_scores(
     scores_N = torch.zeros(count, dtype=torch.float64, device=device)
     asked_N = torch.zeros(count, dtype=torch.float64, device=device)
     failures, busy = [], 0.0
+    signals.wait_until(lambda: all(scoring.call.is_over() for _, scoring in pending), device)
     for samples, scoring in pending:
         scores_B, failed, seconds = scoring.result()
         scores_N[samples] = scores_B.to(device, torch.float64)
