@@ -1,3 +1,4 @@
+import json
 import os
 
 # Before torch starts: on models this small threads only wait for each other, tenfold where two processes
@@ -5,15 +6,33 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
+from opd.families import sd3  # noqa: E402
 from opd.report import plots  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The tiny world: see tiny.make_world."""
     return tiny.make_world(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def base(world):
+    """The transformer of the tiny world; who changes it copies it."""
+    return sd3.load_transformer(world / "pipeline", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """Six latents with captions, to fine-tune on."""
+    folder, generator = tmp_path_factory.mktemp("latents"), torch.Generator().manual_seed(0)
+    save_file({"latents": torch.randn(6, 4, 4, 4, generator=generator)}, folder / "latents.safetensors")
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in (*tiny.PROMPTS["red"], "a dot")]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

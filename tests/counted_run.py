@@ -89,7 +89,6 @@ def report_and_stop():
 
 
 def main():
-    """train.py PRESET --field value ..., counted."""
     RunFolder.save_to_go_on = measured("largest_saved", RunFolder.save_to_go_on)
     RunFolder.export = measured("largest_exported", RunFolder.export)
     train.train = counted_train
@@ -99,6 +98,5 @@ def main():
 
 
 def counted_by(runs: list[forked.Command]) -> dict:
-    """What rank 0 of this module's runs has counted."""
     (line,) = [line for line in forked.finished(runs).splitlines() if line.startswith("COUNTED ")]
     return json.loads(line.removeprefix("COUNTED "))

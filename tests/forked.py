@@ -59,7 +59,6 @@ def command_line(cfg) -> list[str]:
 
 
 def train(log: Path, arguments: list[str], **environment: str) -> Command:
-    """`python train.py ARGUMENTS`."""
     return main("train", log, arguments, **environment)
 
 
@@ -86,7 +85,6 @@ def free_port() -> int:
 
 
 def rows(out: Path) -> list[dict]:
-    """What a run has logged."""
     file = out / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 

@@ -1,45 +1,50 @@
-"""Prompt files, the prompts of a step, and the micro-batches of a rank, against brute force."""
+"""Where a source lies; prompt files, the prompts of a step, micro-batches of a rank, against brute force."""
 
+import hashlib
+import json
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
+import opd
 from opd import data
 from opd.data import MicroBatch, Prompt
+from opd.files import digest, resolve
+from opd.formats.hub import find_pipeline, locate
 from opd.formats.prompts import load_prompts, load_tasks
 
+
 # ---- files -------------------------------------------------------------------------------------------------
-
-
 def write(folder, name, text):
-    (folder / name).write_text(text, encoding="utf-8")
+    (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     return str(folder / name)
 
 
-@pytest.mark.parametrize(
-    "name, text, prompts",
-    [
-        (
-            "a.txt",  # blank lines are dropped
-            "\ufeffone\n\n  two words  \r\nthree\u2028still three\n",
-            [Prompt("one", "t"), Prompt("two words", "t"), Prompt("three\u2028still three", "t")],
-        ),
-        (
-            "a.jsonl",  # fields become metadata and may name the task
-            '{"prompt": "x\u2028y", "tag": "a", "include": [{"class": "cat"}]}\n\n'
-            '{"prompt": "z", "task": "other"}\n',
-            [Prompt("x\u2028y", "t", {"tag": "a", "include": [{"class": "cat"}]}), Prompt("z", "other")],
-        ),
-        (
-            "a.csv",  # and so do columns
-            '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n',
-            [Prompt("a, b", "other", {"note": "n"}), Prompt("c", "t", {"note": ""})],
-        ),
-    ],
-)
-def test_what_a_file_holds(tmp_path, name, text, prompts):
+CATS = {"tag": "a", "include": [{"class": "cat"}]}
+FILES = {
+    "a.txt": (  # blank lines are dropped
+        "\ufeffone\n\n  two words  \r\nthree\u2028still three\n",
+        [Prompt("one", "t"), Prompt("two words", "t"), Prompt("three\u2028still three", "t")],
+    ),
+    "a.jsonl": (  # fields become metadata and may name the task
+        json.dumps({"prompt": "x\u2028y"} | CATS) + '\n\n{"prompt": "z", "task": "other"}\n',
+        [Prompt("x\u2028y", "t", CATS), Prompt("z", "other")],
+    ),
+    "a.csv": (  # and so do columns
+        '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n',
+        [Prompt("a, b", "other", {"note": "n"}), Prompt("c", "t", {"note": ""})],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_file_holds(tmp_path, name):
     """Any task is accepted where none are given."""
+    text, prompts = FILES[name]
     for tasks in (["t", "other"], None):
         found = load_prompts(write(tmp_path, name, text), "t", tasks)
         assert found == prompts and [p.metadata for p in found] == [p.metadata for p in prompts]
@@ -49,6 +54,8 @@ def test_what_a_file_holds(tmp_path, name, text, prompts):
 BAD_FILES = [
     ("a.txt", None, FileNotFoundError, ["task 't'", "a.txt"]),
     ("a.csv", "prompt\n", ValueError, ["a.csv", "holds no prompt"]),
+    ("a.txt", "caf\udce9\n", ValueError, ["a.txt: not UTF-8", "save it as UTF-8"]),
+    ("a.csv", "prompt\ncaf\udce9\n", ValueError, ["a.csv: not UTF-8"]),
     ("a.parquet", "x", ValueError, ["a.parquet", "'.parquet'", ".txt, .jsonl, .csv"]),
     ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', ValueError, ["a.jsonl:2", "not JSON"]),
     ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', ValueError, ["a.jsonl:2", "no prompt"]),
@@ -80,18 +87,14 @@ def test_bad_files_are_refused_by_line(name, content, error, pieces, tmp_path):
 def test_load_tasks_pools_by_task_and_refuses_an_empty_one(tmp_path):
     a = write(tmp_path, "a.jsonl", '{"prompt": "x", "task": "b"}\n{"prompt": "y"}\n')
     b = write(tmp_path, "b.txt", "z\n")
-    assert load_tasks({"a": a, "b": b}) == {
-        "a": [Prompt("y", "a")],
-        "b": [Prompt("x", "b"), Prompt("z", "b")],
-    }
+    pools = {"a": [Prompt("y", "a")], "b": [Prompt("x", "b"), Prompt("z", "b")]}
+    assert load_tasks({"a": a, "b": b}) == pools
     other = write(tmp_path, "c.jsonl", '{"prompt": "x", "task": "b"}\n')
     with pytest.raises(ValueError, match="task 'c' has no prompts.*c.jsonl.*names another task"):
         load_tasks({"c": other, "b": b})
 
 
 # ---- the prompts of a step ---------------------------------------------------------------------------------
-
-
 def pools(**sizes):
     return {task: [Prompt(f"{task}{i}", task) for i in range(size)] for task, size in sizes.items()}
 
@@ -114,9 +117,8 @@ def test_ratio_and_epochs_by_brute_force(sizes, mix, count):
     for task, size in sizes.items():
         texts = [p.text for p in chosen if p.task == task]
         epochs = [texts[i : i + size] for i in range(0, len(texts) - size + 1, size)]
-        assert len(epochs) > 1 and all(
-            sorted(e) == sorted(p.text for p in pools(**sizes)[task]) for e in epochs
-        )
+        whole = sorted(p.text for p in pools(**sizes)[task])
+        assert len(epochs) > 1 and all(sorted(epoch) == whole for epoch in epochs)
         assert size < 4 or len(set(map(tuple, epochs))) > 1  # shuffled anew
 
 
@@ -132,9 +134,8 @@ def test_a_step_is_a_pure_function_of_seed_and_step():
     backwards = [data.prompts_of_step(many, mix, 6, 3, step) for step in reversed(range(9))]
     assert forwards == backwards[::-1]
     other = [data.prompts_of_step(many, mix, 6, 4, step) for step in range(9)]
-    assert other != forwards and [[p.task for p in s] for s in other] == [
-        [p.task for p in s] for s in forwards
-    ]
+    tasks, others = ([[p.task for p in step] for step in steps] for steps in (forwards, other))
+    assert other != forwards and others == tasks
 
 
 def test_seed_of_tells_its_parts_apart_and_fits_63_bits():
@@ -145,8 +146,6 @@ def test_seed_of_tells_its_parts_apart_and_fits_63_bits():
 
 
 # ---- micro-batches -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world", range(1, 6))
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
 @pytest.mark.parametrize(
@@ -158,9 +157,8 @@ def test_every_sample_once_in_runs_of_tasks_and_ranks_in_step(tasks, numbers, si
     ranks = [data.micro_batches(task_of, size, world, rank) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) >= 1
     batches = [b for batches in ranks for b in batches]
-    assert sorted(n for b in batches for n, real in zip(b.samples, b.real, strict=True) if real) == sorted(
-        task_of
-    )
+    real = [n for b in batches for n, real in zip(b.samples, b.real, strict=True) if real]
+    assert sorted(real) == sorted(task_of)
     sizes = {len(b.samples) for b in batches}
     assert 1 <= min(sizes) and max(sizes) <= min(size, min(sizes) + 1)
     for b in batches:
@@ -178,9 +176,8 @@ def test_every_sample_once_in_runs_of_tasks_and_ranks_in_step(tasks, numbers, si
 def test_micro_batches_are_even_and_few():
     """9 samples, at most 4 at once: 3 + 3 + 3, not 4 + 4 + 1; tasks share one where they fit."""
     assert [len(b.samples) for b in data.micro_batches(dict.fromkeys(range(9), "a"), 4, 1, 0)] == [3, 3, 3]
-    assert data.micro_batches(dict(enumerate("abab")), 8, 1, 0) == [
-        MicroBatch([0, 2, 1, 3], [1] * 4, [0, 2, 1, 3])
-    ]
+    (whole,) = data.micro_batches(dict(enumerate("abab")), 8, 1, 0)
+    assert whole == MicroBatch([0, 2, 1, 3], [1] * 4, [0, 2, 1, 3])
     two = [data.micro_batches(dict(enumerate("abb")), 1, 2, rank) for rank in (0, 1)]
     assert two == [
         [MicroBatch([0], [1], [0, 1]), MicroBatch([2], [1], [2, 2])],
@@ -188,8 +185,90 @@ def test_micro_batches_are_even_and_few():
     ]  # the last is padding
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    for name in ("latin.txt", "latin.csv"):
-        (tmp_path / name).write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
-        with pytest.raises(ValueError, match=f"{name}: not UTF-8 .*save it as UTF-8"):
-            load_prompts(str(tmp_path / name), "t", None)
+PACKAGE = Path(opd.__file__).parent
+PACKAGED = "opd/mini/prompts/text.test.txt"
+
+
+def texts_of(source):
+    return [prompt.text for prompt in load_prompts(source, "text", ["text"])]
+
+
+def test_a_source_lies_beside_the_user_else_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    packaged, own = PACKAGE / "mini/prompts/text.test.txt", tmp_path / PACKAGED
+    assert resolve(PACKAGED) == locate("prompts", PACKAGED) == packaged
+    assert texts_of(PACKAGED) == [line.strip() for line in packaged.read_text().splitlines() if line.strip()]
+    assert locate("adapter", "opd/mini/weights/text") == PACKAGE / "mini/weights/text"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine\n")
+    assert resolve(PACKAGED).resolve() == locate("prompts", PACKAGED).resolve() == own
+    assert texts_of(PACKAGED) == ["mine"]
+    assert resolve(f"~/{PACKAGED}") == resolve(str(own)) == own
+    # README.md and tests/ lie beside the package too, but nobody who names them means those.
+    for source in ("README.md", "tests/tiny.py", "opd/nothing.txt", "./opd/mini/weights/base"):
+        assert resolve(source) == Path(source) and not resolve(source).exists()
+    for source in ("opd/mini/weights/nothing", "./opd/mini/weights/base"):
+        with pytest.raises(FileNotFoundError, match=f"model '{source}': no such file or directory"):
+            locate("model", source)
+        with pytest.raises(FileNotFoundError, match=f"no file '{source}'"):
+            load_prompts(source, "task", ["task"])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: None, Path.mkdir, Path.touch], ids=["nothing", "folder", "file"]
+)
+def test_what_is_no_pipeline_is_named(make, tmp_path):
+    make(tmp_path / "model")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"model '{tmp_path}/model'"):
+        find_pipeline(str(tmp_path / "model"))
+
+
+# As SD3.5-Medium's repository lists them: all weights are there three times.
+WANTED = """
+README.md model_index.json scheduler/scheduler_config.json
+text_encoder/config.json text_encoder/model.safetensors
+text_encoder_2/config.json text_encoder_2/model.safetensors
+text_encoder_3/config.json text_encoder_3/model.safetensors.index.json
+text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+tokenizer/merges.txt tokenizer/vocab.json tokenizer/tokenizer_config.json
+tokenizer_2/merges.txt tokenizer_3/spiece.model tokenizer_3/tokenizer.json
+transformer/config.json transformer/diffusion_pytorch_model.safetensors
+vae/config.json vae/diffusion_pytorch_model.safetensors
+""".split()
+UNWANTED = """
+LICENSE.md mmdit-x.png sd3.5_medium.safetensors SD3.5M_example_workflow.json
+text_encoders/clip_g.safetensors text_encoders/t5xxl_fp16.safetensors
+text_encoder/model.fp16.safetensors text_encoder_3/model.fp16-00001-of-00002.safetensors
+text_encoder_3/model.safetensors.index.fp16.json
+transformer/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.fp16.safetensors
+""".split()
+
+
+def test_of_a_repository_only_the_pipelines_files_are_fetched(world, monkeypatch):
+    """By the Hub's own filter."""
+    fetched = []
+
+    def download(repo, allow_patterns, ignore_patterns):
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        fetched.extend(filter_repo_objects(WANTED + UNWANTED, **patterns))
+        return str(world / "pipeline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_pipeline("owner/name") == world / "pipeline"
+    assert sorted(fetched) == sorted(WANTED)
+
+
+def test_of_a_large_file_the_size_and_the_ends_tell(tmp_path):
+    """A file of weights: a header in front, numbers that training moves behind."""
+    file, size = tmp_path / "x", 3 * 2**20
+    seen = set()
+    for change in (None, 7, size - 7, size // 2):
+        content = bytearray(size)
+        if change is not None:
+            content[change] = 1
+        file.write_bytes(content)
+        seen.add(digest(file, most=2**20))
+        assert digest(file, most=size) == hashlib.sha256(content).hexdigest()
+    file.write_bytes(bytes(size + 1))
+    assert len(seen | {digest(file, most=2**20)}) == 4  # a change in the middle is not seen

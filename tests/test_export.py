@@ -1,34 +1,32 @@
 """A student's files and what they mean to those who load them: ours, PEFT, diffusers, ComfyUI by a
-transcription of its key map; and how the student is to be sampled."""
+transcription of its key map; and how the student is to be sampled: written, read, and really used."""
 
 import copy
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
+import sample
 from opd import lora
+from opd.evaluation import evaluate
 from opd.families import sd3
 from opd.formats import export, lora_files
-from opd.formats.export import Deployment, guidance_of
+from opd.formats.export import Deployment, deployment_of, guidance_of
 from tests import tiny
-from tests.tiny_lora import MODULES, under, velocity
+from tests.tiny_lora import under, velocity
 
 DEPLOYED = Deployment("some/model", 2.5, "8", 2, True, 128)
 
 
-@pytest.fixture(scope="module")
-def base(world):
-    return sd3.load_transformer(world / "pipeline", torch.float32)
-
-
 # ---- weights -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def saved(base, world, tmp_path_factory):
     """A student of rank 4, alpha 10 as saved, and its velocity."""
@@ -52,9 +50,8 @@ def by_peft(base, world, folder):
 
 
 def by_diffusers(base, world, folder, **which):
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        world / "pipeline", transformer=copy.deepcopy(base), **tiny.NO_T5
-    )
+    parts = {"transformer": copy.deepcopy(base), **tiny.NO_T5}
+    pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", **parts)
     pipe.load_lora_weights(folder, **which)
     return velocity(pipe.transformer)
 
@@ -76,17 +73,7 @@ def test_what_we_save_means_the_same_to_everyone(read, base, world, saved):
     assert (read(base, world, folder) - expected).abs().max() < 1e-5
 
 
-def test_save_transformer_is_a_diffusers_directory(base, tmp_path):
-    changed = copy.deepcopy(base)
-    with torch.no_grad():
-        changed.get_submodule(MODULES[0]).weight += 0.1
-    weights = dict(changed.named_parameters())
-    export.save_transformer(tmp_path / "transformer", changed, weights, torch.float32)
-    assert torch.equal(velocity(sd3.load_transformer(tmp_path, torch.float32)), velocity(changed))
-
-
 # ---- ComfyUI -----------------------------------------------------------------------------------------------
-
 # What its map of SD3's keys knows inside a block, by diffusers' names.
 KNOWN = """
 attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out
@@ -139,8 +126,6 @@ def test_both_files_of_a_student_work_in_comfyui_at_full_strength(size, layers, 
 
 
 # ---- how it is to be sampled -------------------------------------------------------------------------------
-
-
 def test_the_folder_and_the_single_file_say_it(saved, world, tmp_path):
     folder, _ = saved
     shutil.copy(folder / SINGLE, tmp_path / "alone.safetensors")
@@ -150,26 +135,108 @@ def test_the_folder_and_the_single_file_say_it(saved, world, tmp_path):
     assert guidance_of(sources, 2.0) == dict.fromkeys(sources, 2.0)
 
 
-def with_record(folder, saved, text):
-    """The student's folder with another deployment.json."""
-    shutil.copytree(saved, folder)
-    (folder / export.FILE).write_text(text)
-    return {"a": str(folder)}
-
-
 def test_an_edited_record_counts(saved, tmp_path):
     """The folder's file, not the metadata of the weights beside it."""
-    text = json.dumps({"guidance": 4, "of a later version": 1})
-    assert guidance_of(with_record(tmp_path / "edited", saved[0], text))["a"] == 4.0
+    edited = shutil.copytree(saved[0], tmp_path / "edited")
+    (edited / export.FILE).write_text(json.dumps({"guidance": 4, "of a later version": 1}))
+    assert guidance_of({"a": str(edited)})["a"] == 4.0
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "not JSON"),
-        ('{"guidance": "high"}', "'guidance' is 'high'; it must be a finite number"),
-    ],
-)
-def test_a_broken_record_is_named(text, message, saved, tmp_path):
-    with pytest.raises(ValueError, match=f"{export.FILE}: .*{message}"):
-        guidance_of(with_record(tmp_path / "broken", saved[0], text))
+BRIGHT = "tests.test_evaluate:brightness"
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    """A run whose student is deployed at 2.5, with grids, watch and table."""
+    folder = tmp_path_factory.mktemp("deployed")
+    red = {"red": str(world / "red.txt")}
+    once = {"iterations": 1, "sample_every": 1, "watch_every": 1, "watch_prompts": 3, "heldout": red}
+    table = {"evaluate": True, "eval_prompts": 3, "eval_steps": 2, "deploy_guidance": 2.5}
+    scorers = dict.fromkeys(tiny.PROMPTS, BRIGHT)
+    tiny.main(tiny.config(world, out=str(folder / "run"), rewards=scorers, **once, **table), folder)
+    return folder
+
+
+def student(folder) -> str:
+    return str(folder / "run" / "student")
+
+
+# ---- what is written --------------------------------------------------------------------------------
+def test_a_students_folder_says_how_to_sample_it(world, folder):
+    written = json.loads((folder / "run" / "student" / "deployment.json").read_text())
+    own = {"model": str(world / "pipeline"), "guidance": 2.5, "resolution": "8", "steps": 2}
+    assert written == own | {"t5": True, "t5_tokens": 128}
+    saved = folder / "run" / "checkpoints" / "000001"
+    for file in saved.glob("*.safetensors"):  # equal weights are equal bytes
+        assert file.read_bytes() == (folder / "run" / "student" / file.name).read_bytes()
+
+
+def test_without_the_flag_it_is_the_guidance_of_training(world):
+    cfg, model, *_ = tiny.build(tiny.config(world, guidance=3.0, t5=False, resolution="16x8"))
+    deployment = deployment_of(cfg, model)
+    assert (deployment.guidance, deployment.resolution) == (3.0, "16x8")
+    assert (deployment.t5, deployment.t5_tokens) == (False, 0)
+    assert deployment_of(replace(cfg, deploy_guidance=1.5), model).guidance == 1.5
+
+
+# ---- what a run does with it ------------------------------------------------------------------------
+def test_grid_watch_and_table_sample_the_student_as_it_is_deployed(world, folder, capsys):
+    """The same images from opd.evaluation and sample.py at 2.5, and others at 1."""
+    run = folder / "run"
+    table = json.loads((run / "scores.json").read_text())
+    watched = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["watch"]["red"]
+    inside = table["student"]["held-out"]["red"]
+    again = scores(world, folder, folder / "again.json")["student"]["held-out"]["red"]
+    assert again == pytest.approx(inside, abs=1e-6) and watched == pytest.approx(inside, abs=1e-6)
+    other = scores(world, folder, folder / "other.json", "--guidance", "1")["student"]["held-out"]["red"]
+    assert abs(other - inside) > 1e-4
+    assert "guidance 2.5 (teachers 1.0)" in (run / "table.txt").read_text()
+
+
+def scores(world, folder, out, *flags):
+    files = ["--prompts", "--heldout", f"red={world / 'red.txt'}", "--rewards", f"red={BRIGHT}"]
+    model = ["--model", str(world / "pipeline"), "--adapters", f"student={student(folder)}"]
+    sampling = ["--count", "3", "--steps", "2", "--dtype", "float32"]
+    evaluate.main([*model, *files, *sampling, "--out", str(out), *flags])
+    return json.loads(out.read_text())["scores"]
+
+
+# ---- what others do with it -------------------------------------------------------------------------
+def test_evaluate_sweeps_the_scale(world, folder, capsys):
+    swept = scores(world, folder, folder / "swept.json", "--guidance", "1", "2.5")
+    assert list(swept) == ["base g=1", "base g=2.5", "student g=1", "student g=2.5"]
+    recorded = scores(world, folder, folder / "recorded.json")
+    assert recorded["student"] == swept["student g=2.5"] != swept["student g=1"]
+    assert recorded["base"] == swept["base g=1"]
+    assert json.loads((folder / "recorded.json").read_text())["guidance"] == {"base": 1.0, "student": 2.5}
+    assert "guidance=base 1, student 2.5" in capsys.readouterr().out
+
+
+def pictures(world, folder, out, *flags):
+    files = [f"student={student(folder)}", f"red={world / 'red'}"]
+    model = ["--model", str(world / "pipeline"), "--adapters", *files, "--prompts", "a red dot"]
+    places = ["--out", str(out), "--device", "cpu"]
+    sample.main([*model, *places, "--dtype", "float32", "--steps", "2", *flags])
+    return {name: out / f"a-red-dot.0.{name}.png" for name in ("base", "student", "red")}
+
+
+def test_sample_takes_the_recorded_scale_unless_told(world, folder, tmp_path):
+    """Per row: 1 for the base and the teacher. The picture tells which; --again repeats it."""
+    own = pictures(world, folder, tmp_path / "own")
+    told = pictures(world, folder, tmp_path / "told", "--guidance", "2.5")
+    used = {name: sample.read_settings(str(file))["guidance"] for name, file in own.items()}
+    assert used == {"base": 1.0, "student": 2.5, "red": 1.0}
+    pixels = {name: np.asarray(Image.open(file)) for name, file in own.items()}
+    same = {name: np.array_equal(pixels[name], Image.open(file)) for name, file in told.items()}
+    assert same == {"base": False, "student": True, "red": False}
+    again = ["--again", str(own["student"]), "--out", str(tmp_path / "again"), "--device", "cpu"]
+    sample.main(again)
+    assert np.array_equal(Image.open(tmp_path / "again" / own["student"].name), pixels["student"])
+
+
+def test_a_broken_record_ends_in_one_line_before_weights_load(folder, tmp_path):
+    shutil.copytree(student(folder), tmp_path / "broken")
+    (tmp_path / "broken" / "deployment.json").write_text("{}")
+    for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, [])):
+        with pytest.raises(SystemExit, match="error: .*deployment.json: 'guidance' is None"):
+            main(["--model", "/nowhere", "--adapters", f"x={tmp_path / 'broken'}", *more])

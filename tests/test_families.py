@@ -32,7 +32,6 @@ def as_it_is(latents, *shape):
 
 
 def packed(x_BCHW):
-    """As FLUX.1 and Qwen-Image want their latents."""
     return FluxPipeline._pack_latents(x_BCHW, *x_BCHW.shape)
 
 
@@ -85,15 +84,11 @@ def told(tokens):
     return lambda scale: {"guidance_scale": scale, "max_sequence_length": tokens}
 
 
+BOTH = ("diffusion_model.", "lora_unet_")  # as ComfyUI and kohya write
 FIXTURES = {
     "sd3": Fixture(sd3, tiny.make_pipeline, sd3_call(12), tiny.NO_T5),
     "sd3 with T5": Fixture(sd3, tiny.make_pipeline_with_t5, sd3_call(128)),
-    "z_image": Fixture(
-        z_image,
-        tiny_families.make_z_image,
-        negative("", guidance_scale=0.0),
-        foreign=("diffusion_model.", "lora_unet_"),
-    ),
+    "z_image": Fixture(z_image, tiny_families.make_z_image, negative("", guidance_scale=0.0), foreign=BOTH),
     "flux": Fixture(
         flux,
         tiny_families.make_flux,
@@ -109,7 +104,7 @@ FIXTURES = {
         told(48),
         unpack=unpacked_flux2,
         constants={"TOKENS": 48},
-        foreign=("diffusion_model.",),
+        foreign=BOTH[:1],
     ),
     "qwen_image": Fixture(
         qwen_image,
@@ -118,14 +113,12 @@ FIXTURES = {
         resolution="8",
         pack=packed,
         unpack=unpacked_qwen,
-        foreign=("diffusion_model.", "lora_unet_"),
+        foreign=BOTH,
     ),
 }
-SCHEDULERS = {
-    "static": {"shift": 3.0},
-    "dynamic": {"use_dynamic_shifting": True},
-    "dynamic, linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
-}
+DYNAMIC = {"use_dynamic_shifting": True}
+SCHEDULERS = {"static": {"shift": 3.0}, "dynamic": DYNAMIC}
+SCHEDULERS |= {"dynamic, linear": DYNAMIC | {"time_shift_type": "linear"}}
 
 
 @pytest.fixture(scope="module", params=FIXTURES)
@@ -188,14 +181,11 @@ class Theirs:
 
 
 def remembered(encode):
-    """Prompts are encoded once, however often the pipeline runs."""
     answers = {}
 
     def encode_once(*arguments, **named):
         key = str((arguments, named))
-        if key not in answers:
-            answers[key] = encode(*arguments, **named)
-        return answers[key]
+        return answers[key] if key in answers else answers.setdefault(key, encode(*arguments, **named))
 
     return encode_once
 
@@ -205,8 +195,6 @@ def noise(model: Model, seed: int = 4, index: tuple = (5, 0, 17)) -> torch.Tenso
 
 
 # ---------------------------------------------------------------- every family is its pipeline
-
-
 @pytest.mark.parametrize(
     "family, tokens", [(flux, flux.T5_TOKENS), (flux2, flux2.TOKENS), (qwen_image, qwen_image.TOKENS)]
 )
@@ -310,7 +298,7 @@ def test_an_adapter_of_any_tool_is_what_it_is_to_the_pipeline(case, tmp_path):
             assert (base - velocity).abs().max() > 1e-2
 
 
-def test_the_skeleton_has_the_weights_names_and_shapes_without_storage(case):
+def test_the_skeleton_is_the_transformer_without_storage(case):
     skeleton = case.family.skeleton(case.pipeline)
     real = case.family.load_transformer(case.pipeline, torch.bfloat16)
     shapes = {name: weight.shape for name, weight in real.named_parameters()}
@@ -318,10 +306,6 @@ def test_the_skeleton_has_the_weights_names_and_shapes_without_storage(case):
     assert all(weight.is_meta for weight in skeleton.parameters())
     assert {weight.dtype for weight in real.parameters()} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in real.parameters()) and not real.training
-
-
-def test_lora_targets_and_blocks_are_parts_of_the_transformer(case):
-    skeleton = case.family.skeleton(case.pipeline)
     linears = [name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
     for target in case.family.LORA_TARGETS:
         assert any(lora_files.is_target(name, [target]) for name in linears), target
@@ -371,8 +355,6 @@ def test_a_missing_encoder_is_refused_before_weights_load(case, tmp_path):
 
 
 # ---------------------------------------------------------------- finding a family
-
-
 def test_a_family_is_found_by_the_pipelines_class(case):
     """And every family has a row here, and the whole contract."""
     assert family_of(case.pipeline) is case.family
@@ -390,7 +372,6 @@ def own_families(monkeypatch, tmp_path):
 
 
 def of_class(folder: Path, name: str) -> Path:
-    """`folder` as a pipeline's directory."""
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     return folder
 

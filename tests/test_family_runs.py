@@ -41,7 +41,6 @@ def settings(own, **changes):
 
 
 def distil(own, out, **changes) -> list[str]:
-    """Arguments of train.py: two steps, each of them saved."""
     world, all_of_them = settings(own, out=str(out), prompts_per_step=2, **changes)
     once = {"steps": 2, "iterations": 2, "save_every": 1}
     return forked.command_line(tiny.config(world, **once | all_of_them))
@@ -51,7 +50,7 @@ def test_a_killed_run_and_two_ranks_replicated_then_sharded_are_one_rank(own, ca
     """A run that is killed after its first checkpoint goes on to the same bits. Two ranks take the first
     step with the weights replicated, and the second one, resumed, with the weights sharded."""
     if case.family.__name__.endswith("sd3"):
-        pytest.skip("tests/test_kills.py, test_ranks.py and test_shards.py run this family")
+        pytest.skip("tests/test_signals.py, test_ranks.py and test_shards.py run this family")
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
     run = forked.train(tmp_path / "log", distil(own, whole))
     assert run.ended() == 0, run.printed()

@@ -4,18 +4,24 @@ float32: sums in another order, a relative 1e-5. bfloat16: the same sums may end
 number, which has 8 of them, a difference of 2^-8. A loss is a mean of squared differences of two such
 numbers, each about as large as their difference: 2 * 2 * 2^-8 = 2^-6 bounds it, and a gradient, a product of
 two.
+
+Graphs are captured, counted and run as they are, which skips what takes a compiler minutes: the backend
+"eager" has those of the forward pass, and "aot_eager", where losses are compared, the backward ones too.
+opd/bench/BENCHMARKS.md has losses of real kernels.
 """
 
 import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from opd import compiled, ranks
+from opd.families import z_image
 from opd.optim import Trained
 from opd.setup import set_up
-from tests import forked, tiny
+from tests import forked, tiny, tiny_families
 
 DTYPES = {"float32": 1e-5, "bfloat16": 2**-6}
 PATHS = {"batched": {"micro_batch": 8}, "recomputed": {"checkpointing": True}}
@@ -48,7 +54,7 @@ def test_on_one_rank(world, plain, path, dtype):
 
 @pytest.mark.slow
 def test_compiled_in_bfloat16(world, plain, monkeypatch):
-    """In float32: tests/test_compiled.py. The graphs are those of --compile, run as they are."""
+    """In float32: tests/test_fast_paths.py. The graphs are those of --compile, run as they are."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     found = numbers(world, "bfloat16", micro_batch=8, checkpointing=True, compile=True)
@@ -63,3 +69,119 @@ def test_on_two_ranks_replicated_and_sharded(world, tmp_path, plain):
     for key, found in json.loads(line.removeprefix("FOUND ")).items():
         dtype = key.partition(",")[0]
         assert found == pytest.approx(plain[dtype], rel=DTYPES[dtype]), key
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Graphs are captured and run as they are."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    yield
+    torch._dynamo.reset()
+
+
+def steps(world, count=4, **changes):
+    """([loss and gradient norm per step], [graphs compiled up to each])."""
+    *_, stage = tiny.build(tiny.config(world, **changes))
+    before = compiled.graphs()
+    numbers, graphs = [], []
+    for step in range(count):
+        metrics, norm = stage.step(step)
+        numbers += [metrics["loss"], norm]
+        graphs.append(compiled.graphs() - before)
+    return numbers, graphs
+
+
+# Two kinds of blocks, the first and the last, for the student and for the teachers; then states without a
+# gradient, the base, and micro-batches of 3, whose teachers see one row or several.
+GRAPHS = [
+    ("aot_eager", {"guidance": 2.0, "teacher_guidance": 3.0, "checkpointing": True}, 4),
+    ("eager", {"queries": 1, "mix": {"red": 3}, "micro_batch": 3, "anchor": "base", "steps": 3}, 12),
+]
+
+
+@pytest.mark.parametrize("backend, changes, most", GRAPHS, ids=str)
+def test_losses_are_those_of_eager_blocks_and_nothing_recompiles_later(
+    world, captured, monkeypatch, backend, changes, most
+):
+    """Later: after the second update, though row counts and states change from update to update."""
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    plain, none = steps(world, **changes)
+    fast, graphs = steps(world, compile=True, **changes)
+    assert fast == pytest.approx(plain, rel=1e-5)
+    assert none == [0] * 4
+    assert 0 < graphs[1] <= most and graphs[1:] == [graphs[1]] * 3
+
+
+def test_more_blocks_need_no_more_graphs(tmp_path, captured):
+    """The first block, whose input has no gradient, all middle ones, the last one: a model of five blocks
+    runs on the graphs of one of three."""
+    counts = []
+    for layers in (3, 5):
+        world = tiny.make_world(tmp_path / str(layers), layers)
+        counts += steps(world, count=1, compile=True, steps=1)[1]
+    assert 0 < counts[0] <= 5 and counts[1] == 0
+
+
+def test_a_block_that_cannot_be_captured_is_an_error(captured):
+    class Printing(torch.nn.Module):
+        def forward(self, x):
+            print(float(x.sum()))
+            return x
+
+    block = Printing()
+    compiled.compile_blocks([block])
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        block(torch.ones(2, 3))
+
+
+def test_z_image_compiles(tmp_path, captured):
+    """Masks, rotary embeddings in complex numbers, texts of several lengths."""
+    tiny_families.make_z_image(tmp_path / "pipeline")
+    world = tiny.furnish(tmp_path, z_image)
+    changes = {"steps": 1, "anchor": "", "anchor_weight": 0.0}
+    plain, _ = steps(world, count=2, **changes)
+    fast, graphs = steps(world, count=2, compile=True, **changes)
+    assert fast == pytest.approx(plain, rel=1e-5)
+    assert graphs[0] == graphs[1] > 0
+
+
+CPU = torch.device("cpu")
+
+
+class Fetches(TorchDispatchMode):
+    """Counts what is fetched from the meta device: numbers that are waited for, and tensors sent in passing.
+    Nothing else can come from there, as there is nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited, self.sent = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if function is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            self.waited += 1
+            return 1.0
+        to_host = function is aten._to_copy.default and kwargs.get("device") == CPU
+        if to_host and args[0].device.type == "meta":
+            self.waited += not kwargs.get("non_blocking", False)
+            self.sent += 1
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"queries": 2, "micro_batch": 3, "guidance": 2.0}], ids=str)
+def test_a_step_waits_for_the_device_once(world, changes):
+    """The step runs on a device that has shapes and no numbers: whatever it wanted to look at would be
+    counted or fail."""
+    cfg, model, pools, *_ = tiny.build(tiny.config(world, **changes))
+    meta = torch.device("meta")
+    model.transformer.to(meta)
+    model.device = model.conditioning.device = meta
+    trained = Trained(cfg, model)
+    stage = train.choose_stage(cfg, model, pools, {}, trained)
+    fetches = Fetches()
+    with fetches:
+        stage.step(0)
+    assert (fetches.waited, fetches.sent) == (1, 1)

@@ -89,12 +89,10 @@ def raises(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("iterations, steps", [(9, 5), (2, 2)])
-def test_grpo_without_any_reward_stops(world, tmp_path, capsys, iterations, steps):
+def test_grpo_without_any_reward_stops(world, tmp_path, capsys):
     rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:raises")
-    cfg = tiny.grpo_config(world, out=str(tmp_path), train_rewards=rewards, iterations=iterations)
-    message = f"{steps} steps in a row with no reward for any group; mend the reward"
-    with pytest.raises(FloatingPointError, match=message):
+    cfg = tiny.grpo_config(world, out=str(tmp_path), train_rewards=rewards, iterations=9)
+    with pytest.raises(FloatingPointError, match="5 steps in a row with no reward for any group; mend"):
         tiny.run(cfg)
     assert "the scorer is dead" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -103,7 +101,6 @@ def test_grpo_without_any_reward_stops(world, tmp_path, capsys, iterations, step
 
 
 def uncertain(images, prompts, metadata):
-    """What has no deterministic algorithm, on a CPU either."""
     return images.mean((1, 2, 3)).put_(torch.tensor([0]), torch.tensor([1.0]))
 
 
@@ -116,9 +113,6 @@ def test_deterministic_runs_refuse_what_is_not(world, tmp_path):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         train.run(tiny.grpo_config(world, **settings))
-
-
-# ---- the disk ----------------------------------------------------------------------------------------------
 
 
 FULL, READ_ONLY = (errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")
@@ -154,24 +148,6 @@ def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
     assert "resuming" in capsys.readouterr().out
     name = "student/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_a_run_folder_that_is_deleted_under_a_run_ends_it_in_a_line(world, tmp_path, monkeypatch):
-    cfg = tiny.config(world, out=str(tmp_path / "run"), iterations=3, save_every=1, sample_every=0)
-    log = RunFolder.log
-
-    def delete(self, row):
-        log(self, row)
-        if row["step"] == 2:
-            shutil.rmtree(self.path)
-
-    monkeypatch.setattr(RunFolder, "log", delete)
-    with pytest.raises(SystemExit, match="error: .*No such file or directory: .*run/config.json"):
-        train.run(cfg)
-    # What was saved since is there, and whoever finds a state without its settings is told so.
-    assert (tmp_path / "run/student/adapter_model.safetensors").is_file()
-    with pytest.raises(SystemExit, match="and no run; choose an empty --out"):
-        train.run(cfg)
 
 
 @pytest.mark.parametrize("number, refused", [(errno.ENOLCK, False), (errno.EAGAIN, True)])

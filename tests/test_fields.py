@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from opd.cli import field_names
 from opd.config import STAGES, Logistics, Scores
 from tests import tiny
-from tests.test_layers import sources
+from tests.test_packaging import sources
 
 BRIGHT, DARK = "tests.tiny_grpo:brightness", "-1*tests.tiny_grpo:brightness"
 COLOURS = {"red": "place/red", "blue": "place/blue"}
@@ -23,30 +23,15 @@ PROMPTS = {"red": "place/red.txt", "blue": "place/blue.txt"}
 REWARDS = {"red": BRIGHT, "blue": BRIGHT}
 
 
-# ---- the runs that are changed -----------------------------------------------------------------------------
-
-RUN = {
-    "out": "run",
-    "model": "place/pipeline",
-    "dtype": "float32",
-    "rank": 4,
-    "alpha": 8.0,
-    "cold_start": "base",
-    "prompts_per_step": 2,
-    "micro_batch": 4,
-    "iterations": 2,
-    "lr": 1e-2,
-    "warmup": 0,
-    "decay": "constant",
-}
+RUN = {"out": "run", "model": "place/pipeline", "dtype": "float32", "iterations": 2}
+RUN |= {"rank": 4, "alpha": 8.0, "cold_start": "base", "prompts_per_step": 2, "micro_batch": 4}
+RUN |= {"lr": 1e-2, "warmup": 0, "decay": "constant"}
 ROLLOUT = RUN | {"prompts": PROMPTS, "group": 2, "steps": 2, "evaluate": False}
 BASES = {
     "opd": ROLLOUT | {"teachers": COLOURS, "anchor": "blue", "anchor_weight": 0.1},
     "grpo": ROLLOUT | {"train_rewards": REWARDS, "beta": 0.0},
     "sft": RUN | {"data": "place/images"},
 }
-
-# ---- stage -> field: what it is changed to, and the settings under which it can matter ---------------------
 
 MERGED = {"cold_start": "merge", "merge_from": COLOURS, "rank": 8}
 ROUTED = {"routing": "reward", "train_rewards": REWARDS | {"blue": DARK}}
@@ -137,20 +122,12 @@ def test_a_changed_field_changes_what_is_trained(trained_by, stage, name):
 
 
 def test_the_same_settings_train_the_same(trained_by):
-    """Else a difference would say nothing."""
     for stage in STAGES:
         assert same(trained_by(stage, {}), trained_by(stage, {"keep_last": 1}))
 
 
 def same(one: dict, other: dict) -> bool:
-    if one.keys() != other.keys():
-        return False
-    return all(
-        value.shape == other[name].shape and torch.equal(value, other[name]) for name, value in one.items()
-    )
-
-
-# ---- what is not trained with ------------------------------------------------------------------------------
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -165,7 +142,7 @@ def test_every_other_field_is_read(stage):
 def fields_read() -> set[str]:
     names = set()
     for module, file in sources().items():
-        for node in ast.walk(without_checks(ast.parse(file.read_text()))):
+        for node in unchecked(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
                 if owner in ("cfg", "self.cfg") or (owner == "self" and module == "opd.config"):
@@ -173,17 +150,12 @@ def fields_read() -> set[str]:
     return names
 
 
-def without_checks(module: ast.Module) -> ast.Module:
-    for node in ast.walk(module):
-        if isinstance(node, ast.ClassDef):
-            named = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-            for method in named:
-                if method.name.startswith("check"):
-                    node.body.remove(method)
-    return module
-
-
-# ---- runs --------------------------------------------------------------------------------------------------
+def unchecked(node: ast.AST):
+    """Every node below but those of methods that check."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.ClassDef) and getattr(child, "name", "").startswith("check")):
+            yield child
+            yield from unchecked(child)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Closed forms: every equation of opd/flow.py against a number known without it."""
+"""Closed forms: every equation of opd/flow.py against a number known without it; and the walk from state to
+state, sample by sample."""
 
 import math
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from opd import flow
+from opd import flow, kernels, trajectory
+from opd.trajectory import Path
 
 MEAN, STD = 1.5, 0.6  # the Gaussian "data set": N(MEAN, STD^2 I)
 
@@ -50,13 +52,6 @@ def cps_by_formula(x, v, sigma, sigma_next, noise_level):
 
 
 # ---------------------------------------------------------------- sampling a Gaussian exactly
-
-
-def step_of(name, x, v, sigma, sigma_next, noise_level, z):
-    transition = flow.TRANSITIONS[name](sigma, sigma_next, noise_level)
-    return flow.step_mean(x, v, transition) + transition.std * z
-
-
 def walked(name, noise_level, std, start, steps):
     """[(sigma, mean, variance)] of a walk from the marginal at `start`. A step is affine in the state and in
     the noise, so +-1 std of each give its moments to rounding, without any Monte Carlo."""
@@ -65,7 +60,8 @@ def walked(name, noise_level, std, start, steps):
     for sigma, sigma_next in zip(grid[:-1, None], grid[1:, None], strict=True):
         x = centre + variance.sqrt() * torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
         z = torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64)
-        x = step_of(name, x, exact_velocity(x, sigma, std), sigma, sigma_next, noise_level, z)
+        step = flow.TRANSITIONS[name](sigma, sigma_next, noise_level)
+        x = flow.step_mean(x, exact_velocity(x, sigma, std), step) + step.std * z
         centre, variance = x.mean(), x.var(correction=0)
         rows.append((sigma_next, centre, variance))
     return rows
@@ -102,8 +98,6 @@ def test_discretisation_error_is_first_order(noise_level):
 
 
 # ---------------------------------------------------------------- a step
-
-
 def test_every_step_is_the_papers():
     """Eq. 5-6, Euler and Flow-CPS as they are written there, from one linear formula; float64 to rounding."""
     x, v, _, _, sigma, sigma_next = random_step()
@@ -136,8 +130,6 @@ def test_coefficients_of_one_state_of_a_grid():
 
 
 # ---------------------------------------------------------------- likelihood, KL and the weights
-
-
 def gaussian(mean, std):
     return Independent(Normal(mean, std.expand_as(mean)), 1)
 
@@ -150,16 +142,6 @@ def transitions_of(name, noise_level):
         x, v, v_teacher, z, sigma, sigma_next = (t[:3] for t in (x, v, v_teacher, z, sigma, sigma_next))
     student, teacher = (by_formula(x, u, sigma, sigma_next, noise_level)[:2] for u in (v, v_teacher))
     return x, v, v_teacher, z, flow.TRANSITIONS[name](sigma, sigma_next, noise_level), student, teacher
-
-
-@pytest.mark.parametrize("name", ["sde", "cps"])
-def test_log_prob_equals_torch_distributions(name):
-    """A log-probability is a distillation loss with one teacher, the velocity that was taken."""
-    x, v, _, z, transition, (mean, std), _ = transitions_of(name, 0.7)
-    x_next = mean + std * z
-    square_B = flow.mean_square(v - flow.velocity_taken(x_next, x, transition))
-    expected = gaussian(mean, std).log_prob(x_next) / x.shape[1]
-    assert torch.allclose(flow.log_prob_mean(square_B, transition), expected, rtol=0, atol=1e-10)
 
 
 def test_a_step_without_noise_is_infinitely_likely():
@@ -188,13 +170,11 @@ def test_the_other_weights_follow_their_definitions():
     x, v, v_teacher, _, sigma, sigma_next = random_step()
     transition, dt = flow.sde_transition(sigma, sigma_next, 0.7), sigma - sigma_next
     difference = ((v - v_teacher) ** 2).sum(1)
-    (mean, _, s), (mean_teacher, _, _) = (
-        sde_by_formula(x, u, sigma, sigma_next, 0.7) for u in (v, v_teacher)
-    )
+    mean, _, s = sde_by_formula(x, v, sigma, sigma_next, 0.7)
+    mean_teacher, *_ = sde_by_formula(x, v_teacher, sigma, sigma_next, 0.7)
     released = ((mean - mean_teacher) ** 2).sum(1) / (2 * s[:, 0] ** 2)
-    assert torch.allclose(
-        flow.WEIGHTS["kl_released"](transition, sigma, dt) * difference, released, rtol=1e-10
-    )
+    weight = flow.WEIGHTS["kl_released"](transition, sigma, dt)
+    assert torch.allclose(weight * difference, released, rtol=1e-10)
     ode_kl = ((dt[:, None] * (v - v_teacher)) ** 2).sum(1) / 2
     assert torch.allclose(flow.WEIGHTS["ode_kl"](transition, sigma, dt) * difference, ode_kl, rtol=1e-10)
     assert torch.equal(flow.WEIGHTS["uniform"](transition, sigma, dt), torch.ones(4, dtype=torch.float64))
@@ -202,6 +182,9 @@ def test_the_other_weights_follow_their_definitions():
 
 
 # ---------------------------------------------------------------- guidance, flow matching, precision
+def test_extrapolated_goes_on_along_what_was_learned():
+    v, reference = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    assert flow.extrapolated(v, reference, 1.5).tolist() == [[4.0, -1.5]]
 
 
 def test_guided():
@@ -228,28 +211,74 @@ def test_logit_normal_sigma_has_its_quantiles():
     assert torch.allclose(torch.logit(sigma), 0.5 + 1.5 * quantiles)
 
 
-@pytest.mark.parametrize(
-    "dtype, expected",
-    [
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
+HALVES = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+@pytest.mark.parametrize("dtype, expected", [*HALVES.items(), (torch.float64, torch.float64)])
 def test_half_precision_is_computed_in_float32(dtype, expected):
     x, v, _, z, sigma, sigma_next = random_step()
     x, v, z = x.to(dtype), v.to(dtype), z.to(dtype)
     transition = flow.sde_transition(sigma, sigma_next, 0.7)
-    outputs = [
-        flow.guided(v, x, 4.5),
-        flow.step_mean(x, v, transition),
-        flow.velocity_taken(z, x, transition),
-        flow.noised(x, z, sigma),
-        flow.velocity_target(x, z),
-        flow.flow_matching_loss(v, x, z),
-    ]
+    outputs = [flow.guided(v, x, 4.5), flow.step_mean(x, v, transition)]
+    outputs += [flow.velocity_taken(z, x, transition)]
+    outputs += [flow.noised(x, z, sigma), flow.velocity_target(x, z), flow.flow_matching_loss(v, x, z)]
     x, v = x.to(expected), v.to(expected)
-    wide = [flow.guided(v, x, 4.5), flow.step_mean(x, v, transition)]
     assert [o.dtype for o in outputs] == [expected] * len(outputs)
-    assert torch.equal(outputs[0], wide[0]) and torch.equal(outputs[1], wide[1])
+    assert torch.equal(outputs[0], flow.guided(v, x, 4.5))
+    assert torch.equal(outputs[1], flow.step_mean(x, v, transition))
+
+
+SIGMAS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
+
+
+def path_of(name, noise_level=0.7, sigmas=SIGMAS):
+    sigma = torch.tensor(sigmas, dtype=torch.float64)
+    grid = flow.TRANSITIONS[name](sigma[:-1], sigma[1:], noise_level)
+    steps = len(sigmas) - 1
+    return Path(sigmas, [grid.at(i) for i in range(steps)], list(range(100, 100 + steps)))
+
+
+@pytest.mark.parametrize("name", flow.TRANSITIONS)
+def test_a_walk_takes_the_steps_of_its_sampler(name):
+    index = torch.tensor([7, 2, 5])
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    wanted, visited = x.double(), []
+    for state in trajectory.walk(x, path_of(name), index):
+        visited.append((state.i, float(state.sigma_B[0])))
+        v = torch.sin(state.x)
+        state.step(v)
+        z = kernels.normal(x.shape, 100 + state.i, index).double()
+        transition = path_of(name).transitions[state.i]
+        wanted = flow.step_mean(wanted, torch.sin(wanted), transition) + transition.std * z
+    assert visited == [(i, pytest.approx(sigma)) for i, sigma in enumerate(SIGMAS[:-1])]
+    assert state.x_next.dtype == torch.float32
+    assert torch.allclose(state.x_next.double(), wanted, atol=1e-5)
+
+
+def test_a_sample_walks_alone_as_in_company():
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    index = torch.tensor([3, 1, 4, 8])
+    for together in trajectory.walk(x, path_of("sde"), index):
+        together.step(together.x.cos())
+    for alone in trajectory.walk(x[2:3], path_of("sde"), index[2:3]):
+        alone.step(alone.x.cos())
+    assert torch.equal(together.x_next[2:3], alone.x_next)
+
+
+def test_a_path_may_end_early_and_a_state_must_be_left():
+    visited = []
+    for state in trajectory.walk(torch.zeros(1, 2), path_of("ode").until(2), torch.arange(1)):
+        state.step(state.x)
+        visited.append(state.i)
+    assert visited == [0, 1]
+    walk = trajectory.walk(torch.zeros(1, 2), path_of("ode"), torch.arange(1))
+    next(walk)
+    with pytest.raises(AssertionError, match="state 0 was left without a step"):
+        next(walk)
+
+
+def test_the_velocity_carries_no_gradient_into_the_next_state():
+    v = torch.ones(1, 2, requires_grad=True)
+    state = next(trajectory.walk(torch.zeros(1, 2), path_of("sde"), torch.arange(1)))
+    state.step(v)
+    assert not state.x_next.requires_grad

@@ -1,98 +1,23 @@
-"""Stage grpo: the gradient against finite differences and the policy gradient, advantages by brute force, a
-reward that rises."""
+"""Stage grpo: the gradient against the policy gradient written out, advantages by brute force, a reward that
+rises."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from diffusers.models.normalization import RMSNorm
 
 from opd import flow, grpo, kernels, lora
 from opd.data import prompts_of_step, seed_of
-from opd.formats import lora_files
 from tests import tiny
 from tests.tiny import distance, gradient_of, grpo_config, step_by_hand
 from tests.tiny_grpo import build, recorded
 
-# ---- the gradient ------------------------------------------------------------------------------------------
+SETTINGS = [{}, {"guidance": 2.0}, {"window": 2, "window_range": (0, 4)}, {"skip_last": True}]
+SETTINGS += [{"micro_batch": 3}, {"rollout": "cps", "skip_last": True}]
 
 
-def in_float64(transformer):
-    """diffusers' RMSNorm takes the mean square in float32 whatever its input: that would be all that finite
-    differences see."""
-
-    def forward(norm, x):
-        return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
-
-    for module in transformer.modules():
-        if isinstance(module, RMSNorm):
-            module.forward = partial(forward, module)
-
-
-def test_at_ratio_one_the_gradient_is_minus_advantage_times_score_by_finite_differences(world):
-    """Central differences of -A log p in float64 along five random directions, on the tiny transformer."""
-    _, model, *_ = build(world, cold_start=str(world / "red"))
-    transformer = model.family.load_transformer(world / "pipeline", torch.float64)
-    in_float64(transformer)
-    adapter = lora_files.read_lora(str(world / "red"))
-    lora.attach(transformer, "student", adapter, torch.float64)
-    parameters = [p.requires_grad_() for p in lora.parameters_of(transformer, "student").values()]
-    text = model.family.collate(model.text(["a red circle"] * 3))
-    embeds, pooled = text["embeds"].double(), text["pooled"].double()
-    generator = torch.Generator().manual_seed(0)
-    x, x_next = torch.randn(2, 3, *model.shape, generator=generator, dtype=torch.float64)
-    sigma, sigma_next = (torch.full((3,), value, dtype=torch.float64) for value in (0.8, 0.6))
-    transition = flow.sde_transition(sigma, sigma_next, 0.45)
-    advantage = torch.tensor([1.5, -0.7, 0.3], dtype=torch.float64)
-
-    def log_prob():
-        with lora.use(transformer, "student"):
-            v = transformer(
-                hidden_states=x,
-                timestep=1000 * sigma,
-                encoder_hidden_states=embeds,
-                pooled_projections=pooled,
-                return_dict=False,
-            )[0]
-        return kernels.log_prob(x_next, x, v, transition)
-
-    now = log_prob()
-    grpo.clipped_loss(now - now.detach(), advantage, 1e-4).sum().backward()
-    for seed in range(5):
-        direction = [
-            torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for p in parameters
-        ]
-
-        def shifted(h, direction=direction):
-            with torch.no_grad():
-                for p, d in zip(parameters, direction, strict=True):
-                    p.add_(d, alpha=h)
-                value = float(-(advantage * log_prob()).sum())
-                for p, d in zip(parameters, direction, strict=True):
-                    p.sub_(d, alpha=h)
-            return value
-
-        coarse, fine = ((shifted(h) - shifted(-h)) / (2 * h) for h in (2e-3, 1e-3))
-        numeric = (4 * fine - coarse) / 3
-        exact = float(sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)))
-        assert abs(exact) > 1e-4 and numeric == pytest.approx(exact, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"guidance": 2.0},
-        {"window": 2, "window_range": (0, 4)},
-        {"skip_last": True},
-        {"micro_batch": 3},
-        {"rollout": "cps", "skip_last": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_first_update_is_the_policy_gradient_written_out(world, changes):
     """Roll out sample by sample with flow's equations, score, take -A log p by autograd: the iteration's
     first gradient."""
@@ -143,9 +68,8 @@ def test_first_update_is_the_policy_gradient_written_out(world, changes):
 def test_clip_changes_the_second_update_and_not_the_first(world):
     """At ratio 1 nothing is clipped; after a step it is."""
     changes = dict(epochs=2, lr=3e-2, cold_start=str(world / "red"))
-    tight, wide = (
-        [recorded(world, turn, clip_range=clip, **changes) for turn in (0, 1)] for clip in (1e-4, 10.0)
-    )
+    turns = [[recorded(world, turn, clip_range=clip, **changes) for turn in (0, 1)] for clip in (1e-4, 10.0)]
+    tight, wide = turns
     assert distance(tight[0][0], wide[0][0]) < 1e-6
     assert distance(tight[1][0], wide[1][0]) > 0.1
     assert tight[0][1]["ratio"]["clipped"] > 0.3 and wide[0][1]["ratio"]["clipped"] == 0
@@ -169,20 +93,14 @@ def test_guarded_ratio_is_the_noise_times_the_mean_difference():
     """std (log ratio + KL) = z . (mean - mean_old) / d, the closed form, whatever the step."""
     generator = torch.Generator().manual_seed(0)
     x, v, v_old, z = torch.randn(4, 5, 2, 3, 3, generator=generator, dtype=torch.float64)
-    sigma, sigma_next = (
-        torch.tensor([1.0, 0.9, 0.5, 0.3, 0.1]).double(),
-        torch.tensor([0.95, 0.7, 0.4, 0.2, 0.0]).double(),
-    )
-    step = flow.sde_transition(sigma, sigma_next, 0.7)
+    levels = torch.tensor([[1.0, 0.9, 0.5, 0.3, 0.1], [0.95, 0.7, 0.4, 0.2, 0.0]], dtype=torch.float64)
+    step = flow.sde_transition(*levels, 0.7)
     mean, mean_old = (flow.step_mean(x, u, step) for u in (v, v_old))
     after = mean_old + step.std.view(-1, 1, 1, 1) * z
     log_ratio = kernels.log_prob(after, x, v, step) - kernels.log_prob(after, x, v_old, step)
     kl_old = step.kl_weight() * (v - v_old).square().flatten(1).mean(1)
     wanted = (z * (mean - mean_old)).flatten(1).mean(1)
     assert torch.allclose(grpo.guarded(log_ratio, kl_old, step.std), wanted, atol=1e-12)
-
-
-# ---- advantages --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["global", "group"])

@@ -15,8 +15,6 @@ from tests import tiny
 from tests.tiny import distance, gradient_of, grpo_config
 from tests.tiny_grpo import BRIGHT, build, recorded
 
-# ---- the run -----------------------------------------------------------------------------------------------
-
 
 def test_parts_and_epochs_make_so_many_updates_of_whole_groups(world):
     *_, trained, stage = build(world, updates=2, epochs=3)
@@ -26,20 +24,6 @@ def test_parts_and_epochs_make_so_many_updates_of_whole_groups(world):
     assert calls == [(5, turn, 6) for turn in range(6)]
     halves = [recorded(world, u, updates=2, lr=1e-9, cold_start=str(world / "red"))[0] for u in (0, 1)]
     assert distance((halves[0] + halves[1]) / 2, recorded(world, cold_start=str(world / "red"))[0]) < 1e-3
-
-
-def test_average_moves_every_so_many_updates(world):
-    _, _, _, trained, _ = build(world, ema=0.9, ema_every=3)
-    before = {n: a.clone() for n, a in trained.average.items()}
-    moved = []
-    for turn in range(3):
-        for p in trained.parameters.values():
-            p.grad = torch.ones_like(p)
-        trained.update(0, turn, 3)
-        moved.append(
-            any(not torch.equal(ranks.full(a), ranks.full(before[n])) for n, a in trained.average.items())
-        )
-    assert moved == [False, False, True]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -54,21 +38,22 @@ def test_groups_share_their_start_only_if_asked(world, shared):
     assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}]
-)
+GROUPS = [{}, {"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}]
+
+
+@pytest.mark.parametrize("changes", GROUPS, ids=str)
 def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, changes):
     """The same gradient as with a forward pass for every sample, from fewer samples in the transformer."""
+
+    def everyone(batch):
+        alone = list(range(len(batch.samples)))
+        return grpo.SharedPrefix(alone, torch.tensor(alone), torch.tensor(alone))
+
     changes = dict(changes, shared_start=True, beta=0.1, cold_start=str(world / "red"))
     gradients, samples = [], []
     for once in (True, False):
         cfg, model, *_, trained, stage = build(world, **changes)
         if not once:
-
-            def everyone(batch):
-                alone = list(range(len(batch.samples)))
-                return grpo.SharedPrefix(alone, torch.tensor(alone), torch.tensor(alone))
-
             monkeypatch.setattr(stage, "shared_prefix", everyone)
         rows = []
         model.transformer.register_forward_hook(lambda *given, rows=rows: rows.append(len(given[-1][0])))
@@ -100,9 +85,8 @@ def test_self_test_names_causes_when_training_sees_another_policy(world):
             return (output[0].bfloat16().float(),)
 
     model.transformer.register_forward_hook(rounded)
-    with pytest.raises(
-        RuntimeError, match=r"a ratio is .* off 1 \(tolerance 5e-05.*dtype.*dropout.*guidance"
-    ):
+    causes = r"a ratio is .* off 1 \(tolerance 5e-05.*dtype.*dropout.*guidance"
+    with pytest.raises(RuntimeError, match=causes):
         stage.step(0)
 
 
@@ -123,57 +107,35 @@ def test_full_fine_tuning_trains_the_transformer(world, tmp_path):
     assert all(row["grad_norm"] > 0 for row in folder.metrics())
 
 
-# ---- rewards that fail -------------------------------------------------------------------------------------
-
 CALLS = []
 
 
 def failing(images, prompts, metadata):
-    """Fine at first; later one prompt's images raise, hang or are NaN."""
-    import time
-
+    """Fine at first; later it raises for one prompt's images."""
     CALLS.append(prompts)
-    scores = images.mean((1, 2, 3))
     if len(CALLS) > 4 and "a red circle" in prompts:
-        if MODE[0] == "exception":
-            raise OSError("no more memory")
-        if MODE[0] == "sleep":
-            time.sleep(30)
-        scores[[p == "a red circle" for p in prompts]] = math.nan
-    return scores
+        raise OSError("no more memory")
+    return images.mean((1, 2, 3))
 
 
-MODE = ["exception"]
-
-
-@pytest.mark.parametrize(
-    "mode, reason",
-    [
-        ("exception", "raised OSError: no more memory"),
-        ("sleep", "took longer than 0.3 s"),
-        ("nan", "returned nan"),
-    ],
-)
-def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_log(
-    world, tmp_path, mode, reason
-):
+def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_log(world, tmp_path):
+    """How else a reward may fail: tests/test_rewards.py."""
     CALLS.clear()
-    MODE[0] = mode
     rewards = {"red": "tests.test_grpo_run:failing", "blue": BRIGHT}
-    cfg = grpo_config(world, out=str(tmp_path), iterations=8, train_rewards=rewards, reward_timeout=0.3)
-    rows = tiny.run(cfg)[0].metrics()
+    rows = tiny.run(grpo_config(world, out=str(tmp_path), iterations=8, train_rewards=rewards))[0].metrics()
     dropped = [row["groups"]["dropped"] for row in rows]
     assert len(rows) == 8 and sum(dropped) >= 1 and dropped[0] == 0 and max(dropped) == 1
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     named = [text for row in rows if "failed_rewards" in row for text in row["failed_rewards"]]
-    assert len(named) == sum(dropped) and all("'a red circle'" in text and reason in text for text in named)
+    assert len(named) == sum(dropped)
+    assert all("'a red circle'" in text and "raised OSError: no more memory" in text for text in named)
 
 
 def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
     """Not even by the momentum of a step before; and the next step learns again."""
     *_, trained, stage = build(world, weight_decay=0.1)
     weights = []
-    for step, spec in enumerate((BRIGHT, "tests.test_grpo_run:nothing", BRIGHT)):
+    for step, spec in enumerate((BRIGHT, "tests.tiny_grpo:nothing", BRIGHT)):
         stage.reward_of = dict.fromkeys(("red", "blue"), find_reward(spec))
         row, norm = stage.step(step)
         weights.append(torch.cat([ranks.full(p.detach()).flatten() for p in trained.parameters.values()]))
@@ -181,17 +143,10 @@ def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
-def nothing(images, prompts, metadata):
-    return torch.full((len(images),), math.nan)
-
-
-# ---- what the log holds ------------------------------------------------------------------------------------
-
-
 def test_held_out_tasks_are_watched_and_scored_and_a_scorer_that_fails_costs_its_column(world, tmp_path):
     """Whether they are trained on, as red, or not."""
     files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
-    scorers = {"red": BRIGHT, "blue": "tests.test_grpo_run:nothing"}
+    scorers = {"red": BRIGHT, "blue": "tests.tiny_grpo:nothing"}
     scored = {"heldout": files, "rewards": scorers, "watch_every": 2, "watch_prompts": 3}
     table = {"evaluate": True, "eval_prompts": 4, "eval_steps": 2}
     trained_on = {"prompts": {"red": files["red"]}, "iterations": 3}
@@ -210,8 +165,6 @@ def test_held_out_prompts_are_not_read_where_nothing_is_scored(world, tmp_path):
     cfg = grpo_config(world, out=str(tmp_path), heldout={"red": "no/such/file.txt"}, iterations=1)
     assert len(tiny.run(cfg)[0].metrics()) == 1
 
-
-# ---- bad input ---------------------------------------------------------------------------------------------
 
 HERE = "tests.test_grpo_run"
 BAD_REWARDS = [

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from PIL import Image
 
 from opd import rewards
 from opd.rewards import endpoint, judge
+from tests import forked
 
 CPU = torch.device("cpu")
 ABOUT = {"name": "deqa", "about": "zhiyuanyou/DeQA-Score-Mix3, MIT, 7 B: expected grade; transformers 4.36"}
@@ -32,12 +32,9 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.handle_with(None)
-
-            def do_POST(self):
-                self.handle_with(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def handle_with(self, body):
+                body = None
+                if self.command == "POST":
+                    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append((self.path, body))
                 server.headers.append(dict(self.headers))
                 answer = reply(self.path, body)
@@ -53,6 +50,8 @@ class Server:
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)
+
+            do_POST = do_GET
 
             def log_message(self, *_):
                 pass
@@ -118,16 +117,14 @@ def prompt_in(body):
 
 
 # ---- judges --------------------------------------------
+ANSWERS = [
+    (judge.UnifiedReward, "fine.\nFinal Score: 3.5", 3.5),
+    (judge.QwenVL, "well <OverallScore>4</OverallScore>", 4),
+    (judge.QwenVLReleased, "<AlignmentScore>1</AlignmentScore><OverallScore>2</OverallScore>", 2),
+]
 
 
-@pytest.mark.parametrize(
-    "kind, answer, grade",
-    [
-        (judge.UnifiedReward, "fine.\nFinal Score: 3.5", 3.5),
-        (judge.QwenVL, "well <OverallScore>4</OverallScore>", 4),
-        (judge.QwenVLReleased, "<AlignmentScore>1</AlignmentScore><OverallScore>2</OverallScore>", 2),
-    ],
-)
+@pytest.mark.parametrize("kind, answer, grade", ANSWERS)
 def test_a_judge_gets_picture_text_and_key_and_its_grade_is_read(serve, monkeypatch, kind, answer, grade):
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
     server = serve(chat(lambda body: said(answer)))
@@ -198,22 +195,14 @@ def test_missing_judges_are_named_before_training(serve):
         rewards.find_reward("qwenvl")
     with pytest.raises(ValueError, match="needs the address of a server, got 'localhost:8001'"):
         rewards.find_reward("deqa@localhost:8001")
-    port = free_port()
+    port = forked.free_port()
     with pytest.raises(ValueError, match=f"127.0.0.1:{port}/v1/models: 3 tries failed.*refused"):
         loaded(f"qwenvl@http://127.0.0.1:{port}/v1")
     with pytest.raises(ValueError, match="/models: no 0 in its answer"):
         loaded(f"qwenvl@{serve(lambda path, body: {'data': []}).url}/v1")
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 # ---- workers --------------------------------------------
-
-
 def worker(scores, about=ABOUT):
     """A worker that answers each request for scores by `scores(body)`."""
 
@@ -275,7 +264,7 @@ def test_another_worker_or_half_a_worker_is_refused(serve):
 
 
 def test_the_example_worker_scores():
-    port = free_port()
+    port = forked.free_port()
     command = [sys.executable, "opd/rewards/worker.py", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:

@@ -29,7 +29,6 @@ def run(*command, **environment):
 
 
 # ---------------------------------------------------------------- the fused kernels, in their own processes
-
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton wheel")
 
 
@@ -110,8 +109,6 @@ u.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
 
 
 # ---------------------------------------------------------------- equations
-
-
 def arguments(shape=(3, 4, 5), teachers=2, dtype=torch.float64, kind="sde"):
     g = torch.Generator().manual_seed(0)
     batch = shape[0]
@@ -160,9 +157,8 @@ def test_velocity_mse_by_hand():
     stacked, _ = kernels.velocity_mse(v, torch.stack([one, 0 * one]), alpha, w)
     # sample 0: mean (0, 1)^2 = 0.5 and mean (1, 2)^2 = 2.5; sample 1: not read, and mean (0, 4)^2 = 8
     assert torch.equal(per_teacher, torch.tensor([[0.5, 2.5], [0.0, 8.0]]))
-    assert torch.equal(loss, torch.tensor([3 * (0.5 + 0.5 * 2.5), 0.5 * 2 * 8])) and torch.equal(
-        loss, stacked
-    )
+    assert torch.equal(loss, torch.tensor([3 * (0.5 + 0.5 * 2.5), 0.5 * 2 * 8]))
+    assert torch.equal(loss, stacked)
 
 
 def test_steps_by_hand():
@@ -204,10 +200,8 @@ def test_opd_step_is_its_two_parts_and_keeps_the_state_constant():
     loss, per_teacher, x_next, log_prob = opd(noise=None, seed=4)
     assert loss.requires_grad
     assert not (x_next.requires_grad or log_prob.requires_grad or per_teacher.requires_grad)
-    wanted = (
-        *kernels.velocity_mse(a["v"], a["targets"], a["alpha"], a["w"]),
-        *kernels.sde_step(a["x"], a["v"], a["transition"], seed=4),
-    )
+    wanted = kernels.velocity_mse(a["v"], a["targets"], a["alpha"], a["w"])
+    wanted += kernels.sde_step(a["x"], a["v"], a["transition"], seed=4)
     assert all(torch.equal(a, b) for a, b in zip((loss, per_teacher, x_next, log_prob), wanted, strict=True))
     assert torch.equal(kernels.log_prob(x_next, a["x"], a["v"], a["transition"]), log_prob)
 
@@ -221,8 +215,6 @@ def test_a_step_without_noise_is_eulers():
 
 
 # ---------------------------------------------------------------- noise
-
-
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 PHILOX = [
     ((0,) * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -278,8 +270,6 @@ def test_split_batch_same_bits():
 
 
 # ---------------------------------------------------------------- bad input
-
-
 def coefficients(**changes):
     return {"transition": arguments(dtype=torch.float32)["transition"]._replace(**changes)}
 

@@ -40,9 +40,6 @@ def picture(folder, name, size=(8, 8), mode="RGB", seed=0):
     return np.asarray(image.convert("RGB"))
 
 
-# ---- reading ---------------------------------------------------------------------------------------
-
-
 def test_images_are_encoded_as_by_hand(model, world, tmp_path):
     """diffusers' VAE, and SD3's shift and scale as in the pipeline's config; more images than a batch, of
     which two give their middles."""
@@ -66,16 +63,16 @@ ROW = {"prompt": "x", "file_name": "there.png"}
 LATENTS = {"latents": torch.ones(3, 4, 4, 4)}
 
 
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        (["{"], "metadata.jsonl:1: not JSON"),
-        ([ROW, {"label": "y"}], "metadata.jsonl:2: no caption; expected a text under one of prompt, text"),
-        ([], "metadata.jsonl is empty"),
-        ([ROW, ROW | {"file_name": "gone.png"}], "1 images that do not exist, first: 'gone.png'"),
-        ([ROW, {"prompt": "x"}], 'line 2 has no "file_name"'),
-    ],
-)
+WRONG_LINES = [
+    (["{"], "metadata.jsonl:1: not JSON"),
+    ([ROW, {"label": "y"}], "metadata.jsonl:2: no caption; expected a text under one of prompt, text"),
+    ([], "metadata.jsonl is empty"),
+    ([ROW, ROW | {"file_name": "gone.png"}], "1 images that do not exist, first: 'gone.png'"),
+    ([ROW, {"prompt": "x"}], 'line 2 has no "file_name"'),
+]
+
+
+@pytest.mark.parametrize("rows, message", WRONG_LINES)
 def test_a_wrong_line_is_named(rows, message, model, tmp_path):
     picture(tmp_path, "there.png")
     with pytest.raises((FileNotFoundError, ValueError)) as caught:
@@ -113,9 +110,6 @@ def test_every_image_once_per_epoch(size, count):
     assert all(Counter(epoch) == Counter(range(size)) for epoch in epochs)
     assert size == 1 or len(set(epochs)) > 1
     assert data.of_step(count, 0, 9) == chosen[9 * count : 10 * count]
-
-
-# ---- what the teachers draw ------------------------------------------------------------------------
 
 
 def sampled(world, out, *more):
@@ -163,20 +157,6 @@ def test_two_commands_make_an_sft_start(everything, world, tmp_path):
     start = lora_files.read_lora(str(student)).update("transformer_blocks.0.attn.to_q")
     ours = layer.scale["student"] * layer.lora_B["student"].weight @ layer.lora_A["student"].weight
     assert start.norm() > 0.01 and torch.allclose(ours, start, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--tasks"], "--tasks is empty: give at least one TASK=FILE pair"),
-        (["--tasks", "green=x.txt"], "task 'green' has no adapter of its name; add --adapters green=ADAPTER"),
-        (["--images", "2"], "--images does nothing with --save latents; leave it out"),
-    ],
-)
-def test_bad_input_is_one_clear_line(flags, message, world, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        sampled(world, tmp_path, *flags)
-    assert str(caught.value).startswith("error: ") and message in str(caught.value)
 
 
 def test_samples_are_never_overwritten(everything, world):

@@ -29,9 +29,6 @@ def planned_run(cfg):
     return Model.plan(cfg.model, cfg.dtype, cfg.resolution, CPU, cfg.t5)
 
 
-# ---- against measurement -----------------------------------------------------------------------------------
-
-
 def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
     """opd/bench/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
     one = {"states": 1, "prompts_per_step": 1, "group": 1, "micro_batch": 1, "teachers": 1}
@@ -55,9 +52,6 @@ def test_decoding_is_what_a_decoding_takes(world):
     assert parts["decoding"] == pytest.approx(live.peak - before, rel=0.1)
     assert parts["vae"] == 4 * sum(p.numel() for p in vae.parameters())
     assert peak(parts) == sum(parts.values()) - min(parts["decoding"], parts["activations"])
-
-
-# ---- closed forms ------------------------------------------------------------------------------------------
 
 
 def test_what_autograd_keeps_of_a_chain_is_counted_without_storage():
@@ -118,18 +112,6 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     assert memory.held_by_teachers(model, one) == read // 2 + counted(cfg)["base"]
     away = replace(cfg, teachers={"red": full, "blue": red}, teacher_devices={"red": "offload"})
     assert memory.held_by_teachers(model, read_teachers(away, model)) == read // 2
-
-
-# ---- what a user sees --------------------------------------------------------------------------------------
-
-
-def test_dry_run_lists_the_parts_and_says_whether_they_fit(world):
-    text = memory.forecast(tiny.config(world, dtype="auto", gpu_memory=80.0))
-    assert "bfloat16" in text  # a GPU's, whatever this machine multiplies
-    for part in ("base", "adapters", "teachers", "activations", "vae", "decoding", "peak"):
-        assert f"#   {part}" in text
-    assert "# fits into --gpu-memory 80.0 GiB" in text
-    assert "not predicted" in memory.forecast(tiny.config(world, model="owner/absent"))
 
 
 def test_what_cannot_fit_is_refused_before_weights_load(world, monkeypatch):

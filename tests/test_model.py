@@ -1,9 +1,14 @@
-"""One model at work: its dtype, its paths, and images that depend on nothing but seed, index and prompt."""
+"""One model at work: its dtype, its paths, images that depend on nothing but seed, index and prompt; prompts
+encoded once, ahead of the steps that read them, to bits that no resume changes."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opd import flow, lora
+from opd import conditioning, flow, lora
+from opd.conditioning import Conditioning
 from opd.data import seed_of
 from opd.families import sd3
 from opd.model import Model, Sampling, compute_dtype
@@ -20,39 +25,12 @@ def model(world):
     return model
 
 
-@pytest.mark.parametrize(
-    "bf16, amx, device, wanted",
-    [
-        (False, False, "cpu", torch.float32),
-        (True, False, "cpu", torch.bfloat16),
-        (False, True, "cpu", torch.bfloat16),
-        (False, False, "cuda", torch.bfloat16),
-    ],
-)
-def test_auto_is_bfloat16_only_where_the_hardware_has_it(bf16, amx, device, wanted, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert compute_dtype("auto", torch.device(device)) == wanted
-    assert compute_dtype("float16", torch.device(device)) == torch.float16
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_velocity_is_float32_and_its_gradient_reaches_the_state(guidance, model):
-    """The gradient with respect to x of a sum of velocities, against central differences."""
-    sigma_B, text = torch.tensor([0.7, 0.3]), model.text(PROMPTS[:2])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *model.shape, generator=generator, requires_grad=True)
-    weights, direction = torch.randn(2, 2, *model.shape, generator=generator)
-
-    def total(x):
-        v = model.velocity(x, sigma_B, text, guidance)
-        assert v.dtype == torch.float32
-        return (v * weights).sum()
-
-    (gradient,) = torch.autograd.grad(total(x), x)
-    with torch.no_grad():
-        difference = (total(x + 1e-2 * direction) - total(x - 1e-2 * direction)) / 2e-2
-    assert difference.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-2)
+def test_auto_is_bfloat16_only_where_the_hardware_has_it(monkeypatch):
+    for bf16, amx, device in [(0, 0, "cpu"), (1, 0, "cpu"), (0, 1, "cpu"), (0, 0, "cuda")]:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        wanted = torch.bfloat16 if bf16 or amx or device == "cuda" else torch.float32
+        assert compute_dtype("auto", torch.device(device)) == wanted
 
 
 @pytest.mark.parametrize("rollout", list(flow.TRANSITIONS))
@@ -97,3 +75,72 @@ def test_the_vae_decodes_in_pieces_of_bounded_size(images_at_once, pieces, model
     hook.remove()
     assert seen == pieces
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+
+
+STEPS = [[f"{step} {n}" for n in range(3)] for step in range(5)]
+
+
+def words(seen: list) -> Conditioning:
+    """A family of words in the place of encoders. `seen` gets every batch of prompts, and "loaded" whenever
+    the encoders load. What a prompt becomes depends on its batch, as rounding may."""
+
+    def encode_prompts(text, prompts, device):
+        seen.append(prompts)
+        return [{"words": torch.full((1 + len(p.split()), 3), float(len(prompts)))} for p in prompts]
+
+    family = SimpleNamespace(load_text=lambda *_: seen.append("loaded"), encode_prompts=encode_prompts)
+    return Conditioning(family, Path("nowhere"), torch.float32, CPU)
+
+
+def test_conditions_are_the_encoders_own_and_encoded_once(world, monkeypatch):
+    texts = Conditioning(sd3, world / "pipeline", torch.float32, CPU)
+    texts.prepare([*PROMPTS, PROMPTS[0]])
+    encoders = sd3.load_text(world / "pipeline", torch.float32, CPU, True)
+    expected = sd3.encode_prompts(encoders, PROMPTS, CPU)
+    monkeypatch.setattr(sd3, "load_text", None)
+    texts.prepare(PROMPTS)
+    for mine, theirs in zip(texts(PROMPTS[::-1]), expected[::-1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_of_a_micro_batch_is_moved_once_for_all_its_states_and_teachers():
+    texts = words([])
+    texts.prepare(["one", "two"])
+    first = texts(["one", "two", "one"])
+    assert first[0] is first[2] and texts(["two"])[0] is first[1]
+
+
+def test_prompts_are_encoded_in_windows_ahead_of_the_steps_that_read_them(monkeypatch):
+    monkeypatch.setattr(conditioning, "WINDOW", 6)
+    seen = []
+    texts = words(seen)
+    texts.prepare(["shown"])
+    texts.follow([*STEPS, ["shown", "4 0"]])
+    for step, prompts in enumerate(STEPS):
+        texts.ahead(step)
+        assert len(texts(prompts)) == 3
+        assert len(texts.window) <= 6
+    batches = [batch for batch in seen if batch != "loaded"]
+    assert batches == [["shown"], STEPS[0] + STEPS[1], STEPS[2] + STEPS[3], STEPS[4]]
+
+
+def test_a_run_that_resumes_encodes_the_window_of_its_step_as_before(monkeypatch):
+    """Whole, and in the same batches, whatever step it goes on from."""
+    monkeypatch.setattr(conditioning, "WINDOW", 6)
+    whole, resumed = words([]), words([])
+    for texts, steps in ((whole, range(4)), (resumed, [3])):
+        texts.follow(STEPS)
+        for step in steps:
+            texts.ahead(step)
+    assert whole.window.keys() == resumed.window.keys()
+    for prompt, condition in whole.window.items():
+        assert torch.equal(condition["words"], resumed.window[prompt]["words"])
+
+
+def test_a_step_larger_than_a_window_is_encoded_whole(monkeypatch):
+    monkeypatch.setattr(conditioning, "WINDOW", 2)
+    texts = words([])
+    texts.follow([["a", "b", "c"], ["d"]])
+    for step, prompts in enumerate([["a", "b", "c"], ["d"]]):
+        texts.ahead(step)
+        assert list(texts.window) == prompts

@@ -1,14 +1,10 @@
 """The OCR reward: the released formula on readings made by hand, and the real engine on rendered signs."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from opd import rewards
-from opd.formats.prompts import load_prompts
 from opd.rewards import ocr
-from opd.rewards.prompts import ocr_prompts
 
 FORMULA = [
     ("Hello World", "hELLOwORLD", 1),  # case and spaces do not count
@@ -52,45 +48,12 @@ def test_a_target_stands_in_the_first_pair_of_straight_quotes():
         assert "double quotes" in ocr.target_fault(text)
 
 
-# ---- the engine --------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def reward():
     pytest.importorskip("rapidocr", reason="the extra ocr is not installed; .[test] brings it")
     found = rewards.find_reward("ocr")
     found.load(torch.device("cpu"))
     return found
-
-
-def signs(count):
-    """512 px pictures of OCR prompts' targets: several fonts, sizes, colours, grain, blur."""
-    from matplotlib import get_data_path
-
-    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSans-Oblique", "DejaVuSerif-BoldItalic")
-    rng = np.random.default_rng(0)
-    prompts = ocr_prompts(count, 11, "test", set())
-    images = []
-    for number, prompt in enumerate(prompts):
-        ground = rng.integers(140, 250, 3)
-        grain = rng.normal(0, 8, (512, 512, 3))
-        picture = Image.fromarray((ground + grain).clip(0, 255).astype(np.uint8))
-        ink = tuple(int(value) for value in rng.integers(0, 60, 3))
-        path = f"{get_data_path()}/fonts/ttf/{names[number % len(names)]}.ttf"
-        font = ImageFont.truetype(path, int(rng.integers(24, 34)))
-        place = (int(rng.integers(10, 30)), int(rng.integers(50, 400)))
-        ImageDraw.Draw(picture).text(place, ocr.target_of(prompt), fill=ink, font=font)
-        blurred = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 0.8))))
-        images.append(torch.from_numpy(np.array(blurred)).permute(2, 0, 1) / 255)
-    return torch.stack(images).float(), prompts
-
-
-def test_rendered_signs_are_read_and_their_neighbours_are_not(reward):
-    images_BCHW, prompts = signs(12)
-    scores_B = reward(images_BCHW, prompts, [{}] * 12)
-    others_B = reward(images_BCHW, prompts[1:] + prompts[:1], [{}] * 12)
-    assert scores_B.shape == (12,) and scores_B.mean() >= 0.98
-    assert others_B.mean() <= 0.25 and others_B.max() <= 0.6
 
 
 def test_a_blank_picture_scores_zero_without_a_word(reward, capfd):
@@ -101,12 +64,7 @@ def test_a_blank_picture_scores_zero_without_a_word(reward, capfd):
     assert said.out == said.err == ""
 
 
-def test_what_cannot_be_scored_is_named(reward, tmp_path, monkeypatch):
-    file = tmp_path / "train.txt"
-    file.write_text('a sign "yes"\na sign that says no\n')
-    message = r"train.txt:2 'a sign that says no' cannot be scored by ocr: .*quotes"
-    with pytest.raises(ValueError, match=message):
-        reward.check_metadata("ocr", load_prompts(str(file), "ocr", None))
+def test_what_cannot_be_had_is_named(monkeypatch):
     with pytest.raises(ValueError, match="unknown typography 'fold'"):
         rewards.find_reward("ocr@fold")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

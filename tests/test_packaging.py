@@ -1,6 +1,7 @@
 """The top-level folder `kernels/`: it hides no package of that name, and an installed wheel has it as
-`opd.kernels`."""
+`opd.kernels`. The modules of the package stand in one order, and each imports only from above it."""
 
+import ast
 import importlib.metadata
 import os
 import shutil
@@ -21,9 +22,6 @@ def run(*command, cwd=ROOT, path=""):
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
-
-
-# ---------------------------------------------------------------- the Hub's package `kernels`
 
 
 @pytest.fixture
@@ -67,19 +65,6 @@ from transformers import CLIPTextModelWithProjection
 t.is_kernels_available()
 print(d.is_kernels_available())
 """
-COMMANDS = """
-import runpy
-for command in ["train.py", "--dry-run"], ["sample.py", "--help"]:
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_the_libraries_find_the_stranger_and_the_commands_run_beside_it(stranger):
-    """diffusers takes any version for available."""
-    printed = forks(LIBRARIES + COMMANDS, path=stranger)
-    assert printed.startswith("True\n") and "teachers" in printed and "usage: sample.py" in printed
 
 
 @pytest.mark.skipif(REAL, reason="the real one is installed")
@@ -88,12 +73,8 @@ def test_the_libraries_do_not_take_our_folder_for_it():
     assert run("-c", LIBRARIES + "assert not t.is_kernels_available()") == "False\n"
 
 
-# ---------------------------------------------------------------- the wheel
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, built from a copy of the repository and unpacked."""
     source, out = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "tests")
     shutil.copytree(ROOT, source, ignore=left_out)
@@ -137,3 +118,75 @@ def test_the_installed_kernels_step_and_need_torch_only(installed, tmp_path):
     assert submodule == str(installed / "opd/kernels/fused.py")
     assert float(value) == pytest.approx(-0.1)
     assert heavy == "set()"
+
+
+# A row imports from itself and from above. A name stands for all below it that no other row names.
+ROWS = """
+opd.flow opd.kernels
+opd.files opd.formats.settings opd.cli opd.errors opd.ranks opd.signals opd.data opd.routing opd.trajectory
+opd.families opd.formats opd.rewards
+opd opd.mini.presets
+opd.formats.export opd.formats.teacher_files opd.optim opd.sft opd.grpo opd.runfolder
+opd.evaluation
+opd.report
+opd.setup train sample
+opd.mini
+opd.bench opd.mini.study
+"""
+LEVEL = {name: level for level, row in enumerate(ROWS.split("\n")) for name in row.split()}
+
+
+def level_of(module):
+    """That of the longest name in ROWS that the module's begins with."""
+    while module not in LEVEL:
+        module = module.rpartition(".")[0]
+    return LEVEL[module]
+
+
+def sources():
+    found = {"train": ROOT / "train.py", "sample": ROOT / "sample.py"}
+    for folder, prefix in ((ROOT / "opd", "opd"), (ROOT / "kernels", "opd.kernels")):
+        for file in sorted(folder.rglob("*.py")):
+            parts = [prefix, *file.relative_to(folder).with_suffix("").parts]
+            if parts[-1] == "__init__":
+                parts.pop()
+            found[".".join(parts)] = file
+    return found
+
+
+def imports(file):
+    """The modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in sources() else node.module for name in whole]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in ("opd", "train", "sample", "kernels"))
+
+
+@pytest.mark.parametrize("module", sources())
+def test_a_module_imports_from_its_row_and_from_above(module):
+    """The method knows no report and no benchmark; nothing of ours is called `kernels` at the top level."""
+    for name in imports(sources()[module]):
+        assert level_of(name) <= level_of(module), f"{module} imports {name}"
+
+
+MODELS = ["diffusers", "transformers", "peft"]
+ABSENT = {
+    "opd.flow, opd.kernels": [*MODELS, "tyro"],
+    "opd.trajectory, opd.routing, opd.data, opd.families": MODELS,
+    "opd.presets, opd.cli, opd.config": [*MODELS, "huggingface_hub"],
+    "opd.rewards": [*MODELS, "rapidocr", "onnxruntime", "opd.rewards.ocr"],
+    "opd.rewards.ocr, opd.rewards.prompts": [*MODELS, "rapidocr", "onnxruntime"],
+    "opd.rewards.geneval, opd.rewards.judge": MODELS,
+}
+
+
+def test_what_an_import_costs():
+    """The equations and kernels need torch, and the settings no model library: `--help` stays quick."""
+    code = "import {0}; print([name for name in {1} if name in sys.modules], {0!r})"
+    codes = [code.format(modules, absent) for modules, absent in ABSENT.items()]
+    assert forks(*codes) == "".join(f"[] {modules}\n" for modules in ABSENT)

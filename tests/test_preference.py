@@ -30,7 +30,6 @@ def images_BCHW():
 
 
 def outputs(images_BCHW, prompts=PROMPTS):
-    """What CLIPModel itself says of all pairs."""
     model, processor = clip_parts()
     pictures = [to_pil(image, 0) for image in images_BCHW]
     inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True, truncation=True)
@@ -62,7 +61,6 @@ def test_more_pictures_than_a_batch_score_the_same(folder):
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    """The aesthetic predictor's file, in the released names."""
     torch.manual_seed(3)
     sizes = {0: (16, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     weights = {}
@@ -84,9 +82,6 @@ def test_aesthetic_is_a_chain_of_linear_maps(folder, images_BCHW, predictor, for
         x_BD = x_BD @ weights[f"layers.{place}.weight"].T + weights[f"layers.{place}.bias"]
     scores_B = scored(f"aesthetic@{source},{folder}", images_BCHW)
     assert scores_B.shape == (3,) and torch.allclose(scores_B, x_BD[:, 0], atol=1e-4)
-
-
-# ---- HPSv2 --------------------------------------------
 
 
 class OpenClip(nn.Module):
@@ -124,29 +119,24 @@ class OpenClip(nn.Module):
 
 
 def _blocks(width):
-    transformer = nn.Module()
-    transformer.resblocks = nn.ModuleList()
-    for _ in range(2):
-        block = nn.Module()
-        block.ln_1, block.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        block.attn = nn.MultiheadAttention(width, 2, batch_first=True)
-        block.mlp = nn.Module()
-        block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, 64), nn.Linear(64, width)
-        transformer.resblocks.append(block)
-    return transformer
+    def block():
+        mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 64), "c_proj": nn.Linear(64, width)})
+        norms = {name: nn.LayerNorm(width) for name in ("ln_1", "ln_2")}
+        return nn.ModuleDict(norms | {"attn": nn.MultiheadAttention(width, 2, batch_first=True), "mlp": mlp})
+
+    return nn.ModuleDict({"resblocks": nn.ModuleList([block(), block()])})
 
 
 def _run(transformer, x_BLD, mask_LL):
-    for block in transformer.resblocks:
-        h_BLD = block.ln_1(x_BLD)
-        x_BLD = x_BLD + block.attn(h_BLD, h_BLD, h_BLD, attn_mask=mask_LL, need_weights=False)[0]
-        x_BLD = x_BLD + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x_BLD))))
+    for block in transformer["resblocks"]:
+        h_BLD = block["ln_1"](x_BLD)
+        x_BLD = x_BLD + block["attn"](h_BLD, h_BLD, h_BLD, attn_mask=mask_LL, need_weights=False)[0]
+        x_BLD = x_BLD + block["mlp"]["c_proj"](F.gelu(block["mlp"]["c_fc"](block["ln_2"](x_BLD))))
     return x_BLD
 
 
 @pytest.fixture(scope="module")
 def hps(tmp_path_factory):
-    """The reference, and its weights as HPSv2 ships them."""
     torch.manual_seed(4)
     model, processor = clip_parts()
     reference = OpenClip(vocabulary=model.config.text_config.vocab_size).eval()
@@ -179,9 +169,6 @@ def test_padding_keeps_the_shape_of_the_picture():
     padded = preference.padded_to_square(Image.new("RGB", (80, 40), "white"), 20)
     assert padded.size == (20, 20)
     assert padded.getpixel((10, 2)) == (0, 0, 0) and padded.getpixel((10, 10)) == (255, 255, 255)
-
-
-# ---- what goes wrong --------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")

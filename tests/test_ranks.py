@@ -1,4 +1,5 @@
-"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded."""
+"""The real command on one and on two processes: same samples, same losses, replicated and fully sharded; and
+what a rank holds."""
 
 import os
 import subprocess
@@ -7,7 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
+from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 from opd.config import STAGES
@@ -25,7 +28,6 @@ def distil(world, out, **changes):
 
 
 def grow(world, out, **changes):
-    """GRPO on the tiny world, from two rewards."""
     settings = SHORT | {"micro_batch": 5, "epochs": 2, "beta": 0.1, "clip_range": 1e-3} | changes
     return forked.command_line(tiny.grpo_config(world, out=str(out), decay="cosine", **settings))
 
@@ -112,23 +114,11 @@ def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(worl
     given = distil(world, tmp_path / "run", shard_size=2, micro_batch=1)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x"}
-    done = subprocess.run(
-        ["bash", "opd/cluster.sbatch", *given],
-        cwd=ROOT,
-        env=os.environ | slurm | {"PATH": path, "PORT": str(forked.free_port()), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    environment = os.environ | slurm | {"PATH": path, "PORT": str(forked.free_port()), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "opd/cluster.sbatch", *given]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(alone[1], rel=1e-4)
-
-
-def test_bad_input_is_one_line(tmp_path):
-    out = ["--out", str(tmp_path / "run")]
-    run = forked.train(tmp_path / "log", ["mini", "--model", "/no/such/model", *out])
-    assert run.ended() == 1
-    assert "error: model '/no/such/model'" in run.printed() and "Traceback" not in run.printed()
 
 
 def test_no_option_of_ours_collides_with_torchrun():
@@ -137,3 +127,36 @@ def test_no_option_of_ours_collides_with_torchrun():
     for name in {field.name for stage in STAGES.values() for field in fields(stage)}:
         option = ["--" + name.replace("_", "-"), "1"]
         assert get_args_parser().parse_args(["train.py", *option]).training_script_args == option
+
+
+def finetuning(world, out, latents, **changes):
+    shared = {"data": str(latents), "full": True, "save_every": 1, "ema": 0.9, "prompts_per_step": 4}
+    cfg = tiny.sft_config(world, out=str(out), **shared | changes)
+    return forked.command_line(cfg)
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_ranks(world, tmp_path, latents):
+    """1 -> 2 -> 1: losses and weights of one rank all the way."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert forked.train(tmp_path / "log", finetuning(world, whole, latents, iterations=6)).ended() == 0
+    for done, size in ((2, 1), (4, 2), (6, 1)):
+        given = finetuning(world, parts, latents, iterations=done, shard_size=size)
+        runs = forked.ranks(tmp_path / str(done), size, given)
+        assert [run.ended() for run in runs] == [0] * size, runs[0].printed()
+        assert [folder.name for folder in (parts / "state").iterdir()] == [f"{done:06d}"]
+        assert (f"after step {done - 2}" in runs[0].printed()) == (done > 2)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    file = "student/diffusion_pytorch_model.safetensors"
+    torch.testing.assert_close(load_file(parts / file), load_file(whole / file), rtol=1e-3, atol=1e-5)
+
+
+def test_no_rank_holds_more_than_its_share_and_a_block_and_saving_gathers_nothing(world, tmp_path, latents):
+    """Weights, gradients, two moments and the average are float32 and sharded; only the files of the student,
+    which are whole, gather weights, one at a time."""
+    given = finetuning(world, tmp_path / "run", latents, iterations=2, shard_size=2, sample_every=0)
+    counted = counted_by(forked.ranks(tmp_path, 2, given, "tests.counted_run"))
+    share, block = counted["whole"] / 2, counted["whole"] / 2  # of two blocks
+    assert counted["parameters"] <= 1.02 * share
+    assert counted["alive"] <= 5 * 1.02 * share + block
+    assert counted["largest_saved"] <= 0.51 * counted["largest"]
+    assert counted["largest_exported"] == counted["largest"]

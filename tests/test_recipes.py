@@ -1,5 +1,5 @@
 """Recipes: every setting of distillation beside the paper's own, against linearity, a case by hand, or itself
-another way."""
+another way; who teaches whom; estimators of the gradient against the closed form, in float64."""
 
 import math
 from dataclasses import replace
@@ -11,9 +11,11 @@ import torch
 import train
 from opd import flow, lora, routing
 from opd.data import MicroBatch, Prompt, micro_batches
+from opd.estimators import ESTIMATORS, pathwise
 from opd.presets import PRESETS
 from opd.rewards import find_reward
-from opd.teachers import RewardRouter, extrapolated
+from opd.teachers import RewardRouter, ask, mean_velocity, teacher_queries
+from opd.trajectory import State
 from tests import tiny
 from tests.test_train import build, gradient, record
 from tests.tiny import distance
@@ -24,42 +26,22 @@ ALONE = {"anchor_weight": 0.0}  # the routed teachers alone
 
 @pytest.fixture(scope="module")
 def plain(world):
-    """The gradient without an anchor."""
     return gradient(world, **ALONE)[0]
 
 
 # ---- targets past the teacher ------------------------------------------------------------------------------
 
 
-def test_an_extrapolated_teacher_asks_its_reference_about_the_same_samples():
-    asked = []
-
-    def teacher(x, sigma_B, texts):
-        asked.append(len(texts))
-        return 3 * x
-
-    def reference(x, sigma_B, texts):
-        asked.append(len(texts))
-        return x
-
-    x = torch.ones(2, 3)
-    v = extrapolated(teacher, reference, 1.5)(x, torch.ones(2), ["a", "b"])
-    assert torch.equal(v, 3 * x + 0.5 * 2 * x) and asked == [2, 2]
-
-
 def test_extrapolation_adds_what_lies_between_teacher_and_reference(world, plain):
     """Of a squared distance the gradient is linear in the target, so it moves in proportion to l - 1."""
-    a, b = (
-        gradient(world, extrapolate=dict.fromkeys(("red", "blue"), past), **ALONE)[0] for past in (1.25, 1.5)
-    )
+    past = [dict.fromkeys(("red", "blue"), factor) for factor in (1.25, 1.5)]
+    a, b = (gradient(world, extrapolate=each, **ALONE)[0] for each in past)
     assert distance(a, plain) > 0.05 and distance(b - plain, 2 * (a - plain)) < 1e-4
     itself = gradient(world, extrapolate={"red": 1.0}, **ALONE)[0]
     assert distance(itself, plain) < 1e-6
 
 
 # ---- the anchor --------------------------------------------------------------------------------------------
-
-
 def test_anchor_weights_by_level():
     sigmas = [1.0, 0.9, 0.6, 0.5, 0.1]
     assert routing.anchor_weights(sigmas, 0.02, {}) == [0.02] * 5
@@ -85,8 +67,6 @@ def test_an_anchor_by_level_is_asked_where_it_counts_and_counts_as_said(world):
 
 
 # ---- routing -----------------------------------------------------------------------------------------------
-
-
 def test_shares_of_a_route():
     assert routing.shares("text", "here") == {"text": 1.0}
     assert routing.shares("0.7*text + 0.3*quality", "here") == {"text": 0.7, "quality": 0.3}
@@ -96,11 +76,8 @@ def test_shares_of_a_route():
 
 
 def test_a_soft_route_is_the_sum_of_its_teachers(world):
-    """The gradient of .7 red + .3 blue is .7 times red's and .3 times blue's."""
-    soft, red, blue = (
-        gradient(world, routes={"red": route, "blue": route}, **ALONE)[0]
-        for route in ("0.7*red+0.3*blue", "red", "blue")
-    )
+    routes = [dict.fromkeys(("red", "blue"), route) for route in ("0.7*red+0.3*blue", "red", "blue")]
+    soft, red, blue = (gradient(world, routes=each, **ALONE)[0] for each in routes)
     assert distance(red, blue) > 0.1 and distance(soft, 0.7 * red + 0.3 * blue) < 1e-5
 
 
@@ -118,9 +95,7 @@ def test_a_route_of_a_prompt_goes_before_its_tasks(world, tmp_path):
 
 def test_claimed_compares_in_units_of_each_rewards_spread():
     nan = math.nan
-    scores = torch.tensor(
-        [[0.9, 10.0], [0.1, 30.0], [0.5, nan], [nan, nan], [0.5, 20.0]], dtype=torch.float64
-    )
+    scores = torch.tensor([[0.9, 10.0], [0.1, 30.0], [0.5, nan], [nan, nan], [0.5, 20.0]]).double()
     # Means .5 and 20, spreads .283 and 8.165: in units of them (1.41, -1.22), (-1.41, 1.22), (0, none), ...
     assert routing.claimed(scores) == [0, 1, 0, None, 0]
 
@@ -162,8 +137,6 @@ def test_a_reward_that_needs_metadata_does_not_claim_prompts_without(world):
 
 
 # ---- off-policy --------------------------------------------------------------------------------------------
-
-
 def test_off_policy_every_sample_walks_with_its_own_teachers(world):
     """Whatever the student's weights are, a sample's states are those of its teacher alone, or of the
     weighted mean of two, at states that are trained on and at those that are not."""
@@ -198,8 +171,6 @@ def test_off_policy_every_sample_walks_with_its_own_teachers(world):
 
 
 # ---- queries and what they cost ----------------------------------------------------------------------------
-
-
 def test_a_run_costs_what_its_queried_states_cost(world):
     """Passes of two early states of ten against those of all ten: the walk ends after the last of them."""
 
@@ -224,19 +195,16 @@ def test_a_range_holds_what_is_queried(world, changes, states):
 
 @pytest.mark.parametrize("where", ["mini", "sd35"])
 def test_presets_are_their_papers_formulas(where):
-    flow_opd, diffusion, dance, gfd = (
-        PRESETS[f"{where}-{name}"] for name in ("flow-opd", "diffusion-opd", "dance-opd", "gfd-opd")
-    )
+    names = ("flow-opd", "diffusion-opd", "dance-opd", "gfd-opd")
+    flow_opd, diffusion, dance, gfd = (PRESETS[f"{where}-{name}"] for name in names)
     sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
 
     def weights(cfg):
         return flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
 
     s2 = [0.49 * sigma / (1 - (0.75 if sigma == 1 else sigma)) for sigma in sigmas[:-1]]
-    eq_12 = [
-        0.125 * (s**0.5 * (1 - sigma) / (2 * sigma) + s**-0.5) ** 2
-        for s, sigma in zip(s2, sigmas, strict=False)
-    ]
+    steps = zip(s2, sigmas[:-1], strict=True)
+    eq_12 = [0.125 * (s**0.5 * (1 - sigma) / (2 * sigma) + s**-0.5) ** 2 for s, sigma in steps]
     assert weights(flow_opd) == pytest.approx(eq_12)
     assert (flow_opd.anchor_weight, flow_opd.cold_start, flow_opd.queries) == (0.02, "merge", 0)
     assert weights(diffusion) == pytest.approx([0.25**2 / 2] * 4)
@@ -247,3 +215,131 @@ def test_presets_are_their_papers_formulas(where):
     assert gfd.guidance == 1.0 < gfd.teacher_guidance
     assert len(gfd.queryable()) == 2 and set(gfd.extrapolate.values()) == {1.25}
     assert gfd.extrapolate.keys() == gfd.teachers.keys()
+
+
+def test_rows_and_anchored_by_hand():
+    routed = routing.rows(["b", "a", "b"], ["a", "b", "c"])
+    assert routed.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
+    assert routing.anchored(routed, 1, 0.5).tolist() == [[0, 1.5, 0], [1, 0.5, 0], [0, 1.5, 0]]
+    assert routed.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]  # the routing itself is left alone
+
+
+FACTORS = {"a": 2.0, "b": 3.0, "c": 5.0}
+
+
+def asked_about(alpha, batch, x, prompts):
+    """(what each of three teachers says, whom each was asked about, the queries)."""
+    asked = []
+
+    def teacher(name):
+        def velocity(x, sigma_B, prompts):
+            asked.append((name, prompts))
+            assert len(x) == len(sigma_B) == len(prompts)
+            return FACTORS[name] * x
+
+        return velocity
+
+    queries = teacher_queries(torch.tensor(alpha), batch, torch.device("cpu"))
+    state = State(0, x, torch.full((len(x),), 0.5), None, 0, torch.arange(len(x)))
+    return ask([teacher(name) for name in FACTORS], queries, state, prompts), asked, queries
+
+
+def test_a_teacher_sees_the_samples_whose_alpha_is_not_0():
+    alpha = [[1.0, 0.1, 0.0], [0.0, 1.1, 0.0], [0.5, 0.6, 0.0]]
+    x = torch.arange(1.0, 7.0).view(3, 2)
+    batch = MicroBatch([0, 1, 2], [1, 1, 1], [0, 1, 2])
+    (a, b, c), asked, queries = asked_about(alpha, batch, x, ["r", "s", "t"])
+    assert asked == [("a", ["r", "t"]), ("b", ["r", "s", "t"])] and c is None
+    assert a.tolist() == [[2, 4], [0, 0], [10, 12]] and torch.equal(b, 3 * x)
+    assert torch.equal(queries.alpha_BK, torch.tensor(alpha))
+
+
+def test_a_teacher_of_other_ranks_samples_runs_here_too_and_counts_for_nothing():
+    alpha = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    (a, b, c), asked, queries = asked_about(alpha, MicroBatch([0], [1], [0, 1]), torch.ones(1, 2), ["r"])
+    assert asked == [("a", ["r"]), ("b", ["r"])]
+    assert a.tolist() == [[2, 2]] and b.tolist() == [[0, 0]] and c is None
+    assert queries.alpha_BK.tolist() == [[1, 0, 0]]
+
+
+def test_padding_has_no_teacher():
+    batch = MicroBatch([0], [0], [0, 0])
+    targets, asked, queries = asked_about([[1.0, 0.5, 0.0]], batch, torch.ones(1, 2), ["r"])
+    assert queries.alpha_BK.tolist() == [[0, 0, 0]]
+    assert len(asked) == 2 and [t is None for t in targets] == [False, False, True]
+
+
+def test_teachers_together_take_the_mean_step():
+    targets = [torch.full((2, 3), 4.0), None, torch.full((2, 3), 1.0)]
+    alpha_BK = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+    assert mean_velocity(targets, alpha_BK).tolist() == [[2.0] * 3, [1.0] * 3]
+
+
+DIMENSIONS, SAMPLES = 3, 60_000
+
+
+class Tiny:
+    """v = x W at one state x, two teachers, and SAMPLES steps from there."""
+
+    def __init__(self, sampler="sde", scale=1.0):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        sigma, sigma_next = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+        self.transition = flow.TRANSITIONS[sampler](sigma, sigma_next, 0.7)
+        self.x = draw(1, DIMENSIONS).expand(SAMPLES, DIMENSIONS)
+        self.W = draw(DIMENSIONS, DIMENSIONS).requires_grad_()
+        self.targets = [scale * draw(1, DIMENSIONS).expand_as(self.x) for _ in range(2)]
+        self.alpha_BK = torch.tensor([[1.0, 0.3]], dtype=torch.float64).expand(SAMPLES, 2)
+        self.w_B = torch.full((SAMPLES,), 0.7, dtype=torch.float64)
+
+    def state(self):
+        index = torch.arange(len(self.x))
+        return State(0, self.x.contiguous(), torch.full((len(self.x),), 0.6), self.transition, 7, index)
+
+    def gradients(self, name):
+        """(mean over samples of the gradient in W, its standard error, summed variance of a sample's)."""
+        v = (self.x @ self.W).detach().requires_grad_()
+        loss_B, *_ = ESTIMATORS[name](self.state(), v, self.targets, self.alpha_BK, self.w_B)
+        (by_v_BD,) = torch.autograd.grad(loss_B.sum(), v)
+        each = torch.einsum("bi,bj->bij", self.x, by_v_BD)  # dv/dW is x, for every sample by itself
+        return each.mean(0), each.std(0) / SAMPLES**0.5, float(each.var(0).sum())
+
+
+@pytest.mark.parametrize("sampler", ["sde", "cps"])
+def test_pg_averages_to_the_pathwise_gradient_and_pg_state_to_zero(sampler, capsys):
+    tiny = Tiny(sampler)
+    exact, _, none = tiny.gradients("pathwise")
+    pg, error, variance = tiny.gradients("pg")
+    zero, error_of_zero, variance_of_zero = tiny.gradients("pg_state")
+    assert exact.norm() > 20 * error.norm()  # else agreement within errors would say nothing
+    assert ((pg - exact).abs() < 4 * error).all()
+    assert (zero.abs() < 4 * error_of_zero).all() and ((zero - exact).abs() > 4 * error_of_zero).any()
+    assert none < 1e-12 < variance
+    with capsys.disabled():
+        print(f"\n{sampler}, variance of a sample's gradient: pg {variance:.3g}", end="")
+        print(f", pg_state {variance_of_zero:.3g}; exact, squared: {float(exact.norm()) ** 2:.3g}")
+
+
+def test_pg_live_is_pathwise_and_a_score_of_mean_zero_until_it_clamps():
+    tiny = Tiny()
+    exact, *_ = tiny.gradients("pathwise")
+    live, error, _ = tiny.gradients("pg_live")
+    assert ((live - exact).abs() < 4 * error + 1e-12).all()
+    far = Tiny(scale=30.0)  # distances of hundreds: the clamp cuts the pathwise part off
+    clamped, error, _ = far.gradients("pg_live")
+    assert (clamped.abs() < 4 * error).all() and far.gradients("pathwise")[0].norm() > 100 * error.norm()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_step_alike_and_log_the_same_distances(name):
+    """The draw does not depend on how the gradient is made."""
+    tiny = Tiny()
+    v = (tiny.x @ tiny.W).detach().requires_grad_()
+    arguments = (tiny.state(), v, tiny.targets, tiny.alpha_BK, tiny.w_B)
+    _, squares, x_next = pathwise(*arguments)
+    _, same, other = ESTIMATORS[name](*arguments)
+    assert torch.equal(x_next, other) and torch.allclose(squares, same, rtol=1e-12)
+    assert not other.requires_grad

@@ -1,22 +1,29 @@
-"""The run folder: whose it is, what is logged, and what survives a resume or a crash."""
+"""The run folder: whose it is, what it logs and keeps, and what a run that resumes insists on."""
 
 import json
-import subprocess
-import sys
+import os
+import shutil
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from opd import files
 from opd.cli import field_names
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
 from opd.formats.settings import read_config
 from opd.formats.state import save_state
+from opd.model import Model
 from opd.report.tracker import Tracker
 from opd.runfolder import FREE, RunFolder, check_same_run
-from tests import tiny
+from opd.setup import contents
+from tests import forked, tiny
+from tests.tiny_grpo import BRIGHT
 
 
 def config(folder, **changes):
@@ -24,51 +31,31 @@ def config(folder, **changes):
 
 
 def rows(*steps):
-    return [
-        {"step": s, "loss": 1.0 / s, "red": {"loss": 0.1, "kl": {"1.000": 0.5}}, "grad_norm": 2.0 * s}
-        for s in steps
-    ]
+    red = {"loss": 0.1, "kl": {"1.000": 0.5}}
+    return [{"step": s, "loss": 1.0 / s, "red": red, "grad_norm": 2.0 * s} for s in steps]
 
 
 # ---- metrics and resuming ----------------------------------------------------------------------------------
 
 
-def test_what_is_past_the_state_is_dropped_on_resume(world, tmp_path):
-    """And a line that a kill has cut."""
-    cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path / "run")))
-    run = RunFolder(cfg, active=True)
-    assert run.resume(trained) == 0 and run.metrics() == []
-    for row in rows(1, 2, 3):
-        run.log(row)
-    run.save_to_go_on(trained, 2)
-    with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
-    before = {name: tensor.clone() for name, tensor in trained.state().items()}
-    for parameter in trained.parameters.values():
-        parameter.data.zero_()
-    resumed = RunFolder(cfg, active=True)
-    assert resumed.resume(trained) == 2
-    assert all(torch.equal(before[name], tensor) for name, tensor in trained.state().items())
-    resumed.log(rows(3)[0])
-    assert resumed.metrics() == rows(1, 2, 3)
+def hold(folder, held):
+    run = RunFolder(DistillationConfig(out=str(folder)), active=True)
+    held.set()
+    time.sleep(600)
+    del run  # it lived so long
 
 
 def test_a_folder_belongs_to_one_living_run(tmp_path):
     """A second process is refused while the first lives, and welcome once it was killed."""
-    hold = (
-        "import sys, time; from opd.config import DistillationConfig; from opd.runfolder import RunFolder; "
-    )
-    hold += "run = RunFolder(DistillationConfig(out=sys.argv[1]), True); print('held', flush=True); "
-    command = [sys.executable, "-c", hold + "time.sleep(600)", str(tmp_path / "run")]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="run belongs to a run that is still going; stop that run or"):
-            RunFolder(config(tmp_path), active=True)
-        RunFolder(config(tmp_path), active=False)  # the other ranks of a run hold nothing
-    finally:
-        other.kill()
-        other.wait()
+    held = forked.SERVER.Event()
+    other = forked.SERVER.Process(target=hold, args=(tmp_path / "run", held))
+    other.start()
+    assert held.wait(300)
+    with pytest.raises(ValueError, match="run belongs to a run that is still going; stop that run or"):
+        RunFolder(config(tmp_path), active=True)
+    RunFolder(config(tmp_path), active=False)  # the other ranks of a run hold nothing
+    other.kill()
+    other.join()
     RunFolder(config(tmp_path), active=True)
 
 
@@ -122,15 +109,6 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
     assert read_config(tmp_path / "run" / "config.json", STAGES) == cfg
 
 
-def test_saved_settings_that_cannot_be_read_are_refused_by_name(tmp_path):
-    cfg, _ = with_state(config(tmp_path))
-    file = tmp_path / "run" / "config.json"
-    file.write_text(file.read_text().replace('"lr"', '"learning_rate"'))
-    message = "config.json.*no field 'learning_rate' .*; choose another --out, or delete that folder"
-    with pytest.raises(ValueError, match=message):
-        RunFolder(cfg, active=True)
-
-
 def test_tensorboard_gets_the_flat_numbers(tmp_path):
     tracker = Tracker(config(tmp_path, tracker="tensorboard"), tmp_path)
     for row in rows(1, 2):
@@ -143,8 +121,6 @@ def test_tensorboard_gets_the_flat_numbers(tmp_path):
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
-
 def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
     file = tmp_path / "deep" / "x.txt"
     files.replace(file, lambda p: p.write_text("old"))
@@ -158,3 +134,131 @@ def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
     assert file.read_text() == "old" and [p.name for p in file.parent.iterdir()] == ["x.txt"]
     files.replace(file, lambda p: p.write_text("new"))
     assert file.read_text() == "new"
+
+
+def snapshot(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------
+def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_path):
+    out = tmp_path / "run"
+    scored = {"heldout": {"red": str(world / "red.txt")}, "rewards": {"red": BRIGHT}}
+    often = {"iterations": 5, "save_every": 1, "keep_last": 2, "sample_every": 5, "eval_steps": 2}
+    cfg = tiny.config(world, out=str(out), lr=0.1, watch_every=1, watch_prompts=4, **often, **scored)
+    train.run(cfg)
+    kept = {file.name for file in (out / "checkpoints").iterdir()}
+    assert kept == {"000004", "000005"}
+    watched = [row["watch"]["red"] for row in forked.rows(out)]
+    best = watched.index(max(watched)) + 1
+    assert len(set(watched)) == 5
+    if f"{best:06d}" in kept:
+        kept_best = snapshot(out / "checkpoints" / f"{best:06d}")
+        kept_best.pop(Path("README.md"), None)  # the card is written beside what a run ends with
+        assert snapshot(out / "best") == kept_best
+    assert snapshot(out / "student") == snapshot(out / "checkpoints/000005")
+
+    before = snapshot(out)
+    for folder in ("student", "checkpoints/000005", "samples"):
+        shutil.rmtree(out / folder)
+    (out / "student").mkdir()
+    (out / "state/.000006.tmp").mkdir()
+    (out / "state/.000006.tmp/half").write_bytes(b"half")
+    (out / "student" / ".adapter_model.safetensors.4.tmp").write_bytes(b"half")
+    train.run(cfg)
+    assert snapshot(out) == before
+    mode = (out / "student/adapter_model.safetensors").stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    assert mode == 0o666 & ~umask
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def lacking(file):
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("damage", [cut, lacking, Path.unlink])
+def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, damage):
+    cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path)))
+    RunFolder(cfg, active=True).save_to_go_on(trained, 3)
+    (file,) = (tmp_path / "state/000003").glob("*.safetensors")
+    damage(file)
+    half = snapshot(tmp_path / "state")
+    with pytest.raises(OSError, match="state/000003 is damaged .*student"):
+        RunFolder(cfg, active=True).resume(trained)
+    assert snapshot(tmp_path / "state") == half
+
+
+# ---- whose folder it is ------------------------------------------------------------------------------------
+# (files, links, message); links lead to what is beside the run folder.
+NOT_A_RUNS = [
+    ({"config.json": '{"model_type": "llama"}'}, [], "holds 'config.json' and no run; choose an empty --out"),
+    (
+        {"config.json": '{"stage": "opd"}', "student/x": ""},
+        [],
+        "a student, but no state/ to resume from; choose",
+    ),
+    ({}, ["student"], "student is a link; a run writes into its own folder"),
+    ({"checkpoints/x": ""}, ["checkpoints/000020"], "000020 is a link"),
+]
+
+
+@pytest.mark.parametrize("files, links, message", NOT_A_RUNS)
+def test_a_folder_that_is_not_a_runs_is_left_alone(world, tmp_path, files, links, message):
+    out, precious = tmp_path / "run", tmp_path / "precious"
+    out.mkdir()
+    precious.mkdir()
+    for name, text in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    for name in links:
+        (out / name).symlink_to(precious)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RunFolder(tiny.config(world, out=str(out)), active=True)
+    assert snapshot(tmp_path) == before
+
+
+# ---- the same run ------------------------------------------------------------------------------------------
+def planned(cfg):
+    return Model.plan(cfg.model, cfg.dtype, "", torch.device("cpu"), True)
+
+
+def test_a_run_resumes_with_the_same_contents_wherever_they_lie_or_says_which_changed(
+    world, tmp_path, capsys
+):
+    shutil.copytree(world, tmp_path / "one", ignore=shutil.ignore_patterns("cache", "run"))
+    out = str(tmp_path / "run")
+    cfg = tiny.config(tmp_path / "one", out=out)
+    folder = RunFolder(cfg, active=True)
+    folder.check_contents(contents(cfg, planned(cfg)))
+    save_state(folder.path, 1, {"x": torch.ones(1)})
+
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)
+    RunFolder(moved, active=True).check_contents(contents(moved, planned(moved)))
+
+    with open(tmp_path / "two" / "red.txt", "a") as file:
+        file.write("a red line more\n")
+    tiny.save(tiny.random_lora(tmp_path / "two/pipeline", seed=9), tmp_path / "two/blue")
+    base = tmp_path / "two/pipeline/transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
+    changed = contents(moved, planned(replace(moved, dtype="bfloat16")))
+    kept = snapshot(tmp_path / "run")
+    message = "began with another dtype, base, teacher blue, prompts 1: red; restore that, choose another"
+    with pytest.raises(ValueError, match=message):
+        RunFolder(moved, active=True).check_contents(changed)
+    assert snapshot(tmp_path / "run") == kept
+    with pytest.raises(ValueError, match="lr 0.01 -> 0.5"):
+        RunFolder(replace(moved, lr=0.5), active=True)
+
+    RunFolder(replace(moved, lr=0.5, force_resume=True), active=True).check_contents(changed)
+    printed = capsys.readouterr().out
+    assert "lr 0.01 -> 0.5" in printed and "teacher blue" in printed
+    RunFolder(replace(moved, lr=0.5), active=True).check_contents(changed)

@@ -77,9 +77,8 @@ def test_sft_gradient_is_that_of_equation_1(world, latents):
 def test_caption_dropout_replaces_captions(world, latents):
     shares = []
     for dropout in (0.0, 0.5):
-        cfg = tiny.sft_config(
-            world, data=str(latents), prompts_per_step=200, micro_batch=200, caption_dropout=dropout
-        )
+        many = {"data": str(latents), "prompts_per_step": 200, "micro_batch": 200}
+        cfg = tiny.sft_config(world, caption_dropout=dropout, **many)
         _, model, _, _, stage = tiny.build(cfg)
         (empty,) = model.text([""])
         seen = []

@@ -1,6 +1,10 @@
-"""A run that is told to stop, and ranks that are lost: what is kept, what is said, and how it goes on."""
+"""A run that is told to stop or killed, and ranks that are lost: what is kept and said, and how it goes on.
+
+KILLS=20 pytest tests/test_signals.py kills each stage so often at random moments; by default it is twice.
+"""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opd import signals
 from opd.formats.state import latest_state
 from tests import forked, tiny
 from tests.forked import ROOT, losses
-from tests.test_ranks import distil, launch
+from tests.test_ranks import distil, finetuning, launch
 
 GO_ON = "the same command goes on"
 
@@ -40,10 +45,6 @@ def distillation(world, out, **changes) -> list[str]:
     return forked.command_line(tiny.config(world, out=str(out), **changes))
 
 
-def steps_logged(out) -> int:
-    return len(forked.rows(out))
-
-
 @pytest.mark.parametrize("number, world_size", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, number, world_size):
     """To one rank: within five seconds all of them end with the last finished step saved."""
@@ -53,7 +54,7 @@ def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, 
 
     out, slow = tmp_path / "run", tmp_path / "slow"
     runs = forked.ranks(tmp_path, world_size, command(out, 2000), "tests.slowed", SLOW=str(slow))
-    forked.wait_for(lambda: steps_logged(out) >= 3)
+    forked.wait_for(lambda: len(forked.rows(out)) >= 3)
     slow.write_text("0.6")
     forked.wait_for(slow.with_suffix(".begun").exists)
     runs[-1].signal(number)
@@ -61,7 +62,7 @@ def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, 
     assert [run.ended() for run in runs] == [0] * world_size
     assert time.monotonic() - signalled < 5
     done, name = latest_state(out), signal.Signals(number).name
-    assert done == steps_logged(out) >= 3
+    assert done == len(forked.rows(out)) >= 3
     printed = runs[0].printed()
     assert printed.count(f"stopped by {name} after step {done} of 2000; {GO_ON} there") == 1
     assert f"{name}: saving the last finished step; again to leave now" in runs[-1].printed() or runs[1:]
@@ -152,7 +153,7 @@ def test_a_rank_that_is_lost_ends_the_others_in_a_line(world, tmp_path, number):
     out = tmp_path / "run"
     arguments = distillation(world, out, iterations=2000)
     first, second = forked.ranks(tmp_path, 2, arguments, "tests.impatient")
-    forked.wait_for(lambda: steps_logged(out) >= 2)
+    forked.wait_for(lambda: len(forked.rows(out)) >= 2)
     second.signal(number)
     assert first.ended(60) == 1
     lost = "error: another rank ended, or did not answer for half an hour; the same command goes on"
@@ -168,18 +169,70 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
     torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1 --master_port"
     script = [str(forked.free_port()), "train.py", *distil(world, tmp_path / "run", **settings)]
     arguments = [sys.executable, *torchrun.split(), *script]
-    launcher = subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    forked.wait_for(lambda: steps_logged(tmp_path / "run") >= 2)
+    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **shown)
+    forked.wait_for(lambda: len(forked.rows(tmp_path / "run")) >= 2)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     output, _ = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, output[-3000:]
     assert "resuming" in output
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
+
+
+KILLS = int(os.environ["KILLS"]) if "KILLS" in os.environ else 2
+CLOCK = ("seconds", "samples_per_second", "states_per_second")  # of a row of metrics.jsonl
+OFTEN = {"iterations": 6, "save_every": 1, "sample_every": 2, "eval_steps": 2}
+
+
+# By stage: the command line of a run on the tiny world.
+STAGES = {
+    "opd": lambda world, out, _: forked.command_line(tiny.config(world, out=str(out), ema=0.9, **OFTEN)),
+    "grpo": lambda world, out, _: forked.command_line(tiny.grpo_config(world, out=str(out), **OFTEN)),
+    "sft": lambda world, out, latents: finetuning(world, out, latents, **OFTEN),
+}
+
+
+def contents(run):
+    """Every file by content, without the run's own place, and what the clock makes."""
+    found = {}
+    for file in run.rglob("*"):
+        if file.name == "sizes.json" or not file.is_file():
+            continue
+        name = str(file.relative_to(run))
+        found[name] = file.read_bytes().replace(str(run).encode(), b"RUN")
+        # The order of a state's tensors says nothing.
+        if file.suffix == ".safetensors" and name.startswith("state/"):
+            found[name] = {key: (value.dtype, value.tolist()) for key, value in load_file(file).items()}
+        if name == "metrics.jsonl":
+            rows = forked.rows(run)
+            found[name] = [{key: v for key, v in row.items() if key not in CLOCK} for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_killed_ends_with_the_same_files(world, tmp_path, latents, stage):
+    log, whole, command = tmp_path / "log", tmp_path / "whole/run", STAGES[stage]
+    started = time.monotonic()
+    assert forked.train(log, command(world, whole, latents)).ended() == 0
+    longest = time.monotonic() - started
+    want = contents(whole)
+    assert any(name.startswith("state/000006/") for name in want)
+    moments = random.Random(stage)
+    kills = attempt = 0
+    while kills < KILLS:
+        attempt += 1
+        out = tmp_path / str(attempt) / "run"
+        ended = False
+        while not ended and kills < KILLS:
+            run = forked.train(log, command(world, out, latents))
+            run.process.join(moments.uniform(0.1, 0.9) * longest)
+            ended = run.process.exitcode is not None
+            if not ended:
+                run.signal(signal.SIGKILL)
+                run.process.join()
+                kills += 1
+        assert forked.train(log, command(world, out, latents)).ended() == 0, log.read_text()
+        got = contents(out)
+        assert got.keys() == want.keys()
+        assert [name for name in want if got[name] != want[name]] == []

@@ -2,7 +2,6 @@
 result is run."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import tyro
 
 from opd.cli import parse
 from opd.evaluation import evaluate
-from opd.mini import world
 from opd.mini.presets import MINI_SCORERS
 from opd.mini.study import plots, runs, tables
 from opd.mini.study import run as study
@@ -25,9 +23,6 @@ OTHERS = study.Arguments(out="runs/other", results=str(tables.OTHER))
 def config(name):
     recipe = runs.RECIPES[name]
     return parse([recipe.preset, *study.filled(SHIPPED, recipe, 0).split()], PRESETS)
-
-
-# ---- the runs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args", [SHIPPED, OTHERS], ids=["shipped prompts", "other prompts"])
@@ -69,9 +64,6 @@ def test_presets_are_the_studys():
     assert goes_on == replace(config("student-mix"), cold_start=goes_on.cold_start, out=goes_on.out)
 
 
-# ---- tables and plots --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_the_committed_tables_are_those_of_the_committed_results(page):
     text = page.read_text()
@@ -107,29 +99,14 @@ def test_every_plot_is_written(tmp_path, monkeypatch, results):
     assert all("</svg>" in file.read_text() for file in files)
 
 
-# ---- running -----------------------------------------------------------------------------------------------
-
-
-def write_prompts(folder):
-    """Those of another split."""
-    folder.mkdir(exist_ok=True)
-    for name, content in world.prompt_files("other").items():
-        (folder / name).write_text(content)
-    return folder
-
-
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
     """The programs that the study runs, by their arguments; every run leaves scores and metrics."""
     made, cells = [], []
     for task, (score, quality) in {"compose": (0.1, 0.4), "text": (0.2, 0.5), "quality": (0.3, 0.3)}.items():
         own = MINI_SCORERS[task]
-        means = {
-            (own, ""): score,
-            (own, "counting"): 0.9,
-            (study.QUALITY, ""): quality,
-            ("variety", ""): 0.25,
-        }
+        means = {(own, ""): score, (own, "counting"): 0.9}
+        means |= {(study.QUALITY, ""): quality, ("variety", ""): 0.25}
         for (scorer, tag), mean in means.items():
             where = {"row": "student", "task": task, "scorer": scorer, "tag": tag}
             cells.append(where | {"mean": mean, "error": 0.01})
@@ -165,39 +142,3 @@ def test_a_run_makes_what_it_needs_once_then_trains_then_scores(tmp_path, calls)
     assert found["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
     assert found["quality_of"] == {"compose": 0.4, "text": 0.5, "quality": 0.3}
     assert found["variety"] == dict.fromkeys(runs.TASKS, 0.25) and found["errors"]["text"] == 0.01
-
-
-def test_another_split_is_trained_on_and_scored(tmp_path, calls):
-    """Every prompt file of a run is that of the folder, those of its further tasks too."""
-    folder = write_prompts(tmp_path / "prompts")
-    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-    study.main(["--runs", "mix-all", "--seeds", "3", "--prompts", str(folder), *places])
-    training, scoring = calls
-    cfg = parse(training[1:], PRESETS)
-    assert set(cfg.prompts) == {*runs.TASKS, "shapes", "signs"}
-    assert {Path(file).parent for file in (*cfg.prompts.values(), *cfg.heldout.values())} == {folder}
-    assert f"text={folder / 'text.test.txt'}" in scoring
-    assert json.loads((tmp_path / "results/mix-all-3.json").read_text())["prompts"] == str(folder)
-
-
-def test_a_run_that_was_stopped_is_no_result(tmp_path, calls, monkeypatch):
-    make = study.call
-    monkeypatch.setattr(study, "call", lambda arguments: make([*arguments, "--iterations", "7"]))
-    with pytest.raises(SystemExit, match="mix-0 was stopped after step 7 of 550; run this again to go on"):
-        study.main(["--runs", "mix", "--seeds", "0", "--out", str(tmp_path), "--results", str(tmp_path)])
-    assert not list(tmp_path.glob("*.json"))
-
-
-REFUSED = [
-    (["--runs", "golden"], "--runs names golden; known: equal-compose,"),
-    (["--prompts", "nowhere"], "--prompts nowhere: there is no compose.train.jsonl in it"),
-    (["--prompts", "{}"], "other teachers than those of runs/study; give another folder to --out"),
-    (["--prompts", "{}", "--out", "a"], "do not belong to the committed ones; give another folder"),
-]
-
-
-@pytest.mark.parametrize("flags, words", REFUSED)
-def test_bad_input_is_refused_before_anything_runs(tmp_path, flags, words):
-    write_prompts(tmp_path)
-    with pytest.raises(SystemExit, match=re.escape(words)):
-        study.main([flag.format(tmp_path) for flag in flags])

@@ -24,7 +24,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def pattern(images, prompts, metadata):
-    """A reward that looks at every pixel."""
     signs = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0)).sign()
     return 100 * (images * signs).mean((1, 2, 3))
 
@@ -50,7 +49,6 @@ def furnished(world, folder):
 
 
 def built(world, tmp_path, teacher, **changes):
-    """A run whose red prompts are taught by `teacher`, blue by its adapter."""
     teachers = {"red": str(teacher), "blue": str(world / "blue")}
     return tiny.build(tiny.config(world, **{"teachers": teachers, "out": str(tmp_path / "run")} | changes))
 
@@ -61,14 +59,10 @@ def states():
 
 
 def answer(cfg, model, name):
-    """What a teacher says about PROMPTS."""
     model.prepare(PROMPTS)
     for own in model.teachers.values():
         own.prepare(PROMPTS)
     return load_teacher(cfg, model, name)(*states(), PROMPTS)
-
-
-# ---- another pipeline --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -78,9 +72,8 @@ def test_a_pipeline_answers_with_its_own_weights_encoders_and_guidance(guidance,
     cfg, model, *_ = built(world, tmp_path, place / "larger", **changes)
     pipe = StableDiffusion3Pipeline.from_pretrained(place / "larger", **tiny.NO_T5)
     tokens = pipe.tokenizer_max_length  # of the absent T5: as many zeros as CLIP has tokens
-    embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
-        PROMPTS, None, None, negative_prompt=[""] * 3, max_sequence_length=tokens
-    )
+    how = {"negative_prompt": [""] * 3, "max_sequence_length": tokens}
+    embeds, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPTS, None, None, **how)
     x, sigma = states()
 
     def velocity(embeds, pooled):
@@ -126,9 +119,6 @@ def test_the_table_scores_a_pipeline_by_its_own_weights_encoders_and_guidance(wo
     assert table["red g=2.5"]["train"] != pytest.approx(table["base"]["train"], rel=1e-2)
 
 
-# ---- the base under another guidance, and the moving average -----------------------------------------------
-
-
 def test_every_teacher_has_the_guidance_that_it_is_given(world, tmp_path):
     teachers = {"red": str(world / "red"), "blue": str(world / "blue"), "guided": "base", "base": "base"}
     routes = {"red": "guided", "blue": "base"}
@@ -163,9 +153,6 @@ def test_the_moving_average_of_the_student_teaches(world, tmp_path):
         for name, tensor in other.state().items():
             tensor.copy_(state[name])
     assert torch.equal(answer(cfg, model, "self"), after)
-
-
-# ---- places ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["full", "larger"])

@@ -8,13 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -48,24 +43,15 @@ def make_pipeline(folder: Path, layers: int = 2, heads: int = 2, encoders: tuple
     float32. `encoders`: seeds of the text encoders."""
     torch.manual_seed(0)
     tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
-    transformer = SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=layers,
-        attention_head_dim=16,
-        num_attention_heads=heads,
-        joint_attention_dim=2 * mini.WIDTH,
-        caption_projection_dim=16 * heads,
-        pooled_projection_dim=2 * mini.WIDTH,
-        pos_embed_max_size=4,
-        qk_norm="rms_norm",
-    )
-    StableDiffusion3Pipeline(
+    sizes = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 4}
+    blocks = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 16}
+    text = {"joint_attention_dim": 2 * mini.WIDTH, "pooled_projection_dim": 2 * mini.WIDTH}
+    text |= {"caption_projection_dim": 16 * heads, "qk_norm": "rms_norm"}
+    transformer = diffusers.SD3Transformer2DModel(**sizes, **blocks, **text)
+    diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         vae=make_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=mini.make_text_encoder(tokenizer, encoders[0]),
         tokenizer=tokenizer,
         text_encoder_2=mini.make_text_encoder(tokenizer, encoders[1]),
@@ -89,9 +75,9 @@ VAE = {
 """Factor 2, 4 latent channels."""
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae() -> diffusers.AutoencoderKL:
     no_quantisation = {"use_quant_conv": False, "use_post_quant_conv": False}
-    return AutoencoderKL(**VAE, **no_quantisation, scaling_factor=0.8, shift_factor=0.1)
+    return diffusers.AutoencoderKL(**VAE, **no_quantisation, scaling_factor=0.8, shift_factor=0.1)
 
 
 def make_t5(width: int = 128) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
@@ -103,25 +89,22 @@ def make_t5(width: int = 128) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     torch.manual_seed(3)
     size = dict(d_model=width, d_kv=32, d_ff=64, num_layers=1, num_heads=4)
     encoder = T5EncoderModel(T5Config(**size, vocab_size=words.get_vocab_size()))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    return encoder.eval(), tokenizer
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return encoder.eval(), PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def make_pipeline_with_t5(folder: Path, layers: int = 2) -> Path:
-    """The tiny SD3 pipeline with a third encoder."""
     encoder, tokenizer = make_t5()
     without = make_pipeline(folder.with_name("without_t5"), layers)
-    pipe = StableDiffusion3Pipeline.from_pretrained(without, text_encoder_3=encoder, tokenizer_3=tokenizer)
-    pipe.save_pretrained(folder)
+    third = {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
+    diffusers.StableDiffusion3Pipeline.from_pretrained(without, **third).save_pretrained(folder)
     return folder
 
 
 def with_scheduler(pipeline: Path, folder: Path, settings: dict) -> Path:
     """A copy of the pipeline in `folder` with another scheduler."""
     shutil.copytree(pipeline, folder)
-    FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(folder / "scheduler")
+    diffusers.FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -186,7 +169,6 @@ def config(world: Path, **changes) -> DistillationConfig:
 
 
 def grpo_config(world: Path, **changes) -> GRPOConfig:
-    """GRPO on the tiny world: red and blue prompts, both rewarded for bright images."""
     base = GRPOConfig(**shared_with(config(world), GRPOConfig))
     rewards = {"red": "tests.tiny_grpo:brightness", "blue": "tests.tiny_grpo:brightness"}
     base = replace(base, train_rewards=rewards, beta=0.0)
@@ -194,12 +176,10 @@ def grpo_config(world: Path, **changes) -> GRPOConfig:
 
 
 def sft_config(world: Path, **changes) -> SFTConfig:
-    """Flow matching on the tiny world; give `data`."""
     return replace(SFTConfig(**shared_with(config(world), SFTConfig)), **changes)
 
 
 def shared_with(cfg: RunConfig, stage: type) -> dict:
-    """The settings of `cfg` that another stage has too."""
     names = {field.name for field in fields(stage)}
     return {name: value for name, value in vars(cfg).items() if name in names}
 
@@ -253,7 +233,6 @@ def step_by_hand(rollout: str, grid: list[float], i: int, x, v) -> tuple:
 
 
 def gradient_of(trained: Trained) -> torch.Tensor:
-    """Flat."""
     return torch.cat([ranks.full(p.grad).flatten() for p in trained.parameters.values()])
 
 

@@ -3,31 +3,10 @@ in a second."""
 
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
+import transformers
 from tokenizers import pre_tokenizers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
 
 from opd.mini import build as mini
 from tests import tiny
@@ -43,8 +22,8 @@ def make_flux(folder: Path) -> Path:
     torch.manual_seed(0)
     t5, t5_tokenizer = tiny.make_t5(WIDTH)
     tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
-    FluxPipeline(
-        transformer=FluxTransformer2DModel(
+    diffusers.FluxPipeline(
+        transformer=diffusers.FluxTransformer2DModel(
             **ONE_OF_EACH,
             **HEADS,
             joint_attention_dim=t5.config.d_model,
@@ -53,7 +32,7 @@ def make_flux(folder: Path) -> Path:
             axes_dims_rope=(4, 6, 6),
         ),
         vae=tiny.make_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC),
         text_encoder=make_clip(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=t5,
@@ -67,11 +46,11 @@ def make_flux2(folder: Path) -> Path:
     layer of its text encoder."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    vae = AutoencoderKLFlux2(**tiny.VAE)
+    vae = diffusers.AutoencoderKLFlux2(**tiny.VAE)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
-    Flux2KleinPipeline(
-        transformer=Flux2Transformer2DModel(
+    diffusers.Flux2KleinPipeline(
+        transformer=diffusers.Flux2Transformer2DModel(
             **ONE_OF_EACH,
             **HEADS,
             joint_attention_dim=3 * WIDTH,
@@ -79,8 +58,8 @@ def make_flux2(folder: Path) -> Path:
             axes_dims_rope=(4, 4, 4, 4),
         ),
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
-        text_encoder=make_qwen3(Qwen3ForCausalLM, tokenizer, layers=28, inner=WIDTH),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        text_encoder=make_qwen3(transformers.Qwen3ForCausalLM, tokenizer, layers=28, inner=WIDTH),
         tokenizer=tokenizer,
     ).save_pretrained(folder)
     return folder
@@ -90,27 +69,15 @@ def make_qwen_image(folder: Path) -> Path:
     """4x4x4 latents, each channel with a mean and a spread of its own, two blocks."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        **HEADS,
-        joint_attention_dim=WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[-0.7, 0.1, 0.9, 0.4],
-        latents_std=[2.8, 1.4, 2.3, 0.8],
-    )
-    QwenImagePipeline(
+    channels = {"in_channels": 16, "out_channels": 4, "num_layers": 2, "axes_dims_rope": (4, 6, 6)}
+    transformer = diffusers.QwenImageTransformer2DModel(joint_attention_dim=WIDTH, **HEADS, **channels)
+    stages = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1}
+    spread = {"latents_mean": [-0.7, 0.1, 0.9, 0.4], "latents_std": [2.8, 1.4, 2.3, 0.8]}
+    vae = diffusers.AutoencoderKLQwenImage(temperal_downsample=[False], **stages, **spread)
+    diffusers.QwenImagePipeline(
         transformer=transformer,
         vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC, shift_terminal=0.02),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC, shift_terminal=0.02),
         text_encoder=make_qwen25(tokenizer),
         tokenizer=tokenizer,
     ).save_pretrained(folder)
@@ -122,30 +89,20 @@ def make_z_image(folder: Path) -> Path:
     wide whatever the rest is: blocks narrower than 96 would be dwarfed by it."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=96,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
-        cap_feat_dim=WIDTH,
-        axes_dims=[8, 8, 8],
-        axes_lens=[128, 8, 8],
-    )
+    size = {"dim": 96, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4}
+    axes = {"axes_dims": [8, 8, 8], "axes_lens": [128, 8, 8]}
+    transformer = diffusers.ZImageTransformer2DModel(in_channels=4, cap_feat_dim=WIDTH, **size, **axes)
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)
-    ZImagePipeline(
+    diffusers.ZImagePipeline(
         transformer=transformer,
         vae=tiny.make_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=make_qwen3(Qwen3Model, tokenizer, layers=2, inner=2 * WIDTH),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=make_qwen3(transformers.Qwen3Model, tokenizer, layers=2, inner=2 * WIDTH),
         tokenizer=tokenizer,
     ).save_pretrained(folder)
     return folder
 
-
-# ---- text --------------------------------------------------------------------------------------------------
 
 CHAT = (
     "{% for message in messages %}"
@@ -155,12 +112,12 @@ CHAT = (
 )
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+def make_tokenizer() -> transformers.Qwen2Tokenizer:
     """A token per byte. With its chat template a prompt of 13 letters is 32 tokens, which is where the
     transformer of Z-Image begins to pad short texts of a batch and to mask the padding."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tokenizer = transformers.Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     tokenizer.chat_template = CHAT
     return tokenizer
@@ -179,25 +136,23 @@ def sizes(tokenizer, layers: int, inner: int) -> dict:
     }
 
 
-def make_clip(tokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        max_position_embeddings=tokenizer.model_max_length,
-        initializer_factor=10.0,
-        bos_token_id=tokenizer.bos_token_id,
-        **sizes(tokenizer, layers=1, inner=2 * WIDTH),
-    )
-    return CLIPTextModel(config).eval()
+def make_clip(tokenizer) -> transformers.CLIPTextModel:
+    own = {"max_position_embeddings": tokenizer.model_max_length, "bos_token_id": tokenizer.bos_token_id}
+    size = sizes(tokenizer, layers=1, inner=2 * WIDTH)
+    config = transformers.CLIPTextConfig(initializer_factor=10.0, **own, **size)
+    return transformers.CLIPTextModel(config).eval()
 
 
 def make_qwen3(kind: type, tokenizer, layers: int, inner: int):
     shape = {"num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3, "bos_token_id": None}
-    return kind(Qwen3Config(**shape, **sizes(tokenizer, layers, inner))).eval()
+    return kind(transformers.Qwen3Config(**shape, **sizes(tokenizer, layers, inner))).eval()
 
 
-def make_qwen25(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def make_qwen25(tokenizer) -> transformers.Qwen2_5_VLForConditionalGeneration:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     shape = {"num_key_value_heads": 1, "initializer_range": 0.3, "bos_token_id": None}
     text = sizes(tokenizer, layers=2, inner=WIDTH) | shape | {"rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": WIDTH})
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
+    vision |= {"out_hidden_size": WIDTH}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()

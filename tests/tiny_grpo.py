@@ -16,8 +16,11 @@ def constant(images, prompts, metadata):
     return torch.full((len(images),), 0.25)
 
 
+def nothing(images, prompts, metadata):
+    return torch.full((len(images),), torch.nan)
+
+
 def build(world, **changes):
-    """(cfg, model, data, trained, stage)."""
     return tiny.build(tiny.grpo_config(world, **changes))
 
 

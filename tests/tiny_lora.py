@@ -10,13 +10,8 @@ from opd.families import sd3
 
 MODULES = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
 TARGETS = ("attn.to_q", "attn.to_out.0")
-CONFIG = {
-    "peft_type": "LORA",
-    "r": 3,
-    "lora_alpha": 7.0,
-    "target_modules": list(TARGETS),
-    "a_future_key": {"x": [1]},
-}
+CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 7.0, "target_modules": list(TARGETS)}
+CONFIG |= {"a_future_key": {"x": [1]}}
 
 
 def pairs(ranks=(3,), seed=0):
@@ -51,9 +46,8 @@ def velocity(transformer):
     g = torch.Generator().manual_seed(0)
     x, embeds, pooled = (torch.randn(s, generator=g) for s in ((3, 4, 4, 4), (3, 24, 128), (3, 128)))
     with torch.no_grad():
-        return sd3.velocity(
-            transformer, x, torch.tensor([1.0, 0.6, 0.1]), {"embeds": embeds, "pooled": pooled}
-        )
+        text = {"embeds": embeds, "pooled": pooled}
+        return sd3.velocity(transformer, x, torch.tensor([1.0, 0.6, 0.1]), text)
 
 
 def under(transformer, name):

@@ -49,30 +49,16 @@ def save_detector(folder: Path, seen: str) -> Path:
     """A Mask2Former on Swin that takes every query for a `seen`, or for nothing at all."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    backbone = SwinConfig(
-        image_size=64,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+    stages = dict(
+        depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], out_features=[f"stage{n}" for n in (1, 2, 3, 4)]
     )
     torch.manual_seed(0)
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        hidden_dim=32,
-        feature_size=32,
-        mask_feature_size=32,
-        encoder_feedforward_dim=16,
-        dim_feedforward=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=6,
-        num_labels=len(CLASSES),
-        id2label=dict(enumerate(CLASSES)),
-        label2id={name: index for index, name in enumerate(CLASSES)},
-    )
+    widths = dict(hidden_dim=32, feature_size=32, mask_feature_size=32)
+    widths |= dict(encoder_feedforward_dim=16, dim_feedforward=16)
+    layers = dict(encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6)
+    names = dict(id2label=dict(enumerate(CLASSES)), label2id={name: n for n, name in enumerate(CLASSES)})
+    backbone = SwinConfig(image_size=64, embed_dim=8, window_size=4, **stages)
+    config = Mask2FormerConfig(backbone_config=backbone, **widths, **layers, **names)
     model = Mask2FormerForUniversalSegmentation(config)
     wanted = len(CLASSES)  # the label of nothing
     if seen:

@@ -1,22 +1,20 @@
-"""What is SD3's alone: its shift by hand, its encoders, its timestep, its shapes."""
+"""What is SD3's or Z-Image's alone: shifts by hand, encoders and texts, time and sign, shapes, adapters."""
 
 import math
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models import embeddings
 
-from opd.families import sd3
-from tests import tiny
+from opd import lora
+from opd.families import sd3, z_image
+from opd.formats import lora_files
+from tests import tiny, tiny_families
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a dot"]
-
-
-@pytest.fixture(scope="module")
-def with_t5(tmp_path_factory):
-    return tiny.make_pipeline_with_t5(tmp_path_factory.mktemp("t5") / "pipeline")
 
 
 def test_the_table_of_positions_is_read_and_not_computed(world, monkeypatch):
@@ -84,19 +82,6 @@ def test_the_timestep_stays_float32_under_a_bfloat16_model():
     assert seen["timestep"].item() == pytest.approx(901, abs=1e-3)
 
 
-@pytest.mark.parametrize("t5, tokens", [(True, 12 + 128), (False, 12)])
-def test_t5_adds_128_tokens_and_can_be_left_out(t5, tokens, with_t5):
-    encoders = sd3.load_text(with_t5, torch.float32, CPU, t5)
-    assert (encoders.text_encoder_3 is not None) == t5
-    text = sd3.collate(sd3.encode_prompts(encoders, PROMPTS, CPU))
-    shapes = {name: tensor.shape[1:] for name, tensor in text.items()}
-    assert shapes == sd3.text_shapes(with_t5, t5) and text["embeds"].shape == (3, tokens, 128)
-    if t5:
-        assert text["embeds"][:, 12:].any()
-    else:
-        assert not text["blank"].any()  # T5's part would be zeros
-
-
 def random_transformer(**changes):
     shape = dict(attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, pos_embed_max_size=4)
     text = dict(joint_attention_dim=6, pooled_projection_dim=5)
@@ -120,9 +105,8 @@ def test_a_blank_token_stands_for_the_zeros_that_diffusers_reads(changes):
     written_out = text | {"embeds": torch.cat([text["embeds"], zeros], dim=1)}
     x, sigma = torch.randn(2, 4, 4, 4, dtype=torch.float64), torch.tensor([0.3, 0.8])
     lengths = []
-    ours.transformer_blocks[0].ff_context.register_forward_pre_hook(
-        lambda module, inputs: lengths.append(inputs[0].shape[1])
-    )
+    first = ours.transformer_blocks[0].ff_context
+    first.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     v = sd3.velocity(ours, x, sigma, text | {"blank": zeros[:, :1]})
     expected = sd3.velocity(theirs, x, sigma, written_out)
     torch.testing.assert_close(v, expected, rtol=1e-7, atol=1e-9)
@@ -138,8 +122,48 @@ def test_a_blank_token_stands_for_the_zeros_that_diffusers_reads(changes):
     assert (sd3.velocity(theirs, x, sigma, once) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("size, shape", [((8, 8), (4, 4, 4)), ((4, 16), (4, 2, 8)), ((16, 8), (4, 8, 4))])
-def test_latent_shape(size, shape, world):
-    assert sd3.latent_shape(world / "pipeline", *size) == shape
-    assert sd3.image_tokens(world / "pipeline", shape) == (shape[1] // 2) * (shape[2] // 2)
-    assert sd3.pixels(world / "pipeline") == 2 and sd3.default_resolution(world / "pipeline") == 8
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_families.make_z_image(tmp_path_factory.mktemp("z_image") / "pipeline")
+
+
+def test_time_runs_to_the_data_in_float32_under_a_bfloat16_model():
+    """In bfloat16, 1 - 0.901 would become 0.098. A model that says x is asked for -x."""
+    seen = {}
+
+    def transformer(x, t, texts, return_dict):
+        seen.update(x=x, t=t, texts=texts)
+        return (x,)
+
+    x, texts = torch.arange(128.0).view(2, 4, 4, 4), [torch.ones(5, 32).bfloat16()] * 2
+    v = z_image.velocity(transformer, x, torch.tensor([0.901, 1.0]), texts)
+    assert [part.shape for part in seen["x"]] == [(4, 1, 4, 4)] * 2 and seen["texts"] is texts
+    assert seen["t"].dtype == torch.float32 and seen["t"].tolist() == pytest.approx([0.099, 0.0], abs=1e-6)
+    assert v.dtype == torch.bfloat16 and torch.equal(v.float(), -x)
+
+
+def test_a_text_is_as_long_as_its_prompt_in_the_chat_template(pipeline):
+    encoders = z_image.load_text(pipeline, torch.float32, CPU, True)
+    prompts = [*PROMPTS, z_image.NEGATIVE]
+    conditions = z_image.encode_prompts(encoders, prompts, CPU)
+    template = len("user\n" + "\n" + "assistant\n") + 3  # three marks are one token each
+    assert prompts == [*PROMPTS, ""]  # which the pipeline's own call would have changed
+    assert [len(c["embeds"]) for c in conditions] == [template + len(prompt) for prompt in prompts]
+    (alone,) = z_image.encode_prompts(encoders, [PROMPTS[2]], CPU)
+    torch.testing.assert_close(alone["embeds"], conditions[2]["embeds"], rtol=0, atol=1e-5)
+    without = z_image.load_text(pipeline, torch.float32, CPU, False)
+    assert torch.equal(z_image.encode_prompts(without, [PROMPTS[2]], CPU)[0]["embeds"], alone["embeds"])
+
+
+def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):
+    skeleton = z_image.skeleton(pipeline)
+    fresh = lora.fresh_lora(skeleton, z_image.LORA_TARGETS, rank=2, alpha=4.0, seed=0)
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+    assert fresh.A.keys() == {f"layers.{i}.attention.{name}" for i in (0, 1) for name in projections}
+    wide = lora.fresh_lora(skeleton, ("attention.to_q",), rank=2, alpha=4.0, seed=0)
+    assert any(fnmatch(name, "noise_refiner.*") for name in wide.A)
+    for adapter in (fresh, wide):
+        lora_files.check_fits(adapter, skeleton, z_image.LORA_TARGETS)
+    del fresh.A["layers.1.attention.to_v"]
+    with pytest.raises(ValueError, match=r"lacks 1 of these layers: \['layers.1.attention.to_v'\]"):
+        lora_files.check_fits(fresh, skeleton, z_image.LORA_TARGETS)
