@@ -15,11 +15,9 @@ Specialists by supervised fine-tuning instead: torchrun train.py mini-sft-$t. Na
 their data alone: data runs/mini-data $P text.
 """
 
-import json
 import shutil
 import sys
 from collections import Counter
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from opd.families import sd3
 from opd.files import digest, replace, write_safetensors
+from opd.formats.latents import write_samples
 from opd.mini import drawing, world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -217,9 +216,7 @@ def build_data(folder: Path, pipeline: Path, names: list[str]) -> None:
 def write_data(folder: Path, vae: AutoencoderKL, images_u8: torch.Tensor, captions: list[str]) -> None:
     """Latents and captions, as stage sft reads them."""
     latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images_u8.split(256)])
-    write_safetensors(folder / "latents.safetensors", {"latents": latents})
-    lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
-    replace(folder / "metadata.jsonl", partial(Path.write_text, data=lines))
+    write_samples(folder, latents, [{"prompt": caption} for caption in captions])
     print(f"{folder}: {len(captions)} latents, std {latents.float().std():.3f}", flush=True)
 
 
