@@ -141,12 +141,15 @@ class RecordFolder:
         """Lines of this rank's part, on disk when this returns."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.part, "a") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            file.write(lines_of(records))
+
+
+def lines_of(records: list[Record]) -> str:
+    return "".join(json.dumps(asdict(record)) + "\n" for record in records)
 
 
 def write_lines(file: Path, records: list[Record]) -> None:
-    lines = [json.dumps(asdict(record)) + "\n" for record in records]
-    replace_file(file, lambda path: path.write_text("".join(lines)))
+    replace_file(file, lambda path: path.write_text(lines_of(records)))
 
 
 def read_lines(file: Path, cut: bool = False) -> dict[str, Record]:

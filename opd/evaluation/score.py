@@ -73,10 +73,10 @@ def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
     known = folder.merge()
     filled = []
     for batch in batches:
-        found = [known[record.file] for record in batch.records if record.file in known]
-        for record in batch.records:
-            if record.file in known:
-                check_same(known[record.file], record, folder)
+        wanted = [record for record in batch.records if record.file in known]
+        found = [known[record.file] for record in wanted]
+        for pair in zip(found, wanted, strict=True):
+            check_same(*pair, folder)
         if len(found) == len(batch.records) and folder.has_pictures(found):
             batch = Batch(found, None)
         filled.append(batch)
@@ -127,23 +127,18 @@ def dealt(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 
 def pictures(batch: Batch, model: Model | None, folder: RecordFolder | None) -> Tensor:
-    """(B, 3, H, W), made and kept in the folder, or read from there."""
+    """(B, 3, H, W), rounded as a PNG rounds them: made and kept in the folder, or read from there
+    (collectives where the model is sharded)."""
     if batch.row is None:
         return folder.pictures(batch.records)
-    images_BCHW = made(batch.records, batch.row, model)
+    adapter = batch.row.adapter
+    if adapter in model.teachers:  # it has a transformer of its own
+        model, adapter = model.teachers[adapter], BASE
+    prompts, index = [[getattr(record, name) for record in batch.records] for name in ("prompt", "index")]
+    images_BCHW = in_8_bits(model.images(adapter, prompts, index, batch.row.sampling))
     if folder is not None:
         folder.keep(batch.records, images_BCHW)
     return images_BCHW
-
-
-def made(records: list[Record], row: Row, model: Model) -> Tensor:
-    """The pictures (B, 3, H, W), rounded as a PNG rounds them (collectives where the model is sharded)."""
-    adapter = row.adapter
-    if adapter in model.teachers:  # it has a transformer of its own
-        model, adapter = model.teachers[adapter], BASE
-    prompts = [record.prompt for record in records]
-    images_BCHW = model.images(adapter, prompts, [record.index for record in records], row.sampling)
-    return in_8_bits(images_BCHW)
 
 
 # A batch whose scores are under way: its records, and each scorer with the positions that it was asked about
@@ -240,6 +235,4 @@ def find_scorers(rewards: dict[str, str]) -> dict[str, list[Reward]]:
 def mean_score(records: list[Record], scorer: str) -> float:
     """Over the pictures that have one; NaN if none has."""
     values = [record.scores[scorer] for record in records if not record.lacks(scorer)]
-    if not values:
-        return math.nan
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

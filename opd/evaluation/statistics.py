@@ -72,9 +72,8 @@ def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> l
 
 
 def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str) -> Cell:
-    scored = [record for record in group if record.scores[scorer] is not None]
-    values = [record.scores[scorer] for record in scored]
-    prompts = [record.prompt for record in scored]
+    scored = [(record.scores[scorer], record.prompt) for record in group if not record.lacks(scorer)]
+    values, prompts = [value for value, _ in scored], [prompt for _, prompt in scored]
     counts = len(scored), len(group) - len(scored), len(set(prompts))
     return Cell(*place, scorer, tag, *counts, *clustered(values, prompts))
 
@@ -167,8 +166,5 @@ def pixels_of(thumbnail: str) -> np.ndarray:
 
 def headline(cells: list[Cell], row: str, split: str, first: dict[str, str]) -> dict[str, Cell]:
     """Task -> the cell of its first scorer (`first`: task -> spec) over all pictures."""
-    found = {}
-    for entry in cells:
-        if (entry.row, entry.split, entry.tag) == (row, split, ALL) and first[entry.task] == entry.scorer:
-            found[entry.task] = entry
-    return found
+    own = [cell for cell in cells if (cell.row, cell.split, cell.tag) == (row, split, ALL)]
+    return {cell.task: cell for cell in own if cell.scorer == first[cell.task]}
