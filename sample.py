@@ -208,13 +208,12 @@ def repeat(args: Arguments) -> None:
     same bits."""
     with reading(f"--again {args.again!r}"):
         settings = read_settings(args.again)
-        adapter, index, place = settings.pop("adapter"), settings.pop("index"), settings.pop("place")
+        adapter, index, place = (settings.pop(name) for name in ("adapter", "index", "place"))
         used = trusted(args, settings)
         possible = 0 <= operator.index(place) < used.batch and 0 <= operator.index(index) < 2**31
         if not possible or len(used.prompts) != 1 or adapter not in (lora.BASE, *used.adapters):
-            raise ValueError(
-                f"no image of {used.prompts} by {adapter!r} is number {place} and {index} in all"
-            )
+            numbers = f"number {place} and {index} in all"
+            raise ValueError(f"no image of {used.prompts} by {adapter!r} is {numbers}")
     model = load(used, list(used.prompts))
     images = make(used, model, adapter, list(used.prompts) * used.batch, [index] * used.batch)
     print(write(used, images[place], adapter, index, place))

@@ -54,7 +54,7 @@ def load_images(source: str, model) -> Images:
 
 
 def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
-    """Captions and rows of metadata.jsonl."""
+    """Captions, the first text under one of CAPTION_KEYS, and rows of metadata.jsonl."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         wanted = 'one line {"file_name", "prompt"} per image, or {"prompt"} per latent of latents.safetensors'
@@ -62,17 +62,15 @@ def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
     lines = list(read_jsonl(file))
     if not lines:
         raise ValueError(f"{file} is empty")
-    captions = [caption_of(row, f"{file}:{number}") for number, row in lines]
+    captions = []
+    for number, row in lines:
+        texts = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
+        if not texts:
+            wanted = f"expected a text under one of {', '.join(CAPTION_KEYS)}"
+            raise ValueError(f"{file}:{number}: no caption; {wanted}")
+        require_prompt(texts[0], f"{file}:{number}")
+        captions.append(texts[0])
     return captions, [row for _, row in lines]
-
-
-def caption_of(row: dict, where: str) -> str:
-    """The first text under one of CAPTION_KEYS."""
-    for key in CAPTION_KEYS:
-        if isinstance(row.get(key), str):
-            require_prompt(row[key], where)
-            return row[key]
-    raise ValueError(f"{where}: no caption; expected a text under one of {', '.join(CAPTION_KEYS)}")
 
 
 def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
@@ -93,26 +91,23 @@ def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
 
 
 def find_files(folder: Path, rows: list[dict]) -> list[Path]:
-    """The image of every row."""
+    """The image of every row. ValueError for one that is no path below `folder`: whoever made the data would
+    choose which of the user's files are read."""
     for number, row in enumerate(rows, 1):
         line = f"{folder}/metadata.jsonl: line {number}"
         if "file_name" not in row:
             raise ValueError(f'{line} has no "file_name", and there is no latents.safetensors')
-        require_inside(folder, row["file_name"], line)
+        name = row["file_name"]
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            way_out = "keep the images inside it"
+            raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; {way_out}')
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         named = f"{folder}/metadata.jsonl names {len(missing)} images"
         raise FileNotFoundError(f"{named} that do not exist, first: {missing[0]!r}")
     return [folder / row["file_name"] for row in rows]
-
-
-def require_inside(folder: Path, name, line: str) -> None:
-    """ValueError for a file_name that is no path below `folder`: whoever made the data would choose which of
-    the user's files are read."""
-    if not isinstance(name, str) or "\0" in name:
-        raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; keep the images inside it')
 
 
 def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
