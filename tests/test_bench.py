@@ -92,7 +92,7 @@ def assert_predicted(numbers):
 
 def test_queries_guidance_and_checkpointing(tmp_path, alone):
     """2 of 4 states are trained on; a guided sample of the student is two rows, in bfloat16 half as large."""
-    flags = "--states 4 --queries 2 --guidance 3 --teachers 2 --dtype bfloat16 --checkpointing --updates 2"
+    flags = "--steps 4 --queries 2 --guidance 3 --teachers 2 --dtype bfloat16 --checkpointing --updates 2"
     assert bench.main([*flags.split(), "--json", str(tmp_path / "b.json")]) == 0
     numbers = json.loads((tmp_path / "b.json").read_text())["structures"]["ours"]
     rows = {name: passes["rows"] for name, passes in numbers["passes"].items()}
@@ -213,7 +213,7 @@ def test_sizes_are_those_of_the_models():
     [
         ("huge", "size 'huge' is unknown; choose from tiny, mini, sd35-medium, or gpu"),
         ("--teachers 0", "--teachers is 0"),
-        ("--states 2 --queries 3", "--queries 3 exceeds the 2 states"),
+        ("--steps 2 --queries 3", "--queries 3 exceeds the 2 states"),
         ("--pixels 60", "resolution 60 does not fit this model: use a multiple of 16 up to 256"),
         ("--updates 1", "--updates is 1"),
     ],
