@@ -22,14 +22,14 @@ from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds
 from opd.data import Prompt, load_tasks
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
-from opd.evaluation.score import Batch, Row, Scorers, find_scorers, planned, score, with_known
+from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
 from opd.evaluation.statistics import summarise
 from opd.files import check_folder, digest, write_json
 from opd.formats.export import guidance_of
 from opd.formats.lora_files import find_adapter
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
-from opd.rewards import specs_of
+from opd.rewards import find_reward, specs_of
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,15 @@ def rows_of(args: Arguments) -> dict[str, Row]:
 
 def scorers_of(args: Arguments, prompts: list[Prompt]) -> Scorers:
     """Every task's own scorers, then those of --scorers. ValueError for a prompt that one cannot score."""
-    wanted = {}
+    found = {}
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         own = specs_of(args.rewards[task]) if task in args.rewards else []
         specs = dict.fromkeys([*own, *args.scorers])
         if not specs:
             fix = f"add --rewards {task}=module:function or --scorers"
             raise ValueError(f"task {task!r} has no scorer; {fix}")
-        wanted[task] = ",".join(specs)
-    scorers = Scorers(find_scorers(wanted), args.reward_timeout, strict=True)
+        found[task] = [find_reward(spec) for spec in specs]
+    scorers = Scorers(found, args.reward_timeout, strict=True)
     scorers.check_metadata(prompts)
     return scorers
 

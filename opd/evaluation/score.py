@@ -16,7 +16,7 @@ from opd.data import Prompt, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.lora import BASE
 from opd.model import Model, Sampling
-from opd.rewards import Reward, find_reward, specs_of
+from opd.rewards import Reward
 from opd.rewards.scoring import Scoring
 
 Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
@@ -35,8 +35,7 @@ class Batch:
     """Pictures of one row, split and task, which are made and scored together."""
 
     records: list[Record]
-    row: Row | None
-    """What makes them; None: they lie in the folder of records."""
+    row: Row | None  # what makes them; None: they lie in the folder of records
 
 
 # ---- what is to be made --------------------------------------------------------------------------
@@ -223,13 +222,6 @@ class Scorers:
 
     def each(self) -> list[Reward]:
         return [scorer for own in self.of_task.values() for scorer in own]
-
-
-def find_scorers(rewards: dict[str, str]) -> dict[str, list[Reward]]:
-    """Task -> its scorers, each found once. ValueError naming one that cannot be."""
-    specs = dict.fromkeys(spec for text in rewards.values() for spec in specs_of(text))
-    found = {spec: find_reward(spec) for spec in specs}
-    return {task: [found[spec] for spec in specs_of(text)] for task, text in rewards.items()}
 
 
 def mean_score(records: list[Record], scorer: str) -> float:

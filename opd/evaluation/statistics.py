@@ -26,19 +26,14 @@ class Cell:
     row: str
     split: str
     task: str
-    scorer: str
-    """The scorer's spec, or one of MEASURES."""
+    scorer: str  # the scorer's spec, or one of MEASURES
     tag: str
     """"" for all pictures of the task, one of their tags, or `mean of tags`: every tag weighs the same."""
-    n: int
-    """Pictures with a score; of MEASURES: pairs."""
-    missing: int
-    """Pictures that got no score: they enter no mean."""
+    n: int  # pictures with a score; of MEASURES: pairs
+    missing: int  # pictures that got no score: they enter no mean
     prompts: int
-    mean: float
-    """Raw; NaN if no picture has a score."""
-    error: float
-    """Standard error of the mean, clustered by prompt; NaN for fewer than two prompts."""
+    mean: float  # raw; NaN if no picture has a score
+    error: float  # standard error of the mean, clustered by prompt; NaN for fewer than two prompts
 
 
 def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:

@@ -1,5 +1,4 @@
-"""Latents with captions, the data of stage sft: read from images or from latents.safetensors, and written by
-`sample.py --save latents`, which keeps what each task's teacher makes of that task's prompts."""
+"""Latents with captions, the data of stage sft: read from images or from latents.safetensors, and written."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.data import Prompt, fair_sample, read_jsonl, require_prompt, seed_of
+from opd.data import read_jsonl, require_prompt, seed_of
 from opd.files import replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
 
@@ -21,11 +20,9 @@ CAPTION_KEYS = ("prompt", "text", "caption")
 
 @dataclass
 class Images:
-    latents: Tensor
-    """(N, C, H, W), scaled as the transformer sees them."""
+    latents: Tensor  # (N, C, H, W), scaled as the transformer sees them
     captions: list[str]
-    log_shift: float
-    """Mean of logit(sigma) in training: log of the family's shift."""
+    log_shift: float  # mean of logit(sigma) in training: log of the family's shift
 
     def of_step(self, count: int, seed: int, step: int) -> list[int]:
         """Which `count` images step `step` trains on: endless shuffled epochs, a pure function."""
@@ -124,35 +121,7 @@ def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
     return torch.cat(latents)
 
 
-# ---- sampling and keeping --------------------------------------------------------------------------
-
-
-def check_samples(args) -> None:
-    """What sample.py is asked for with --save latents; ValueError naming flag and value."""
-    if not args.tasks:
-        raise ValueError("--tasks is empty: give at least one TASK=FILE pair")
-    for task in args.tasks:
-        if task not in ("base", *args.adapters):
-            raise ValueError(f"task {task!r} has no adapter of its name; add --adapters {task}=ADAPTER")
-    for name in ("metadata.jsonl", "latents.safetensors"):
-        if (Path(args.out) / name).exists():
-            raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
-
-
-def save_samples(args, model, pools: dict[str, list[Prompt]], samplings: dict) -> None:
-    """Sample `args.count` times per task, the adapter of its name as `samplings` says, and write that in
-    float16: half the size of float32 and finer than bfloat16."""
-    latents, rows = [], []
-    for task, pool in pools.items():
-        cases = fair_sample(pool, args.count)
-        for start in range(0, len(cases), args.batch):
-            index, prompts = zip(*cases[start : start + args.batch], strict=True)
-            texts = [prompt.text for prompt in prompts]
-            latents += model.latents(task, texts, list(index), samplings[task]).cpu().half()
-            rows += [{"prompt": text, "task": task} for text in texts]
-        print(f"{task}: {len(cases)} samples")
-    write_samples(Path(args.out), torch.stack(latents), rows)
-    print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
+# ---- writing ---------------------------------------------------------------------------------------
 
 
 def write_samples(folder: Path, latents: Tensor, rows: list[dict]) -> None:
