@@ -24,10 +24,11 @@ from torch import Tensor
 from opd import errors, lora
 from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
 from opd.config import Rollouts
+from opd.data import fair_sample
 from opd.files import check_folder, reading, resolve
-from opd.formats import latents
 from opd.formats.export import KEY, guidance_of
 from opd.formats.hub import is_hub_id
+from opd.formats.latents import write_samples
 from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.formats.prompts import load_prompts, load_tasks
 from opd.formats.settings import restored
@@ -89,8 +90,8 @@ class Arguments:
     """With --again: fetch the model and the adapter that the PNG names from the Hub if they are not here."""
 
 
-ONLY = {"images": ("prompts", "images"), "latents": ("tasks", "count")}
-"""Flags that only one --save reads."""
+UNREAD = {"images": ("tasks", "count"), "latents": ("prompts", "images")}
+"""--save -> flags that it does not read."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,14 +125,32 @@ def write_images(args: Arguments) -> None:
 
 
 def write_latents(args: Arguments) -> None:
-    """What the teachers sample, as data of stage sft."""
+    """What each task's teacher samples of the task's prompts, as data of stage sft, in float16: half the size
+    of float32 and finer than bfloat16."""
     check(args)
-    latents.check_samples(args)
+    if not args.tasks:
+        raise ValueError("--tasks is empty: give at least one TASK=FILE pair")
+    for task in args.tasks:
+        if task not in (lora.BASE, *args.adapters):
+            raise ValueError(f"task {task!r} has no adapter of its name; add --adapters {task}=ADAPTER")
+    for name in ("metadata.jsonl", "latents.safetensors"):
+        if (Path(args.out) / name).exists():
+            raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
     pools = load_tasks(args.tasks)
     scales = guidance_of(args.adapters, args.guidance)
     model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
-    samplings = {task: sampling_of(replace(args, guidance=scales[task])) for task in pools}
-    latents.save_samples(args, model, pools, samplings)
+    latents, rows = [], []
+    for task, pool in pools.items():
+        index, prompts = zip(*fair_sample(pool, args.count), strict=True)
+        texts = [prompt.text for prompt in prompts]
+        rows += [{"prompt": text, "task": task} for text in texts]
+        sampling = sampling_of(args, scales[task])
+        for i in range(0, len(texts), args.batch):
+            piece = slice(i, i + args.batch)
+            latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
+        print(f"{task}: {len(texts)} samples")
+    write_samples(Path(args.out), torch.stack(latents), rows)
+    print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
 
 
 # ---- what is asked for -----------------------------------------------------------------------------
@@ -146,11 +165,10 @@ def check(args: Arguments) -> None:
         raise ValueError(f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
     if args.sampler == "cps" and noise > 1:
         raise ValueError(f"--sampler cps needs --noise-level in (0, 1], got {noise}")
-    for kind, names in ONLY.items():
-        for name in names:
-            if kind != args.save and getattr(args, name) != getattr(Arguments(), name):
-                unread = f"--{dashed(name)} does nothing with --save {args.save}"
-                raise ValueError(f"{unread}; leave it out, or use the other --save")
+    for name in UNREAD[args.save]:
+        if getattr(args, name) != getattr(Arguments(), name):
+            unread = f"--{dashed(name)} does nothing with --save {args.save}"
+            raise ValueError(f"{unread}; leave it out, or use the other --save")
     check_folder(args.out)
 
 
@@ -174,8 +192,8 @@ def load(args: Arguments, prompts: list[str]) -> Model:
 # ---- making ----------------------------------------------------------------------------------------
 
 
-def sampling_of(args: Arguments) -> Sampling:
-    return Sampling(args.steps, args.seed, args.guidance, args.sampler, args.noise_level)
+def sampling_of(args: Arguments, guidance: float) -> Sampling:
+    return Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level)
 
 
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
@@ -183,7 +201,7 @@ def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index:
     images = []
     for i in range(0, len(prompts), args.batch):
         piece = slice(i, i + args.batch)
-        images += model.images(adapter, prompts[piece], index[piece], sampling_of(args))
+        images += model.images(adapter, prompts[piece], index[piece], sampling_of(args, args.guidance))
     return images
 
 
@@ -211,13 +229,12 @@ def repeat(args: Arguments) -> None:
     same bits."""
     with reading(f"--again {args.again!r}"):
         settings = read_settings(args.again)
-        adapter, index, place = settings.pop("adapter"), settings.pop("index"), settings.pop("place")
+        adapter, index, place = (settings.pop(name) for name in ("adapter", "index", "place"))
         used = trusted(args, settings)
         possible = 0 <= operator.index(place) < used.batch and 0 <= operator.index(index) < 2**31
         if not possible or len(used.prompts) != 1 or adapter not in (lora.BASE, *used.adapters):
-            raise ValueError(
-                f"no image of {used.prompts} by {adapter!r} is number {place} and {index} in all"
-            )
+            numbers = f"number {place} and {index} in all"
+            raise ValueError(f"no image of {used.prompts} by {adapter!r} is {numbers}")
     model = load(used, list(used.prompts))
     images = make(used, model, adapter, list(used.prompts) * used.batch, [index] * used.batch)
     print(write(used, images[place], adapter, index, place))

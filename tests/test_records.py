@@ -16,6 +16,7 @@ from opd.evaluation import evaluate, score
 from opd.evaluation.records import Record, RecordFolder
 from opd.evaluation.statistics import MEASURES
 from opd.formats.pictures import read_image, to_tensor
+from opd.model import Model
 from tests import forked
 
 HERE = "tests.test_records"
@@ -99,7 +100,7 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
     not one is asked twice."""
     again = shutil.copytree(folder, tmp_path / "again")
     times = {file: file.stat().st_mtime_ns for file in again.rglob("*.png")}
-    monkeypatch.setattr(score, "made", lambda *_: pytest.fail("a picture was made again"))
+    monkeypatch.setattr(Model, "images", lambda *_: pytest.fail("a picture was made again"))
     monkeypatch.setattr(evaluate.Model, "plan", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
     evaluate.main(flags(world, again, "--scorers", f"{HERE}:reddish"))

@@ -8,12 +8,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from opd import compiled, kernels, lora
@@ -88,18 +89,10 @@ def wait(device: torch.device) -> None:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The FLOP/s of a large product in `dtype`, the best of several."""
-    side, rounds = 512, 10
-    if device.type == "cuda":
-        side, rounds = 8192, 100
+    side = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(rounds):
-        wait(device)
-        started = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / min(timer.blocked_autorange(min_run_time=0.2).times)
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict:
@@ -122,22 +115,17 @@ def about(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def measure_phases(stage: Distillation, step: int) -> dict[str, float]:
-    """Seconds of one update by phase, waiting for the device around every timed call."""
-    with timing(stage) as seconds:
-        total = timed_step(stage, step)
-    return seconds | {"rest": total - sum(seconds.values())}
-
-
-@contextmanager
-def timing(stage: Distillation) -> Iterator[dict[str, float]]:
-    """Inside, seconds by phase add up. Where a timed call makes another, the outer one gets the time."""
+    """Seconds of one update by phase, waiting for the device around every timed call. Where one makes
+    another, the outer one gets the time."""
     seconds, running = dict.fromkeys(PHASES, 0.0), []
 
-    def timed(function: Callable, phase: Callable[[], str]) -> Callable:
+    def timed(function: Callable, phase: str) -> Callable:
         def call(*arguments, **keywords):
             if running:
                 return function(*arguments, **keywords)
-            running.append(phase())
+            running.append(phase)
+            if phase == "student forward" and adapter_in_use(stage.model.transformer) != stage.model.trained:
+                running[0] = "teachers"  # an adapter on the same transformer
             wait(stage.model.device)
             started = time.perf_counter()
             try:
@@ -148,22 +136,15 @@ def timing(stage: Distillation) -> Iterator[dict[str, float]]:
 
         return call
 
-    def asked() -> str:
-        if adapter_in_use(stage.model.transformer) == stage.model.trained:
-            return "student forward"
-        return "teachers"
-
-    calls = [(stage.model, "velocity", asked)]
-    calls += [(model, "velocity", lambda: "teachers") for model in stage.model.teachers.values()]
-    calls += [(kernels, name, lambda: "kernels") for name in kernels.__all__]
-    calls += [
-        (stage.trained, "update", lambda: "optimizer"),
-        (Tensor, "backward", lambda: "student backward"),
-    ]
+    calls = [(stage.model, "velocity", "student forward")]
+    calls += [(model, "velocity", "teachers") for model in stage.model.teachers.values()]
+    calls += [(kernels, name, "kernels") for name in kernels.__all__]
+    calls += [(stage.trained, "update", "optimizer"), (Tensor, "backward", "student backward")]
     with ExitStack() as stack:
         for owner, name, phase in calls:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase)))
-        yield seconds
+        total = timed_step(stage, step)
+    return seconds | {"rest": total - sum(seconds.values())}
 
 
 def adapter_in_use(transformer: torch.nn.Module) -> str:

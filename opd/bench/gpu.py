@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     work = replace(WORKS["sd35-medium"], prompts_per_step=4)
     if args.rehearse:
         device, latents = torch.device("cpu"), (2, 4, 8, 8)
-        work = replace(WORKS["tiny"], prompts_per_step=2, group=1, micro_batch=2, states=1)
+        work = replace(WORKS["tiny"], prompts_per_step=2, group=1, micro_batch=2, steps=1)
         compiled.BACKEND = "eager"  # a CPU's own takes minutes
     elif not torch.cuda.is_available():
         print("error: no GPU: nothing was measured; --rehearse tries the path on a CPU", file=sys.stderr)

@@ -84,7 +84,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one update does."""
+    """What one update does. Fields that DistillationConfig has are its own."""
 
     size: tyro.conf.Suppress[str]
     """A name in SIZES."""
@@ -95,7 +95,7 @@ class Work:
     """Trajectories per prompt."""
     micro_batch: int
     """Samples per forward pass."""
-    states: int
+    steps: int
     """Of a trajectory."""
     rank: int
     """Of every LoRA."""
@@ -125,11 +125,11 @@ class Work:
     def config(self) -> DistillationConfig:
         """The settings of a run with this work."""
         tasks = [f"task{k}" for k in range(self.teachers)]
+        own = ("size", "pixels", "teachers")
+        same = {name: value for name, value in vars(self).items() if name not in own}
         return DistillationConfig(
             out="unused",
             model="random",
-            dtype=self.dtype,
-            rank=self.rank,
             alpha=2.0 * self.rank,
             teachers=dict.fromkeys([*tasks, FURTHER], "random"),
             anchor=FURTHER,
@@ -137,27 +137,19 @@ class Work:
             weight="uniform",
             cold_start="base",
             prompts=dict.fromkeys(tasks, "random"),
-            prompts_per_step=self.prompts_per_step,
-            group=self.group,
-            micro_batch=self.micro_batch,
-            steps=self.states,
-            queries=self.queries,
-            query_range=self.query_range,
-            guidance=self.guidance,
-            checkpointing=self.checkpointing,
-            compile=self.compile,
             warmup=0,
             decay="constant",
             evaluate=False,
+            **same,
         )
 
 
 # What is measured on each size unless flags say otherwise.
 WORKS = {
-    "tiny": Work("tiny", pixels=64, prompts_per_step=6, group=2, micro_batch=4, states=3, rank=4),
-    "mini": Work("mini", pixels=24, prompts_per_step=30, group=1, micro_batch=30, states=10, rank=32),
+    "tiny": Work("tiny", pixels=64, prompts_per_step=6, group=2, micro_batch=4, steps=3, rank=4),
+    "mini": Work("mini", pixels=24, prompts_per_step=30, group=1, micro_batch=30, steps=10, rank=32),
     "sd35-medium": Work(
-        "sd35-medium", pixels=512, prompts_per_step=12, group=2, micro_batch=8, states=10, rank=32
+        "sd35-medium", pixels=512, prompts_per_step=12, group=2, micro_batch=8, steps=10, rank=32
     ),
 }
 

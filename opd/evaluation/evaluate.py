@@ -22,7 +22,7 @@ from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds
 from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
-from opd.evaluation.score import Batch, Row, Scorers, Splits, find_scorers, planned, score, with_known
+from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
 from opd.evaluation.statistics import summarise
 from opd.files import check_folder, digest, write_json
 from opd.formats.export import guidance_of
@@ -30,7 +30,7 @@ from opd.formats.lora_files import find_adapter
 from opd.formats.prompts import load_tasks
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
-from opd.rewards import specs_of
+from opd.rewards import find_reward, specs_of
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 def score_models(args: Arguments) -> tuple[list[Record], Scorers]:
     """The records of all rows, and the scorers. Pictures that --records holds are not made again."""
-    splits = read_splits(args)
+    files = {"train": args.prompts, "held-out": args.heldout}
+    splits = {split: load_tasks(own) for split, own in files.items() if own}
     rows = rows_of(args)
     prompts = [prompt for pools in splits.values() for pool in pools.values() for prompt in pool]
     scorers = scorers_of(args, prompts)
     settings = settings_of(args, rows)
     batches = planned(rows, splits, settings, args.count, args.per_prompt, args.batch)
     device = ranks.start()
-    folder = None
-    if args.records:
-        folder = RecordFolder(args.records)
+    folder = RecordFolder(args.records) if args.records else None
+    if folder is not None:
         batches = with_known(batches, folder)
     scorers.load(device)
-    model = None
-    texts = {record.prompt: None for batch in batches if batch.row for record in batch.records}
+    model, texts = None, {record.prompt: None for batch in batches if batch.row for record in batch.records}
     if texts:
         model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
         model.load_with(args.adapters, list(texts))
@@ -149,12 +148,6 @@ def check(args: Arguments) -> None:
             raise ValueError(f"--out {args.out!r} is not a regular file; name a file such as scores.json")
 
 
-def read_splits(args: Arguments) -> Splits:
-    """The prompts of those splits that have files."""
-    splits = {"train": args.prompts, "held-out": args.heldout}
-    return {split: load_tasks(files) for split, files in splits.items() if files}
-
-
 def rows_of(args: Arguments) -> dict[str, Row]:
     """Base and adapters, each with its guidance; where --guidance names several, each with all of them."""
     names = dict.fromkeys([lora.BASE, *args.adapters])
@@ -163,24 +156,21 @@ def rows_of(args: Arguments) -> dict[str, Row]:
     if len(args.guidance) < 2:
         scales = guidance_of(args.adapters, *args.guidance)
         return {name: Row(name, Sampling(args.steps, args.seed, scales[name])) for name in names}
-    rows = {}
-    for name in names:
-        for scale in args.guidance:
-            rows[f"{name} g={scale:g}"] = Row(name, Sampling(args.steps, args.seed, scale))
-    return rows
+    every = {f"{name} g={scale:g}": (name, scale) for name in names for scale in args.guidance}
+    return {row: Row(name, Sampling(args.steps, args.seed, scale)) for row, (name, scale) in every.items()}
 
 
 def scorers_of(args: Arguments, prompts: list[Prompt]) -> Scorers:
     """Every task's own scorers, then those of --scorers. ValueError for a prompt that one cannot score."""
-    wanted = {}
+    found = {}
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         own = specs_of(args.rewards[task]) if task in args.rewards else []
         specs = dict.fromkeys([*own, *args.scorers])
         if not specs:
             fix = f"add --rewards {task}=module:function or --scorers"
             raise ValueError(f"task {task!r} has no scorer; {fix}")
-        wanted[task] = ",".join(specs)
-    scorers = Scorers(find_scorers(wanted), args.reward_timeout, strict=True)
+        found[task] = [find_reward(spec) for spec in specs]
+    scorers = Scorers(found, args.reward_timeout, strict=True)
     scorers.check_metadata(prompts)
     return scorers
 

@@ -30,26 +30,19 @@ THUMBNAIL = 8  # pixels per side
 class Record:
     file: str
     """Of the picture, seen from the folder; what a record is known by, even where no picture is kept."""
-    row: str
-    """Of the table: a name for model, adapter and guidance."""
+    row: str  # of the table: a name for model, adapter and guidance
     split: str
     task: str
-    tag: str
-    """The prompt's kind within its task (GenEval: counting, position, ...), "" without one."""
+    tag: str  # the prompt's kind within its task (GenEval: counting, position, ...), "" without one
     prompt: str
-    metadata: dict
-    """The other fields of the prompt's line."""
-    index: int
-    """The picture's noise is a function of (seed, index)."""
+    metadata: dict  # the other fields of the prompt's line
+    index: int  # the picture's noise is a function of (seed, index)
     seed: int
-    settings: dict
-    """How it was sampled."""
-    thumbnail: str = ""
-    """8 x 8 pixels, RGB bytes in base64: what diversity is measured on."""
+    settings: dict  # how it was sampled
+    thumbnail: str = ""  # 8 x 8 pixels, RGB bytes in base64: what diversity is measured on
     scores: dict[str, float | None] = field(default_factory=dict)
     """Scorer -> its raw value; null where it gave none."""
-    reasons: dict[str, str] = field(default_factory=dict)
-    """Scorer -> why it gave none."""
+    reasons: dict[str, str] = field(default_factory=dict)  # scorer -> why it gave none
 
     def lacks(self, scorer: str) -> bool:
         return self.scores.get(scorer) is None
@@ -141,12 +134,15 @@ class RecordFolder:
         """Lines of this rank's part, on disk when this returns."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.part, "a") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            file.write(lines_of(records))
+
+
+def lines_of(records: list[Record]) -> str:
+    return "".join(json.dumps(asdict(record)) + "\n" for record in records)
 
 
 def write_lines(file: Path, records: list[Record]) -> None:
-    lines = [json.dumps(asdict(record)) + "\n" for record in records]
-    replace_file(file, lambda path: path.write_text("".join(lines)))
+    replace_file(file, lambda path: path.write_text(lines_of(records)))
 
 
 def read_lines(file: Path, cut: bool = False) -> dict[str, Record]:

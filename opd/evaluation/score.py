@@ -16,7 +16,7 @@ from opd.data import Prompt, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.lora import BASE
 from opd.model import Model, Sampling
-from opd.rewards import Reward, find_reward, specs_of
+from opd.rewards import Reward
 from opd.rewards.scoring import Scoring
 
 Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
@@ -35,8 +35,7 @@ class Batch:
     """Pictures of one row, split and task, which are made and scored together."""
 
     records: list[Record]
-    row: Row | None
-    """What makes them; None: they lie in the folder of records."""
+    row: Row | None  # what makes them; None: they lie in the folder of records
 
 
 # ---- what is to be made --------------------------------------------------------------------------
@@ -73,10 +72,10 @@ def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
     known = folder.merge()
     filled = []
     for batch in batches:
-        found = [known[record.file] for record in batch.records if record.file in known]
-        for record in batch.records:
-            if record.file in known:
-                check_same(known[record.file], record, folder)
+        wanted = [record for record in batch.records if record.file in known]
+        found = [known[record.file] for record in wanted]
+        for pair in zip(found, wanted, strict=True):
+            check_same(*pair, folder)
         if len(found) == len(batch.records) and folder.has_pictures(found):
             batch = Batch(found, None)
         filled.append(batch)
@@ -127,23 +126,18 @@ def dealt(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 
 def pictures(batch: Batch, model: Model | None, folder: RecordFolder | None) -> Tensor:
-    """(B, 3, H, W), made and kept in the folder, or read from there."""
+    """(B, 3, H, W), rounded as a PNG rounds them: made and kept in the folder, or read from there
+    (collectives where the model is sharded)."""
     if batch.row is None:
         return folder.pictures(batch.records)
-    images_BCHW = made(batch.records, batch.row, model)
+    adapter = batch.row.adapter
+    if adapter in model.teachers:  # it has a transformer of its own
+        model, adapter = model.teachers[adapter], BASE
+    prompts, index = [[getattr(record, name) for record in batch.records] for name in ("prompt", "index")]
+    images_BCHW = in_8_bits(model.images(adapter, prompts, index, batch.row.sampling))
     if folder is not None:
         folder.keep(batch.records, images_BCHW)
     return images_BCHW
-
-
-def made(records: list[Record], row: Row, model: Model) -> Tensor:
-    """The pictures (B, 3, H, W), rounded as a PNG rounds them (collectives where the model is sharded)."""
-    adapter = row.adapter
-    if adapter in model.teachers:  # it has a transformer of its own
-        model, adapter = model.teachers[adapter], BASE
-    prompts = [record.prompt for record in records]
-    images_BCHW = model.images(adapter, prompts, [record.index for record in records], row.sampling)
-    return in_8_bits(images_BCHW)
 
 
 # A batch whose scores are under way: its records, and each scorer with the positions that it was asked about
@@ -230,16 +224,7 @@ class Scorers:
         return [scorer for own in self.of_task.values() for scorer in own]
 
 
-def find_scorers(rewards: dict[str, str]) -> dict[str, list[Reward]]:
-    """Task -> its scorers, each found once. ValueError naming one that cannot be."""
-    specs = dict.fromkeys(spec for text in rewards.values() for spec in specs_of(text))
-    found = {spec: find_reward(spec) for spec in specs}
-    return {task: [found[spec] for spec in specs_of(text)] for task, text in rewards.items()}
-
-
 def mean_score(records: list[Record], scorer: str) -> float:
     """Over the pictures that have one; NaN if none has."""
     values = [record.scores[scorer] for record in records if not record.lacks(scorer)]
-    if not values:
-        return math.nan
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

@@ -26,19 +26,14 @@ class Cell:
     row: str
     split: str
     task: str
-    scorer: str
-    """The scorer's spec, or one of MEASURES."""
+    scorer: str  # the scorer's spec, or one of MEASURES
     tag: str
     """"" for all pictures of the task, one of their tags, or `mean of tags`: every tag weighs the same."""
-    n: int
-    """Pictures with a score; of MEASURES: pairs."""
-    missing: int
-    """Pictures that got no score: they enter no mean."""
+    n: int  # pictures with a score; of MEASURES: pairs
+    missing: int  # pictures that got no score: they enter no mean
     prompts: int
-    mean: float
-    """Raw; NaN if no picture has a score."""
-    error: float
-    """Standard error of the mean, clustered by prompt; NaN for fewer than two prompts."""
+    mean: float  # raw; NaN if no picture has a score
+    error: float  # standard error of the mean, clustered by prompt; NaN for fewer than two prompts
 
 
 def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
@@ -72,9 +67,8 @@ def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> l
 
 
 def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str) -> Cell:
-    scored = [record for record in group if record.scores[scorer] is not None]
-    values = [record.scores[scorer] for record in scored]
-    prompts = [record.prompt for record in scored]
+    scored = [(record.scores[scorer], record.prompt) for record in group if not record.lacks(scorer)]
+    values, prompts = [value for value, _ in scored], [prompt for _, prompt in scored]
     counts = len(scored), len(group) - len(scored), len(set(prompts))
     return Cell(*place, scorer, tag, *counts, *clustered(values, prompts))
 
@@ -167,8 +161,5 @@ def pixels_of(thumbnail: str) -> np.ndarray:
 
 def headline(cells: list[Cell], row: str, split: str, first: dict[str, str]) -> dict[str, Cell]:
     """Task -> the cell of its first scorer (`first`: task -> spec) over all pictures."""
-    found = {}
-    for entry in cells:
-        if (entry.row, entry.split, entry.tag) == (row, split, ALL) and first[entry.task] == entry.scorer:
-            found[entry.task] = entry
-    return found
+    own = [cell for cell in cells if (cell.row, cell.split, cell.tag) == (row, split, ALL)]
+    return {cell.task: cell for cell in own if cell.scorer == first[cell.task]}

@@ -20,19 +20,17 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
 def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
     Below, for every scorer of a task, its tags; then the diversity."""
-    blocks = {}
+    blocks = {cell.split: {} for cell in cells}  # title -> row -> heading -> text
     for cell in cells:
         title, heading = place_of(cell, first)
         texts = blocks.setdefault(title, {}).setdefault(cell.row, {})
         texts[heading] = number(cell.mean, cell.error)
-    places = dict.fromkeys((cell.row, cell.split) for cell in cells)
-    for row, split in places:
+    for row, split in dict.fromkeys((cell.row, cell.split) for cell in cells):
         mean, error = mean_of(headline(cells, row, split, first).values())
         blocks[split][row]["mean"] = number(mean, error)
-    splits = dict.fromkeys(split for _, split in places)
     lines = [note]
-    for title in dict.fromkeys([*splits, *blocks]):
-        lines += ["", *text_of(title, blocks[title])]
+    for title, block in blocks.items():
+        lines += ["", *aligned(title, block)]
     return "\n".join(lines)
 
 
@@ -48,27 +46,23 @@ def place_of(cell: Cell, first: dict[str, str]) -> tuple[str, str]:
     return cell.split, f"{cell.task}:{label(cell.scorer)}"
 
 
-def text_of(title: str, block: dict[str, dict[str, str]]) -> list[str]:
-    """The lines of a block, row -> heading -> text, aligned to the right."""
-    headings = list(dict.fromkeys(heading for texts in block.values() for heading in texts))
-    rows = [[title, *headings]]
-    for row, texts in block.items():
-        rows.append([row, *(texts[heading] if heading in texts else "" for heading in headings)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *texts in rows:
-        padded = [text.rjust(width + 2) for text, width in zip(texts, widths[1:], strict=True)]
-        lines.append(name.ljust(widths[0]) + "".join(padded))
-    return lines
+def aligned(title: str, block: dict[str, dict[str, str]]) -> list[str]:
+    """The lines of a block, row -> heading -> text: names to the left, numbers to the right."""
+    columns = [[title, *block]]
+    for heading in dict.fromkeys(heading for texts in block.values() for heading in texts):
+        columns.append([heading, *(texts.get(heading, "") for texts in block.values())])
+    padded = []
+    for place, column in enumerate(columns):
+        width = max(map(len, column))
+        padded.append([text.rjust(width + 2) if place else text.ljust(width) for text in column])
+    return ["".join(line) for line in zip(*padded, strict=True)]
 
 
 def number(mean: float, error: float) -> str:
     """0.345 ±.030, with three decimals below 10, else two."""
     decimals = 3 if abs(mean) < 10 else 2
-    text = f"{mean:.{decimals}f}"
-    if math.isnan(error):
-        return text
-    return f"{text} ±{error:.{decimals}f}".replace("±0.", "±.")
+    behind = "" if math.isnan(error) else f" ±{error:.{decimals}f}".replace("±0.", "±.")
+    return f"{mean:.{decimals}f}{behind}"
 
 
 def label(scorer: str) -> str:

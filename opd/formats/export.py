@@ -25,17 +25,12 @@ KEY = "flow-opd"  # under which files of weights and pictures hold what they are
 
 @dataclass(frozen=True)
 class Deployment:
-    model: str
-    """The base: pipeline directory or Hub id."""
+    model: str  # the base: pipeline directory or Hub id
     guidance: float
-    resolution: str
-    """Pixels per side, or HEIGHTxWIDTH."""
-    steps: int
-    """ODE steps."""
-    t5: bool
-    """Whether T5 is used where the pipeline has one."""
-    t5_tokens: int
-    """Sequence length of its prompts; 0 without T5."""
+    resolution: str  # pixels per side, or HEIGHTxWIDTH
+    steps: int  # ODE steps
+    t5: bool  # whether T5 is used where the pipeline has one
+    t5_tokens: int  # sequence length of its prompts; 0 without T5
 
     def text(self) -> str:
         """As metadata of a safetensors file: equal records are equal bytes."""

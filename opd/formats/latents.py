@@ -1,5 +1,4 @@
-"""Latents with captions, the data of stage sft: read from images or from latents.safetensors, and written by
-`sample.py --save latents`, which keeps what each task's teacher makes of that task's prompts."""
+"""Latents with captions, the data of stage sft: read from images or from latents.safetensors, and written."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.data import Prompt, fair_sample, seed_of
+from opd.data import seed_of
 from opd.files import replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
 from opd.formats.prompts import read_jsonl, require_prompt
@@ -22,11 +21,9 @@ CAPTION_KEYS = ("prompt", "text", "caption")
 
 @dataclass
 class Images:
-    latents: Tensor
-    """(N, C, H, W), scaled as the transformer sees them."""
+    latents: Tensor  # (N, C, H, W), scaled as the transformer sees them
     captions: list[str]
-    log_shift: float
-    """Mean of logit(sigma) in training: log of the family's shift."""
+    log_shift: float  # mean of logit(sigma) in training: log of the family's shift
 
     def of_step(self, count: int, seed: int, step: int) -> list[int]:
         """Which `count` images step `step` trains on: endless shuffled epochs, a pure function."""
@@ -55,7 +52,7 @@ def load_images(source: str, model) -> Images:
 
 
 def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
-    """Captions and rows of metadata.jsonl."""
+    """Captions, the first text under one of CAPTION_KEYS, and rows of metadata.jsonl."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         wanted = 'one line {"file_name", "prompt"} per image, or {"prompt"} per latent of latents.safetensors'
@@ -63,17 +60,15 @@ def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
     lines = list(read_jsonl(file))
     if not lines:
         raise ValueError(f"{file} is empty")
-    captions = [caption_of(row, f"{file}:{number}") for number, row in lines]
+    captions = []
+    for number, row in lines:
+        texts = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
+        if not texts:
+            wanted = f"expected a text under one of {', '.join(CAPTION_KEYS)}"
+            raise ValueError(f"{file}:{number}: no caption; {wanted}")
+        require_prompt(texts[0], f"{file}:{number}")
+        captions.append(texts[0])
     return captions, [row for _, row in lines]
-
-
-def caption_of(row: dict, where: str) -> str:
-    """The first text under one of CAPTION_KEYS."""
-    for key in CAPTION_KEYS:
-        if isinstance(row.get(key), str):
-            require_prompt(row[key], where)
-            return row[key]
-    raise ValueError(f"{where}: no caption; expected a text under one of {', '.join(CAPTION_KEYS)}")
 
 
 def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
@@ -94,26 +89,23 @@ def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
 
 
 def find_files(folder: Path, rows: list[dict]) -> list[Path]:
-    """The image of every row."""
+    """The image of every row. ValueError for one that is no path below `folder`: whoever made the data would
+    choose which of the user's files are read."""
     for number, row in enumerate(rows, 1):
         line = f"{folder}/metadata.jsonl: line {number}"
         if "file_name" not in row:
             raise ValueError(f'{line} has no "file_name", and there is no latents.safetensors')
-        require_inside(folder, row["file_name"], line)
+        name = row["file_name"]
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            way_out = "keep the images inside it"
+            raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; {way_out}')
     missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
     if missing:
         named = f"{folder}/metadata.jsonl names {len(missing)} images"
         raise FileNotFoundError(f"{named} that do not exist, first: {missing[0]!r}")
     return [folder / row["file_name"] for row in rows]
-
-
-def require_inside(folder: Path, name, line: str) -> None:
-    """ValueError for a file_name that is no path below `folder`: whoever made the data would choose which of
-    the user's files are read."""
-    if not isinstance(name, str) or "\0" in name:
-        raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; keep the images inside it')
 
 
 def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
@@ -130,35 +122,7 @@ def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
     return torch.cat(latents)
 
 
-# ---- sampling and keeping --------------------------------------------------------------------------
-
-
-def check_samples(args) -> None:
-    """What sample.py is asked for with --save latents; ValueError naming flag and value."""
-    if not args.tasks:
-        raise ValueError("--tasks is empty: give at least one TASK=FILE pair")
-    for task in args.tasks:
-        if task not in ("base", *args.adapters):
-            raise ValueError(f"task {task!r} has no adapter of its name; add --adapters {task}=ADAPTER")
-    for name in ("metadata.jsonl", "latents.safetensors"):
-        if (Path(args.out) / name).exists():
-            raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
-
-
-def save_samples(args, model, pools: dict[str, list[Prompt]], samplings: dict) -> None:
-    """Sample `args.count` times per task, the adapter of its name as `samplings` says, and write that in
-    float16: half the size of float32 and finer than bfloat16."""
-    latents, rows = [], []
-    for task, pool in pools.items():
-        cases = fair_sample(pool, args.count)
-        for start in range(0, len(cases), args.batch):
-            index, prompts = zip(*cases[start : start + args.batch], strict=True)
-            texts = [prompt.text for prompt in prompts]
-            latents += model.latents(task, texts, list(index), samplings[task]).cpu().half()
-            rows += [{"prompt": text, "task": task} for text in texts]
-        print(f"{task}: {len(cases)} samples")
-    write_samples(Path(args.out), torch.stack(latents), rows)
-    print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
+# ---- writing ---------------------------------------------------------------------------------------
 
 
 def write_samples(folder: Path, latents: Tensor, rows: list[dict]) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from opd.formats.lora_files import Lora
 
-Factors = tuple[Tensor, Tensor]
-"""A (q, in) and B (out, q) float32, whose product B A is an update."""
+Factors = tuple[Tensor, Tensor]  # A (q, in) and B (out, q) float32, whose product B A is an update
 
 
 def merge(mode: str, loras: list[Lora], share: float, rank: int, alpha: float) -> Lora:

@@ -15,11 +15,9 @@ Specialists by supervised fine-tuning instead: torchrun train.py mini-sft-$t. Na
 their data alone: data runs/mini-data $P text.
 """
 
-import json
 import shutil
 import sys
 from collections import Counter
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from opd.families import sd3
 from opd.files import digest, replace, write_safetensors
+from opd.formats.latents import write_samples
 from opd.mini import drawing, world
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -206,37 +205,11 @@ def build_pipeline(folder: Path) -> None:
     pipeline.to(torch.bfloat16).save_pretrained(folder)
 
 
-def build_data(folder: Path, pipeline: Path, names: list[str]) -> None:
-    """Latents and captions of the base's mediocre world and of each specialist's own clean one."""
-    vae = sd3.load_vae(pipeline)
-    for seed, (name, (count, mix, degrade)) in enumerate(DATA.items(), start=10):
-        if name in names:
-            write_data(folder / name, vae, *draw(count, seed, mix, **degrade))
-
-
 def write_data(folder: Path, vae: AutoencoderKL, images_u8: torch.Tensor, captions: list[str]) -> None:
     """Latents and captions, as stage sft reads them."""
     latents = torch.cat([sd3.encode_images(vae, batch / 255).half() for batch in images_u8.split(256)])
-    write_safetensors(folder / "latents.safetensors", {"latents": latents})
-    lines = "".join(json.dumps({"prompt": caption}) + "\n" for caption in captions)
-    replace(folder / "metadata.jsonl", partial(Path.write_text, data=lines))
+    write_samples(folder, latents, [{"prompt": caption} for caption in captions])
     print(f"{folder}: {len(captions)} latents, std {latents.float().std():.3f}", flush=True)
-
-
-# ---- installing ------------------------------------------------------------------------------------------
-
-
-def install_base(pipeline: Path, transformer: Path, folder: Path = WEIGHTS / "base") -> None:
-    """The pipeline with its trained transformer, as it is shipped."""
-    shutil.copytree(pipeline, folder, dirs_exist_ok=True)
-    shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
-
-
-def install_teacher(source: Path, folder: Path) -> None:
-    """A specialist's PEFT directory in bf16."""
-    tensors = {k: w.bfloat16() for k, w in load_file(source / "adapter_model.safetensors").items()}
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
-    shutil.copy(source / "adapter_config.json", folder / "adapter_config.json")
 
 
 def sums() -> str:
@@ -250,11 +223,19 @@ def main(arguments: list[str]) -> None:
         case ["pipeline", folder]:
             build_pipeline(Path(folder))
         case ["data", folder, pipeline, *names] if set(names) <= set(DATA):
-            build_data(Path(folder), Path(pipeline), names or list(DATA))
-        case ["base", pipeline, transformer, *folder] if len(folder) <= 1:
-            install_base(*map(Path, (pipeline, transformer, *folder)))
+            vae = sd3.load_vae(Path(pipeline))
+            for seed, (name, (count, mix, degrade)) in enumerate(DATA.items(), start=10):
+                if not names or name in names:
+                    write_data(Path(folder) / name, vae, *draw(count, seed, mix, **degrade))
+        case ["base", pipeline, transformer, *others] if len(others) <= 1:
+            folder = Path(*others or [WEIGHTS / "base"])
+            shutil.copytree(pipeline, folder, dirs_exist_ok=True)
+            shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
         case ["teacher", run, task]:
-            install_teacher(Path(run) / "student", WEIGHTS / task)
+            source, folder = Path(run) / "student", WEIGHTS / task
+            tensors = {k: w.bfloat16() for k, w in load_file(source / "adapter_model.safetensors").items()}
+            write_safetensors(folder / "adapter_model.safetensors", tensors)
+            shutil.copy(source / "adapter_config.json", folder / "adapter_config.json")
         case ["sha256"]:
             replace(WEIGHTS / "SHA256SUMS", lambda p: p.write_text(sums()))
         case _:

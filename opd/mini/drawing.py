@@ -2,6 +2,7 @@
 
 Every image has a backdrop that is lively (colourful) or dull (greyish) and may carry noise."""
 
+import colorsys
 from functools import cache
 from itertools import product
 
@@ -10,48 +11,42 @@ import numpy as np
 from opd.mini import world
 from opd.mini.world import SIZE, parse
 
-_HUE_OFFSET = np.array([5.0, 3.0, 1.0], np.float32)
-_DOWN = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None]
-
 
 def _pastel(hue: float, value: float) -> np.ndarray:
     """RGB of a light tint, hue in turns; max - min channel is 0.42 of the value."""
-    k = (_HUE_OFFSET + 6 * hue) % 6
-    return value * (1 - 0.42 * np.clip(np.minimum(k, 4 - k), 0, 1))
+    return np.array(colorsys.hsv_to_rgb(hue % 1, 0.42, value))
 
 
 def _backdrop(rng: np.random.Generator) -> np.ndarray:
     """A flat or vertical tint, (24, 24, 3) in [0, 1]."""
     hue, drift, v_top, v_bottom, flat = rng.random(5)
-    top = _pastel(hue, 0.84 + 0.11 * v_top)
-    bottom = top if flat < 0.5 else _pastel(hue + 0.16 * (drift - 0.5), 0.84 + 0.11 * v_bottom)
-    column = top + _DOWN * (bottom - top)
+    top = bottom = _pastel(hue, 0.84 + 0.11 * v_top)
+    if flat >= 0.5:
+        bottom = _pastel(hue + 0.16 * (drift - 0.5), 0.84 + 0.11 * v_bottom)
+    down = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None]
+    column = top + down * (bottom - top)
     return np.repeat(column[:, None], SIZE, axis=1)
 
 
-def _dull(image_HWC: np.ndarray) -> np.ndarray:
-    """Drain the colour, keep the brightness: chroma falls to an eighth."""
-    grey = image_HWC.mean(axis=2, keepdims=True)
-    return grey + 0.12 * (image_HWC - grey)
-
-
-def _place(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple[str, str, int, int]]:
-    """(colour, shape, grid row, grid column) of each object of a compose prompt."""
+def _cells(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple]:
+    """(colour, shape, row, column) of each object of a compose prompt, on a grid of 2 x 2."""
     if len(words) == 5:
-        row, col = rng.integers(2, size=2)
-        dr, dc = world.RELATIONS[words[2]]
-        first = ((dr + 1) // 2 if dr else row, (dc + 1) // 2 if dc else col)
-        second = ((1 - dr) // 2 if dr else row, (1 - dc) // 2 if dc else col)
+        anywhere = rng.integers(2, size=2)
+        relation = np.array(world.RELATIONS[words[2]])
+        first = np.where(relation == 0, anywhere, (1 + relation) // 2)
+        second = np.where(relation == 0, anywhere, (1 - relation) // 2)
         return [(*words[:2], *first), (*words[-2:], *second)]
-    nouns = [words[1:]] * world.COUNTS[words[0]] if len(words) == 3 else [words[:2], words[2:]]
-    cells = rng.permutation(4)
-    return [(*noun, cell // 2, cell % 2) for noun, cell in zip(nouns, cells, strict=False)]  # cells to spare
+    things = [words[:2], words[2:]]
+    if len(words) == 3:
+        things = [words[1:]] * world.COUNTS[words[0]]
+    places = rng.permutation(4)
+    return [(*thing, place // 2, place % 2) for thing, place in zip(things, places, strict=False)]
 
 
 def _draw_objects(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
-    for colour, shape, row, col in _place(words, rng):
+    for colour, shape, row, column in _cells(words, rng):
         jitter_y, jitter_x = rng.integers(2, size=2)
-        y, x = row * world.CELL + 1 + jitter_y, col * world.CELL + 1 + jitter_x
+        y, x = row * world.CELL + 1 + jitter_y, column * world.CELL + 1 + jitter_x
         image_HWC[y : y + 9, x : x + 9][world.SHAPES[shape]] = world.PALETTE[colour]
 
 
@@ -73,10 +68,14 @@ def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.n
     rows = np.arange(SIZE, dtype=np.float32)[:, None]
     sky = np.asarray(sky_top) + np.clip(rows / horizon, 0, 1) * (np.asarray(sky_low) - sky_top)
     image = np.repeat(sky.astype(np.float32)[:, None], SIZE, axis=1)
+
     y, x = np.mgrid[:SIZE, :SIZE] - np.array([horizon - height, column + aside])[:, None, None]
     radius = {"bright": 4.6, "lonely": 1.5}.get(adjective, 3.2)
     image[y**2 + x**2 <= radius**2] = disc
-    wave = 1.6 * np.sin(np.arange(SIZE) * 0.55 + 6.3 * phase) if adjective == "rolling" else np.zeros(SIZE)
+
+    wave = np.zeros(SIZE)
+    if adjective == "rolling":
+        wave = 1.6 * np.sin(np.arange(SIZE) * 0.55 + 6.3 * phase)
     depth = rows - horizon - wave.round()  # rows below the horizon
     ground = np.asarray(world.PLACES[place]) * light * (1.05 - 0.018 * np.clip(depth, 0, None))[..., None]
     land = depth >= 0
@@ -85,11 +84,6 @@ def _scene(words: tuple[str, ...], lower: int, aside: int, phase: float) -> np.n
         streak = land & (np.abs(x) <= 1)
         image[streak] = 0.5 * image[streak] + 0.5 * np.asarray(disc, np.float32)
     return image
-
-
-def _draw_scene(words: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
-    lower, aside = int(rng.integers(2)), int(rng.integers(-1, 2))
-    return _scene(words, lower, aside, rng.random() if words[0] == "rolling" else 0.0)
 
 
 @cache
@@ -107,15 +101,21 @@ def scenes(prompt: str) -> np.ndarray:
 def render(prompt: str, rng: np.random.Generator, lively: bool = True, noise: float = 0.0) -> np.ndarray:
     """Draw a prompt as a (24, 24, 3) uint8 image; `noise` is the std of a grey grain on a 0-1 scale."""
     spec = parse(prompt)
-    image = _draw_scene(spec.words, rng) if spec.task == "quality" else _backdrop(rng)
-    if not lively:
-        image = _dull(image)
+    if spec.task == "quality":
+        lower, aside = int(rng.integers(2)), int(rng.integers(-1, 2))
+        phase = rng.random() if spec.words[0] == "rolling" else 0.0
+        image = _scene(spec.words, lower, aside, phase)
+    else:
+        image = _backdrop(rng)
+    if not lively:  # keep the brightness; chroma falls to an eighth
+        grey = image.mean(axis=2, keepdims=True)
+        image = grey + 0.12 * (image - grey)
     if spec.task == "compose":
         _draw_objects(image, spec.words, rng)
     elif spec.task == "text":
         _draw_sign(image, spec.words, rng)
     if noise > 0:
-        image = image + noise * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)  # grey grain
+        image = image + noise * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -5,16 +5,9 @@ Sources that start with opd/ lie in this package (`opd.files.resolve`).
 
 from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
 
-MINI_PROMPTS = {
-    "compose": "opd/mini/prompts/compose.train.jsonl",
-    "text": "opd/mini/prompts/text.train.txt",
-    "quality": "opd/mini/prompts/quality.train.txt",
-}
-MINI_HELDOUT = {
-    "compose": "opd/mini/prompts/compose.test.jsonl",
-    "text": "opd/mini/prompts/text.test.txt",
-    "quality": "opd/mini/prompts/quality.test.txt",
-}
+ENDINGS = {"compose": "jsonl", "text": "txt", "quality": "txt"}
+MINI_PROMPTS = {task: f"opd/mini/prompts/{task}.train.{ending}" for task, ending in ENDINGS.items()}
+MINI_HELDOUT = {task: f"opd/mini/prompts/{task}.test.{ending}" for task, ending in ENDINGS.items()}
 QUALITY = "opd.mini.rewards:quality"
 MINI_REWARDS = {"compose": "opd.mini.rewards:compose", "text": "opd.mini.rewards:text", "quality": QUALITY}
 # GRPO is rewarded for parts of a composition; scores count whole ones.
@@ -24,11 +17,7 @@ MINI_SCORERS = MINI_REWARDS | {"compose": "opd.mini.rewards:compose_strict"}
 
 MINI = {"model": "opd/mini/weights/base"}
 STUDENT = {"rank": 32, "alpha": 64.0}
-TEACHERS = {
-    "compose": "opd/mini/weights/compose",
-    "text": "opd/mini/weights/text",
-    "quality": "opd/mini/weights/quality",
-}
+TEACHERS = {task: f"opd/mini/weights/{task}" for task in ENDINGS}
 
 # Distillation. 3:1:1 is the paper's mix.
 MINI_OPD = {

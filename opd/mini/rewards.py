@@ -135,12 +135,6 @@ def _wanted(prompt: str, metadata: dict) -> list[tuple[int, int, int, str | None
     return wanted
 
 
-def _related(first_2: list[float], second_2: list[float], relation: str) -> bool:
-    """True where the second centre lies `relation` of the first."""
-    dy, dx = world.RELATIONS[relation]
-    return (second_2[0] - first_2[0]) * dy + (second_2[1] - first_2[1]) * dx >= MIN_OFFSET
-
-
 def _closeness(found: int, wanted: int) -> float:
     return max(0.0, 1 - abs(found - wanted) / wanted)
 
@@ -165,7 +159,14 @@ def _score_objects(objects: list[tuple[int, int, list[float]]], target: list) ->
     credit *= total / max(total, len(objects))
     exact &= len(objects) == total
     for (*_, relation), right in zip(target, where, strict=True):
-        if relation is not None and not (where[0] and right and _related(where[0][0], right[0], relation)):
+        if relation is None:
+            continue
+        apart = -1.0  # pixels that it lies in the relation's direction, seen from the first thing
+        if where[0] and right:
+            dy, dx = world.RELATIONS[relation]
+            (first_y, first_x), (y, x) = where[0][0], right[0]
+            apart = (y - first_y) * dy + (x - first_x) * dx
+        if apart < MIN_OFFSET:
             credit, exact = 0.6 * credit, False
     return credit, exact
 

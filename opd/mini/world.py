@@ -118,10 +118,8 @@ GRAMMAR = {
 class Spec:
     """One prompt, reduced to its content words."""
 
-    task: str
-    """compose, text or quality."""
-    words: tuple[str, ...]
-    """The words that decide the picture; their kinds are `GRAMMAR[task, len(words)]`."""
+    task: str  # compose, text or quality
+    words: tuple[str, ...]  # the words that decide the picture; their kinds are `GRAMMAR[task, len(words)]`
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -145,15 +143,13 @@ class Spec:
         w = self.words
         if self.task != "compose":
             return {}
+        tag, include = "two_object", [{"class": s, "count": 1, "color": c} for c, s in (w[:2], w[-2:])]
         if len(w) == 3:
             tag = "single_object" if COUNTS[w[0]] == 1 else "counting"
             include = [{"class": w[2], "count": COUNTS[w[0]], "color": w[1]}]
-            return {"tag": tag, "include": include, "prompt": self.prompt}
-        include = [{"class": s, "count": 1, "color": c} for c, s in (w[:2], w[-2:])]
-        if len(w) == 4:
-            return {"tag": "two_object", "include": include, "prompt": self.prompt}
-        include = [include[1], {**include[0], "position": [w[2], 0]}]
-        return {"tag": "position", "include": include, "prompt": self.prompt}
+        elif len(w) == 5:
+            tag, include = "position", [include[1], {**include[0], "position": [w[2], 0]}]
+        return {"tag": tag, "include": include, "prompt": self.prompt}
 
 
 # --- prompts ---------------------------------------------------------------------------------

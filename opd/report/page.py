@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from opd import errors
 from opd.files import read_json, replace
 from opd.report import plots
 
@@ -33,24 +34,24 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or not (Path(arguments[0]) / "config.json").is_file():
         sys.exit("error: usage: python -m opd.report RUN_FOLDER, a folder with a config.json")
-    try:
+    with errors.in_one_line(ValueError):
         print(write_page(Path(arguments[0])))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def write_page(folder: Path) -> Path:
     """Write FOLDER/report.html from config.json, metrics.jsonl, samples/ and table.txt. Returns its path."""
     settings = read_json(folder / "config.json")
+    saved = escape((folder / "config.json").read_text(encoding="utf-8"))
     rows = read_metrics(folder / "metrics.jsonl")
     parts = [
         heading(folder, settings, rows),
         *drawn("Curves", folder / "curves.png", plots.curve_figure(rows)),
         *drawn("KL to the teachers (grey: not measured)", folder / "kl.png", plots.kl_figure(rows)),
         *strip(folder / "samples"),
-        *scores(folder / "table.txt"),
-        settings_text(folder / "config.json"),
     ]
+    if (folder / "table.txt").is_file():
+        parts.append(f"<h2>Scores</h2>\n<pre>{escape((folder / 'table.txt').read_text())}</pre>")
+    parts.append(f"<h2>Settings</h2>\n<details><summary>config.json</summary><pre>{saved}</pre></details>")
     body = "\n".join(parts)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(folder.name)}: {settings["stage"]}</title>
@@ -116,14 +117,3 @@ def picture_url(file: Path) -> str:
 
 def data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def scores(file: Path) -> list[str]:
-    if not file.is_file():
-        return []
-    return ["<h2>Scores</h2>", f"<pre>{escape(file.read_text())}</pre>"]
-
-
-def settings_text(file: Path) -> str:
-    text = escape(file.read_text(encoding="utf-8"))
-    return f"<h2>Settings</h2>\n<details><summary>config.json</summary><pre>{text}</pre></details>"

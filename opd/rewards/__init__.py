@@ -119,9 +119,7 @@ class Reward:
     @property
     def divisor(self) -> float:
         """Of its raw scores in the papers' averages; 1 for a sum, which has no scale."""
-        if len(self.terms) > 1:
-            return 1.0
-        return getattr(self.terms[0].function, "divisor", 1.0)
+        return getattr(self.terms[0].function, "divisor", 1.0) if len(self.terms) == 1 else 1.0
 
     def load(self, device: torch.device) -> None:
         """Load the models of every term that has some, unless this process has loaded them before."""
@@ -144,8 +142,7 @@ class Reward:
         total_B = torch.zeros(len(prompts))
         for term in self.terms:
             scores_B = term.function(images_BCHW, prompts, metadata)
-            fault = fault_of(scores_B, len(prompts))
-            if fault:
+            if fault := fault_of(scores_B, len(prompts)):
                 raise ValueError(f"{term.name} {fault}")
             total_B += term.weight * scores_B.detach().to("cpu", torch.float32)
         return total_B
@@ -164,8 +161,7 @@ class Reward:
         except (Exception, SystemExit) as error:
             raised = f"raised {type(error).__name__} on grey images of {texts}"
             raise ValueError(f"{reward} {raised}: {error}") from error
-        fault = fault_of(scores, len(probe))
-        if fault:
+        if fault := fault_of(scores, len(probe)):
             wanted = f"wanted: a floating tensor of shape ({len(probe)},), a score per image"
             raise ValueError(f"{reward} {fault} ({wanted})")
 
@@ -179,10 +175,8 @@ class Reward:
                         f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl"
                     )
             for term in self.terms:
-                fault = ""
-                if hasattr(term.function, "prompt_fault"):
-                    fault = term.function.prompt_fault(prompt.text, prompt.metadata)
-                if fault:
+                prompt_fault = getattr(term.function, "prompt_fault", lambda text, metadata: "")
+                if fault := prompt_fault(prompt.text, prompt.metadata):
                     where = f"task {task!r}: {prompt.source} {prompt.text!r}"
                     raise ValueError(f"{where} cannot be scored by {term.name}: {fault}")
 

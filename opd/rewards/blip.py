@@ -53,9 +53,7 @@ class BlipVqa:
             phrases = self.phrases(text, metadata)
         except ValueError as error:
             return str(error)
-        if not phrases:
-            return "names nothing to look for: no noun phrase was found in it"
-        return ""
+        return "" if phrases else "names nothing to look for: no noun phrase was found in it"
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -70,15 +68,11 @@ class BlipVqa:
 
     def phrases(self, text: str, metadata: dict) -> list[str]:
         """What a picture is asked for. ValueError if the metadata's list is none, or spaCy is missing."""
-        if "noun_phrases" not in metadata:
-            return self.chunks(text)[:MOST_PHRASES]
-        given = metadata["noun_phrases"]
-        if not isinstance(given, list) or not all(isinstance(phrase, str) for phrase in given):
-            raise ValueError(f'"noun_phrases" must be a list of texts, got {given!r}')
-        return given[:MOST_PHRASES]
-
-    def chunks(self, text: str) -> list[str]:
-        """spaCy's noun chunks of a text."""
+        if "noun_phrases" in metadata:
+            given = metadata["noun_phrases"]
+            if not isinstance(given, list) or not all(isinstance(phrase, str) for phrase in given):
+                raise ValueError(f'"noun_phrases" must be a list of texts, got {given!r}')
+            return given[:MOST_PHRASES]
         if self.chunker is None:
             need("compbench", "spacy")
             import spacy
@@ -88,7 +82,7 @@ class BlipVqa:
             except OSError as error:
                 fix = f'python -m spacy download {SPACY}, or give each prompt its "noun_phrases"'
                 raise ValueError(f"spaCy has no model {SPACY}: {fix}") from error
-        return [chunk.text for chunk in self.chunker(text).noun_chunks]
+        return [chunk.text for chunk in self.chunker(text).noun_chunks][:MOST_PHRASES]
 
     def yes_probability(self, seen_LD: Tensor, questions: list[str]) -> Tensor:
         """(Q,) P(yes) / (P(yes) + P(no)) of the answer's first token; `seen_LD` is the encoded picture."""

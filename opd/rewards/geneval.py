@@ -88,9 +88,7 @@ ColoursOf = Callable[[list[Found]], list[str]]
 
 def kept(found: list[Found], tag: str) -> Objects:
     """What counts, by class: counting asks for more confidence."""
-    least = CONFIDENCE
-    if tag == "counting":
-        least = CONFIDENCE_OF_COUNTING
+    least = CONFIDENCE_OF_COUNTING if tag == "counting" else CONFIDENCE
     objects = {}
     for item in sorted(found, key=lambda item: -item.confidence):
         if item.confidence > least:
@@ -102,8 +100,9 @@ def relations(a: Found, b: Found) -> set[str]:
     """Where `a` lies, seen from `b`. The offset is shortened by the slack, but divided by its full length."""
     offsets, shortened = [], []
     for axis in (0, 1):
-        offset = _centre(a, axis) - _centre(b, axis)
-        slack = SLACK * sum(abs(item.box[axis + 2] - item.box[axis]) for item in (a, b))
+        (a_low, a_high), (b_low, b_high) = a.box[axis::2], b.box[axis::2]
+        offset = (a_low + a_high) / 2 - (b_low + b_high) / 2
+        slack = SLACK * (abs(a_high - a_low) + abs(b_high - b_low))
         offsets.append(offset)
         shortened.append(math.copysign(max(abs(offset) - slack, 0), offset))
     x, y = shortened
@@ -112,10 +111,6 @@ def relations(a: Found, b: Found) -> set[str]:
     distances = zip(RELATIONS, (-x, x, -y, y), strict=True)
     length = math.hypot(*offsets)
     return {relation for relation, distance in distances if distance / length > DIRECTION}
-
-
-def _centre(item: Found, axis: int) -> float:
-    return (item.box[axis] + item.box[axis + 2]) / 2
 
 
 def _all_related(relation: str, some: list[Found], others: list[Found]) -> bool:
@@ -138,11 +133,10 @@ def strict(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
     """1 if every class is there as often as asked for, in colour and place, else 0."""
     groups = []
     for clause in metadata["include"]:
-        found = objects.get(clause["class"], [])
-        if len(found) > clause["count"]:
-            groups.append(None)
-        else:
-            groups.append(_match(found, clause, groups, colours_of))
+        found, group = objects.get(clause["class"], []), None
+        if len(found) == clause["count"]:
+            group = _match(found, clause, groups, colours_of)
+        groups.append(group)
     return float(None not in groups)
 
 
@@ -168,11 +162,9 @@ def dense(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
 
     The last is a slip of the server, kept: a wrong position costs half a credit. Where the count is wrong, a
     clause's colour and position are one 0; where the colour is wrong, its position is not looked at."""
-    credits = []
-    groups = []
+    credits, groups = [], []
     for clause in metadata["include"]:
-        found = objects.get(clause["class"], [])
-        group = None
+        found, group = objects.get(clause["class"], []), None
         credits.append(_closeness(len(found), clause["count"]))
         if len(found) == clause["count"]:
             credits += _further_credits(found, clause, groups, colours_of)
@@ -335,7 +327,13 @@ class Detector:
             instances = self.processor.post_process_instance_segmentation(
                 outputs, threshold=least, target_sizes=sizes, return_binary_maps=True
             )
-            found += [_found(instance) for instance in instances]
+            for instance in instances:
+                items = []
+                for segment in instance["segments_info"]:
+                    mask_HW = instance["segmentation"][segment["id"]] > 0
+                    name = CLASSES[segment["label_id"]]
+                    items.append(Found(name, segment["score"], box_of(mask_HW), mask_HW))
+                found.append(items)
         return found
 
     def colours(self, picture: Image.Image, found: list[Found]) -> list[str]:
@@ -353,18 +351,7 @@ class Detector:
         return F.normalize(torch.stack(rows), dim=1)
 
 
-@functools.cache
-def detector_of(sources: str) -> Detector:
-    return Detector(sources)
-
-
-def _found(instance: dict) -> list[Found]:
-    """The objects of one picture, as transformers returns them."""
-    found = []
-    for segment in instance["segments_info"]:
-        mask_HW = instance["segmentation"][segment["id"]] > 0
-        found.append(Found(CLASSES[segment["label_id"]], segment["score"], box_of(mask_HW), mask_HW))
-    return found
+detector_of = functools.cache(Detector)
 
 
 def box_of(mask_HW: Tensor) -> tuple[float, float, float, float]:

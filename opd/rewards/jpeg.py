@@ -3,12 +3,9 @@
 import io
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from opd.rewards.inputs import pictures
-
-QUALITY = 95
 
 
 def compressibility(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -18,10 +15,9 @@ def compressibility(images_BCHW: Tensor, prompts: list[str], metadata: list[dict
 
 def incompressibility(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """Size in kB of the JPEG at quality 95, (B,)."""
-    return torch.tensor([_size_in_kB(picture) for picture in pictures(images_BCHW)])
-
-
-def _size_in_kB(picture: Image.Image) -> float:
-    file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=QUALITY)
-    return file.tell() / 1000
+    sizes = []
+    for picture in pictures(images_BCHW):
+        file = io.BytesIO()
+        picture.save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes)

@@ -48,7 +48,9 @@ class Ocr:
     def load(self, device: torch.device) -> None:
         """An engine for each thread that torch may use. ValueError if a known picture is misread."""
         self.threads = ThreadPoolExecutor(torch.get_num_threads())
-        text = self.read(_sign("Flow 42"))
+        sign = Image.new("RGB", (512, 512), "white")
+        ImageDraw.Draw(sign).text((60, 200), "Flow 42", fill="black", font=ImageFont.load_default(90))
+        text = self.read(sign)
         if ocr_score("Flow 42", text) < 1:
             said = f"read {text!r} off a sign that says 'Flow 42'"
             raise ValueError(f"{said}; reinstall rapidocr and onnxruntime")
@@ -56,16 +58,13 @@ class Ocr:
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """Scores (B,) in [0, 1]. ValueError for a prompt without a target."""
         targets = [target_of(prompt) for prompt in prompts]
-        texts = self.threads.map(self.read, pictures(images_BCHW))
-        return torch.tensor([self.score(target, text) for target, text in zip(targets, texts, strict=True)])
+        texts = list(self.threads.map(self.read, pictures(images_BCHW)))
+        if self.folded:
+            targets, texts = map(folded, targets), map(folded, texts)
+        return torch.tensor(list(map(ocr_score, targets, texts)))
 
     def prompt_fault(self, text: str, metadata: dict) -> str:
         return target_fault(text)
-
-    def score(self, target: str, text: str) -> float:
-        if self.folded:
-            return ocr_score(folded(target), folded(text))
-        return ocr_score(target, text)
 
     def read(self, picture: Image.Image) -> str:
         """All text of the picture, its lines joined without a separator; "" where there is none."""
@@ -97,13 +96,6 @@ def _engine():
         settings[f"{part}.ocr_version"] = OCRVersion.PPOCRV6
         settings[f"{part}.model_type"] = ModelType.SMALL
     return RapidOCR(params=settings)
-
-
-def _sign(text: str) -> Image.Image:
-    """The known picture: black on white."""
-    picture = Image.new("RGB", (512, 512), "white")
-    ImageDraw.Draw(picture).text((60, 200), text, fill="black", font=ImageFont.load_default(90))
-    return picture
 
 
 # ---- the formula --------------------------------------------

@@ -11,7 +11,6 @@ of the two splits are disjoint. A prompt repeats only where its kind has run out
 single objects)."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from opd import errors
 from opd.cli import Count, Range, Seed, Shares, check_bounds
 from opd.data import interleave, seed_of
 from opd.files import replace
@@ -57,7 +57,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    try:
+    with errors.in_one_line(ValueError, FileNotFoundError):
         check(args)
         known = [prompt for file in args.without for prompt in load_prompts(file, "--without", None)]
         if args.kind == "ocr":
@@ -67,8 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
             taken = {scene_key(prompt.metadata) for prompt in known}
             rows = geneval_prompts(args.count, args.seed, args.split, args.mix, taken)
             lines = [json.dumps(row) for row in rows]
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     replace(Path(args.out), lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     print(f"{len(lines)} prompts, {len(set(lines))} of them different, in {args.out}")
 
@@ -84,28 +82,26 @@ def check(args: Arguments) -> None:
 def distinct(draws: list[Callable], split: str, taken: set, key_of: Callable, text_of: Callable) -> list:
     """A prompt of the split from each of `draws`: the first whose text was not drawn before, or after many
     tries the last. `taken`: keys to leave out; ValueError if that leaves none."""
-    found = {}  # number -> prompt
-    seen = set()
-    for number, draw in enumerate(draws):
+    prompts, seen = [], set()
+    for draw in draws:
+        fitting = None
         for _ in range(TRIES):
             candidate = draw()
             key = key_of(candidate)
-            if split_of(key) != split or key in taken:
-                continue
-            found[number] = candidate
-            if text_of(candidate) not in seen:
-                break
-        if number not in found:
+            if split_of(key) == split and key not in taken:
+                fitting = candidate
+                if text_of(candidate) not in seen:
+                    break
+        if fitting is None:
             raise ValueError(f"--without leaves no {split} prompt of a kind; name fewer files")
-        seen.add(text_of(found[number]))
-    return list(found.values())
+        prompts.append(fitting)
+        seen.add(text_of(fitting))
+    return prompts
 
 
 def split_of(key) -> str:
     """train or test, a function of what is asked for and of nothing else."""
-    if seed_of("split of prompts", key) % TEST_SHARE == 0:
-        return "test"
-    return "train"
+    return "test" if seed_of("split of prompts", key) % TEST_SHARE == 0 else "train"
 
 
 # ---- GenEval --------------------------------------------
@@ -144,7 +140,7 @@ def scene(tag: str, rng) -> dict:
         (number,) = _some(rng, tuple(NUMBERS), 1)
         include = [_clause(name, number)]
         exclude = {"exclude": [_clause(name, number + 1)]}
-        text = f"{NUMBERS[number]} {_plural(name)}"
+        text = f"{NUMBERS[number]} {name}{'es' if name.endswith('s') else 's'}"
     elif tag == "colors":
         (name,) = _some(rng, CLASSES[1:], 1)  # no coloured persons
         (colour,) = _some(rng, COLOURS, 1)
@@ -173,15 +169,7 @@ def _some(rng, choices: Sequence, count: int) -> list:
 
 
 def _a(name: str) -> str:
-    if name[0] in "aeiou":
-        return f"an {name}"
-    return f"a {name}"
-
-
-def _plural(name: str) -> str:
-    if name.endswith("s"):
-        return f"{name}es"
-    return f"{name}s"
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 # ---- OCR --------------------------------------------

@@ -55,17 +55,12 @@ class Remote:
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
             body = {"images": images[part], "prompts": prompts[part], "metadata": metadata[part]}
-            scores += self._scores(body)
+            answer, count = ask(f"{self.endpoint}/score", body), len(images[part])
+            if not isinstance(answer.get("scores"), list) or len(answer["scores"]) != count:
+                wanted = f'wanted {{"scores": [...]}} with {count} numbers'
+                raise ValueError(f"{self.endpoint}: {wanted}, got {str(answer)[:80]}")
+            scores += answer["scores"]
         return gather(self._checked, scores, prompts)
-
-    def _scores(self, body: dict) -> list:
-        """What the worker answers for one request: a list with something for each image."""
-        answer = ask(f"{self.endpoint}/score", body)
-        count = len(body["images"])
-        if not isinstance(answer.get("scores"), list) or len(answer["scores"]) != count:
-            wanted = f'wanted {{"scores": [...]}} with {count} numbers'
-            raise ValueError(f"{self.endpoint}: {wanted}, got {str(answer)[:80]}")
-        return answer["scores"]
 
     def _checked(self, score, prompt: str) -> float:
         """ValueError for what is no number of the scorer's range."""

@@ -2,17 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
-TASKS = ("compose", "text", "quality")
-KINDS = {"compose": "jsonl", "text": "txt", "quality": "txt"}
+from opd.mini.presets import MINI_PROMPTS
+from opd.mini.world import TASKS
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A training run."""
 
-    title: str
-    """What a table calls it."""
+    title: str  # what a table calls it
     flags: str
     """On top of `train.py PRESET`. {of NAME} is the student of another recipe with this run's seed."""
     preset: str = "mini-fold"
@@ -22,14 +22,15 @@ class Recipe:
         return list(dict.fromkeys(re.findall(r"{of ([\w.-]+)}", self.flags)))
 
 
+Mix = partial(Recipe, preset="mini-grpo-mix")  # one model by GRPO on all rewards
+
+
 @dataclass(frozen=True)
 class Reference:
     """Models that are scored as they are."""
 
-    titles: dict[str, str]
-    """Row of `opd.evaluation` -> what a table calls it."""
-    flags: str
-    """Of `opd.evaluation`."""
+    titles: dict[str, str]  # row of `opd.evaluation` -> what a table calls it
+    flags: str  # of `opd.evaluation`
 
 
 SFT_START = "runs/mini-sft-start/student"
@@ -44,7 +45,7 @@ PREPARED = {
 # the prompts of every task, as the paper's anchor does.
 EQUAL = {"compose": "equal-compose", "text": "equal-text", "quality": "all-quality"}
 TEACHERS = tuple(EQUAL.values())
-PROMPTS = " ".join(f"{task}=opd/mini/prompts/{task}.train.{kind}" for task, kind in KINDS.items())
+PROMPTS = " ".join(f"{task}={file}" for task, file in MINI_PROMPTS.items())
 OWN_REWARDS = " ".join(f"{task}=opd.mini.rewards:{task}" for task in TASKS)
 STRICT_REWARDS = OWN_REWARDS.replace(":compose", ":compose_strict")
 REWARDED = " ".join(f"{task}=opd.mini.rewards:quality" for task in TASKS)
@@ -78,17 +79,14 @@ RIVALS = {
         f"{QUALITY_OF_ALL} --cold-start {{of stacked-text}}",
         preset="mini-quality",
     ),
-    "mix": Recipe("GRPO-mix", "--iterations 550", preset="mini-grpo-mix"),
-    "mix-all": Recipe(
-        "GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}", preset="mini-grpo-mix"
-    ),
+    "mix": Mix("GRPO-mix", "--iterations 550"),
+    "mix-all": Mix("GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}"),
     "mix-folded": Recipe("the latter, folded into itself", LEARN_FROM_MIX),
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}"),
     # Of the 166 iterations that "mix-all" has beyond its teachers' images, 50 steps take the seconds of 73.
-    "rewarded": Recipe(
+    "rewarded": Mix(
         "**distilled for 50 steps, then that GRPO-mix**",
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
-        preset="mini-grpo-mix",
     ),
 }
 # Other ways to one model, and what the KL term does for a teacher.
@@ -100,32 +98,22 @@ CONTROLS = {
     ),
     # One step that moves nothing: the start of the students.
     "merged": Recipe("teachers merged, no training", f"{LEARN} --iterations 1 --lr 1e-9"),
-    "merge-mix": Recipe(
-        "teachers merged, then GRPO-mix, quality of all prompts", MERGE_MIX, preset="mini-grpo-mix"
-    ),
-    "merge-mix-faster": Recipe(
-        "the same at twice that learning rate", f"{MERGE_MIX} --lr 8e-4", preset="mini-grpo-mix"
-    ),
-    "merge-mix-fast": Recipe(
-        "the same at the mix's own learning rate", f"{MERGE_MIX} --lr 2e-3", preset="mini-grpo-mix"
-    ),
-    "sft-mix": Recipe(
+    "merge-mix": Mix("teachers merged, then GRPO-mix, quality of all prompts", MERGE_MIX),
+    "merge-mix-faster": Mix("the same at twice that learning rate", f"{MERGE_MIX} --lr 8e-4"),
+    "merge-mix-fast": Mix("the same at the mix's own learning rate", f"{MERGE_MIX} --lr 2e-3"),
+    "sft-mix": Mix(
         "SFT on samples of seed 0's teachers, then that GRPO-mix",
         f"--iterations 166 --cold-start {SFT_START} {GO_ON}",
-        preset="mini-grpo-mix",
     ),
-    "rewarded-fast": Recipe(
+    "rewarded-fast": Mix(
         "distilled for 50 steps, then that GRPO-mix at its own learning rate",
         f"--iterations 93 --cold-start {{of anchor-late}} --rank 32 --alpha 64 {MIX_ALL}",
-        preset="mini-grpo-mix",
     ),
     # The preset "mini-student-grpo".
-    "student-mix": Recipe(
-        "distilled for 100 steps, then that GRPO-mix",
-        f"--iterations 93 --cold-start {{of student}} {GO_ON}",
-        preset="mini-grpo-mix",
+    "student-mix": Mix(
+        "distilled for 100 steps, then that GRPO-mix", f"--iterations 93 --cold-start {{of student}} {GO_ON}"
     ),
-    "short-mix": Recipe("GRPO-mix, 450 iterations", "--iterations 450", preset="mini-grpo-mix"),
+    "short-mix": Mix("GRPO-mix, 450 iterations", "--iterations 450"),
     "free-compose": Recipe("compose teacher, no KL", "--iterations 320 --beta 0", preset="mini-compose"),
     "free-text": Recipe("text teacher, no KL", f"{TERMS} --beta 0", preset="mini-text"),
     "free-quality": Recipe("quality teacher, no KL", f"{QUALITY_OF_ALL} --beta 0", preset="mini-quality"),

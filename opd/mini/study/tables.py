@@ -17,8 +17,7 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "opd/mini/study/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
 PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
-MEASURED = ("held_out", "errors", "quality_of", *MEASURES)
-"""What a result has of a model."""
+MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
 MEAN = "mean of compose, text, quality of all"
 SCORES = (*TASKS, "quality of shapes", "of signs", "of all", MEAN, DIVERSITY, VARIETY)
 # Table -> heading and score of its columns, and of those that show what a row has above the first one.
@@ -167,20 +166,18 @@ def lead(run: str, below: str, score: str, source: dict[str, dict]) -> list[floa
 
 
 def by_seed(results: list[dict]) -> dict[int, dict[str, dict]]:
-    """Seed of a student -> `of_seed`."""
-    seeds = sorted({result["seed"] for result in results if result["recipe"] == "student"})
-    return {seed: of_seed(seed, results) for seed in seeds}
-
-
-def of_seed(seed: int, results: list[dict]) -> dict[str, dict]:
-    """Recipe -> its result with this seed; the base; and the teachers as one, each on its own task."""
-    source = {r["recipe"]: r for r in results if r["recipe"] in RECIPES and r["seed"] == seed}
-    for _, (base,) in rows_of(("base",), results):
-        source["base"] = base
-    if set(TEACHERS) <= set(source):
-        own = {task: source[name]["held_out"][task] for task, name in EQUAL.items()}
-        source["specialists"] = {"held_out": own, "quality_of": source[EQUAL["quality"]]["quality_of"]}
-    return source
+    """Seed of a student -> recipe -> its result; with the base, and the teachers as one, each on its own
+    task."""
+    found = {}
+    for seed in sorted({result["seed"] for result in results if result["recipe"] == "student"}):
+        source = {r["recipe"]: r for r in results if r["recipe"] in RECIPES and r["seed"] == seed}
+        for _, (base,) in rows_of(("base",), results):
+            source["base"] = base
+        if set(TEACHERS) <= set(source):
+            own = {task: source[name]["held_out"][task] for task, name in EQUAL.items()}
+            source["specialists"] = {"held_out": own, "quality_of": source["all-quality"]["quality_of"]}
+        found[seed] = source
+    return found
 
 
 # ---- numbers in words --------------------------------------------------------------------------------------
