@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import compiled, errors, flow, lora, ranks, routing, signals
-from opd.cli import describe, parse, starting_point
+from opd.cli import describe, given_fields, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import distance_metrics, name_non_finite, reward_metrics, summed
@@ -37,6 +37,7 @@ from opd.estimators import ESTIMATORS
 from opd.grpo import GRPO
 from opd.model import Model
 from opd.optim import Trained, due, learning_rate
+from opd.own import step_aside
 from opd.presets import PRESETS
 from opd.ranks import say
 from opd.report.card import check_login
@@ -57,22 +58,25 @@ MAX_BAD_STEPS = 5
 def main() -> None:
     """The command. What the user can mend ends in one line, and so does a signal, with status 0."""
     with errors.in_one_line(ValueError, OSError):
-        cfg = parse(sys.argv[1:], PRESETS)
+        cfg, changes = step_aside(parse(sys.argv[1:], PRESETS), given_fields(sys.argv[1:]))
         cfg.check(ranks.declared_world())
         if cfg.dry_run:
-            print(describe(cfg, starting_point(sys.argv[1:], PRESETS)[0]), flush=True)
+            source, *_ = starting_point(sys.argv[1:], PRESETS)
+            print("\n".join([*(f"# {line}" for line in changes), describe(cfg, source)]), flush=True)
             print(forecast(cfg))
             return
     with signals.handled():
-        run(cfg)
+        run(cfg, changes)
 
 
-def run(cfg: RunConfig) -> None:
-    """Set up, train, score."""
+def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
+    """Set up, train, score. `changes`: what to say of the settings first."""
     with errors.in_one_line(ValueError, OSError):
         check_login(cfg.push)
         check_tracker(cfg.tracker)
         device = ranks.start(cfg.deterministic)
+        for line in changes:
+            say(line)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
         if folder.active:
@@ -136,6 +140,8 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         if due(done, cfg.sample_every, cfg.iterations):
             report.sample_grid(trained, done)
         report.show(done)
+    if cfg.iterations == 0:  # a merge without training
+        folder.export(trained, 0)
     return True
 
 

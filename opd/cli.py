@@ -206,6 +206,12 @@ def refuse_flags_of_other_stages(flags: list[str], start: Settings, stages: dict
             raise ValueError(f"{flag} belongs to stage {' and '.join(owners)}; this is stage {start.stage}")
 
 
+def given_fields(arguments: list[str]) -> set[str]:
+    """The fields that a command line names."""
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    return {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
+
+
 def field_names(kind: type) -> set[str]:
     return {setting.name for setting in fields(kind)}
 

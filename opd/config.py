@@ -59,8 +59,8 @@ class Logistics:
 
     out: Annotated[str, Given("the run folder")] = ""
     """Run folder. The same command again resumes it."""
-    iterations: Count = 60
-    """Optimizer steps; stage grpo: rollouts."""
+    iterations: Annotated[int, Range(0, 10**6)] = 60
+    """Optimizer steps; stage grpo: rollouts. 0 = none: the start, such as a merge, is the student."""
     micro_batch: Count = 48
     """Samples per forward pass on one rank."""
     checkpointing: bool = False

@@ -102,6 +102,19 @@ REAL_PRESETS: dict[str, RunConfig] = {
         skip_last=True,
         micro_batch=8,
     ),
+    # Any model learns its own guided velocity: a picture then costs half the passes, at guidance 1.
+    "guidance-distil": DistillationConfig(
+        **SD35,
+        **REAL_OPD,
+        **FROM_BASE,
+        prompts={"all": SD35_PROMPTS["pickscore"]},
+        teachers={"base": "base"},
+        routes={"all": "base"},
+        guidance=1.0,
+        teacher_guidance=4.5,
+        weight="uniform",
+        micro_batch=8,
+    ),
     # A larger transformer with encoders of its own teaches on the same latents, each guided as its card says.
     # It is 16 GB in bfloat16: --teacher-devices large=offload where that does not fit beside the student.
     "sd35-large-to-medium": DistillationConfig(

@@ -84,7 +84,7 @@ def test_every_number_has_bounds(settings):
 BOUNDS = [
     (SFT, "lr", NAN, "--lr is nan; it must be positive and finite"),
     (SFT, "ema", 1.0, "--ema is 1.0; it must lie in [0, 1)"),
-    (SFT, "iterations", 0, "--iterations is 0; it must be at least 1 and at most 1000000"),
+    (SFT, "micro_batch", 0, "--micro-batch is 0; it must be at least 1 and at most 1000000"),
     (SFT, "seed", 2**63, f"--seed is {2**63}; it must fit into 64 bits"),
     (SFT, "model", "", "--model is empty: give a pipeline directory or a Hub id owner/name"),
     (GRPO, "reward_timeout", 1e300, "--reward-timeout is 1e+300; it must be positive, at most"),

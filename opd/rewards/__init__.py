@@ -16,9 +16,10 @@ A class has one instance per process and argument, and `load` runs once before t
 on any device; moving the images to the models is the reward's job. A call that timed out may still run beside
 the next one. Raw scores are those of the papers' tables.
 
-How it is named. `module:function` or `module:Class`; a short name from the table SHORT; either followed by
-`@ARGUMENT`, the one string that a class is made with (weights, an endpoint, a variant), as in
-`pickscore@/weights/pickscore`; or a weighted sum of these such as `0.7*module:a+0.3*module:b@c`.
+How it is named. `path/to/file.py:function`, `module:function` or `module:Class` (a class in a file too); a
+short name from the table SHORT; either followed by `@ARGUMENT`, the one string that a class is made with
+(weights, an endpoint, a variant), as in `pickscore@/weights/pickscore`; or a weighted sum of these such as
+`0.7*module:a+0.3*module:b@c`.
 
 How it fails. Before training, a ValueError names the reward and the fix: a name that cannot be imported
 (`find_reward`), models that do not load (`Reward.load`), prompts that cannot be scored and a wrong return
@@ -26,12 +27,14 @@ value (`Reward.check`). Later, under `Reward.start`, a call that raises, hangs o
 B finite scores is repeated prompt by prompt; what still fails is NaN and has a reason."""
 
 import functools
-import importlib
+import importlib.util
 import inspect
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -61,7 +64,7 @@ SHORT = {
 }
 
 _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
-_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w.]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
+_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w./~-]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
 _LOADED = {}  # id -> function or instance whose load() has run in this process
 
 
@@ -74,7 +77,7 @@ def find_reward(spec: str) -> "Reward":
     """The reward called `spec`, its modules imported and its classes made."""
     if not re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec, re.IGNORECASE):
         raise ValueError(
-            f"scorer {spec!r}: write it as module:function_or_class, as one of the short names "
+            f"scorer {spec!r}: write it as file.py:function, module:function, as one of the short names "
             f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
             "0.7*module:a+0.3*module:b (an argument holds no space, + or *)"
         )
@@ -190,10 +193,12 @@ def _find_function(name: str, spec: str) -> Callable:
     path, *argument = name.split("@", 1)
     if ":" not in path and path not in SHORT:
         known = ", ".join(SHORT)
-        raise ValueError(f"scorer {spec!r}: no short name {path!r} ({known}); write it as module:function")
+        raise ValueError(
+            f"scorer {spec!r}: no short name {path!r} ({known}); use file.py:function or module:function"
+        )
     module, _, attribute = SHORT.get(path, path).rpartition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = getattr(_import(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
     if inspect.isclass(function):
@@ -208,6 +213,20 @@ def _find_function(name: str, spec: str) -> Callable:
     except (TypeError, ValueError) as error:
         raise ValueError(f"scorer {spec!r}: {name} must accept (images, prompts, metadata)") from error
     return function
+
+
+@functools.cache
+def _import(module: str) -> ModuleType:
+    """A module by its name, or by the path of its file."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    path = Path(module).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(found)
+    found.loader.exec_module(loaded)
+    return loaded
 
 
 @functools.cache

@@ -1,0 +1,65 @@
+"""Presets that step aside for the user's own prompts and teachers, and the runs that come of it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd.cli import given_fields, parse
+from opd.own import step_aside
+from opd.presets import PRESETS
+from tests import forked, tiny
+
+LORAS = "--teachers a=A b=B"
+
+
+def own(words: str):
+    """(settings, lines) of a command line."""
+    return step_aside(parse(words.split(), PRESETS), given_fields(words.split()))
+
+
+# A command; what its settings are; what else is said.
+CASES = [
+    ("sd35", {}, 0),
+    ("mini --lr 1", {}, 0),
+    (f"sd35 {LORAS} --prompts a=F b=G", {"mix": {}, "anchor": "base", "cold_start": "merge"}, 2),
+    (f"sd35 {LORAS} --prompts a=F b=G --mix a=2 --anchor b", {"mix": {"a": 2}, "anchor": "b"}, 0),
+    (f"sd35 {LORAS} --prompts a=F b=G --anchor-weight 0", {"anchor": "deqa"}, 1),
+    ("sd35 --teachers a=A --prompts a=F b=G", {"routes": {"b": "a"}, "cold_start": "base"}, 4),
+    ("sd35-fold --teachers a=A --prompts a=F", {"cold_start": "merge"}, 2),  # its guidance is to be learned
+    ("sd35 --teachers a=A --prompts a=F --iterations 0", {"cold_start": "merge"}, 2),  # to be saved
+    ("guidance-distil --prompts x=F", {"routes": {"x": "base"}, "cold_start": "base"}, 1),
+    ("sd35-gfd-opd --teachers a=A b=B --prompts a=F b=F", {"extrapolate": {}}, 2),
+    ("mini --prompts text=F", {"mix": {}, "evaluate": True, "rewards": {"text": "opd.mini.rewards:text"}}, 3),
+    ("mini --prompts new=F", {"evaluate": False, "heldout": {}, "rewards": {}}, 4),
+    (
+        "sd35-grpo-ocr --prompts new=F --train-rewards new=my.py:f",
+        {"rewards": {"new": "my.py:f"}, "evaluate": False, "watch_every": 0},
+        1,
+    ),
+    ("mini-text --prompts new=F --train-rewards new=my.py:f", {"heldout": {}, "watch_every": 0}, 3),
+]
+
+
+@pytest.mark.parametrize("words, wanted, lines", CASES)
+def test_a_preset_keeps_what_does_not_speak_of_its_own_tasks(words, wanted, lines):
+    cfg, said = own(words)
+    before = vars(parse(words.split(), PRESETS))
+    changed = {name for name, value in vars(cfg).items() if value != before[name]}
+    assert {name: getattr(cfg, name) for name in wanted} == wanted
+    assert len(said) == len(changed) == lines, said
+    assert not changed & given_fields(words.split())
+    if words != "mini --prompts new=F":  # which names no teacher for it
+        cfg.check(1)
+
+
+def test_zero_steps_save_the_merge(world, tmp_path):
+    """The student is the teachers' mean update; files have alpha / r in B."""
+    cfg = tiny.config(world, out=str(tmp_path / "run"), cold_start="merge", iterations=0, rank=8)
+    assert forked.train(tmp_path / "log", forked.command_line(cfg)).ended() == 0
+    student = load_file(tmp_path / "run/student/adapter_model.safetensors")
+    teachers = [load_file(world / name / "adapter_model.safetensors") for name in ("red", "blue")]
+    for key in student:
+        if "lora_A" in key:
+            other = key.replace("lora_A", "lora_B")
+            updates = [teacher[other] @ teacher[key] for teacher in teachers]
+            torch.testing.assert_close(student[other] @ student[key], sum(updates) / 2, rtol=0, atol=1e-5)
