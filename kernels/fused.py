@@ -11,25 +11,17 @@ import torch
 from opd.flow import per_sample
 from opd.kernels.common import BLOCK, CHUNK, launch, rows, tl, triton
 
-
-def fused(v, targets, alpha_BK, x=None, transition=(), noise=None, seed=None, index=None):
-    """Distances of v to K >= 0 targets, and the step from x if it is given: sum_k alpha_k mean |v - v_k|^2
-    (B,), differentiable in v; the means (B, K), or (B, K + 1) with |v - velocity_taken|^2 last; and
-    x_next."""
-    need_grad = torch.is_grad_enabled() and v.requires_grad
-    return forward_op(v, targets, alpha_BK, x, list(transition), noise, seed or 0, index, need_grad)[:3]
-
-
 SCHEMA = """(Tensor v, Tensor[] targets, Tensor alpha_BK, Tensor? x, Tensor[] transition, Tensor? noise,
     SymInt seed, Tensor? index, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"""
 
 
 @torch.library.custom_op("flow_opd::forward", mutates_args=(), schema=SCHEMA)
 def forward_op(v, targets, alpha_BK, x, transition, noise, seed, index, need_grad):
-    """The launcher: what `fused` returns, and the gradient's direction, empty unless need_grad."""
+    """The launcher: what `ops.distances` returns, and the gradient's direction, empty unless need_grad."""
     batch, dims = len(v), v[0].numel()
     n_blocks = triton.cdiv(dims, BLOCK.value)
     distance_B, means_BC, x_next, direction = outputs = new_outputs(v, targets, x, need_grad)
+    # A slot per block of a sample; in it a column per teacher, and one more for the step.
     partials = torch.empty(n_blocks * means_BC.numel(), dtype=torch.float32, device=v.device)
     alpha_BK = alpha_BK.contiguous()
     step = ()

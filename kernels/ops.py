@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from opd import flow
 from opd.flow import HALF, Transition
 from opd.kernels.common import use_triton
-from opd.kernels.fused import fused
+from opd.kernels.fused import forward_op
 from opd.kernels.noise import check_seed, normal
 
 FULL = (torch.float32, torch.float64)
@@ -83,9 +83,12 @@ def log_prob(x_next: Tensor, x: Tensor, v: Tensor, transition: Transition) -> Te
 
 
 def distances(v, targets, alpha_BK, x=None, transition=(), noise=None, seed=None, index=None):
-    """What `fused` returns: its kernels', or the same by the equations of `flow`."""
+    """Distances of v to K >= 0 targets, and the step from x if it is given: sum_k alpha_k mean |v - v_k|^2
+    (B,), differentiable in v; the means (B, K), or (B, K + 1) with |v - velocity_taken|^2 last; and x_next.
+    By the fused kernels, or by the equations of `flow`."""
     if use_triton(v):
-        return fused(v, targets, alpha_BK, x, transition, noise, seed, index)
+        need_grad = torch.is_grad_enabled() and v.requires_grad
+        return forward_op(v, targets, alpha_BK, x, list(transition), noise, seed or 0, index, need_grad)[:3]
     v = flow.at_least_float32(v)
     means = []
     for k, target in enumerate(targets):

@@ -81,19 +81,23 @@ def run(args: Arguments) -> dict:
 
 
 def lines_of(numbers: dict, indent: str = "") -> list[str]:
-    """A line for each number, those of a group below its name."""
+    """A line for each number or list, those of a group below its name."""
     lines = []
     for name, value in numbers.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}:", *lines_of(value, indent + "  ")]
         else:
-            shown = value
-            if isinstance(value, float):
-                shown = f"{value:.4g}"
-            elif type(value) is int:
-                shown = f"{value:,}"
-            lines.append(f"{indent}{name:24}{shown}")
+            values = value if isinstance(value, list | tuple) else [value]
+            lines.append(f"{indent}{name:24}{', '.join(map(in_words, values))}")
     return lines
+
+
+def in_words(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if type(value) is int:
+        return f"{value:,}"
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,11 @@ def unpack(tokens_BTC: Tensor, rows: int) -> Tensor:
     return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=PATCH, q=PATCH)
 
 
+def positions(*sizes: int, device: torch.device) -> Tensor:
+    """(T, len(sizes)): where each token of a grid stands, along every axis."""
+    return torch.cartesian_prod(*[torch.arange(size, device=device) for size in sizes])
+
+
 def image_tokens(shape_CHW: tuple[int, int, int]) -> int:
     """Number of patches."""
     return (shape_CHW[1] // PATCH) * (shape_CHW[2] // PATCH)

@@ -116,7 +116,8 @@ def velocity(
         encoder_hidden_states=embeds,
         pooled_projections=text["pooled"],
         txt_ids=torch.zeros(embeds.shape[1], 3, device=x_BCHW.device),
-        img_ids=positions(rows, columns, x_BCHW.device),
+        # 0, row, column of every patch; text stands at 0, 0, 0.
+        img_ids=parts.positions(1, rows, columns, device=x_BCHW.device).float(),
         return_dict=False,
     )
     return unpack(v_BTC, rows)
@@ -124,13 +125,6 @@ def velocity(
 
 # The network is told the scale: there is no second pass to combine with.
 guide = None
-
-
-def positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(T, 3): 0, row, column of every patch; text stands at 0, 0, 0."""
-    zero = torch.arange(1, device=device)
-    down, across = torch.arange(rows, device=device), torch.arange(columns, device=device)
-    return torch.cartesian_prod(zero, down, across).float()
 
 
 # ---------------------------------------------------------------- images and latents

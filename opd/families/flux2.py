@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from einops import rearrange
 from torch import Tensor
 
@@ -80,8 +81,9 @@ def velocity(
         timestep=sigma_B.float(),
         guidance=None,
         encoder_hidden_states=text_BLD,
-        txt_ids=positions(1, 1, text_BLD.shape[1], device),
-        img_ids=positions(rows, x_BCHW.shape[3], 1, device),
+        # Frame 0, row, column, place in the text, of every token.
+        txt_ids=parts.positions(1, 1, 1, text_BLD.shape[1], device=device),
+        img_ids=parts.positions(1, rows, x_BCHW.shape[3], 1, device=device),
         return_dict=False,
     )
     return rearrange(v_BTC, "b (h w) c -> b c h w", h=rows).contiguous()
@@ -90,33 +92,17 @@ def velocity(
 guide = flow.guided
 
 
-def positions(rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:
-    """(T, 4): frame 0, row, column, place in the text, of every token of an image or of a text."""
-    sizes = (1, rows, columns, tokens)
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
-
-
 # ---------------------------------------------------------------- noise levels
 
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
     """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N."""
-    mu = empirical_mu(shape_CHW[1] * shape_CHW[2], steps)
+    mu = compute_empirical_mu(shape_CHW[1] * shape_CHW[2], steps)
     return parts.noise_levels(folder, steps, mu, parts.even_levels(steps))
 
 
 def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
-    return parts.log_of_shift(folder, empirical_mu(shape_CHW[1] * shape_CHW[2], STEPS))
-
-
-def empirical_mu(tokens: int, steps: int) -> float:
-    """mu by image tokens and steps: linear in the tokens at 10 and at 200 steps, and between and beyond them
-    linear in the steps; above 4300 tokens that of 200 steps for any number."""
-    at_10 = 8.73809524e-05 * tokens + 1.89833333
-    at_200 = 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:
-        return at_200
-    return at_200 + (at_200 - at_10) / 190 * (steps - 200)
+    return parts.log_of_shift(folder, compute_empirical_mu(shape_CHW[1] * shape_CHW[2], STEPS))
 
 
 # ---------------------------------------------------------------- images and latents

@@ -94,8 +94,7 @@ def find_reward(spec: str) -> "Reward":
 class Term:
     weight: float
     name: str
-    function: Callable
-    """A function, or the instance of a class."""
+    function: Callable  # a function, or the instance of a class
 
 
 class Reward:

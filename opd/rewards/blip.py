@@ -16,12 +16,9 @@ from opd.rewards.inputs import need, pictures, versions
 
 BLIP = "Salesforce/blip-vqa-capfilt-large"
 SPACY = "en_core_web_sm"
-MOST_PHRASES = 8
-"""Things beyond the eighth are not asked for, as in the benchmark."""
-LONGEST = 35
-"""Tokens of a question."""
-BATCH = 16
-"""Pictures per forward pass."""
+MOST_PHRASES = 8  # things beyond the eighth are not asked for, as in the benchmark
+LONGEST = 35  # tokens of a question
+BATCH = 16  # pictures per forward pass
 
 
 class BlipVqa:

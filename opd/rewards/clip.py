@@ -15,10 +15,8 @@ from opd.formats.hub import locate
 
 VIT_L = "openai/clip-vit-large-patch14"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-BATCH = 32
-"""Pictures per forward pass."""
-FILES = ["*.json", "*.txt", "*.safetensors"]
-"""What is fetched of a Hub repository."""
+BATCH = 32  # pictures per forward pass
+FILES = ["*.json", "*.txt", "*.safetensors"]  # what is fetched of a Hub repository
 
 
 class Clip:

@@ -18,15 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-TIMEOUT = 60.0
-"""Seconds for one request."""
+TIMEOUT = 60.0  # seconds for one request
 TRIES = 3
-PAUSE = 1.0
-"""Seconds before the second try; doubled before each further one."""
-TOGETHER = 16
-"""Requests under way at once."""
-LONGEST = 16 * 2**20
-"""Bytes of an answer; longer ones are garbage."""
+PAUSE = 1.0  # seconds before the second try; doubled before each further one
+TOGETHER = 16  # requests under way at once
+LONGEST = 16 * 2**20  # bytes of an answer; longer ones are garbage
 
 
 def ask(url: str, body: dict | None = None, key: str = "") -> dict:

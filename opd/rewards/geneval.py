@@ -36,8 +36,7 @@ TEMPLATES = (
     "a photo of a {colour} object",
 )
 GREY = "#999999"
-BATCH = 8
-"""Pictures per forward pass of the detector."""
+BATCH = 8  # pictures per forward pass of the detector
 LEAST_ON_KNOWN = 0.1
 """Confidence that something must reach on the known picture; a detector that sees nothing gives .01."""
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -57,12 +56,9 @@ CLASSES = tuple(name.replace("_", " ") for name in _NAMES.split())
 
 CONFIDENCE = 0.3
 CONFIDENCE_OF_COUNTING = 0.9
-MOST_OBJECTS = 16
-"""Per class: the most confident ones are kept."""
-SLACK = 0.1
-"""A centre must be off by more than this share of both sizes to lie left, right, above or below."""
-DIRECTION = 0.5
-"""Least share of the offset that must point in a direction."""
+MOST_OBJECTS = 16  # per class: the most confident ones are kept
+SLACK = 0.1  # a centre must be off by more than this share of both sizes to lie left, right, above or below
+DIRECTION = 0.5  # least share of the offset that must point in a direction
 
 
 # ---- the rules --------------------------------------------
@@ -74,16 +70,12 @@ class Found:
 
     name: str
     confidence: float
-    box: tuple[float, float, float, float]
-    """left, top, right, bottom, in pixels"""
-    mask: Tensor | None = None
-    """(H, W), for its colour."""
+    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+    mask: Tensor | None = None  # (H, W), for its colour
 
 
-Objects = dict[str, list[Found]]
-"""Class -> its objects, the most confident first."""
-ColoursOf = Callable[[list[Found]], list[str]]
-"""The colour of each of some objects of one class."""
+Objects = dict[str, list[Found]]  # class -> its objects, the most confident first
+ColoursOf = Callable[[list[Found]], list[str]]  # the colour of each of some objects of one class
 
 
 def kept(found: list[Found], tag: str) -> Objects:
@@ -119,11 +111,7 @@ def _all_related(relation: str, some: list[Found], others: list[Found]) -> bool:
 
 def official(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
     """1 if every clause holds, else 0."""
-    groups = []  # the objects that matched each clause, None where it failed
-    for clause in metadata["include"]:
-        found = objects.get(clause["class"], [])[: clause["count"]]
-        groups.append(_match(found, clause, groups, colours_of))
-    correct = None not in groups
+    correct = None not in _groups(objects, metadata, colours_of)
     for clause in metadata.get("exclude", []):
         correct = correct and len(objects.get(clause["class"], [])) < clause["count"]
     return float(correct)
@@ -131,13 +119,17 @@ def official(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
 
 def strict(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
     """1 if every class is there as often as asked for, in colour and place, else 0."""
+    exact = all(len(objects.get(part["class"], [])) == part["count"] for part in metadata["include"])
+    return float(exact and None not in _groups(objects, metadata, colours_of))
+
+
+def _groups(objects: Objects, metadata: dict, colours_of: ColoursOf) -> list[list[Found] | None]:
+    """The objects that matched each clause, the most confident ones; None where it failed."""
     groups = []
     for clause in metadata["include"]:
-        found, group = objects.get(clause["class"], []), None
-        if len(found) == clause["count"]:
-            group = _match(found, clause, groups, colours_of)
-        groups.append(group)
-    return float(None not in groups)
+        found = objects.get(clause["class"], [])[: clause["count"]]
+        groups.append(_match(found, clause, groups, colours_of))
+    return groups
 
 
 def _match(found: list[Found], clause: dict, groups: list, colours_of: ColoursOf) -> list[Found] | None:
@@ -356,9 +348,7 @@ detector_of = functools.cache(Detector)
 
 def box_of(mask_HW: Tensor) -> tuple[float, float, float, float]:
     """left, top, right, bottom: the last two lie past the last pixel."""
-    rows, columns = torch.nonzero(mask_HW, as_tuple=True)
-    corners = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    return tuple(float(corner) for corner in corners)
+    return Image.fromarray(mask_HW.numpy()).getbbox()
 
 
 def cut_out(picture: Image.Image, item: Found) -> Image.Image:

@@ -49,13 +49,10 @@ Reason briefly, then answer with whole numbers from 1 to 5:
 class Judge:
     """What the judges share; a subclass says what is asked and where the grade stands."""
 
-    model: str
-    """The model that the text was written for, and its licence."""
+    model: str  # the model that the text was written for, and its licence
     text: str
-    pattern: str
-    """Of the answer; its group is the grade."""
-    pixels = 0
-    """Resize pictures to so many pixels per side; 0 = as they are."""
+    pattern: str  # of the answer; its group is the grade
+    pixels = 0  # resize pictures to so many pixels per side; 0 = as they are
     divisor = HIGHEST
 
     def __init__(self, endpoint: str = ""):

@@ -10,8 +10,9 @@ ImageReward (BLIP with a cross-attending text encoder) has no class in transform
 run it as a worker (opd/rewards/remote.py)."""
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights, with_clip
 from opd.rewards.inputs import pictures, versions
@@ -19,6 +20,7 @@ from opd.rewards.inputs import pictures, versions
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 AESTHETIC_FILE = "aesthetic-model.pth"
+LAYERS = (0, 2, 4, 6, 7)  # of the predictor: linear, without activations; its Dropouts have the other places
 HPS = "xswu/HPSv2"
 HPS_FILE = "HPS_v2.1_compressed.pt"
 
@@ -67,30 +69,18 @@ class Aesthetic:
         self.about = f"{models}: LAION's improved MLP of CLIP's unit vector of the picture, 1-10; {engine()}"
 
     def load(self, device: torch.device) -> None:
-        """RuntimeError if the weights are not the predictor's."""
+        """KeyError if the weights are not the predictor's."""
         weights = read_weights("aesthetic predictor", self.source, AESTHETIC_FILE)
         self.clip = load_clip(self.clip_source, device)
-        self.head = aesthetic_head(self.clip.model.config.projection_dim)
-        self.head.load_state_dict({name.removeprefix("layers."): w for name, w in weights.items()})
+        names = [(f"layers.{place}.weight", f"layers.{place}.bias") for place in LAYERS]
+        self.layers = [(weights[weight].float(), weights[bias].float()) for weight, bias in names]
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        return self.head(self.clip.of_pictures(pictures(images_BCHW)))[:, 0]
-
-
-def aesthetic_head(width: int) -> nn.Sequential:
-    """Linear layers without activations. The released Dropouts keep their places, by which the weights are
-    named."""
-    return nn.Sequential(
-        nn.Linear(width, 1024),
-        nn.Identity(),
-        nn.Linear(1024, 128),
-        nn.Identity(),
-        nn.Linear(128, 64),
-        nn.Identity(),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    )
+        x_BD = self.clip.of_pictures(pictures(images_BCHW))
+        for weight_OI, bias_O in self.layers:
+            x_BD = F.linear(x_BD, weight_OI, bias_O)
+        return x_BD[:, 0]
 
 
 class HPSv2:

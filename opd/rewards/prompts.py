@@ -30,10 +30,8 @@ from opd.rewards.ocr import target_of
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 ENDINGS = {"geneval": ".jsonl", "ocr": ".txt"}
-TEST_SHARE = 10
-"""One in so many scenes or texts belongs to the test split."""
-TRIES = 200
-"""Draws in search of a new prompt before a repeated one is taken."""
+TEST_SHARE = 10  # one in so many scenes or texts belongs to the test split
+TRIES = 200  # draws in search of a new prompt before a repeated one is taken
 
 
 @dataclass(frozen=True)
@@ -174,27 +172,18 @@ def _a(name: str) -> str:
 
 # ---- OCR --------------------------------------------
 
-PLACES = (
-    """
+PLACES = """\
 a shop window with a sign that says|a road sign that reads|a neon sign glowing with the words
 a coffee mug printed with|a chalkboard in a café that says|a book whose cover is titled
 a T-shirt with the words|a wooden board carved with|a birthday cake with the icing
 a train station display showing|a movie poster with the title|a hand-painted banner reading
 a brass plaque engraved with|a cardboard box stamped|a postcard that says
 a ticket printed with|a wall with the graffiti|a laptop sticker that says
-a protest placard with the words|a market stall with a label that reads
-""".strip()
-    .replace("\n", "|")
-    .split("|")
-)
-STYLES = (
-    """
+a protest placard with the words|a market stall with a label that reads""".replace("\n", "|").split("|")
+STYLES = """\
 at night in the rain|in the morning sun|as a close-up|in the style of a watercolour|on a busy street
-on a quiet beach|as a studio photograph|in soft evening light|in an old town|in a snowy village
-""".strip()
-    .replace("\n", "|")
-    .split("|")
-)
+on a quiet beach|as a studio photograph|in soft evening light|in an old town
+in a snowy village""".replace("\n", "|").split("|")
 ADJECTIVES = """
 Open Fresh Golden Silent Little Brave Early Hidden Lucky Modern Northern Plain Quick Royal Simple Sunny Tiny
 Useful Warm Young Bright Clever Distant Eastern Final Gentle Happy Local Mellow Noble Proud Rustic Urban

@@ -24,8 +24,7 @@ from torch import Tensor
 from opd.rewards.endpoint import ask, checked_url, gather, png_base64, text_at
 from opd.rewards.inputs import pictures
 
-BATCH = 16
-"""Images per request."""
+BATCH = 16  # images per request
 
 
 class Remote:

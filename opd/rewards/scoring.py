@@ -4,34 +4,33 @@ import copy
 import math
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opd import ranks, signals
 
-MOST_LATE = 2
-"""After so many late retries of a batch, its further prompts are not tried again."""
+MOST_LATE = 2  # after so many late retries of a batch, its further prompts are not tried again
 
 
+@dataclass(eq=False)
 class Scoring:
     """The scores of one batch, computed while the caller goes on.
 
     Where the call for the whole batch fails, the images without a finite score are scored once again, prompt
     by prompt. What still fails is NaN and has a reason."""
 
-    def __init__(
-        self, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict], timeout: float
-    ):
-        """`function`: a reward or anything that is called like one. `timeout`: seconds for one call.
-        `images_BCHW` must stay as they are."""
-        self.function = function
-        self.images_BCHW = images_BCHW
-        self.prompts = prompts
-        self.metadata = metadata
-        self.timeout = timeout
-        self.scores_B = torch.full((len(prompts),), math.nan)
-        self.failures = dict.fromkeys(range(len(prompts)), "")  # row -> why it has no score
+    function: Callable  # a reward or anything that is called like one
+    images_BCHW: Tensor  # must stay as they are
+    prompts: list[str]
+    metadata: list[dict]
+    timeout: float  # seconds for one call
+
+    def __post_init__(self):
+        self.scores_B = torch.full((len(self.prompts),), math.nan)
+        self.failures = dict.fromkeys(range(len(self.prompts)), "")  # row -> why it has no score
         self.seconds = 0.0
         self.call = self._call(list(self.failures))
 
@@ -50,10 +49,9 @@ class Scoring:
 
     def _call(self, rows: list[int]) -> "Call":
         """Copies, because a call that is late runs on beside the next one."""
-        images_BCHW = self.images_BCHW[rows]
         prompts = [self.prompts[row] for row in rows]
         metadata = copy.deepcopy([self.metadata[row] for row in rows])
-        return Call(self.timeout, self.function, images_BCHW, prompts, metadata)
+        return Call(self.timeout, self.function, self.images_BCHW[rows], prompts, metadata)
 
     def _take(self, rows: list[int], call: "Call") -> bool:
         """Wait for a call and note what it gave for these rows; True if it was late."""
@@ -87,40 +85,31 @@ class Call:
 
     newest = None
 
-    def __init__(
-        self, timeout: float, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
-    ):
+    def __init__(self, timeout: float, function: Callable, *batch):
+        """`batch`: images (B, 3, H, W), prompts and metadata."""
         self.timeout = timeout
         self.seconds = timeout  # until it ends
         self.begun, self.ended = threading.Event(), threading.Event()
-        self.gpu = None
-        if torch.cuda.is_initialized():
-            self.gpu = torch.cuda.current_device()
+        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         before, Call.newest = Call.newest, self
-        arguments = (before, function, images_BCHW, prompts, metadata)
-        threading.Thread(target=self._run, args=arguments, daemon=True).start()
+        threading.Thread(target=self._run, args=(before, function, *batch), daemon=True).start()
 
-    def _run(self, before: "Call | None", function, *batch) -> None:
+    def _run(self, before: "Call | None", function: Callable, *batch) -> None:
+        """The answer: the scores as numbers, or what is wrong with them."""
         if before is not None:
             before.answer_in_time()
         self.start = time.monotonic()
         self.begun.set()
         try:
-            self.answer = self._scores(function, *batch)
+            if self.gpu is not None:
+                torch.cuda.set_device(self.gpu)  # a new thread would be on GPU 0
+            with torch.no_grad():
+                scores = function(*batch)
+            self.answer = fault_of(scores, len(batch[1])) or scores.float().tolist()
         except BaseException as error:  # SystemExit too: it would end the thread without a word
             self.answer = f"raised {type(error).__name__}: {error}"
         self.seconds = time.monotonic() - self.start
         self.ended.set()
-
-    @torch.no_grad()
-    def _scores(
-        self, function, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]
-    ) -> list[float] | str:
-        """The scores as numbers, or what is wrong with them."""
-        if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # a new thread would be on GPU 0
-        scores = function(images_BCHW, prompts, metadata)
-        return fault_of(scores, len(prompts)) or scores.float().tolist()
 
     def is_over(self) -> bool:
         """Whether it has ended or is late."""
