@@ -67,11 +67,8 @@ def ranks(
 ) -> list[Command]:
     """`main()` of a module on several ranks without a launcher; outputs in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    shared = environment | {
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(free_port()),
-    }
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    shared |= environment
     return [
         main(module, folder / f"rank{rank}.log", arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(count)

@@ -119,9 +119,7 @@ FULL, READ_ONLY = (errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read
 
 
 @pytest.mark.parametrize("number, reason", [FULL, READ_ONLY])
-def test_a_disk_that_refuses_costs_the_steps_since_the_last_save_alone(
-    world, tmp_path, monkeypatch, capsys, number, reason
-):
+def test_a_disk_that_refuses_costs_the_last_steps_alone(world, tmp_path, monkeypatch, capsys, number, reason):
     """The third state is not written: one line, exit status 1, the second whole; once it can be, it ends
     with the files of a run that never stopped. The clock, meanwhile, jumps a day back at every look."""
     settings = {"iterations": 4, "save_every": 1, "sample_every": 0}

@@ -167,18 +167,6 @@ def test_detector_and_colours_run_through_the_whole_path(sources):
     assert "dense" in about and str(sources) in about and "transformers" in about
 
 
-def test_a_second_score_of_the_same_pictures_detects_nothing_anew(sources, monkeypatch):
-    detector = geneval.detector_of(f"{sources}/detector,{sources}/clip")
-    detector.load(torch.device("cpu"))
-    images_BCHW = torch.rand(2, 3, 64, 64)
-    calls, detect = [], detector._detect
-    monkeypatch.setattr(detector, "_detect", lambda *arguments: calls.append(1) or detect(*arguments))
-    detector.find(images_BCHW)
-    detector.find(images_BCHW.clone())
-    detector.find(images_BCHW + 0.1)
-    assert len(calls) == 2
-
-
 def test_the_colour_of_a_cut_out_object_is_the_nearest_of_ten_by_hand(sources):
     """Against CLIPModel's own logits, template by template."""
     detector = geneval.detector_of(f"{sources}/detector,{sources}/clip")

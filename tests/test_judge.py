@@ -184,12 +184,6 @@ def test_a_judge_that_misbehaves_gives_a_reason_and_never_a_zero(serve, monkeypa
     assert len(dogs) == 2 * tries
 
 
-def test_one_bad_answer_is_asked_for_again(serve):
-    answers = [429, b"\x80\x04\x95pickle", said("<OverallScore>3</OverallScore>")]
-    reward = loaded(f"qwenvl@{serve(chat(lambda body: answers.pop(0))).url}/v1")
-    assert reward(pixels(0), ["a"], [{}]).tolist() == [3]
-
-
 def test_missing_judges_are_named_before_training(serve):
     with pytest.raises(ValueError, match="address of a server, got ''; write qwenvl@http://localhost:8001"):
         rewards.find_reward("qwenvl")

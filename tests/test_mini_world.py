@@ -76,11 +76,6 @@ def test_metadata_follows_geneval():
 
 
 # --- training data ---------------------------------------------------------------------------
-def test_pictures_depend_on_the_seed_only():
-    for prompt in [world.split(task)[0][n] for task in world.TASKS for n in range(8)]:
-        first, again, other = (drawing.training_pair(prompt, np.random.default_rng(s)) for s in (1, 1, 2))
-        assert np.array_equal(first[0], again[0]) and first[1] == again[1]
-        assert not np.array_equal(first[0], other[0])
 
 
 @pytest.mark.parametrize("task", world.TASKS)

@@ -60,14 +60,6 @@ def test_splits_are_disjoint_even_when_objects_change_places():
     assert prompts.scene_key(one) == prompts.scene_key(other)
 
 
-def test_prompts_repeat_only_where_there_are_no_new_ones():
-    pairs = [row["prompt"] for row in geneval(1000, mix={"position": 1})]
-    assert len(set(pairs)) == 1000
-    singles = Counter(row["prompt"] for row in geneval(160, mix={"single_object": 1}))
-    keys = [("single_object", (name, 1, "")) for name in prompts.CLASSES]
-    assert len(singles) == [prompts.split_of(key) for key in keys].count("train") < 80
-
-
 def test_ocr_prompts_have_targets_of_the_usual_length_and_share_none():
     train = ocr(1000, 0, "train")
     test = ocr(300, 0, "test")

@@ -262,13 +262,6 @@ def test_a_teacher_of_other_ranks_samples_runs_here_too_and_counts_for_nothing()
     assert queries.alpha_BK.tolist() == [[1, 0, 0]]
 
 
-def test_padding_has_no_teacher():
-    batch = MicroBatch([0], [0], [0, 0])
-    targets, asked, queries = asked_about([[1.0, 0.5, 0.0]], batch, torch.ones(1, 2), ["r"])
-    assert queries.alpha_BK.tolist() == [[0, 0, 0]]
-    assert len(asked) == 2 and [t is None for t in targets] == [False, False, True]
-
-
 def test_teachers_together_take_the_mean_step():
     targets = [torch.full((2, 3), 4.0), None, torch.full((2, 3), 1.0)]
     alpha_BK = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])

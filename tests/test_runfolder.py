@@ -66,12 +66,6 @@ def test_a_run_killed_before_its_first_state_starts_over(tmp_path):
     assert json.loads((again.path / "config.json").read_text())["lr"] == 0.5
 
 
-def test_inactive_ranks_write_nothing(tmp_path):
-    run = RunFolder(config(tmp_path), active=False)
-    run.log(rows(1)[0])
-    assert list(tmp_path.iterdir()) == []
-
-
 OTHER = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 1}
 OTHER |= {dict: lambda value: {"other": 1}, tuple: lambda value: (9.0, 9.0), str: lambda value: "other"}
 
@@ -230,9 +224,7 @@ def planned(cfg):
     return Model.plan(cfg.model, cfg.dtype, "", torch.device("cpu"), True)
 
 
-def test_a_run_resumes_with_the_same_contents_wherever_they_lie_or_says_which_changed(
-    world, tmp_path, capsys
-):
+def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_path, capsys):
     shutil.copytree(world, tmp_path / "one", ignore=shutil.ignore_patterns("cache", "run"))
     out = str(tmp_path / "run")
     cfg = tiny.config(tmp_path / "one", out=out)

@@ -118,9 +118,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("name, shape, problem", OTHERS)
-def test_weights_of_another_architecture_are_refused(
-    name, shape, problem, world, place, tmp_path, no_weights
-):
+def test_other_architectures_are_refused(name, shape, problem, world, place, tmp_path, no_weights):
     tensors = load_file(place / "full" / WEIGHTS)
     tensors.pop(name, None)
     if shape:

@@ -96,9 +96,7 @@ def test_gradient_matches_autograd_of_equation_16_written_out(world, changes):
 
 
 @pytest.mark.parametrize("micro_batch, turns", [(1, 3), (2, 2), (100, 1)])
-def test_three_ranks_run_the_same_adapters_and_add_up_to_one(
-    world, reference, monkeypatch, micro_batch, turns
-):
+def test_three_ranks_run_alike_and_add_up_to_one(world, reference, monkeypatch, micro_batch, turns):
     """Ranks hold different tasks and padding; collectives match only if all call the same adapters in the
     same order."""
     cfg, model, _, trained, stage = build(world, micro_batch=micro_batch)
