@@ -109,7 +109,7 @@ def _main(module: str, log: Path, arguments: list[str], environment: dict[str, s
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(environment.get("CWD", ROOT))
     sys.argv = [f"{module}.py", *arguments]
     import torch
 

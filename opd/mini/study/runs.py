@@ -144,7 +144,7 @@ ANCHORS = {
 PAST = "--extrapolate compose=1.3 text=1.3 quality=1.3"
 ASKED = f"{LEARN} --anchor-weight 0 --iterations 25"
 QUESTIONS = {
-    "asked": Recipe("**as asked: none of the below**", ASKED),
+    "asked": Recipe("**ours, with none of these changes**", ASKED),
     "from-base": Recipe("from the base", f"{ASKED} --cold-start base"),
     "from-sft": Recipe("from SFT on samples of seed 0's teachers", f"{ASKED} --cold-start {SFT_START}"),
     "unfolded": Recipe("teachers at guidance 1", f"{ASKED} --teacher-guidance 1"),
@@ -192,6 +192,8 @@ REFERENCES = {
 }
 # Table -> its rows.
 TABLES = {
+    "short": ("base", "mix-all", "student", "rewarded"),
+    "recipes": ("asked", "flow-opd", "diffusion-opd", "dance-opd", "gfd-opd"),
     "references": ("guided", "sft-start"),
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS),

@@ -20,16 +20,16 @@ PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
 MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
 MEAN = "mean of compose, text, quality of all"
 SCORES = (*TASKS, "quality of shapes", "of signs", "of all", MEAN, DIVERSITY, VARIETY)
+THREE = {"compose": "compose", "text": "text", "quality of all": "of all"}
 # Table -> heading and score of its columns, and of those that show what a row has above the first one.
 OWN_COLUMNS = {
     "anchors": (
         {name: name for name in SCORES if name != VARIETY},
         {"compose and text above the first row's": "of the tasks", "quality of all above": "of all"},
     ),
-    "questions": (
-        {"compose": "compose", "text": "text", "quality of all": "of all", "mean of three": MEAN},
-        {"above the first row's": MEAN},
-    ),
+    "questions": (THREE | {"mean of three": MEAN}, {"above the first row's": MEAN}),
+    "short": (THREE, {}),
+    "recipes": (THREE | {"mean of three": MEAN}, {}),
 }
 # What stands above another run -> (run, run below it, score).
 CLAIMS = {

@@ -1,0 +1,69 @@
+"""README's commands for a user's own LoRAs, prompts and reward, on tiny files under the same names."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opd.files import read_json
+from tests import forked
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+# What makes them small; everything else is README's and the presets'.
+SMALL = "--model pipeline --resolution 8 --dtype float32 --micro-batch 4 --no-checkpointing --iterations 2"
+SMALL += " --prompts-per-step 2 --group 2 --steps 4 --save-every 2 --sample-every 2 --eval-steps 2"
+REWARD = "def reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A folder with the files that README names."""
+    shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    for name in ("loras", "prompts", "owner"):
+        (tmp_path / name).mkdir()
+    shutil.copy(world / "red/pytorch_lora_weights.safetensors", tmp_path / "loras/anime.safetensors")
+    shutil.copytree(world / "blue", tmp_path / "owner/text-lora")
+    for name in ("anime", "text", "any", "mine"):
+        shutil.copy(world / "red.txt", tmp_path / f"prompts/{name}.txt")
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(start: str) -> list[str]:
+    """The words of the command of README that begins so, after `python FILE`."""
+    assert README.count(f"    {start}") == 1, start
+    text = README[README.index(f"    {start}") :].replace("\\\n", " ")
+    return shlex.split(text.split("\n")[0], comments=True)[2:]
+
+
+def run(place: Path, module: str, words: list[str], small: str) -> str:
+    done = forked.main(module, place / "log", [*words, *small.split()], CWD=str(place))
+    assert done.ended() == 0, done.printed()[-3000:]
+    return done.printed()
+
+
+def test_two_loras_become_one(place):
+    printed = run(place, "train", command("python train.py sd35-24gb \\"), SMALL)
+    assert "--mix geneval=3 ocr=1 pickscore=1 -> nothing" in printed and "--anchor deqa -> base" in printed
+    run(place, "sample", command("python sample.py --model"), "--model pipeline --steps 2 --resolution 8")
+    assert (place / "runs/mine/pictures/grid.png").is_file()
+    assert len(forked.rows(place / "runs/mine")) == 2
+
+
+def test_a_model_learns_its_own_guidance(place):
+    run(place, "train", command("python train.py guidance-distil"), SMALL)
+    assert all(loss > 0 for loss in forked.losses(place / "runs/unguided"))
+    assert read_json(place / "runs/unguided/student/deployment.json")["guidance"] == 1.0
+
+
+def test_a_teacher_grows_from_a_reward_in_a_file(place):
+    printed = run(place, "train", command("python train.py sd35-grpo-pickscore --prompts"), SMALL)
+    assert "--rewards nothing -> mine=my_reward.py:reward" in printed
+    assert all("mine" in row["reward"] for row in forked.rows(place / "runs/teacher"))
+
+
+def test_own_loras_come_early():
+    """Fewer than 500 words stand before the first command for them."""
+    assert len(README[: README.index("python train.py sd35-24gb \\")].split()) < 500
