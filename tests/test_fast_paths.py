@@ -171,3 +171,20 @@ def test_a_step_waits_for_the_device_once(world, changes):
     with fetches:
         stage.step(0)
     assert (fetches.waited, fetches.sent) == (1, 1)
+
+
+def test_a_graph_too_many_is_an_error(world, captured, monkeypatch):
+    monkeypatch.setattr(compiled, "GRAPHS", 1)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        steps(world, count=1, compile=True)
+
+
+def test_real_kernels_compute_what_the_block_computes():
+    torch._dynamo.reset()
+    block = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(approximate="tanh"))
+    x = torch.randn(5, 8)
+    expected = block(x).detach()
+    compiled.compile_blocks([block])
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+    torch._dynamo.reset()
