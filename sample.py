@@ -8,6 +8,7 @@
     python sample.py --again images/two-red-circles.0.student.png   # the same image, from its metadata
 """
 
+import opd  # isort: skip  # noqa: F401 (before torch: see there)
 import json
 import operator
 import re

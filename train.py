@@ -18,6 +18,7 @@ backward, next state. Where we differ from the paper and its code, and why: READ
 Shapes: N samples of a step over all ranks, B samples of a micro-batch, T states of a trajectory, K teachers.
 """
 
+import opd  # isort: skip  # noqa: F401 (before torch: see there)
 import math
 import sys
 import time
