@@ -23,7 +23,7 @@ from opd.formats.export import Deployment, deployment_of, guidance_of
 from tests import tiny
 from tests.tiny_lora import under, velocity
 
-DEPLOYED = Deployment("some/model", 2.5, "8", 2, True, 128)
+DEPLOYED = Deployment("some/model", 2.5, "8", 2, False, 12)
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def by_peft(base, world, folder):
 
 
 def by_diffusers(base, world, folder, **which):
-    parts = {"transformer": copy.deepcopy(base), **tiny.NO_T5}
+    parts = {"transformer": copy.deepcopy(base), **sd3.NO_T5}
     pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", **parts)
     pipe.load_lora_weights(folder, **which)
     return velocity(pipe.transformer)
@@ -165,7 +165,7 @@ def student(folder) -> str:
 def test_a_students_folder_says_how_to_sample_it(world, folder):
     written = json.loads((folder / "run" / "student" / "deployment.json").read_text())
     own = {"model": str(world / "pipeline"), "guidance": 2.5, "resolution": "8", "steps": 2}
-    assert written == own | {"t5": True, "t5_tokens": 128}
+    assert written == own | {"t5": False, "max_sequence_length": 12}
     saved = folder / "run" / "checkpoints" / "000001"
     for file in saved.glob("*.safetensors"):  # equal weights are equal bytes
         assert file.read_bytes() == (folder / "run" / "student" / file.name).read_bytes()
@@ -175,7 +175,6 @@ def test_without_the_flag_it_is_the_guidance_of_training(world):
     cfg, model, *_ = tiny.build(tiny.config(world, guidance=3.0, t5=False, resolution="16x8"))
     deployment = deployment_of(cfg, model)
     assert (deployment.guidance, deployment.resolution) == (3.0, "16x8")
-    assert (deployment.t5, deployment.t5_tokens) == (False, 0)
     assert deployment_of(replace(cfg, deploy_guidance=1.5), model).guidance == 1.5
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from opd.config import RunConfig
+from opd.families import has_t5
 from opd.files import read_json, reading, write_json, write_safetensors
 from opd.formats.lora_files import WEIGHTS, find_adapter
 from opd.lora import BASE
@@ -29,8 +30,8 @@ class Deployment:
     guidance: float
     resolution: str  # pixels per side, or HEIGHTxWIDTH
     steps: int  # ODE steps
-    t5: bool  # whether T5 is used where the pipeline has one
-    t5_tokens: int  # sequence length of its prompts; 0 without T5
+    t5: bool  # whether the pipeline has a T5 encoder, and it is used
+    max_sequence_length: int  # what diffusers' pipeline must be told to see the same text
 
     def text(self) -> str:
         """As metadata of a safetensors file: equal records are equal bytes."""
@@ -42,13 +43,15 @@ class Deployment:
 
 def deployment_of(cfg: RunConfig, model: Model) -> Deployment:
     """What a run says about its student."""
+    guidance = cfg.deployed_guidance()
+    _, call = model.family.arguments(model.folder, cfg.t5, guidance)
     return Deployment(
         model=cfg.model,
-        guidance=cfg.deployed_guidance(),
+        guidance=guidance,
         resolution=model.resolution,
         steps=cfg.eval_steps,
-        t5=cfg.t5,
-        t5_tokens=model.family.T5_TOKENS if cfg.t5 else 0,
+        t5=cfg.t5 and has_t5(model.folder),
+        max_sequence_length=call["max_sequence_length"],
     )
 
 
