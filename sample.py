@@ -11,6 +11,7 @@
 import json
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,7 @@ import tyro
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from tqdm import tqdm
 
 from opd import errors, lora
 from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
@@ -145,8 +147,7 @@ def write_latents(args: Arguments) -> None:
         texts = [prompt.text for prompt in prompts]
         rows += [{"prompt": text, "task": task} for text in texts]
         sampling = sampling_of(args, scales[task])
-        for i in range(0, len(texts), args.batch):
-            piece = slice(i, i + args.batch)
+        for piece in batches(args, len(texts), task):
             latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
         print(f"{task}: {len(texts)} samples")
     write_samples(Path(args.out), torch.stack(latents), rows)
@@ -199,10 +200,15 @@ def sampling_of(args: Arguments, guidance: float) -> Sampling:
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
-    for i in range(0, len(prompts), args.batch):
-        piece = slice(i, i + args.batch)
+    for piece in batches(args, len(prompts), adapter):
         images += model.images(adapter, prompts[piece], index[piece], sampling_of(args, args.guidance))
     return images
+
+
+def batches(args: Arguments, count: int, what: str) -> Iterable[slice]:
+    """The forward passes of `count` images; with a bar, on a terminal, where they are more than two."""
+    pieces = [slice(i, i + args.batch) for i in range(0, count, args.batch)]
+    return tqdm(pieces, desc=what, disable=True if len(pieces) < 3 else None)
 
 
 def write(args: Arguments, image: Tensor, adapter: str, index: int, place: int) -> Path:
