@@ -144,8 +144,8 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     assert list(scores) == ["base", "red"] and written["settings"]["reward_timeout"] == 60.0
     assert scores["red"]["train"] == scores["red"]["held-out"] != scores["base"]["train"]
     said = capsys.readouterr()
-    printed = [line.split()[:2] for line in said.out.splitlines()]
-    assert ["red", f"{scores['red']['train']['red']:.3f}"] in printed
+    printed = [line.split()[:3] for line in said.out.splitlines()]
+    assert ["red", "g=1", f"{scores['red']['train']['red']:.3f}"] in printed
     assert "score" not in said.err  # the bar is a terminal's
     command(world, "--out", str(out), "--no-base")  # a file may be replaced
     [(row, bright)] = json.loads(out.read_text())["scores"].items()
