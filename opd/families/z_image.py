@@ -61,7 +61,7 @@ def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
 
 
 def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
-    return {}, {"guidance_scale": guidance - 1, "max_sequence_length": TOKENS}
+    return {}, {"guidance_scale": round(guidance - 1, 6), "max_sequence_length": TOKENS}
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
