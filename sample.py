@@ -1,4 +1,5 @@
-"""Make images: prompts -> PNG files and one labelled grid, adapters side by side as rows with the same noise.
+"""Make images: prompts -> PNG files and one labelled grid, adapters side by side as rows with the same noise,
+guidance and steps: those recorded with the adapters (a student's deployment.json), unless flags say others.
 
     python sample.py                                              # the miniature: base and its teachers
     python sample.py --adapters student=runs/mini/student --prompts "two red circles" 'a sign that says "K7A"'
@@ -12,6 +13,7 @@ import opd  # isort: skip  # noqa: F401 (before torch: see there)
 import json
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,13 +23,14 @@ import tyro
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from tqdm import tqdm
 
 from opd import errors, lora
 from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
 from opd.config import Rollouts
 from opd.data import fair_sample
 from opd.files import check_folder, reading, resolve
-from opd.formats.export import KEY, guidance_of
+from opd.formats.export import KEY, completed, guidance_of
 from opd.formats.hub import is_hub_id
 from opd.formats.latents import write_samples
 from opd.formats.pictures import labelled_grid, save_image, to_pil
@@ -64,10 +67,10 @@ class Arguments:
     images: Few = 1
     """Images per prompt."""
     steps: Few = 20
-    """Denoising steps."""
+    """Denoising steps. Not given: what is recorded with the adapters, 20 where nothing is."""
     guidance: Annotated[float | None, Finite] = None
-    """Classifier-free guidance of every row; 1 = none. Not given: what is recorded with each adapter, 1 where
-    nothing is."""
+    """Classifier-free guidance of every row; 1 = none. Not given: the largest recorded with an adapter, 1
+    where nothing is; with --save latents each adapter's own."""
     seed: Seed = 0
     """Seed of the noise; every row uses the same."""
     sampler: Rollouts = "ode"
@@ -75,11 +78,11 @@ class Arguments:
     noise_level: Annotated[float, NotNegative] = 0.7
     """a, for sde and cps."""
     resolution: str = ""
-    """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
+    """Pixels per side, or HEIGHTxWIDTH. Not given: what is recorded with the adapters, or the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
     t5: bool = True
-    """Use the pipeline's T5 encoder where it has one."""
+    """Use the pipeline's T5 encoder where it has one. Not given: as recorded with the adapters."""
     batch: Few = 16
     """Images per forward pass. Images do not depend on it beyond rounding."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +96,8 @@ class Arguments:
 
 UNREAD = {"images": ("tasks", "count"), "latents": ("prompts", "images")}
 """--save -> flags that it does not read."""
+HOW = ("steps", "resolution", "t5")
+"""What is read from the record of an adapter, beside the guidance."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,31 +106,34 @@ def main(arguments: list[str] | None = None) -> None:
         if args.again:
             repeat(args)
         elif args.save == "latents":
-            write_latents(args)
+            write_latents(args, arguments)
         else:
-            write_images(args)
+            write_images(args, arguments)
 
 
-def write_images(args: Arguments) -> None:
-    """A PNG of every row and prompt, and the grid of them."""
+def write_images(args: Arguments, words: list[str] | None) -> None:
+    """A PNG of every row and prompt, and the grid of them. All rows have one guidance: pictures at different
+    scales would not compare adapters."""
     check(args)
     prompts = read_prompts(args)
-    scales = guidance_of(args.adapters, args.guidance)
+    args = completed(args, words, ("guidance", *HOW))
+    if args.guidance is None:
+        args = replace(args, guidance=1.0)
     model = load(args, prompts)
     columns = [prompt for prompt in prompts for _ in range(args.images)]
     rows = {}
-    for adapter, guidance in scales.items():
-        used = replace(args, guidance=guidance)
-        rows[adapter] = make(used, model, adapter, columns, list(range(len(columns))))
-        for index, image in enumerate(rows[adapter]):
+    for adapter in dict.fromkeys([lora.BASE, *args.adapters]):
+        images = make(args, model, adapter, columns, list(range(len(columns))))
+        for index, image in enumerate(images):
             place = index % args.batch
             size = min(args.batch, len(columns) - index + place)  # of its forward pass
-            write(replace(used, prompts=(columns[index],), batch=size), image, adapter, index, place)
+            write(replace(args, prompts=(columns[index],), batch=size), image, adapter, index, place)
+        rows[f"{adapter}  guidance {args.guidance:g}"] = images
     save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
     print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 
 
-def write_latents(args: Arguments) -> None:
+def write_latents(args: Arguments, words: list[str] | None) -> None:
     """What each task's teacher samples of the task's prompts, as data of stage sft, in float16: half the size
     of float32 and finer than bfloat16."""
     check(args)
@@ -138,6 +146,7 @@ def write_latents(args: Arguments) -> None:
         if (Path(args.out) / name).exists():
             raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
     pools = load_tasks(args.tasks)
+    args = completed(args, words, HOW)
     scales = guidance_of(args.adapters, args.guidance)
     model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
     latents, rows = [], []
@@ -146,8 +155,7 @@ def write_latents(args: Arguments) -> None:
         texts = [prompt.text for prompt in prompts]
         rows += [{"prompt": text, "task": task} for text in texts]
         sampling = sampling_of(args, scales[task])
-        for i in range(0, len(texts), args.batch):
-            piece = slice(i, i + args.batch)
+        for piece in batches(args, len(texts), task):
             latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
         print(f"{task}: {len(texts)} samples")
     write_samples(Path(args.out), torch.stack(latents), rows)
@@ -200,10 +208,15 @@ def sampling_of(args: Arguments, guidance: float) -> Sampling:
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
-    for i in range(0, len(prompts), args.batch):
-        piece = slice(i, i + args.batch)
+    for piece in batches(args, len(prompts), adapter):
         images += model.images(adapter, prompts[piece], index[piece], sampling_of(args, args.guidance))
     return images
+
+
+def batches(args: Arguments, count: int, what: str) -> Iterable[slice]:
+    """The forward passes of `count` images; with a bar, on a terminal, where they are more than two."""
+    pieces = [slice(i, i + args.batch) for i in range(0, count, args.batch)]
+    return tqdm(pieces, desc=what, disable=True if len(pieces) < 3 else None)
 
 
 def write(args: Arguments, image: Tensor, adapter: str, index: int, place: int) -> Path:

@@ -21,6 +21,7 @@ from opd.evaluation.tables import label, number, remarks, scores_of, table
 from opd.model import Sampling
 from opd.rewards import Reward, Term
 from tests import tiny
+from tests.test_sample import Terminal
 from tests.tiny_grpo import brightness, nothing  # noqa: F401 (scorers by name)
 
 HERE = "tests.test_evaluate"
@@ -100,6 +101,12 @@ def test_mean_is_over_exactly_the_images_asked_for(model):
     assert seen == [(POOL[order[i % 3]].text, order[i % 3]) for i in range(7)]
 
 
+def test_scoring_has_a_bar_on_a_terminal(model, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    records_of(model)
+    assert "score:   0%" in terminal.getvalue() and "0/3" in terminal.getvalue()
+
+
 def test_few_images_are_a_fair_sample_of_a_sorted_file():
     pool = [Prompt(str(n), "t") for n in range(500)]
     mean = sum(int(prompt.text) for _, prompt in fair_sample(pool, 100)) / 100
@@ -136,8 +143,10 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     scores = written["scores"]
     assert list(scores) == ["base", "red"] and written["settings"]["reward_timeout"] == 60.0
     assert scores["red"]["train"] == scores["red"]["held-out"] != scores["base"]["train"]
-    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert ["red", f"{scores['red']['train']['red']:.3f}"] in printed
+    said = capsys.readouterr()
+    printed = [line.split()[:3] for line in said.out.splitlines()]
+    assert ["red", "g=1", f"{scores['red']['train']['red']:.3f}"] in printed
+    assert "score" not in said.err  # the bar is a terminal's
     command(world, "--out", str(out), "--no-base")  # a file may be replaced
     [(row, bright)] = json.loads(out.read_text())["scores"].items()
     assert row == "red"

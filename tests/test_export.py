@@ -23,7 +23,7 @@ from opd.formats.export import Deployment, deployment_of, guidance_of
 from tests import tiny
 from tests.tiny_lora import under, velocity
 
-DEPLOYED = Deployment("some/model", 2.5, "8", 2, True, 128)
+DEPLOYED = Deployment("some/model", 2.5, "8", 2, False, 12)
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def by_peft(base, world, folder):
 
 
 def by_diffusers(base, world, folder, **which):
-    parts = {"transformer": copy.deepcopy(base), **tiny.NO_T5}
+    parts = {"transformer": copy.deepcopy(base), **sd3.NO_T5}
     pipe = StableDiffusion3Pipeline.from_pretrained(world / "pipeline", **parts)
     pipe.load_lora_weights(folder, **which)
     return velocity(pipe.transformer)
@@ -165,7 +165,7 @@ def student(folder) -> str:
 def test_a_students_folder_says_how_to_sample_it(world, folder):
     written = json.loads((folder / "run" / "student" / "deployment.json").read_text())
     own = {"model": str(world / "pipeline"), "guidance": 2.5, "resolution": "8", "steps": 2}
-    assert written == own | {"t5": True, "t5_tokens": 128}
+    assert written == own | {"t5": False, "max_sequence_length": 12}
     saved = folder / "run" / "checkpoints" / "000001"
     for file in saved.glob("*.safetensors"):  # equal weights are equal bytes
         assert file.read_bytes() == (folder / "run" / "student" / file.name).read_bytes()
@@ -175,7 +175,6 @@ def test_without_the_flag_it_is_the_guidance_of_training(world):
     cfg, model, *_ = tiny.build(tiny.config(world, guidance=3.0, t5=False, resolution="16x8"))
     deployment = deployment_of(cfg, model)
     assert (deployment.guidance, deployment.resolution) == (3.0, "16x8")
-    assert (deployment.t5, deployment.t5_tokens) == (False, 0)
     assert deployment_of(replace(cfg, deploy_guidance=1.5), model).guidance == 1.5
 
 
@@ -190,13 +189,15 @@ def test_grid_watch_and_table_sample_the_student_as_it_is_deployed(world, folder
     assert again == pytest.approx(inside, abs=1e-6) and watched == pytest.approx(inside, abs=1e-6)
     other = scores(world, folder, folder / "other.json", "--guidance", "1")["student"]["held-out"]["red"]
     assert abs(other - inside) > 1e-4
-    assert "guidance 2.5 (teachers 1.0)" in (run / "table.txt").read_text()
+    rows = ["base g=2.5", "red g=1", "blue g=1", "student g=2.5"]
+    shown = [line.split("  ")[0] for line in (run / "table.txt").read_text().splitlines()]
+    assert [line for line in shown if " g=" in line][:4] == rows
 
 
 def scores(world, folder, out, *flags):
     files = ["--prompts", "--heldout", f"red={world / 'red.txt'}", "--rewards", f"red={BRIGHT}"]
     model = ["--model", str(world / "pipeline"), "--adapters", f"student={student(folder)}"]
-    sampling = ["--count", "3", "--steps", "2", "--dtype", "float32"]
+    sampling = ["--count", "3", "--dtype", "float32"]
     evaluate.main([*model, *files, *sampling, "--out", str(out), *flags])
     return json.loads(out.read_text())["scores"]
 
@@ -209,34 +210,65 @@ def test_evaluate_sweeps_the_scale(world, folder, capsys):
     assert recorded["student"] == swept["student g=2.5"] != swept["student g=1"]
     assert recorded["base"] == swept["base g=1"]
     assert json.loads((folder / "recorded.json").read_text())["guidance"] == {"base": 1.0, "student": 2.5}
-    assert "guidance=base 1, student 2.5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "recorded with student: steps 2, resolution 8, t5 False" in said
+    assert "n=3 per-prompt=1 steps=2 seed=0 resolution=8" in said
+    assert "\nbase g=1 " in said and "\nstudent g=2.5 " in said
 
 
 def pictures(world, folder, out, *flags):
     files = [f"student={student(folder)}", f"red={world / 'red'}"]
     model = ["--model", str(world / "pipeline"), "--adapters", *files, "--prompts", "a red dot"]
     places = ["--out", str(out), "--device", "cpu"]
-    sample.main([*model, *places, "--dtype", "float32", "--steps", "2", *flags])
+    sample.main([*model, *places, "--dtype", "float32", *flags])
     return {name: out / f"a-red-dot.0.{name}.png" for name in ("base", "student", "red")}
 
 
-def test_sample_takes_the_recorded_scale_unless_told(world, folder, tmp_path):
-    """Per row: 1 for the base and the teacher. The picture tells which; --again repeats it."""
+def test_sample_takes_what_is_recorded_unless_told(world, folder, tmp_path, capsys):
+    """For every row alike. The picture tells what it was; --again repeats it."""
     own = pictures(world, folder, tmp_path / "own")
-    told = pictures(world, folder, tmp_path / "told", "--guidance", "2.5")
-    used = {name: sample.read_settings(str(file))["guidance"] for name, file in own.items()}
-    assert used == {"base": 1.0, "student": 2.5, "red": 1.0}
+    assert "recorded with student: guidance 2.5, steps 2, resolution 8, t5 False\n" in capsys.readouterr().out
+    for file in own.values():
+        used = sample.read_settings(str(file))
+        assert (used["guidance"], used["steps"], used["resolution"], used["t5"]) == (2.5, 2, "8", False)
     pixels = {name: np.asarray(Image.open(file)) for name, file in own.items()}
-    same = {name: np.array_equal(pixels[name], Image.open(file)) for name, file in told.items()}
-    assert same == {"base": False, "student": True, "red": False}
+    told = pictures(world, folder, tmp_path / "told", "--guidance", "2.5", "--steps", "2")
+    assert all(np.array_equal(pixels[name], Image.open(file)) for name, file in told.items())
+    other = pictures(world, folder, tmp_path / "other", "--guidance", "1", "--steps=3")
+    assert not any(np.array_equal(pixels[name], Image.open(file)) for name, file in other.items())
+    used = sample.read_settings(str(other["student"]))
+    assert (used["guidance"], used["steps"]) == (1.0, 3)
     again = ["--again", str(own["student"]), "--out", str(tmp_path / "again"), "--device", "cpu"]
     sample.main(again)
     assert np.array_equal(Image.open(tmp_path / "again" / own["student"].name), pixels["student"])
 
 
+def test_of_several_records_the_largest_guidance_counts(folder, tmp_path, capsys):
+    """Also where an older version wrote no more than the guidance."""
+    for name, scale in (("high", 4), ("low", 1.5)):
+        shutil.copytree(student(folder), tmp_path / name)
+        (tmp_path / name / export.FILE).write_text(json.dumps({"guidance": scale}))
+    sources = {name: str(tmp_path / name) for name in ("low", "high")}
+    args = sample.Arguments(adapters=sources | {"student": student(folder)})
+    names = ("guidance", "steps", "resolution")
+    assert export.completed(args, [], names) == replace(args, guidance=4.0)
+    said = "recorded with high: guidance 4.0 (the largest recorded; low 1.5, student 2.5)\n"
+    assert capsys.readouterr().out == said
+    assert export.completed(args, ["--guidance=1"], names) == args
+
+
 def test_a_broken_record_ends_in_one_line_before_weights_load(folder, tmp_path):
     shutil.copytree(student(folder), tmp_path / "broken")
-    (tmp_path / "broken" / "deployment.json").write_text("{}")
-    for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, [])):
-        with pytest.raises(SystemExit, match="error: .*deployment.json: 'guidance' is None"):
-            main(["--model", "/nowhere", "--adapters", f"x={tmp_path / 'broken'}", *more])
+    for record, message in BROKEN.items():
+        (tmp_path / "broken" / export.FILE).write_text(record)
+        for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, [])):
+            with pytest.raises(SystemExit, match=f"^error: .*broken.*: {message}"):
+                main(["--model", "/nowhere", "--adapters", f"x={tmp_path / 'broken'}", *more])
+
+
+BROKEN = {
+    '{"guidance": null}': "'guidance' is None; it must be a float, and finite",
+    '{"guidance": 1e999}': "'guidance' is inf",
+    '{"t5": 1}': "'t5' is 1; it must be a bool",
+    '{"steps": 0}': "--steps is 0",
+}

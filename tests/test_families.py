@@ -54,10 +54,6 @@ class Fixture(NamedTuple):
 
     family: ModuleType
     build: Callable[[Path], Path]
-    arguments: Callable[[float], dict]
-    """Our guidance -> arguments of the pipeline's call beside those that every family has."""
-    absent: dict = {}
-    """Components that from_pretrained must be told are missing."""
     resolution: str = ""
     """What a run must be told where the pipeline's own size is large."""
     pack: Callable = as_it_is
@@ -70,29 +66,14 @@ class Fixture(NamedTuple):
     """Prefixes before which other tools write the layers' names; one that ends in _ wants flat ones."""
 
 
-def negative(prompt, **names):
-    """Arguments with a negative prompt; `names`: the guidance scale's name and what 1 means in it."""
-    ((name, unguided),) = names.items()
-    return lambda scale: {name: scale - 1 + unguided, "negative_prompt": [prompt] * len(PROMPTS)}
-
-
-def sd3_call(tokens):
-    return lambda scale: negative("", guidance_scale=1.0)(scale) | {"max_sequence_length": tokens}
-
-
-def told(tokens):
-    return lambda scale: {"guidance_scale": scale, "max_sequence_length": tokens}
-
-
 BOTH = ("diffusion_model.", "lora_unet_")  # as ComfyUI and kohya write
 FIXTURES = {
-    "sd3": Fixture(sd3, tiny.make_pipeline, sd3_call(12), tiny.NO_T5),
-    "sd3 with T5": Fixture(sd3, tiny.make_pipeline_with_t5, sd3_call(128)),
-    "z_image": Fixture(z_image, tiny_families.make_z_image, negative("", guidance_scale=0.0), foreign=BOTH),
+    "sd3": Fixture(sd3, tiny.make_pipeline),
+    "sd3 with T5": Fixture(sd3, tiny.make_pipeline_with_t5),
+    "z_image": Fixture(z_image, tiny_families.make_z_image, foreign=BOTH),
     "flux": Fixture(
         flux,
         tiny_families.make_flux,
-        told(32),
         pack=packed,
         unpack=unpacked_flux,
         constants={"T5_TOKENS": 32},
@@ -101,7 +82,6 @@ FIXTURES = {
     "flux2": Fixture(
         flux2,
         tiny_families.make_flux2,
-        told(48),
         unpack=unpacked_flux2,
         constants={"TOKENS": 48},
         foreign=BOTH[:1],
@@ -109,7 +89,6 @@ FIXTURES = {
     "qwen_image": Fixture(
         qwen_image,
         tiny_families.make_qwen_image,
-        negative(" ", true_cfg_scale=1.0),
         resolution="8",
         pack=packed,
         unpack=unpacked_qwen,
@@ -149,7 +128,8 @@ class Theirs:
     def __init__(self, case, pipeline: Path | None = None, lora: Path | None = None):
         self.case = case
         kind = getattr(diffusers, case.family.PIPELINE)
-        self.pipe = kind.from_pretrained(pipeline or case.pipeline, **case.fixture.absent)
+        absent, _ = case.family.arguments(case.pipeline, True, 1.0)
+        self.pipe = kind.from_pretrained(pipeline or case.pipeline, **absent)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.encode_prompt = remembered(self.pipe.encode_prompt)
         if lora is not None:
@@ -168,6 +148,9 @@ class Theirs:
     def run(self, start, steps: int, guidance: float, size: tuple[int, int] = (8, 8)):
         """Its images (B, 3, H, W) in [0, 1]."""
         self.shape = tuple(start.shape[1:])
+        _, told = self.case.family.arguments(self.case.pipeline, True, guidance)
+        if "negative_prompt" in told:  # as many as there are prompts
+            told["negative_prompt"] = [told["negative_prompt"]] * len(PROMPTS)
         result = self.pipe(
             prompt=list(PROMPTS),  # some pipelines write into it
             height=size[0],
@@ -175,7 +158,7 @@ class Theirs:
             num_inference_steps=steps,
             latents=self.case.fixture.pack(start),
             output_type="pt",
-            **self.case.fixture.arguments(guidance),
+            **told,
         )
         return result.images
 

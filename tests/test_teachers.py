@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from opd import lora, ranks
 from opd.evaluation import evaluate
+from opd.families import sd3
 from opd.optim import Trained
 from opd.report.report import Report
 from opd.runfolder import RunFolder
@@ -70,7 +71,7 @@ def test_a_pipeline_answers_with_its_own_weights_encoders_and_guidance(guidance,
     """Against diffusers alone: its encoders, its transformer, guidance by the formula."""
     changes = {"teacher_guidances": {"red": guidance}, "teacher_guidance": 4.0}
     cfg, model, *_ = built(world, tmp_path, place / "larger", **changes)
-    pipe = StableDiffusion3Pipeline.from_pretrained(place / "larger", **tiny.NO_T5)
+    pipe = StableDiffusion3Pipeline.from_pretrained(place / "larger", **sd3.NO_T5)
     tokens = pipe.tokenizer_max_length  # of the absent T5: as many zeros as CLIP has tokens
     how = {"negative_prompt": [""] * 3, "max_sequence_length": tokens}
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPTS, None, None, **how)

@@ -29,7 +29,6 @@ PROMPTS = {
     "red": ["a red circle", "two red circles", "a red square", "a red triangle", "a red dot"],
     "blue": ["a blue circle", "two blue squares", "a blue square", "a blue dot"],
 }
-NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told
 
 
 def make_world(folder: Path, layers: int = 2) -> Path:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from opd import errors, lora, ranks
@@ -23,9 +24,9 @@ from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
-from opd.evaluation.statistics import summarise
+from opd.evaluation.statistics import guidance_used, labelled, summarise
 from opd.files import check_folder, digest, write_json
-from opd.formats.export import guidance_of
+from opd.formats.export import completed, guidance_of
 from opd.formats.lora_files import find_adapter
 from opd.formats.prompts import load_tasks
 from opd.model import Model, Sampling
@@ -57,19 +58,19 @@ class Arguments:
     per_prompt: Few = 1
     """Images of one prompt, each from its own noise."""
     steps: Few = 10
-    """ODE steps."""
+    """ODE steps. Not given: what is recorded with the adapters, 10 where nothing is."""
     guidance: Annotated[tuple[float, ...], Finite] = ()
     """Guidance of every model; several: a row for each. None: what is recorded with each adapter, 1 where
     nothing is."""
     seed: Seed = 0
     """Seed of the noise."""
     resolution: str = ""
-    """Pixels per side, or HEIGHTxWIDTH. None: what the model was made for."""
+    """Pixels per side, or HEIGHTxWIDTH. Not given: what is recorded with the adapters, or the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware
     multiplies it)."""
     t5: bool = True
-    """Use the pipeline's T5 encoder where it has one."""
+    """Use the pipeline's T5 encoder where it has one. Not given: as recorded with the adapters."""
     batch: Few = 128
     """Images per forward pass and call of a scorer."""
     records: str = ""
@@ -85,15 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     with errors.in_one_line(ValueError, FileNotFoundError):
         check(args)
+        device = ranks.start()
         if args.pictures:
-            records, scorers = score_pictures(args)
+            records, scorers = score_pictures(args, device)
         else:
-            records, scorers = score_models(args)
+            args = completed(args, arguments, ("steps", "resolution", "t5"))
+            records, scorers = score_models(args, device)
     if ranks.rank() == 0:
         publish(args, records, scorers)
 
 
-def score_models(args: Arguments) -> tuple[list[Record], Scorers]:
+def score_models(args: Arguments, device: torch.device) -> tuple[list[Record], Scorers]:
     """The records of all rows, and the scorers. Pictures that --records holds are not made again."""
     files = {"train": args.prompts, "held-out": args.heldout}
     splits = {split: load_tasks(own) for split, own in files.items() if own}
@@ -102,7 +105,6 @@ def score_models(args: Arguments) -> tuple[list[Record], Scorers]:
     scorers = scorers_of(args, prompts)
     settings = settings_of(args, rows)
     batches = planned(rows, splits, settings, args.count, args.per_prompt, args.batch)
-    device = ranks.start()
     folder = RecordFolder(args.records) if args.records else None
     if folder is not None:
         batches = with_known(batches, folder)
@@ -115,12 +117,11 @@ def score_models(args: Arguments) -> tuple[list[Record], Scorers]:
     return score(batches, scorers, model, folder), scorers
 
 
-def score_pictures(args: Arguments) -> tuple[list[Record], Scorers]:
+def score_pictures(args: Arguments, device: torch.device) -> tuple[list[Record], Scorers]:
     """The records of --pictures, and the scorers. No model is loaded."""
     folder = RecordFolder(args.pictures)
     if not folder.path.is_dir():
         raise FileNotFoundError(f"--pictures {args.pictures!r}: no such folder")
-    device = ranks.start()
     records = read_pictures(folder)
     prompts = [Prompt(record.prompt, record.task, record.metadata) for record in records]
     scorers = scorers_of(args, prompts)
@@ -193,7 +194,7 @@ def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
 def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
     """Print the table and what must be known of it, and write the file if there is to be one."""
     cells = summarise(records, scorers.specs())
-    print(tables.table(cells, scorers.first, note_of(args, records)))
+    print(tables.table(labelled(cells, records), scorers.first, note_of(args, records)))
     for line in [*tables.remarks(records, scorers.specs()), *scorers.abouts()]:
         print(line)
     if args.out:
@@ -212,10 +213,4 @@ def note_of(args: Arguments, records: list[Record]) -> str:
     if args.pictures:
         return f"{len(records)} pictures of {args.pictures}"
     counts = f"n={args.count or 'all'} per-prompt={args.per_prompt} steps={args.steps}"
-    scales = ", ".join(f"{name} {scale:g}" for name, scale in guidance_used(records).items())
-    return f"{counts} guidance={scales} seed={args.seed} resolution={args.resolution or 'native'}"
-
-
-def guidance_used(records: list[Record]) -> dict[str, float]:
-    """Row -> guidance, of those rows of which it is known."""
-    return {record.row: record.settings["guidance"] for record in records if "guidance" in record.settings}
+    return f"{counts} seed={args.seed} resolution={args.resolution or 'native'}"

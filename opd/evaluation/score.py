@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from opd import ranks
 from opd.data import Prompt, fair_sample
@@ -104,7 +105,8 @@ def score(
     into `folder` as soon as it is known."""
     todo = [batch for batch in batches if batch.row or scorers.lacking(batch.records)]
     new, started = [], None
-    for batch, counts in dealt(todo):
+    hidden = True if ranks.rank() > 0 or len(todo) < 3 else None  # None: where there is no terminal
+    for batch, counts in tqdm(list(dealt(todo)), desc="score", disable=hidden, leave=False):
         images_BCHW = pictures(batch, model, folder)
         if started is not None:
             new += scorers.collect(started, folder)

@@ -6,7 +6,7 @@ Pictures of one prompt are alike, so they are no independent draws: errors are c
 import base64
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,19 @@ def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
                 cells += cells_of(place, having, scorer)
         cells += diversity_within(place, group) + diversity_across(place, group)
     return cells
+
+
+def guidance_used(records: list[Record]) -> dict[str, float]:
+    """Row -> guidance, of those rows of which it is known."""
+    return {record.row: record.settings["guidance"] for record in records if "guidance" in record.settings}
+
+
+def labelled(cells: list[Cell], records: list[Record]) -> list[Cell]:
+    """The cells for a table to show: rows with the guidance that their pictures were made with."""
+    names = {}
+    for row, scale in guidance_used(records).items():
+        names[row] = row if row.endswith(f" g={scale:g}") else f"{row} g={scale:g}"
+    return [replace(one, row=names[one.row]) if one.row in names else one for one in cells]
 
 
 def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> list[Cell]:

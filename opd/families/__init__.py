@@ -34,12 +34,13 @@ adapts."""
 CONTRACT = {
     "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it; a plain string",
     "LORA_TARGETS": "ends of the names of the linear layers that a fresh LoRA adapts; * stands for anything",
-    "T5_TOKENS": "sequence length of a prompt for T5; 0 where the pipeline knows no T5",
     "NEGATIVE": "prompt of the unconditional branch of guidance",
     "skeleton": "(folder) -> the transformer on the meta device: names and shapes before weights load",
     "load_transformer": "(folder, dtype) -> the frozen base on the CPU, in eval mode",
     "load_vae": "(folder) -> the frozen VAE in float32 on the CPU",
     "load_text": "(folder, dtype, device, t5) -> what encode_prompts needs; t5 = False: without a T5 encoder",
+    "arguments": "(folder, t5, guidance) -> (arguments of diffusers' from_pretrained, arguments of the "
+    "pipeline's call) that mean what `guidance` and `t5` mean here",
     "text_shapes": "(folder, t5) -> shape by name of a Condition's tensors, at their longest",
     "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
     "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list",
@@ -74,6 +75,11 @@ def family_of(folder: Path) -> ModuleType:
         if not hasattr(family, part):
             raise ValueError(f"opd/families/{name}.py lacks {part}: {meaning}")
     return family
+
+
+def has_t5(folder: Path) -> bool:
+    """Whether the pipeline directory ships a T5 encoder."""
+    return ["transformers", "T5EncoderModel"] in read_json(folder / "model_index.json").values()
 
 
 def pipelines() -> dict[str, str]:

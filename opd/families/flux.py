@@ -72,6 +72,10 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     return parts.load_text(FluxPipeline, folder, dtype, device, t5)
 
 
+def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
+    return {}, {"guidance_scale": guidance, "max_sequence_length": T5_TOKENS}
+
+
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
     config = transformer_config(folder)
     return {

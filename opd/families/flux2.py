@@ -30,7 +30,6 @@ LORA_TARGETS = (
     "attn.to_qkv_mlp_proj",
     "single_transformer_blocks.*.attn.to_out",
 )
-T5_TOKENS = 0
 TOKENS = 512  # the pipeline's own: it pads every prompt, and the transformer sees the padding
 NEGATIVE = ""
 STEPS = 50  # the pipeline's default: its shift depends on the number of steps
@@ -51,6 +50,10 @@ def blocks(transformer: Flux2Transformer2DModel) -> list[torch.nn.Module]:
 
 
 # ---------------------------------------------------------------- text
+
+
+def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
+    return {}, {"guidance_scale": guidance, "max_sequence_length": TOKENS}
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:

@@ -30,7 +30,6 @@ from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
 
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION
-T5_TOKENS = 0
 NEGATIVE = " "  # what the model's card asks for
 TOKENS = 512  # the pipeline cuts longer prompts off
 SIZE = 1024  # pixels per side; no config says so
@@ -51,6 +50,12 @@ def blocks(transformer: QwenImageTransformer2DModel) -> list[torch.nn.Module]:
 
 
 # ---------------------------------------------------------------- text
+
+
+def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
+    """Without a negative prompt the pipeline guides nothing."""
+    call = {"true_cfg_scale": guidance, "negative_prompt": NEGATIVE, "max_sequence_length": TOKENS}
+    return {}, call
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor
 
 from opd import flow
-from opd.families import JOINT_ATTENTION, Condition
+from opd.families import JOINT_ATTENTION, Condition, has_t5
 from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     decode,
@@ -30,6 +30,7 @@ PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
 NEGATIVE = ""
 T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
 # ---------------------------------------------------------------- weights
@@ -55,9 +56,7 @@ def blocks(transformer: SD3Transformer2DModel) -> list[torch.nn.Module]:
 
 def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> StableDiffusion3Pipeline:
     """A pipeline that can only encode prompts. `t5=False` leaves out the third, largest encoder."""
-    absent = {}
-    if not (t5 and has_t5(folder)):
-        absent = {"text_encoder_3": None, "tokenizer_3": None}
+    absent, _ = arguments(folder, t5, 1.0)
     pipe = StableDiffusion3Pipeline.from_pretrained(
         folder, transformer=skeleton(folder), vae=None, dtype=dtype, **absent
     )
@@ -67,10 +66,12 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     return pipe
 
 
-def has_t5(folder: Path) -> bool:
-    """Whether the pipeline directory ships the T5 encoder."""
-    index = read_json(folder / "model_index.json")
-    return "text_encoder_3" in index and index["text_encoder_3"][0] is not None
+def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
+    """Without T5 the pipeline appends zeros, 256 unless told: here they are as many as CLIP's tokens."""
+    if t5 and has_t5(folder):
+        return {}, {"guidance_scale": guidance, "max_sequence_length": T5_TOKENS}
+    clip, _ = text_shapes(folder, False)["embeds"]
+    return NO_T5, {"guidance_scale": guidance, "max_sequence_length": clip}
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,6 @@ LORA_TARGETS = (
     "layers.*.attention.to_v",
     "layers.*.attention.to_out.0",
 )
-T5_TOKENS = 0
 NEGATIVE = ""
 TOKENS = 512  # where the pipeline cuts a prompt off
 
@@ -59,6 +58,10 @@ def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
 
 
 # ---------------------------------------------------------------- text
+
+
+def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
+    return {}, {"guidance_scale": round(guidance - 1, 6), "max_sequence_length": TOKENS}
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
@@ -93,7 +96,7 @@ def velocity(
     return -torch.stack(toward_data).squeeze(2)
 
 
-guide = flow.guided  # the pipeline's guidance_scale is 1 less
+guide = flow.guided
 
 
 # ---------------------------------------------------------------- noise levels

@@ -6,18 +6,22 @@ holds the same text in its metadata.
 """
 
 import json
-import math
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from opd.cli import Finite, check_bounds, given_fields
 from opd.config import RunConfig
+from opd.families import has_t5
 from opd.files import read_json, reading, write_json, write_safetensors
 from opd.formats.lora_files import WEIGHTS, find_adapter
+from opd.formats.settings import Settings
 from opd.lora import BASE
 from opd.model import Model
+from opd.ranks import say
 
 FILE = "deployment.json"
 KEY = "flow-opd"  # under which files of weights and pictures hold what they are
@@ -29,8 +33,8 @@ class Deployment:
     guidance: float
     resolution: str  # pixels per side, or HEIGHTxWIDTH
     steps: int  # ODE steps
-    t5: bool  # whether T5 is used where the pipeline has one
-    t5_tokens: int  # sequence length of its prompts; 0 without T5
+    t5: bool  # whether the pipeline has a T5 encoder, and it is used
+    max_sequence_length: int  # what diffusers' pipeline must be told to see the same text
 
     def text(self) -> str:
         """As metadata of a safetensors file: equal records are equal bytes."""
@@ -42,13 +46,15 @@ class Deployment:
 
 def deployment_of(cfg: RunConfig, model: Model) -> Deployment:
     """What a run says about its student."""
+    guidance = cfg.deployed_guidance()
+    _, call = model.family.arguments(model.folder, cfg.t5, guidance)
     return Deployment(
         model=cfg.model,
-        guidance=cfg.deployed_guidance(),
+        guidance=guidance,
         resolution=model.resolution,
         steps=cfg.eval_steps,
-        t5=cfg.t5,
-        t5_tokens=model.family.T5_TOKENS if cfg.t5 else 0,
+        t5=cfg.t5 and has_t5(model.folder),
+        max_sequence_length=call["max_sequence_length"],
     )
 
 
@@ -116,18 +122,50 @@ def guidance_of(adapters: dict[str, str], guidance: float | None = None) -> dict
     what is recorded with the adapter, 1 where nothing is."""
     if guidance is not None:
         return dict.fromkeys([BASE, *adapters], guidance)
-    scales = {BASE: 1.0}
-    for name, source in adapters.items():
-        if name != BASE:
-            scales[name] = recorded_guidance(source)
+    scales = dict.fromkeys([BASE, *adapters], 1.0)
+    for name, record in records_of(adapters).items():
+        if "guidance" in record:
+            scales[name] = record["guidance"]
     return scales
 
 
-def recorded_guidance(source: str) -> float:
-    """By `deployment.json` in the folder of an adapter, else by the metadata of a single file, else 1.
-    ValueError naming the file that is wrong."""
+def completed(args: Settings, words: list[str] | None, names: tuple[str, ...]) -> Settings:
+    """`args` of a program, with what is recorded with its adapters in those fields among `names` that its
+    command line (`words`) does not name; a line says what. Of several records that of the largest guidance
+    counts."""
+    given, records = given_fields(sys.argv[1:] if words is None else words), records_of(args.adapters)
+    if not records:
+        return args
+    scales = guidance_of(args.adapters)
+    name = max(records, key=scales.__getitem__)
+    taken = {key: records[name][key] for key in names if key in records[name] and key not in given}
+    if taken:
+        said = ", ".join(f"{key} {value}" for key, value in taken.items())
+        others = {f"{other} {scales[other]:g}" for other in records if scales[other] != scales[name]}
+        if others and "guidance" in taken:
+            said += f" (the largest recorded; {', '.join(sorted(others))})"
+        say(f"recorded with {name}: {said}")
+    args = replace(args, **taken)
+    with reading(f"adapter {args.adapters[name]!r}"):
+        check_bounds(args)
+    return args
+
+
+def records_of(adapters: dict[str, str]) -> dict[str, dict]:
+    """Name -> what is recorded with an adapter, of those that have a record."""
+    records = {name: recorded(source) for name, source in adapters.items() if name != BASE}
+    return {name: record for name, record in records.items() if record}
+
+
+KINDS = {"guidance": (float, int), "steps": (int,), "resolution": (str,), "t5": (bool,)}
+"""What programs take from a record."""
+
+
+def recorded(source: str) -> dict:
+    """What `deployment.json` in the folder of an adapter says, else the metadata of a single file; {} where
+    neither is. ValueError naming the file that is wrong."""
     path = find_adapter(source)
-    record, file = {"guidance": 1.0}, path.parent / FILE
+    record, file = {}, path.parent / FILE
     if path.name in WEIGHTS and file.is_file():
         record = read_json(file)
     else:
@@ -136,7 +174,9 @@ def recorded_guidance(source: str) -> float:
             metadata = weights.metadata() or {}
             if KEY in metadata:
                 record = dict(json.loads(metadata[KEY]))
-    guidance = record.get("guidance")
-    if type(guidance) not in (int, float) or not math.isfinite(guidance):
-        raise ValueError(f"{file}: 'guidance' is {guidance!r}; it must be a finite number")
-    return float(guidance)
+    for key in KINDS.keys() & record.keys():
+        value, kinds = record[key], KINDS[key]
+        if type(value) not in kinds or key == "guidance" and value not in Finite:
+            raise ValueError(f"{file}: {key!r} is {value!r}; it must be a {kinds[0].__name__}, and finite")
+        record[key] = kinds[0](value)
+    return record

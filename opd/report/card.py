@@ -1,5 +1,6 @@
 """A student's model card, README.md in its folder with the front matter that the Hub reads; its upload."""
 
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.files import digest, replace, resolve
-from opd.formats.export import deployment_of
+from opd.formats.export import Deployment, deployment_of
 from opd.formats.lora_files import find_adapter
 from opd.lora import BASE
 from opd.model import Model
@@ -23,9 +24,7 @@ def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str
     """README.md of the student in `folder` after `done` steps; `table` are its scores, "" without."""
     deployment, licence = deployment_of(cfg, model), licence_of(model)
     named = licence.get("license_name") or licence.get("license") or "not known; look it up"
-    t5 = "not used"
-    if deployment.t5:
-        t5 = f"used where the pipeline has one, {deployment.t5_tokens} tokens"
+    t5 = f"used, {deployment.max_sequence_length} tokens" if deployment.t5 else "not used"
     text = f"""---
 {front_matter(cfg, licence).to_yaml()}
 ---
@@ -42,7 +41,11 @@ Made by {METHODS[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, 
 - steps: {deployment.steps} (ODE)
 - T5: {t5}
 
-{usage(cfg)}
+{usage(cfg)}In diffusers:
+
+```python
+{snippet(cfg, model, deployment)}
+```
 
 ## What it was made from
 
@@ -76,10 +79,30 @@ def licence_of(model: Model) -> dict[str, str]:
 
 def usage(cfg: RunConfig) -> str:
     if cfg.full:
-        return "This is the `transformer/` of the pipeline; put it in the place of the base's."
-    command = f"python sample.py --model {cfg.model} --adapters student=THIS_FOLDER"
-    others = "In diffusers: `pipe.load_lora_weights(THIS_FOLDER)`; PEFT reads it too."
-    return f"    {command}\n\nreads `deployment.json`. {others}"
+        return "This is the `transformer/` of the pipeline; put it in the place of the base's. "
+    command = shlex.join(["python", "sample.py", "--model", cfg.model, "--adapters", "student=THIS_FOLDER"])
+    return f"    {command}\n\nreads all of this from `deployment.json`. PEFT reads the weights too. "
+
+
+def snippet(cfg: RunConfig, model: Model, deployment: Deployment) -> str:
+    """Code that samples the student with diffusers alone."""
+    absent, call = model.family.arguments(model.folder, cfg.t5, deployment.guidance)
+    pipeline, transformer = model.family.PIPELINE, type(model.skeleton).__name__
+    given = "".join(f", {name}={value}" for name, value in absent.items())
+    height, width = model.pixels
+    size = f"num_inference_steps={deployment.steps}, height={height}, width={width}"
+    lines = ["import torch", f"from diffusers import {pipeline}", ""]
+    if cfg.full:
+        lines[1] = f"from diffusers import {transformer}, {pipeline}"
+        lines.append(f'student = {transformer}.from_pretrained("THIS_FOLDER", dtype={model.dtype})')
+        given += ", transformer=student"
+    lines.append(f'pipe = {pipeline}.from_pretrained("{cfg.model}", dtype={model.dtype}{given})')
+    if not cfg.full:
+        lines.append('pipe.load_lora_weights("THIS_FOLDER")')
+    told = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    lines.append(f'pipe.to("{model.device.type}")')
+    lines += ['image = pipe(prompt="two red circles", ' + f"{told},", f"    {size}).images[0]"]
+    return "\n".join(lines)
 
 
 def origins(cfg: RunConfig) -> str:
@@ -90,8 +113,9 @@ def origins(cfg: RunConfig) -> str:
         for name, source in cfg.teachers.items():
             lines.append(f"- teacher {name}: `{source}`{digest_text(source)}")
         lines.append(f"- guidance of the teachers {cfg.teacher_guidance:g}, of the student {cfg.guidance:g}")
-        if cfg.anchor_weight > 0:
-            lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}")
+        if cfg.anchored():
+            levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
+            lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}")
     if isinstance(cfg, GRPOConfig):
         lines += [f"- reward of {task}: `{spec}`" for task, spec in cfg.train_rewards.items()]
     return "\n".join(lines)

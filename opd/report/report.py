@@ -10,7 +10,7 @@ from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
-from opd.evaluation.statistics import summarise
+from opd.evaluation.statistics import labelled, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
@@ -94,7 +94,7 @@ class Report:
             sampling = Sampling(self.cfg.eval_steps, 0, self.cfg.deployed_guidance())
             images = self.model.images(self.model.trained, self.texts, list(range(len(self.texts))), sampling)
         if self.folder.active:
-            grid = labelled_grid({f"{done}": list(images)}, self.texts)
+            grid = labelled_grid({f"{done}  guidance {sampling.guidance:g}": list(images)}, self.texts)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
             self.tracker.picture("samples", grid, done)
 
@@ -111,11 +111,8 @@ class Report:
             records = self.records(rows, self.splits, cfg.eval_prompts)
         scorers = self.scorers
         cells = summarise(records, scorers.specs())
-        guidance = f"guidance {cfg.deployed_guidance()}"
-        if isinstance(cfg, DistillationConfig):
-            guidance += f" (teachers {cfg.teacher_guidance})"
-        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, {guidance}"
-        lines = [tables.table(cells, scorers.first, f"{note}, seed {cfg.seed}")]
+        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
+        lines = [tables.table(labelled(cells, records), scorers.first, note)]
         self.scores = "\n".join([*lines, *tables.remarks(records, scorers.specs()), *scorers.abouts()])
         say(self.scores)
         if self.folder.active:

@@ -1,0 +1,75 @@
+"""What a student's card tells others to run makes the pictures that sample.py makes."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from opd.formats.export import deployment_of
+from opd.model import Model
+from opd.report.card import origins, write_card
+from tests import tiny
+from tests.test_families import CPU, FIXTURES, made, noise
+
+
+def carded(folder: Path, cfg, model: Model) -> str:
+    deployment_of(cfg, model).write(folder)
+    write_card(folder, cfg, model, 3, "")
+    return (folder / "README.md").read_text().replace("THIS_FOLDER", str(folder))
+
+
+def by_snippet(card: str, start) -> np.ndarray:
+    """The picture of the card's code, from our noise."""
+    [code] = re.findall("```python\n(.*?)\n```", card, re.DOTALL)
+    assert len(code.splitlines()) <= 8
+    names = {"start": start}
+    exec(code.replace("pipe(", "pipe(latents=start, "), names)
+    return np.asarray(names["image"]).astype(int)
+
+
+def by_sample(flags: list[str], out: Path, row: str = "student") -> np.ndarray:
+    more = ["--prompts", "two red circles", "--dtype", "float32", "--device", "cpu", "--out", str(out)]
+    sample.main([*flags, *more])
+    return np.asarray(Image.open(out / f"two-red-circles.0.{row}.png")).astype(int)
+
+
+def planned(cfg) -> Model:
+    return Model.plan(cfg.model, "float32", cfg.resolution, CPU, cfg.t5)
+
+
+HOW = {"resolution": "16x8", "guidance": 3.0, "eval_steps": 4}
+
+
+@pytest.mark.parametrize("row, t5", [*((row, True) for row in FIXTURES), ("sd3 with T5", False)])
+def test_diffusers_makes_the_picture_that_sample_makes(row, t5, world, tmp_path):
+    for case in made(row, tmp_path):
+        cfg = tiny.config(world, model=str(case.pipeline), t5=t5, **HOW)
+        model = planned(cfg)
+        folder = tiny.save(tiny.random_lora(case.pipeline, 7, family=case.family), tmp_path / "student")
+        card = carded(folder, cfg, model)
+        [command] = re.findall("^    python sample.py (.*)$", card, re.MULTILINE)
+        mine = by_sample(shlex.split(command), tmp_path / "images")
+        theirs = by_snippet(card, case.fixture.pack(noise(model, 0, (0,))))
+        assert mine.shape == theirs.shape == (16, 8, 3) and mine.std() > 1
+        assert np.abs(mine - theirs).max() <= 1
+
+
+def test_so_does_a_student_of_all_weights(world, tmp_path):
+    cfg = tiny.sft_config(world, full=True, **HOW)
+    model = planned(cfg)
+    card = carded(tiny.fold(world, "red", tmp_path / "student"), cfg, model)
+    theirs = by_snippet(card, noise(model, 0, (0,)))
+    flags = ["--model", cfg.model, "--adapters", f"red={world / 'red'}"]
+    told = ["--resolution", "16x8", "--guidance", "3", "--steps", "4"]
+    assert np.abs(by_sample([*flags, *told], tmp_path / "images", "red") - theirs).max() <= 1
+
+
+def test_the_anchor_is_named_with_its_levels(world):
+    cfg = replace(tiny.config(world), anchor_weight=0.0, anchor_levels={"0.6": 2.0})
+    assert "- anchor: blue, weight 0, from noise level 0.6 down 2" in origins(cfg)
+    assert "anchor" not in origins(replace(cfg, anchor_levels={}))
