@@ -193,7 +193,7 @@ def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
 def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
     """Print the table and what must be known of it, and write the file if there is to be one."""
     cells = summarise(records, scorers.specs())
-    print(tables.table(cells, scorers.first, note_of(args, records)))
+    print(tables.table(cells, scorers.first, note_of(args, records), whole=True))
     for line in [*tables.remarks(records, scorers.specs()), *scorers.abouts()]:
         print(line)
     if args.out:
