@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,33 @@ def rows_of(text):
     return found
 
 
+def test_two_runs_on_one_page(folder, tmp_path, capsys):
+    """A copy with another setting, brighter and a step longer."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    for name, old, new in (
+        ("config.json", '"seed": 0', '"seed": 7'),
+        ("cells.json", '"mean": 0.', '"mean": 1.'),
+        ("metrics.jsonl", '"step": 3', '"step": 4'),
+    ):
+        content = (other / name).read_text()
+        assert old in content
+        (other / name).write_text(content.replace(old, new))
+    main([str(folder), str(other)])
+    assert capsys.readouterr().out.strip() == str(other / "compare.html")
+    text = (other / "compare.html").read_text()
+    assert len(pictures_of(text)) == 3
+    differ = text.partition("Settings that differ")[2].partition("<h2>")[0]
+    assert re.findall("<t[hd]>(.*?)</t[hd]>", differ)[3:] == ["seed", "0", "7"]
+    shown = rows_of(text)["held-out prompts"]
+    students = [shown[f"student, {name}"]["red"] for name in ("my &lt;run&gt;", "other")]
+    assert students[1] == students[0].replace("0.", "1.", 1)
+    assert shown["students, other − my &lt;run&gt;"]["red"].startswith("+1.000")
+    runs = {"a": [{"step": 1, "loss": 3.0}], "b": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
+    [panel] = plots.comparison(runs).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn == {"a": [[1, 3]], "b": [[1, 2], [2, 1]]}
+
+
 def by_hand(folder, rows, pictures=0):
     (folder / "samples").mkdir(parents=True)
     settings = {"stage": "opd", "model": "m<o>del", "iterations": 30, "full": False}
@@ -112,7 +140,7 @@ def test_a_page_by_hand(tmp_path):
         file.write('{"step": 6, "lo')
     main([str(folder)])
     assert "<td>5 of 30</td>" in (folder / "report.html").read_text()
-    for arguments in ([str(tmp_path)], [], ["--help"]):
+    for arguments in ([str(tmp_path)], [], ["--help"], [str(folder)] * 2, [str(folder), str(tmp_path)]):
         with pytest.raises(SystemExit, match="error: usage: .* a folder with a config.json"):
             main(arguments)
 

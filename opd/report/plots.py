@@ -39,6 +39,17 @@ def curve_figure(rows: list[dict], levels: dict[str, float] | None = None) -> Fi
     return figure_of(curves_of(rows), levels or {})
 
 
+def comparison(runs: dict[str, list[dict]]) -> Figure | None:
+    """A panel per number, the runs over each other."""
+    panels = {}
+    for run, rows in runs.items():
+        for kind, curves in curves_of(rows).items():
+            for label, values in curves.items():
+                title = kind if label == ALL else f"{kind}: {label}"
+                panels.setdefault(title, {})[run] = values
+    return figure_of(panels, {})
+
+
 def curves_of(rows: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
     """Kind of number -> label -> step -> value: rewards and scores per task, losses per teacher."""
     flat = [flatten(row) for row in rows]
