@@ -17,7 +17,7 @@ from opd.evaluation.score import Row, Scorers, mean_score, planned, score
 from opd.evaluation.statistics import clustered, pixels_of, summarise
 from opd.evaluation.statistics import diversity_across as across
 from opd.evaluation.statistics import diversity_within as within
-from opd.evaluation.tables import label, number, remarks, scores_of, table
+from opd.evaluation.tables import differences, label, number, remarks, scores_of, stands, table
 from opd.model import Sampling
 from opd.rewards import Reward, Term
 from tests import tiny
@@ -281,8 +281,8 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
             place = dict(row=row, prompt=str(index // 2), index=index, tag=tag)
             records.append(record(thumbnail=BLACK if index % 2 else WHITE, **place, **scores))
     cells = summarise(records, ["m:own", "0.5*m:a+m:b"])
-    first = {"t": "m:own"}
-    lines = table(cells, first, "n=8").splitlines()
+    first, labels = {"t": "m:own"}, {"base": "base", "student": "student"}
+    lines = table(cells, first, "n=8", labels, whole=True).splitlines()
     assert lines[:2] == ["n=8", ""]
     assert lines[2].split() == ["held-out", "t", "t:0.5*a+b", "mean"]
     assert lines[3].split() == ["base", "0.250", "±.000", "5.000", "±.000", "0.250", "±.000"]
@@ -291,10 +291,26 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
     assert lines[8].split()[:2] == ["student", "0.250"]
     assert lines[14].split() == "held-out t: diversity within a prompt across prompts".split()
     assert lines[16].split() == ["student", "1.000", "±.000", "0.500", "±.000"]
+    sentence, line = table(cells, first, "n=8", labels).splitlines()[6:]  # in the place of what is behind
+    assert sentence.startswith("Held-out prompts: the student is above the base in t.")
+    assert line == "t: student 0.500, base 0.250 (+0.250 ±.000)"
     assert scores_of(cells, first)["student"] == {"held-out": {"t": 0.5, "mean": 0.5}}
     assert label("0.5*m.n:a + m:b@/weights/x") == "0.5*a + b@/weights/x"
     assert label("deqa@http://host.name:8000/v1") == "deqa@http://host.name:8000/v1"
     assert [number(21.644, 0.25), number(-0.5, math.nan)] == ["21.64 ±.25", "-0.500"]
+
+
+def test_the_student_is_compared_with_the_teacher_of_each_task():
+    """Differences and errors by hand; of the mean only where every task has a teacher."""
+    block = {"base": {"a": (0.1, 0.0), "b": (0.1, 0.0)}, "a g=4": {"a": (0.9, 0.03), "b": (0.2, 0.0)}}
+    block |= {"c": {"a": (0.0, 0.0), "b": (0.5, 0.03)}}
+    block |= {"student": {"a": (0.8, 0.04), "b": (0.6, 0.04), "mean": (0.7, 0.03)}}
+    own = differences(block, {"a": "", "b": ""}, {"b": "c"})["its teacher"]
+    assert own["a"] == pytest.approx((-0.1, 0.05)) and own["b"] == pytest.approx((0.1, 0.05))
+    assert own["mean"] == pytest.approx((0.0, math.hypot(0.03, 0.015 * 2**0.5)))
+    assert list(differences(block, {"a": "", "b": ""}, {})["its teacher"]) == ["a"]
+    assert [stands(*pair) for pair in ((0.1, 0.04), (-0.1, 0.04))] == ["above", "below"]
+    assert stands(0.1, math.nan) == "not comparable with"
 
 
 def test_missing_scores_are_said():
@@ -303,4 +319,4 @@ def test_missing_scores_are_said():
     expected = "student, held-out t, ocr: pictures without a score: 2, first: why 8"
     assert remarks(records, ["ocr"]) == [expected] and remarks(records, ["other"]) == []
     cells = summarise(records[8:], ["ocr"])
-    assert math.isnan(cells[0].mean) and "nan" in table(cells, {"t": "ocr"}, "")
+    assert math.isnan(cells[0].mean) and "nan" in table(cells, {"t": "ocr"}, "", {"student": "student"})

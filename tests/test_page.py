@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd.report import card, page, plots
+from opd.evaluation import tables
+from opd.report import card, plots
+from opd.report.__main__ import main
 from opd.report.plots import png
 from tests import tiny
 from tests.tiny_grpo import BRIGHT
@@ -54,12 +57,64 @@ def pictures_of(text):
 
 
 def test_the_page_of_a_run(folder):
-    """Curves, maps and two grids; every number of the table."""
+    """Curves, maps and two grids; every number of cells.json; the verdict."""
     text = (folder / "report.html").read_text()
     assert len(pictures_of(text)) == 2 + len(list((folder / "samples").iterdir())) == 4
-    assert "<h1>my &lt;run&gt;</h1>" in text and "step 3 of 3" in text
-    assert html.escape((folder / "table.txt").read_text()) in text
+    assert "<h1>my &lt;run&gt;</h1>" in text and "<td>3 of 3</td>" in text
     assert html.escape('"deploy_guidance": 1.5') in text
+    table = (folder / "table.txt").read_text()
+    assert html.escape(table) in text and "diversity" not in table
+    cells = json.loads((folder / "cells.json").read_text())
+    rows = rows_of(text)
+    means = {(cell["row"], cell["split"], cell["task"]): cell for cell in cells if cell["scorer"] == BRIGHT}
+    for (row, split, task), cell in means.items():
+        shown = rows[f"{split} prompts"][row][task]
+        assert shown == tables.number(cell["mean"], cell["error"])
+    red = {name: means[name, "held-out", "red"]["mean"] for name in ("base", "red", "student")}
+    shown = rows["held-out prompts"]
+    for other, name in (("base", "student − the base"), ("red", "student − its teacher")):
+        assert float(shown[name]["red"].split()[0]) == pytest.approx(red["student"] - red[other], abs=6e-4)
+    last = table.strip().splitlines()[-1]
+    assert last.startswith(f"red: student {red['student']:.3f}, teacher red {red['red']:.3f} (")
+    assert f"<li>{last}</li>" in text and '<tr class="student"><td>student</td>' in text
+
+
+def rows_of(text):
+    """Title of a table of scores -> row -> heading -> text."""
+    found = {}
+    for table in re.findall(r'<table class="numbers">(.*?)</table>', text, re.DOTALL):
+        lines = re.findall(r"<tr.*?</tr>", table)
+        cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", line) for line in lines]
+        (title, *headings), *rows = [[re.sub("<.*?>", "", cell).strip() for cell in own] for own in cells]
+        found[title] = {name: dict(zip(headings, values, strict=True)) for name, *values in rows}
+    return found
+
+
+def test_two_runs_on_one_page(folder, tmp_path, capsys):
+    """A copy with another setting, brighter and a step longer."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    for name, old, new in (
+        ("config.json", '"seed": 0', '"seed": 7'),
+        ("cells.json", '"mean": 0.', '"mean": 1.'),
+        ("metrics.jsonl", '"step": 3', '"step": 4'),
+    ):
+        content = (other / name).read_text()
+        assert old in content
+        (other / name).write_text(content.replace(old, new))
+    main([str(folder), str(other)])
+    assert capsys.readouterr().out.strip() == str(other / "compare.html")
+    text = (other / "compare.html").read_text()
+    assert len(pictures_of(text)) == 3
+    differ = text.partition("Settings that differ")[2].partition("<h2>")[0]
+    assert re.findall("<t[hd]>(.*?)</t[hd]>", differ)[3:] == ["seed", "0", "7"]
+    shown = rows_of(text)["held-out prompts"]
+    students = [shown[f"student, {name}"]["red"] for name in ("my &lt;run&gt;", "other")]
+    assert students[1] == students[0].replace("0.", "1.", 1)
+    assert shown["students, other − my &lt;run&gt;"]["red"].startswith("+1.000")
+    runs = {"a": [{"step": 1, "loss": 3.0}], "b": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
+    [panel] = plots.comparison(runs).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn == {"a": [[1, 3]], "b": [[1, 2], [2, 1]]}
 
 
 def by_hand(folder, rows, pictures=0):
@@ -69,37 +124,43 @@ def by_hand(folder, rows, pictures=0):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(1, pictures + 1):
         Image.fromarray(np.full((4, 20, 3), step, np.uint8)).save(folder / "samples" / f"{step:06d}.png")
-    page.main([str(folder)])
+    main([str(folder)])
     return (folder / "report.html").read_text()
 
 
 def test_a_page_by_hand(tmp_path):
-    """A strip of pictures from the first step to the last, a cut line, folders without a run."""
+    """The newest picture, then a strip of earlier ones; a cut line; folders without a run."""
     folder = tmp_path / "run"
     text = by_hand(folder, [{"step": 5}], pictures=30)
     steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)<", text)]
-    assert steps[0] == 1 and steps[-1] == 30 and len(steps) == 12 and steps == sorted(set(steps))
+    newest, *earlier = steps
+    assert newest == 30 and earlier[0] == 1 and len(earlier) == 11 and earlier == sorted({*earlier})
     assert "Curves" not in text and "m&lt;o&gt;del" in text and len(pictures_of(text)) == 12
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    page.main([str(folder)])
-    assert "step 5 of 30" in (folder / "report.html").read_text()
-    for arguments in ([str(tmp_path)], []):
+    main([str(folder)])
+    assert "<td>5 of 30</td>" in (folder / "report.html").read_text()
+    for arguments in ([str(tmp_path)], [], ["--help"], [str(folder)] * 2, [str(folder), str(tmp_path)]):
         with pytest.raises(SystemExit, match="error: usage: .* a folder with a config.json"):
-            page.main(arguments)
+            main(arguments)
 
 
 def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monkeypatch):
-    """Every curve goes through its finite points."""
+    """Every curve goes through its finite points, or is their running mean over them."""
     rows = [{"step": step, "reward": {"text": step / 10}, "red": {"loss": 0.1**step}} for step in (1, 2, 4)]
     rows[0] |= {"watch": {"text": 0.5, "failed": float("nan")}}
     rows.append({"step": 5, "reward": {"text": float("nan")}})
     panels = {panel.get_title("left"): panel for panel in plots.curve_figure(rows).axes}
-    assert list(panels) == ["held-out score", "reward", "loss, nats per dimension"]
+    assert list(panels) == ["reward", "held-out score", "loss, nats per dimension"]
     drawn = {"held-out score": [[1, 0.5]], "reward": [[1, 0.1], [2, 0.2], [4, 0.4]]}
     for title, points in drawn.items():
         [line] = panels[title].lines
         assert (line.get_label(), line.get_xydata().tolist()) == ("text", points)
+    teacher = plots.curve_figure(rows, {"text": 0.7}).axes[1].lines[1]
+    assert (teacher.get_ydata(), teacher.get_linestyle()) == ([0.7, 0.7], "--")
+    many = [{"step": step, "loss": float(step % 2)} for step in range(20)]
+    raw, mean = plots.curve_figure(many).axes[0].lines
+    assert raw.get_ydata().tolist() == [0, 1] * 10 and mean.get_ydata()[10] == pytest.approx(0.4)
     assert plots.curve_figure([]) is None and plots.kl_figure(rows) is None
     monkeypatch.setattr(plots, "png", png)
     by_hand(tmp_path / "run", rows)

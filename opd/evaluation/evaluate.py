@@ -24,7 +24,7 @@ from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
-from opd.evaluation.statistics import guidance_used, labelled, summarise
+from opd.evaluation.statistics import guidance_used, labels_of, summarise
 from opd.files import check_folder, digest, write_json
 from opd.formats.export import completed, guidance_of
 from opd.formats.lora_files import find_adapter
@@ -194,7 +194,7 @@ def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
 def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
     """Print the table and what must be known of it, and write the file if there is to be one."""
     cells = summarise(records, scorers.specs())
-    print(tables.table(labelled(cells, records), scorers.first, note_of(args, records)))
+    print(tables.table(cells, scorers.first, note_of(args, records), labels_of(records), whole=True))
     for line in [*tables.remarks(records, scorers.specs()), *scorers.abouts()]:
         print(line)
     if args.out:

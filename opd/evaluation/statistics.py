@@ -6,7 +6,7 @@ Pictures of one prompt are alike, so they are no independent draws: errors are c
 import base64
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,12 +60,13 @@ def guidance_used(records: list[Record]) -> dict[str, float]:
     return {record.row: record.settings["guidance"] for record in records if "guidance" in record.settings}
 
 
-def labelled(cells: list[Cell], records: list[Record]) -> list[Cell]:
-    """The cells for a table to show: rows with the guidance that their pictures were made with."""
-    names = {}
+def labels_of(records: list[Record]) -> dict[str, str]:
+    """Row -> what a table calls it: with the guidance that its pictures were made with."""
+    labels = {record.row: record.row for record in records}
     for row, scale in guidance_used(records).items():
-        names[row] = row if row.endswith(f" g={scale:g}") else f"{row} g={scale:g}"
-    return [replace(one, row=names[one.row]) if one.row in names else one for one in cells]
+        if not row.endswith(f" g={scale:g}"):
+            labels[row] = f"{row} g={scale:g}"
+    return labels
 
 
 def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> list[Cell]:

@@ -1,10 +1,16 @@
-"""Scores as text and as JSON: a row per model, a block per split, then what is behind single numbers."""
+"""Scores as text and as JSON: a row per model, a block per split, then what is behind single numbers or what
+they come to."""
 
 import math
 import re
 
 from opd.evaluation.records import Record
 from opd.evaluation.statistics import ALL, MEASURES, Cell, headline, mean_of
+from opd.lora import BASE, START, STUDENT
+
+TEACHERS, THE_BASE = "its teacher", "the base"
+Row = dict[str, tuple[float, float]]  # heading -> (mean, standard error)
+Block = dict[str, Row]  # name -> row
 
 
 def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
@@ -17,21 +23,109 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
     return scores
 
 
-def table(cells: list[Cell], first: dict[str, str], note: str) -> str:
+def table(
+    cells: list[Cell], first: dict[str, str], note: str, labels: dict[str, str], whole: bool = False
+) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
-    Below, for every scorer of a task, its tags; then the diversity."""
-    blocks = {cell.split: {} for cell in cells}  # title -> row -> heading -> text
+    Below, if `whole`, the tags of every scorer of a task and the diversity; else the verdict on the student,
+    if there is one. `labels`: what rows are called."""
+    splits = {cell.split for cell in cells}
+    lines = [note]
+    for title, block in blocks_of(cells, first).items():
+        if whole or title in splits:
+            lines += ["", *aligned(title, {labels[row]: numbers for row, numbers in block.items()})]
+    said = [] if whole else verdict(cells, first, {})
+    if said:
+        lines += ["", *said]
+    return "\n".join(lines)
+
+
+def blocks_of(cells: list[Cell], first: dict[str, str]) -> dict[str, Block]:
+    """Title -> block: those of the splits, then the tags of every scorer of a task, and the diversity."""
+    blocks = {cell.split: {} for cell in cells}
     for cell in cells:
         title, heading = place_of(cell, first)
-        texts = blocks.setdefault(title, {}).setdefault(cell.row, {})
-        texts[heading] = number(cell.mean, cell.error)
+        blocks.setdefault(title, {}).setdefault(cell.row, {})[heading] = cell.mean, cell.error
     for row, split in dict.fromkeys((cell.row, cell.split) for cell in cells):
-        mean, error = mean_of(headline(cells, row, split, first).values())
-        blocks[split][row]["mean"] = number(mean, error)
-    lines = [note]
-    for title, block in blocks.items():
-        lines += ["", *aligned(title, block)]
-    return "\n".join(lines)
+        blocks[split][row]["mean"] = mean_of(headline(cells, row, split, first).values())
+    return blocks
+
+
+# ---- the student against base and teachers -------------------------------------------------------
+
+
+def verdict(cells: list[Cell], first: dict[str, str], routes: dict[str, str]) -> list[str]:
+    """How the student stands on held-out prompts (else those of training): a sentence, then a line per task.
+    Nothing where there is no student or nothing to compare it with. `routes`: as in `teacher_of`."""
+    split = min((cell.split for cell in cells), default="")  # held-out before train
+    block = blocks_of(cells, first).get(split, {})
+    apart = differences(block, first, routes)
+    if not apart:
+        return []
+    words, lines = [], []
+    for whom, row in apart.items():
+        standing = {}
+        for task in (task for task in row if task in first):
+            standing.setdefault(stands(*row[task]), []).append(task)
+        words += [f"{how} {whom} in {', '.join(tasks)}" for how, tasks in standing.items()]
+    for task in (task for task in block[STUDENT] if task in first):
+        said = [f"{task}: {STUDENT} {number(block[STUDENT][task][0])}"]
+        for whom, row in ((TEACHERS, teacher_of(task, block, routes)), (THE_BASE, BASE)):
+            if task in apart.get(whom, {}):
+                named = row if row == BASE else f"teacher {row}"
+                said.append(f"{named} {number(block[row][task][0])} ({signed(*apart[whom][task])})")
+        lines.append(", ".join(said))
+    sentence = f"{split.capitalize()} prompts: the student is {'; '.join(words)}."
+    return [f"{sentence} (Level: within two standard errors.)", *lines]
+
+
+def differences(block: Block, first: dict[str, str], routes: dict[str, str]) -> Block:
+    """The student's means less those of the task's teacher ("its teacher") and less those of the base."""
+    own = {}
+    for heading in block.get(STUDENT, {}):
+        row = teacher_of(heading.partition(":")[0], block, routes)
+        if heading != "mean" and row in block and heading in block[row]:
+            own[heading] = block[row][heading]
+    tasks = [own[task] for task in own if task in first]
+    if tasks and len(tasks) == len(first.keys() & block[STUDENT].keys()):
+        error = math.hypot(*(error for _, error in tasks)) / len(tasks)
+        own["mean"] = sum(mean for mean, _ in tasks) / len(tasks), error
+    others = {TEACHERS: own, THE_BASE: block.get(BASE, {})}
+    found = {whom: subtract(block.get(STUDENT, {}), row) for whom, row in others.items()}
+    return {whom: row for whom, row in found.items() if row}
+
+
+def subtract(row: Row, other: Row) -> Row:
+    """Differences under the headings that both rows have. Their errors are those of independent means, which
+    is too much where both have the same prompts."""
+    both = [heading for heading in row if heading in other]
+    return {
+        heading: (row[heading][0] - other[heading][0], math.hypot(row[heading][1], other[heading][1]))
+        for heading in both
+    }
+
+
+def teacher_of(task: str, block: Block, routes: dict[str, str]) -> str:
+    """The row of a task's teacher: that of `routes` (task -> teacher), else the one that bears its name, else
+    the only one; "" where there is none."""
+    name = routes.get(task, task)
+    teachers = [row for row in block if row not in (BASE, START, STUDENT)]
+    for row in teachers:
+        if row == name or row.startswith(f"{name} g="):
+            return row
+    return teachers[0] if len(teachers) == 1 and task not in routes else ""
+
+
+def stands(mean: float, error: float) -> str:
+    """How a difference is called."""
+    if not math.isfinite(mean) or math.isnan(error):
+        return "not comparable with"
+    if abs(mean) <= 2 * error:
+        return "level with"
+    return "above" if mean > 0 else "below"
+
+
+# ---- words and numbers ---------------------------------------------------------------------------
 
 
 def place_of(cell: Cell, first: dict[str, str]) -> tuple[str, str]:
@@ -46,11 +140,12 @@ def place_of(cell: Cell, first: dict[str, str]) -> tuple[str, str]:
     return cell.split, f"{cell.task}:{label(cell.scorer)}"
 
 
-def aligned(title: str, block: dict[str, dict[str, str]]) -> list[str]:
-    """The lines of a block, row -> heading -> text: names to the left, numbers to the right."""
+def aligned(title: str, block: Block) -> list[str]:
+    """The lines of a block: names to the left, numbers to the right."""
     columns = [[title, *block]]
-    for heading in dict.fromkeys(heading for texts in block.values() for heading in texts):
-        columns.append([heading, *(texts.get(heading, "") for texts in block.values())])
+    for heading in dict.fromkeys(heading for row in block.values() for heading in row):
+        texts = [number(*row[heading]) if heading in row else "" for row in block.values()]
+        columns.append([heading, *texts])
     padded = []
     for place, column in enumerate(columns):
         width = max(map(len, column))
@@ -58,11 +153,16 @@ def aligned(title: str, block: dict[str, dict[str, str]]) -> list[str]:
     return ["".join(line) for line in zip(*padded, strict=True)]
 
 
-def number(mean: float, error: float) -> str:
+def number(mean: float, error: float = math.nan) -> str:
     """0.345 ±.030, with three decimals below 10, else two."""
     decimals = 3 if abs(mean) < 10 else 2
     behind = "" if math.isnan(error) else f" ±{error:.{decimals}f}".replace("±0.", "±.")
     return f"{mean:.{decimals}f}{behind}"
+
+
+def signed(mean: float, error: float) -> str:
+    """+0.345 ±.030: a difference."""
+    return f"{'+' * (mean >= 0)}{number(mean, error)}"
 
 
 def label(scorer: str) -> str:

@@ -1,13 +1,11 @@
 """report.html: a run on one page, which needs nothing but itself; written at every save and at the end. Its
-figures are beside it, curves.png and kl.png.
-
-python -m opd.report runs/mini        # write it anew from what lies in the folder
-"""
+figures are beside it, curves.png and kl.png."""
 
 import base64
 import io
 import json
-import sys
+from dataclasses import dataclass
+from datetime import datetime
 from html import escape
 from pathlib import Path
 
@@ -15,54 +13,70 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from opd import errors
+from opd.evaluation import tables
+from opd.evaluation.statistics import Cell, headline
 from opd.files import read_json, replace
+from opd.lora import STUDENT
 from opd.report import plots
+from opd.rewards import specs_of
 
-WIDEST = 1200  # pixels of a picture of the strip
-SHOWN = 12  # pictures of it
+WIDEST, SMALL = 1200, 600  # pixels: the newest picture, and the earlier ones
+SHOWN = 12  # pictures of a page
+STAGES = {
+    "opd": "distillation from teachers",
+    "grpo": "reinforcement learning from rewards (GRPO)",
+    "sft": "flow matching on images",
+}
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: auto; padding: 2em }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin: 2em 0 .5em; border-bottom: 1px solid #ddd }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1120px; margin: auto; padding: 2em }
+h1 { font-size: 1.6em; margin: 0 0 .4em; overflow-wrap: anywhere }
+h2 { font-size: 1.2em; margin: 1.8em 0 .6em; border-bottom: 1px solid #ddd }
+img { max-width: 100%; display: block } .plot, .newest img { width: 100% }
+figure { margin: 0 } figcaption { font-size: 14px; color: #555 }
+.strip { display: grid; grid-template-columns: 1fr 1fr; gap: 12px 20px; margin-top: 14px }
+.wide { overflow-x: auto; margin-bottom: 1em } table { border-collapse: collapse }
+th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+.numbers { font-variant-numeric: tabular-nums; min-width: 60% }
+.numbers td, .numbers th { padding: 4px 14px; border-bottom: 1px solid #eee; white-space: nowrap }
+.numbers td + td, .numbers th + th { text-align: right }
+.facts th { white-space: nowrap; color: #555; font-weight: 400 } .apart td { color: #555 }
+.student td { font-weight: 700; background: #eef4fb } small { color: #777; font-weight: 400 }
+td.above { color: #1a7a3c } td.below { color: #b3261e }
+.verdict { background: #f4f6f8; border-left: 4px solid #3366aa; padding: 10px 16px }
+.verdict ul { margin: 6px 0 0; padding-left: 1.2em }
+details { margin: .8em 0 } summary { cursor: pointer; color: #36a }
 pre { font: 13px/1.4 ui-monospace, monospace; background: #f6f6f4; padding: .8em; overflow-x: auto }
-figure { margin: 0 0 .8em; overflow-x: auto } figcaption { font-size: 13px; color: #666 }
-.plot { width: 100%; max-width: 1100px }
 """
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or not (Path(arguments[0]) / "config.json").is_file():
-        sys.exit("error: usage: python -m opd.report RUN_FOLDER, a folder with a config.json")
-    with errors.in_one_line(ValueError):
-        print(write_page(Path(arguments[0])))
+@dataclass(frozen=True)
+class Run:
+    """What lies in a run's folder."""
+
+    folder: Path
+    settings: dict
+    rows: list[dict]  # lines of metrics.jsonl
+    cells: list[Cell]
+    first: dict[str, str]
+    """Task -> the scorer that makes its mean."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def routes(self) -> dict[str, str]:
+        return self.settings.get("routes", {})
 
 
-def write_page(folder: Path) -> Path:
-    """Write FOLDER/report.html from config.json, metrics.jsonl, samples/ and table.txt. Returns its path."""
-    settings = read_json(folder / "config.json")
-    saved = escape((folder / "config.json").read_text(encoding="utf-8"))
-    rows = read_metrics(folder / "metrics.jsonl")
-    parts = [
-        heading(folder, settings, rows),
-        *drawn("Curves", folder / "curves.png", plots.curve_figure(rows)),
-        *drawn("KL to the teachers (grey: not measured)", folder / "kl.png", plots.kl_figure(rows)),
-        *strip(folder / "samples"),
-    ]
-    if (folder / "table.txt").is_file():
-        parts.append(f"<h2>Scores</h2>\n<pre>{escape((folder / 'table.txt').read_text())}</pre>")
-    parts.append(f"<h2>Settings</h2>\n<details><summary>config.json</summary><pre>{saved}</pre></details>")
-    body = "\n".join(parts)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(folder.name)}: {settings["stage"]}</title>
-<style>{STYLE}</style></head>
-<body>
-{body}
-</body></html>
-"""
-    file = folder / "report.html"
-    replace(file, lambda path: path.write_text(page, encoding="utf-8"))
-    return file
+def read_run(folder: Path) -> Run:
+    settings, file = read_json(folder / "config.json"), folder / "cells.json"
+    cells = [Cell(**cell) for cell in json.loads(file.read_text())] if file.is_file() else []
+    first = {cell.task: cell.scorer for cell in reversed(cells)}
+    for task, specs in settings.get("rewards", {}).items():
+        if any((cell.task, cell.scorer) == (task, specs_of(specs)[0]) for cell in cells):
+            first[task] = specs_of(specs)[0]
+    return Run(folder, settings, read_metrics(folder / "metrics.jsonl"), cells, first)
 
 
 def read_metrics(file: Path) -> list[dict]:
@@ -73,47 +87,147 @@ def read_metrics(file: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def write_page(folder: Path) -> Path:
+    """Write FOLDER/report.html from config.json, metrics.jsonl, samples/, cells.json and table.txt. Returns
+    its path."""
+    run = read_run(folder)
+    rows = [("", [f"<th>{name}</th>", f"<td>{escape(text)}</td>"]) for name, text in facts(run).items()]
+    kl = drawn("kl", folder, plots.kl_figure(run.rows))
+    curves = drawn("curves", folder, plots.curve_figure(run.rows, teachers_scores(run)))
+    saved = escape((folder / "config.json").read_text(encoding="utf-8"))
+    parts = [f"<h1>{escape(run.name)}</h1>", html_table("facts", rows), *verdict(run)]
+    parts += pictures(folder / "samples") + scores(run)
+    if curves:
+        parts += ["<h2>Curves</h2>", curves, f"<p><small>{plots.NOTE}</small></p>"]
+    if kl:
+        parts.append(folded("KL to the teachers, by noise level and step (grey: not measured)", kl))
+    parts.append(folded("Settings (config.json)", f"<pre>{saved}</pre>"))
+    return write_html(folder / "report.html", f"{run.name}: {run.settings['stage']}", parts)
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def heading(folder: Path, settings: dict, rows: list[dict]) -> str:
-    done = rows[-1]["step"] if rows else 0
-    facts = [f"stage {settings['stage']}", f"step {done} of {settings['iterations']}", settings["model"]]
-    return f"<h1>{escape(folder.name)}</h1>\n<p>{escape(', '.join(facts))}</p>"
+def facts(run: Run) -> dict[str, str]:
+    """What ran."""
+    settings, done = run.settings, run.rows[-1]["step"] if run.rows else 0
+    found = {"stage": STAGES[settings["stage"]], "model": settings["model"]}
+    for name in ("teachers", "train_rewards"):
+        if settings.get(name):
+            listed = ", ".join(f"{key}: {value}" for key, value in settings[name].items())
+            found[name.replace("train_", "")] = listed
+    found["steps"] = f"{done} of {settings['iterations']}"
+    if run.rows:
+        last = (run.folder / "metrics.jsonl").stat().st_mtime
+        found["last step at"] = f"{datetime.fromtimestamp(last):%Y-%m-%d %H:%M}"
+    return found
 
 
-def drawn(title: str, file: Path, figure: Figure | None) -> list[str]:
-    """A figure as a picture of the page, and as a file; nothing where there is nothing to draw."""
-    if figure is None:
+def verdict(run: Run) -> list[str]:
+    said = tables.verdict(run.cells, run.first, run.routes)
+    if not said:
         return []
-    content = plots.png(figure)
-    replace(file, lambda path: path.write_bytes(content))
-    return [f"<h2>{title}</h2>", f'<img class="plot" alt="{title}" src="{data_url(content, "png")}">']
+    items = "".join(f"<li>{escape(line)}</li>" for line in said[1:])
+    return [f'<div class="verdict"><b>{escape(said[0])}</b><ul>{items}</ul></div>']
 
 
-def strip(folder: Path) -> list[str]:
-    """The student's pictures of fixed prompts from fixed noise, at up to SHOWN steps from first to last."""
-    files = sorted(folder.glob("*.png"))
-    if not files:
+def pictures(folder: Path) -> list[str]:
+    """The student's pictures of fixed prompts from fixed noise: the newest, then earlier ones."""
+    *earlier, newest = sorted(folder.glob("*.png")) or [None]
+    if newest is None:
         return []
-    figures = []
-    for place in np.linspace(0, len(files) - 1, min(SHOWN, len(files))).round():
-        file = files[int(place)]
-        caption = f"step {int(file.stem)}"
-        image = f'<img alt="{caption}" src="{picture_url(file)}">'
-        figures.append(f"<figure><figcaption>{caption}</figcaption>{image}</figure>")
-    return ["<h2>Fixed prompts, fixed noise</h2>", *figures]
+    places = np.linspace(0, len(earlier) - 1, min(SHOWN - 1, len(earlier))).round()
+    strip = "".join(figure(earlier[int(place)], SMALL) for place in places)
+    about = "<h2>Pictures: fixed prompts, fixed noise</h2>"
+    return [about, f'<div class="newest">{figure(newest, WIDEST)}</div>', f'<div class="strip">{strip}</div>']
 
 
-def picture_url(file: Path) -> str:
-    """A picture, reduced where it is wide."""
+def figure(file: Path, widest: int) -> str:
+    caption = f"step {int(file.stem)}"
     with Image.open(file) as image:
         small = image.convert("RGB")
-    small.thumbnail((WIDEST, WIDEST))
+    small.thumbnail((widest, widest))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=92)
-    return data_url(buffer.getvalue(), "jpeg")
+    url = data_url(buffer.getvalue(), "jpeg")
+    return f'<figure><figcaption>{caption}</figcaption><img alt="{caption}" src="{url}"></figure>'
+
+
+def scores(run: Run) -> list[str]:
+    """A table per split, then all that is behind it."""
+    file = run.folder / "table.txt"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not run.cells:
+        return [f"<h2>Scores</h2>\n<pre>{escape(text)}</pre>"] if text else []
+    parts = [f"<h2>Scores</h2>\n<p><small>{escape(text.partition(chr(10))[0])}</small></p>"]
+    blocks = tables.blocks_of(run.cells, run.first)
+    splits = sorted({cell.split for cell in run.cells})
+    for split in splits:
+        apart = tables.differences(blocks[split], run.first, run.routes)
+        less = {f"{STUDENT} − {whom}": row for whom, row in apart.items()}
+        parts.append(number_table(f"{split} prompts", blocks[split], less, [STUDENT]))
+    behind = [tables.aligned(title, block) for title, block in blocks.items() if title not in splits]
+    whole = "\n\n".join([text, *("\n".join(lines) for lines in behind)])
+    return [*parts, folded("As text, with tags and diversity", f"<pre>{escape(whole)}</pre>")]
+
+
+def number_table(title: str, block: tables.Block, apart: tables.Block, bold: list[str]) -> str:
+    """Means with their errors, then differences, coloured beyond two standard errors."""
+    headings = list(dict.fromkeys(heading for row in block.values() for heading in row))
+    lines = [("", [f"<th>{escape(text)}</th>" for text in [title, *headings]])]
+    for name, row in {**block, **apart}.items():
+        less, cells = name in apart, [f"<td>{escape(name)}</td>"]
+        for heading in headings:
+            number = (tables.signed if less else tables.number)(*row[heading]) if heading in row else ""
+            mean, _, error = number.partition(" ")
+            kind = tables.stands(*row[heading]).split()[0] if less and heading in row else ""
+            cells.append(f'<td class="{kind}">{mean} <small>{error}</small></td>')
+        lines.append(("apart" if less else STUDENT if name in bold else "", cells))
+    return html_table("numbers", lines)
+
+
+def teachers_scores(run: Run) -> dict[str, float]:
+    """Task -> its teacher's mean on held-out prompts, where the run's end has scored it."""
+    names = dict.fromkeys(cell.row for cell in run.cells)
+    rows = {name: headline(run.cells, name, "held-out", run.first) for name in names}
+    found = {task: rows.get(tables.teacher_of(task, rows, run.routes), {}) for task in run.first}
+    return {task: row[task].mean for task, row in found.items() if task in row}
+
+
+# ---- HTML ----------------------------------------------------------------------------------------
+
+
+def html_table(kind: str, lines: list[tuple[str, list[str]]]) -> str:
+    """`lines`: (class, cells) each."""
+    rows = "\n".join(f'<tr class="{name}">{"".join(cells)}</tr>' for name, cells in lines)
+    return f'<div class="wide"><table class="{kind}">\n{rows}\n</table></div>'
+
+
+def folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>"
+
+
+def drawn(name: str, folder: Path, figure: Figure | None) -> str:
+    """A figure as a picture of the page, and as a file; nothing where there is nothing to draw."""
+    if figure is None:
+        return ""
+    content = plots.png(figure)
+    replace(folder / f"{name}.png", lambda path: path.write_bytes(content))
+    return f'<img class="plot" alt="{name}" src="{data_url(content, "png")}">'
 
 
 def data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def write_html(file: Path, title: str, parts: list[str]) -> Path:
+    body = "\n".join(parts)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title)}</title><style>{STYLE}</style></head>
+<body>
+{body}
+</body></html>
+"""
+    replace(file, lambda path: path.write_text(page, encoding="utf-8"))
+    return file

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,7 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from opd.report.tracker import flatten
 
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#66aadd", "#dd99aa")
-WIDTH = 11  # inches of a figure: two panels and their legends
+WIDTH = 9  # inches of a figure: two panels, whose letters can be read on a small screen
+LEGEND = {"frameon": False, "fontsize": 10, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
+ALL, WATCHED = "all", "held-out score"
+NOTE = "Thick: the running mean. Thin: the numbers themselves."
 COLUMNS = 80  # of a map: more cannot be told apart
 LABELS = 12  # noise levels that are written beside a map
 # Blue by logarithm; grey where nothing was measured, white where the KL is 0, black where it is no number.
@@ -22,36 +26,49 @@ SHADES = colormaps["Blues"].with_extremes(bad="#e8e8e8", under="white", over="bl
 
 def png(figure: Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
+    figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
 
 
 # ---- curves ----------------------------------------------------------------------------------------
 
 
-def curve_figure(rows: list[dict]) -> Figure | None:
-    """A panel per kind of number in the lines of metrics.jsonl: held-out scores and rewards per task, losses
-    per teacher, the gradient norm. None where nothing was logged."""
+def curve_figure(rows: list[dict], levels: dict[str, float] | None = None) -> Figure | None:
+    """A panel per kind of number in the lines of metrics.jsonl. `levels`: task -> the held-out score of its
+    teacher, a dashed line. None where nothing was logged."""
+    return figure_of(curves_of(rows), levels or {})
+
+
+def comparison(runs: dict[str, list[dict]]) -> Figure | None:
+    """A panel per number, the runs over each other."""
+    panels = {}
+    for run, rows in runs.items():
+        for kind, curves in curves_of(rows).items():
+            for label, values in curves.items():
+                title = kind if label == ALL else f"{kind}: {label}"
+                panels.setdefault(title, {})[run] = values
+    return figure_of(panels, {})
+
+
+def curves_of(rows: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
+    """Kind of number -> label -> step -> value: rewards and scores per task, losses per teacher."""
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     kinds = {
-        "held-out score": [name for name in names if name.startswith("watch/")],
-        "reward": [name for name in names if name.startswith("reward/")],
-        "loss, nats per dimension": [name for name in names if name == "loss" or name.endswith("/loss")],
-        "gradient norm": [name for name in names if name == "grad_norm"],
+        "reward": {name.removeprefix("reward/"): name for name in names if name.startswith("reward/")},
+        "KL to the base, nats per dimension": {ALL: "kl"},
+        WATCHED: {name.removeprefix("watch/"): name for name in names if name.startswith("watch/")},
+        "loss, nats per dimension": {
+            ALL: "loss",
+            **{name.removesuffix("/loss"): name for name in names if name.endswith("/loss")},
+        },
+        "gradient norm": {ALL: "grad_norm"},
     }
-    panels = {}
+    found = {}
     for title, own in kinds.items():
-        found = {name: points(name, flat) for name in own}
-        drawn = {name: values for name, values in found.items() if values}
-        if drawn:
-            panels[title] = drawn
-    if not panels:
-        return None
-    figure, axes = grid_of_panels(len(panels), height=3.0)
-    for panel, (title, drawn) in zip(axes, panels.items(), strict=True):
-        draw_curves(panel, title, drawn)
-    return figure
+        curves = {label: points(name, flat) for label, name in own.items()}
+        found[title] = {label: values for label, values in curves.items() if values}
+    return {title: curves for title, curves in found.items() if curves}
 
 
 def points(name: str, flat: list[dict]) -> dict[int, float]:
@@ -60,22 +77,48 @@ def points(name: str, flat: list[dict]) -> dict[int, float]:
     return {step: value for step, value in found.items() if math.isfinite(value)}
 
 
-def draw_curves(panel: Axes, title: str, drawn: dict[str, dict[int, float]]) -> None:
-    for number, (name, values) in enumerate(drawn.items()):
-        label = name.removeprefix("watch/").removeprefix("reward/").removesuffix("/loss")
-        marker = "o" if len(values) < 30 else ""  # a single point is no line
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 3}
-        panel.plot(list(values), list(values.values()), label=label, linewidth=1.3, **style)
-    panel.set_title(title, fontsize=10, loc="left")
+def figure_of(panels: dict[str, dict[str, dict[int, float]]], levels: dict[str, float]) -> Figure | None:
+    """`panels`: title -> label -> step -> value. A label has one colour in all of them."""
+    if not panels:
+        return None
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves if label != ALL)
+    colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
+    figure, axes = grid_of_panels(len(panels), height=3.2)
+    for panel, (title, curves) in zip(axes, panels.items(), strict=True):
+        watched = title.startswith(WATCHED)
+        for label, values in curves.items():
+            draw_curve(panel, label, values, colours.get(label, "#444444"), smooth=not watched)
+            if watched and label in levels:
+                panel.axhline(levels[label], color=colours[label], linestyle="--", linewidth=1)
+        if watched and levels.keys() & curves.keys():
+            panel.plot([], [], color="#888888", linestyle="--", linewidth=1, label="teacher at the end")
+        dress(panel, title, curves)
+    return figure
+
+
+def draw_curve(panel: Axes, label: str, values: dict[int, float], colour: str, smooth: bool) -> None:
+    """The running mean, over what it is the mean of; the numbers themselves where they are few."""
+    steps, numbers = list(values), np.array(list(values.values()))
+    width = 2 * (len(numbers) // 10) + 1
+    style = {"color": colour, "marker": "o" if len(numbers) < 10 else "", "markersize": 4}
+    if smooth and width > 1:
+        panel.plot(steps, numbers, color=colour, linewidth=0.7, alpha=0.45)
+        window = np.ones(width)
+        numbers = np.convolve(numbers, window, "same") / np.convolve(np.ones(len(numbers)), window, "same")
+    panel.plot(steps, numbers, label=label, linewidth=1.8, **style)
+
+
+def dress(panel: Axes, title: str, curves: dict[str, dict[int, float]]) -> None:
+    panel.set_title(textwrap.fill(title, 46), fontsize=11, loc="left")
     panel.set_xlabel("step")
     panel.grid(color="#e4e4e4")
     panel.spines[["top", "right"]].set_visible(False)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    scores = title in ("held-out score", "reward")
-    if not scores and all(value > 0 for values in drawn.values() for value in values.values()):
+    numbers = [value for values in curves.values() for value in values.values()]
+    if not title.startswith((WATCHED, "reward")) and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         panel.set_yscale("log")
-    if len(drawn) > 1 or scores:
-        panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=9)
+    if list(curves) != [ALL]:
+        panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=4, **LEGEND)
 
 
 # ---- maps of the KL --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
-from opd.evaluation.statistics import labelled, summarise
+from opd.evaluation.statistics import labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
@@ -112,7 +112,7 @@ class Report:
         scorers = self.scorers
         cells = summarise(records, scorers.specs())
         note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
-        lines = [tables.table(labelled(cells, records), scorers.first, note)]
+        lines = [tables.table(cells, scorers.first, note, labels_of(records))]
         self.scores = "\n".join([*lines, *tables.remarks(records, scorers.specs()), *scorers.abouts()])
         say(self.scores)
         if self.folder.active:
