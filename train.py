@@ -33,7 +33,7 @@ from opd import compiled, errors, flow, lora, ranks, routing, signals
 from opd.cli import describe, given_fields, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
-from opd.diagnostics import distance_metrics, name_non_finite, reward_metrics, summed
+from opd.diagnostics import brief, distance_metrics, name_non_finite, reward_metrics, summed
 from opd.estimators import ESTIMATORS
 from opd.grpo import GRPO
 from opd.model import Model
@@ -99,7 +99,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
     """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
     checkpoint. Returns whether it came to its end: a signal stops it between two states."""
     first, model = folder.resume(trained), trained.model
-    report.restore(trained, first)
+    report.begin(trained, first)
     bad_steps = 0
     samples = cfg.samples_per_step()
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
@@ -125,7 +125,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         if bad_steps >= min(MAX_BAD_STEPS, cfg.iterations):
             raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 
-        metrics |= report.watch(trained, done)
+        metrics |= report.watch(trained, done) | report.measure(trained, done)
         if math.isfinite(norm):
             metrics |= {"grad_norm": norm, "lr": learning_rate(cfg, step)}
             metrics |= {"effective_batch": samples, "samples_per_second": samples / seconds}
@@ -133,7 +133,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
             if cfg.compile:
                 metrics |= {"graphs": compiled.graphs()}
             report.log({"step": done} | metrics)
-            bar.set_postfix_str(f"loss={metrics['loss']:.4g}")
+            bar.set_postfix_str(brief(metrics))
         if "watch" in metrics:
             folder.save_best(trained, metrics["watch"])
         if due(done, cfg.save_every, cfg.iterations):

@@ -103,3 +103,11 @@ def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
             std[task] = float(mine.std(correction=0))
     groups = {"zero_spread": int(flat_P.sum()), "dropped": int(dropped_P.sum()), "all": len(tasks_P)}
     return {"reward": reward, "reward_std": std, "groups": groups}
+
+
+def brief(row: dict) -> str:
+    """What the progress bar shows of a row of the log: of stage grpo rewards and KL, else the loss."""
+    if "kl" in row:
+        rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
+        return f"reward {rewards}, kl={row['kl']:.2g}"
+    return f"loss={row['loss']:.4g}"

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from opd.cli import given_fields, parse
 from opd.own import step_aside
 from opd.presets import PRESETS
+from opd.report.start import distances
 from tests import forked, tiny
 
 LORAS = "--teachers a=A b=B"
@@ -63,3 +64,29 @@ def test_zero_steps_save_the_merge(world, tmp_path):
             other = key.replace("lora_A", "lora_B")
             updates = [teacher[other] @ teacher[key] for teacher in teachers]
             torch.testing.assert_close(student[other] @ student[key], sum(updates) / 2, rtol=0, atol=1e-5)
+
+
+def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_path):
+    found = {}
+    for start in ("base", "red"):
+        source = start if start == "base" else str(world / "red")
+        cfg = tiny.config(world, cold_start=source, out=str(tmp_path / start))
+        _, model, data, _, stage = tiny.build(cfg)
+        found[start] = distances(cfg, model, stage.teachers, data)
+    assert found["base"] == pytest.approx({"red": 100, "blue": 100}, rel=1e-5)
+    assert found["red"]["red"] == pytest.approx(0, abs=0.1) and found["red"]["blue"] > 10
+
+
+def test_a_run_begins_with_what_it_will_do_and_a_grid(world, tmp_path):
+    cfg = tiny.config(world, out=str(tmp_path / "run"), sample_every=2, eval_steps=2, iterations=3)
+    run = forked.train(tmp_path / "log", forked.command_line(cfg))
+    assert run.ended() == 0
+    printed = run.printed()
+    assert 8 <= len(printed[printed.index("model  ") : printed.index("folder  ")].splitlines()) <= 10
+    assert sorted(file.stem for file in (tmp_path / "run/samples").iterdir()) == [
+        "000000",
+        "000002",
+        "000003",
+    ]
+    assert "step 0: distance to the teachers in percent of the base's: red 100, blue 100" in printed
+    assert [set(row["distance"]) for row in forked.rows(tmp_path / "run")[1:]] == [{"red", "blue"}] * 2

@@ -59,7 +59,7 @@ def pictures_of(text):
 def test_the_page_of_a_run(folder):
     """Curves, maps and two grids; every number of cells.json; the verdict."""
     text = (folder / "report.html").read_text()
-    assert len(pictures_of(text)) == 2 + len(list((folder / "samples").iterdir())) == 4
+    assert len(pictures_of(text)) == 2 + len(list((folder / "samples").iterdir())) == 5
     assert "<h1>my &lt;run&gt;</h1>" in text and "<td>3 of 3</td>" in text
     assert html.escape('"deploy_guidance": 1.5') in text
     table = (folder / "table.txt").read_text()
@@ -225,6 +225,6 @@ def test_who_cannot_push_learns_it_first_and_a_failed_push_loses_nothing(monkeyp
 
 def test_tensorboard_gets_the_grids(folder):
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [event.step for event in events.Images("samples")] == [2, 3]
+    assert [event.step for event in events.Images("samples")] == [0, 2, 3]
     saved = Image.open(folder / "samples" / "000003.png")
     assert (events.Images("samples")[1].width, events.Images("samples")[1].height) == saved.size

@@ -3,9 +3,10 @@
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
-from opd import ranks
-from opd.config import DistillationConfig, RunConfig, SFTConfig
+from opd import ranks, routing
+from opd.config import DistillationConfig, Rollout, RunConfig, SFTConfig
 from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
@@ -21,9 +22,11 @@ from opd.optim import Trained, due
 from opd.ranks import say
 from opd.report.card import push_student, write_card
 from opd.report.page import write_page
+from opd.report.start import SHOWN, distances, head
 from opd.report.tracker import Tracker
 from opd.rewards import Reward, specs_of
 from opd.runfolder import RunFolder
+from opd.teachers import load_teachers
 
 
 class Report:
@@ -37,10 +40,20 @@ class Report:
         rewards: dict[str, Reward],
         folder: RunFolder,
     ):
-        self.cfg, self.model, self.folder = cfg, model, folder
+        self.cfg, self.model, self.data, self.folder = cfg, model, data, folder
         if folder.active:
             self.tracker = Tracker(cfg, folder.path)
-        self.texts = fixed_texts(data)
+        self.shown, self.teachers = {}, {}
+        """Task -> the prompts of sample grids, and its teachers."""
+        if not isinstance(data, Images):
+            self.shown = shown_prompts(cfg, data)
+        self.texts = [prompt.text for pool in self.shown.values() for prompt in pool]
+        if isinstance(data, Images):
+            self.texts = shown_texts(cfg, data)
+        if isinstance(cfg, DistillationConfig):
+            self.teachers = load_teachers(cfg, model, data)
+        self.above: dict[str, list[Tensor]] = {}
+        """The rows above the student's in every grid: label -> pictures."""
         self.scores = ""
         """The table, once there is one."""
         if is_scored(cfg):
@@ -78,25 +91,75 @@ class Report:
         batches = planned(rows, splits, settings, count, batch=cfg.micro_batch)
         return score(batches, self.scorers, self.model)
 
-    def restore(self, trained: Trained, done: int) -> None:
-        """Grid, cards and page of the saved step: a run may have been killed between saving and these."""
-        if done == 0:
-            return
-        file = self.folder.path / "samples" / f"{done:06d}.png"
-        lacking = torch.tensor(float(self.folder.active and not file.is_file()), device=self.model.device)
-        if due(done, self.cfg.sample_every, self.cfg.iterations) and ranks.largest(lacking) > 0:
-            self.sample_grid(trained, done)
-        self.show(done)
+    def begin(self, trained: Trained, done: int) -> None:
+        """Say what will run, and show what it starts from. Where a run was killed between saving and showing
+        step `done`, show that."""
+        cfg = self.cfg
+        for line in head(cfg, trained, self.data):
+            say(line)
+        if cfg.sample_every > 0:
+            self.above = self.rows_above()
+            file = self.folder.path / "samples" / f"{done:06d}.png"
+            lacking = torch.tensor(float(self.folder.active and not file.is_file()), device=self.model.device)
+            shown = done == 0 or due(done, cfg.sample_every, cfg.iterations)
+            if shown and ranks.largest(lacking) > 0:
+                self.sample_grid(trained, done)
+            self.measure(trained, done)
+        if done > 0:
+            self.show(done)
+
+    def rows_above(self) -> dict[str, list[Tensor]]:
+        """The pictures of the base, and of each prompt's teacher at the guidance that it teaches with."""
+        cfg = self.cfg
+        if cfg.full:
+            return {}
+        guidance = cfg.deployed_guidance()
+        rows = {f"base  guidance {guidance:g}": self.pictures(BASE, guidance)}
+        if isinstance(cfg, DistillationConfig):
+            taught = {}
+            for task in self.shown:
+                shares = routing.shares(cfg.route(task), "route")
+                taught[task] = max(shares, key=lambda name: shares[name])
+            made = {}
+            for name in dict.fromkeys(taught.values()):
+                adapter = name if name in self.model.teachers else cfg.adapter_of(name)
+                made[name] = self.pictures(adapter, cfg.guidance_of(name))
+            columns = [taught[task] for task, pool in self.shown.items() for _ in pool]
+            label = f"its teacher  guidance {cfg.teacher_guidance:g}"
+            rows[label] = [made[name][column] for column, name in enumerate(columns)]
+        return rows
+
+    def pictures(self, adapter: str, guidance: float) -> list[Tensor]:
+        """Of the prompts of sample grids, from noise that is the same for every adapter and step."""
+        model = self.model
+        if adapter in model.teachers:  # it has a transformer of its own
+            model, adapter = model.teachers[adapter], BASE
+        index = list(range(len(self.texts)))
+        return list(model.images(adapter, self.texts, index, Sampling(self.cfg.eval_steps, 0, guidance)))
 
     def sample_grid(self, trained: Trained, done: int) -> None:
-        """The student's images of fixed prompts from fixed noise: samples/STEP.png."""
+        """samples/STEP.png: the student's pictures under those of the base and of the teachers."""
+        guidance = self.cfg.deployed_guidance()
         with trained.averaged():
-            sampling = Sampling(self.cfg.eval_steps, 0, self.cfg.deployed_guidance())
-            images = self.model.images(self.model.trained, self.texts, list(range(len(self.texts))), sampling)
+            mine = self.pictures(trained.model.trained, guidance)
         if self.folder.active:
-            grid = labelled_grid({f"{done}  guidance {sampling.guidance:g}": list(images)}, self.texts)
+            grid = labelled_grid(self.above | {f"step {done}  guidance {guidance:g}": mine}, self.texts)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
             self.tracker.picture("samples", grid, done)
+
+    def measure(self, trained: Trained, done: int) -> dict:
+        """{"distance": task -> how far the student is from its teacher, in percent of the base}, {} where it
+        is not due or there is no teacher."""
+        cfg = self.cfg
+        if not self.teachers or not (done == 0 or due(done, cfg.sample_every, cfg.iterations)):
+            return {}
+        with trained.averaged():
+            found = distances(cfg, self.model, self.teachers, self.shown)
+        if not found:
+            return {}
+        words = ", ".join(f"{task} {value:.0f}" for task, value in found.items())
+        say(f"step {done}: distance to the teachers in percent of the base's: {words}")
+        return {"distance": found}
 
     def table(self, trained: Trained) -> None:
         """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
@@ -166,13 +229,14 @@ def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
 # ---- the prompts of a report -----------------------------------------------------------------------
 
 
-def fixed_texts(data: dict[str, list[Prompt]] | Images) -> list[str]:
-    """What the sample grids show: the first prompts of every task, nine in all, or the first nine
-    captions."""
-    if isinstance(data, Images):
-        return list(dict.fromkeys(data.captions))[:9]
-    per_task = max(1, 9 // len(data))
-    return [prompt.text for pool in data.values() for prompt in pool[:per_task]]
+def shown_prompts(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
+    """What sample grids show of every task that is trained on, nine prompts in all: held-out ones where there
+    are some, at a fixed stride, so that files sorted by kind show every kind."""
+    pools = data
+    if isinstance(cfg, Rollout) and cfg.heldout:
+        pools = data | load_tasks(cfg.heldout)
+    count = max(1, SHOWN // len(data))
+    return {task: pools[task][:: max(1, len(pools[task]) // count)][:count] for task in data}
 
 
 def is_scored(cfg: RunConfig) -> bool:
@@ -189,7 +253,9 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
 
 def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
     """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
-    texts = fixed_texts(data)
+    if isinstance(data, Images):
+        return list(dict.fromkeys(data.captions))[:SHOWN]
+    texts = [prompt.text for pool in shown_prompts(cfg, data).values() for prompt in pool]
     if is_scored(cfg):
         count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
         for pools in splits(cfg, data).values():

@@ -1,0 +1,86 @@
+"""What a run says of itself before its first step, and how far its student is from the teachers."""
+
+import torch
+
+from opd import lora, ranks, routing
+from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
+from opd.data import Prompt, seed_of
+from opd.formats.latents import Images
+from opd.lora import BASE, START
+from opd.model import Model
+from opd.optim import Trained
+from opd.teachers import Teacher, mean_velocity
+
+SHOWN = 9
+"""Prompts of a sample grid, over all tasks."""
+
+
+def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Images) -> list[str]:
+    """A line for each thing that decides what a run does and how long it takes."""
+    model = trained.model
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    count = sum(parameter.numel() for parameter in trained.parameters.values()) / 1e6
+    kind = "all weights" if cfg.full else f"a LoRA of rank {cfg.rank}"
+    start = cfg.cold_start
+    if start == "merge":
+        start = f"the merge of {', '.join(cfg.merged())}"
+    facts = {
+        "model": f"{cfg.model}, {model.resolution} px",
+        "device": f"{ranks.world()} x {model.device.type}, {dtype}{threads}",
+        "trained": f"{kind}, {count:.2f} M parameters, from {start}",
+    }
+    if isinstance(data, Images):
+        facts["images"] = f"{len(data.captions)}, {cfg.prompts_per_step} a step"
+    else:
+        pools = ", ".join(f"{task} {len(pool)}" for task, pool in data.items())
+        facts["prompts"] = f"{pools}; {cfg.prompts_per_step} a step, {cfg.group} x each"
+    if isinstance(cfg, Rollout):
+        walk = f"{cfg.rollout} of {cfg.steps} steps at guidance {cfg.guidance:g}"
+        facts["walk"] = f"{walk}, {cfg.states_per_sample()} states trained on"
+    if isinstance(cfg, DistillationConfig):
+        facts["teachers"] = ", ".join(
+            f"{name} at guidance {cfg.guidance_of(name):g}" for name in cfg.teachers
+        )
+        if cfg.anchored():
+            levels = "".join(
+                f", {weight:g} from noise {level} down" for level, weight in cfg.anchor_levels.items()
+            )
+            facts["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{levels}"
+    if isinstance(cfg, GRPOConfig):
+        facts["rewards"] = ", ".join(f"{task} {spec}" for task, spec in cfg.training_rewards().items())
+    pictures = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"
+    facts["pictures"] = f"{pictures}; {cfg.iterations} steps, saved every {cfg.save_every}"
+    facts["folder"] = cfg.out
+    return [f"{name:9} {fact}" for name, fact in facts.items()]
+
+
+@torch.no_grad()
+def distances(
+    cfg: DistillationConfig, model: Model, teachers: dict[str, Teacher], pools: dict[str, list[Prompt]]
+) -> dict[str, float]:
+    """Task -> how far the student's velocity is from its teacher's, in percent of the base's distance.
+
+    100 |v - v_T| / |v_base - v_T| over the states of one fixed walk, that of the start from fixed noise with
+    the prompts in `pools`: only what is measured on the same states can be compared between steps.
+    Nothing for a task whose teacher is the base itself.
+    """
+    found = {}
+    path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, ("distances", "noise"))
+    for task, pool in pools.items():
+        prompts = [prompt.text for prompt in pool]
+        text, shares = model.text(prompts), routing.shares(cfg.route(task), "route")
+        weights_BK = torch.tensor([list(shares.values())] * len(prompts), device=model.device)
+        near = far = 0.0
+        for state in model.walk(path, seed_of("distances", task), list(range(len(prompts)))):
+            targets = [teachers[name](state.x, state.sigma_B, prompts) for name in shares]
+            target, v = mean_velocity(targets, weights_BK), {}
+            for adapter in (model.trained, BASE, START):
+                with lora.use(model.transformer, adapter):
+                    v[adapter] = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
+            near += float((v[model.trained] - target).square().sum())
+            far += float((v[BASE] - target).square().sum())
+            state.step(v[START])
+        if far > 0:
+            found[task] = 100 * (near / far) ** 0.5
+    return found
