@@ -20,13 +20,13 @@ def write_comparison(*folders: Path) -> Path:
     own = {name: page.facts(run) for name, run in runs.items()}
     names = dict.fromkeys(name for facts in own.values() for name in facts)
     parts = [f"<h1>{escape(title)}</h1>", side_by_side(own, list(names))]
-    parts += ["<h2>Settings that differ</h2>", settings(runs), *pictures(runs), *scores(runs)]
+    parts += ["<h2>Settings that differ</h2>", settings(runs)]
     figure = plots.comparison({name: run.rows for name, run in runs.items()})
     if figure is not None:
         image = page.data_url(plots.png(figure), "png")
         parts += [f'<h2>Curves</h2>\n<img class="plot" alt="curves" src="{image}">']
         parts += [f"<p><small>{plots.NOTE}</small></p>"]
-    return page.write_html(folders[1] / "compare.html", title, parts)
+    return page.write_html(folders[1] / "compare.html", title, [*parts, *pictures(runs), *scores(runs)])
 
 
 def side_by_side(columns: dict[str, dict[str, str]], names: list[str]) -> str:

@@ -31,9 +31,9 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1120px; margin: auto; padding: 2em }
 h1 { font-size: 1.6em; margin: 0 0 .4em; overflow-wrap: anywhere }
 h2 { font-size: 1.2em; margin: 1.8em 0 .6em; border-bottom: 1px solid #ddd }
-img { max-width: 100%; display: block } .plot, .newest img { width: 100% }
+img { max-width: 100%; display: block } .plot, .newest img { width: 100% } .newest { margin-bottom: 14px }
 figure { margin: 0 } figcaption { font-size: 14px; color: #555 }
-.strip { display: grid; grid-template-columns: 1fr 1fr; gap: 12px 20px; margin-top: 14px }
+.strip { display: grid; grid-template-columns: 1fr 1fr; gap: 12px 20px }
 .wide { overflow-x: auto; margin-bottom: 1em } table { border-collapse: collapse }
 th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 .numbers { font-variant-numeric: tabular-nums; min-width: 60% }

@@ -15,11 +15,12 @@ from opd.report.tracker import flatten
 
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#66aadd", "#dd99aa")
 WIDTH = 9  # inches of a figure: two panels, whose letters can be read on a small screen
-LEGEND = {"frameon": False, "fontsize": 10, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
+LEGEND = {"frameon": False, "ncols": 4, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
 ALL, WATCHED = "all", "held-out score"
 NOTE = "Thick: the running mean. Thin: the numbers themselves."
 COLUMNS = 80  # of a map: more cannot be told apart
 LABELS = 12  # noise levels that are written beside a map
+Curves = dict[str, dict[int, float]]  # label -> step -> value
 # Blue by logarithm; grey where nothing was measured, white where the KL is 0, black where it is no number.
 SHADES = colormaps["Blues"].with_extremes(bad="#e8e8e8", under="white", over="black")
 
@@ -47,11 +48,16 @@ def comparison(runs: dict[str, list[dict]]) -> Figure | None:
             for label, values in curves.items():
                 title = kind if label == ALL else f"{kind}: {label}"
                 panels.setdefault(title, {})[run] = values
-    return figure_of(panels, {})
+    figure = figure_of(panels, {}, columns=3)
+    if figure is not None:
+        lines = {line.get_label(): line for panel in figure.axes for line in panel.lines}
+        drawn = [run for run in runs if run in lines]
+        figure.legend([lines[run] for run in drawn], drawn, loc="outside upper left", **LEGEND)
+    return figure
 
 
-def curves_of(rows: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
-    """Kind of number -> label -> step -> value: rewards and scores per task, losses per teacher."""
+def curves_of(rows: list[dict]) -> dict[str, Curves]:
+    """Kind of number -> its curves: rewards and scores per task, losses per teacher."""
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     kinds = {
@@ -66,9 +72,11 @@ def curves_of(rows: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
     }
     found = {}
     for title, own in kinds.items():
-        curves = {label: points(name, flat) for label, name in own.items()}
-        found[title] = {label: values for label, values in curves.items() if values}
-    return {title: curves for title, curves in found.items() if curves}
+        for label, name in own.items():
+            values = points(name, flat)
+            if values:
+                found.setdefault(title, {})[label] = values
+    return found
 
 
 def points(name: str, flat: list[dict]) -> dict[int, float]:
@@ -77,13 +85,13 @@ def points(name: str, flat: list[dict]) -> dict[int, float]:
     return {step: value for step, value in found.items() if math.isfinite(value)}
 
 
-def figure_of(panels: dict[str, dict[str, dict[int, float]]], levels: dict[str, float]) -> Figure | None:
-    """`panels`: title -> label -> step -> value. A label has one colour in all of them."""
+def figure_of(panels: dict[str, Curves], levels: dict[str, float], columns: int = 2) -> Figure | None:
+    """A panel per title, in which a label has the same colour as in the others. None without any."""
     if not panels:
         return None
     labels = dict.fromkeys(label for curves in panels.values() for label in curves if label != ALL)
     colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
-    figure, axes = grid_of_panels(len(panels), height=3.2)
+    figure, axes = grid_of_panels(len(panels), 1 + 4.4 / columns, columns)
     for panel, (title, curves) in zip(axes, panels.items(), strict=True):
         watched = title.startswith(WATCHED)
         for label, values in curves.items():
@@ -92,7 +100,9 @@ def figure_of(panels: dict[str, dict[str, dict[int, float]]], levels: dict[str, 
                 panel.axhline(levels[label], color=colours[label], linestyle="--", linewidth=1)
         if watched and levels.keys() & curves.keys():
             panel.plot([], [], color="#888888", linestyle="--", linewidth=1, label="teacher at the end")
-        dress(panel, title, curves)
+        dress(panel, textwrap.fill(title, 90 // columns), curves)
+        if columns == 2 and list(curves) != [ALL]:
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **LEGEND)
     return figure
 
 
@@ -108,8 +118,8 @@ def draw_curve(panel: Axes, label: str, values: dict[int, float], colour: str, s
     panel.plot(steps, numbers, label=label, linewidth=1.8, **style)
 
 
-def dress(panel: Axes, title: str, curves: dict[str, dict[int, float]]) -> None:
-    panel.set_title(textwrap.fill(title, 46), fontsize=11, loc="left")
+def dress(panel: Axes, title: str, curves: Curves) -> None:
+    panel.set_title(title, fontsize=11, loc="left")
     panel.set_xlabel("step")
     panel.grid(color="#e4e4e4")
     panel.spines[["top", "right"]].set_visible(False)
@@ -117,8 +127,6 @@ def dress(panel: Axes, title: str, curves: dict[str, dict[int, float]]) -> None:
     numbers = [value for values in curves.values() for value in values.values()]
     if not title.startswith((WATCHED, "reward")) and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         panel.set_yscale("log")
-    if list(curves) != [ALL]:
-        panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=4, **LEGEND)
 
 
 # ---- maps of the KL --------------------------------------------------------------------------------
@@ -175,11 +183,11 @@ def sigmas_of(columns: list[tuple[int, dict[str, float]]]) -> list[str]:
     return sorted({sigma for _, values in columns for sigma in values}, key=float, reverse=True)
 
 
-def grid_of_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, two in a row, each `height` inches high."""
-    lines = math.ceil(count / 2)
+def grid_of_panels(count: int, height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, `columns` in a row, each `height` inches high."""
+    lines = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, height * lines), layout="constrained")
-    panels = list(figure.subplots(lines, 2, squeeze=False).flat)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for spare in panels[count:]:
         spare.remove()
     return figure, panels[:count]
