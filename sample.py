@@ -128,7 +128,7 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
             place = index % args.batch
             size = min(args.batch, len(columns) - index + place)  # of its forward pass
             write(replace(args, prompts=(columns[index],), batch=size), image, adapter, index, place)
-        rows[f"{adapter}  guidance {args.guidance:g}"] = images
+        rows[f"{adapter}\nguidance {args.guidance:g}"] = images
     save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
     print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 

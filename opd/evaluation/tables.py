@@ -24,17 +24,22 @@ def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
 
 
 def table(
-    cells: list[Cell], first: dict[str, str], note: str, labels: dict[str, str], whole: bool = False
+    cells: list[Cell],
+    first: dict[str, str],
+    note: str,
+    labels: dict[str, str],
+    routes: dict[str, str] | None = None,
+    whole: bool = False,
 ) -> str:
     """A block per split: the mean of every task and scorer with its standard error, and the mean over tasks.
     Below, if `whole`, the tags of every scorer of a task and the diversity; else the verdict on the student,
-    if there is one. `labels`: what rows are called."""
+    if there is one. `labels`: what rows are called; `routes`: task -> teacher."""
     splits = {cell.split for cell in cells}
     lines = [note]
     for title, block in blocks_of(cells, first).items():
         if whole or title in splits:
             lines += ["", *aligned(title, {labels[row]: numbers for row, numbers in block.items()})]
-    said = [] if whole else verdict(cells, first, {})
+    said = [] if whole else verdict(cells, first, routes or {})
     if said:
         lines += ["", *said]
     return "\n".join(lines)

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from opd.files import reading, replace
 
 # Of a grid, in pixels.
-TOP = 48  # for three lines of caption
+FONT = ImageFont.load_default(14)
+LINE = 18  # height of a line of text
 GAP = 4  # between images
-LETTER = 7  # width of one in a row's name
 
 
 def read_image(file: Path) -> Image.Image:
@@ -40,23 +40,39 @@ def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def labelled_grid(rows: dict[str, list[torch.Tensor]], columns: list[str], pixels: int = 120) -> Image.Image:
-    """One picture: a row of images (3, H, W) per name, a caption above every column."""
+def labelled_grid(
+    rows: dict[str, list[torch.Tensor]],
+    columns: list[str],
+    pixels: int = 120,
+    notes: dict[str, list[str]] | None = None,
+) -> Image.Image:
+    """One picture: a row of images (3, H, W) per name, a caption above every column. `notes`: name -> what
+    stands in a corner of each image, such as its score."""
     tiles = {name: [to_pil(image, pixels) for image in images] for name, images in rows.items()}
-    first_row = next(iter(tiles.values()))
-    width, height = first_row[0].size
-    left = 12 + LETTER * max(len(name) for name in rows)
-    right = left + len(columns) * (width + GAP)
-    bottom = TOP + len(rows) * (height + GAP)
-    canvas = Image.new("RGB", (right, bottom), "white")
+    width, height = next(iter(tiles.values()))[0].size
+    captions = [wrapped(caption, width) for caption in columns]
+    top = 8 + LINE * max(len(lines) for lines in captions)
+    left = 16 + int(max(FONT.getlength(part) for name in rows for part in name.split("\n")))
+    size = left + len(columns) * (width + GAP), top + len(rows) * (height + GAP)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for column, caption in enumerate(columns):
-        x = left + column * (width + GAP)
-        lines = textwrap.wrap(caption, max(6, width // 6))[:3]
-        draw.multiline_text((x, 4), "\n".join(lines), fill="black", spacing=1)
+    for column, lines in enumerate(captions):
+        draw.multiline_text((left + column * (width + GAP), 2), "\n".join(lines), fill="black", font=FONT)
     for row, (name, images) in enumerate(tiles.items()):
-        y = TOP + row * (height + GAP)
-        draw.text((6, y + height // 2 - 6), name, fill="black")
+        y = top + row * (height + GAP)
+        draw.multiline_text((8, y + height // 2 - LINE), name, fill="black", font=FONT)
         for column, image in enumerate(images):
-            canvas.paste(image, (left + column * (width + GAP), y))
+            x = left + column * (width + GAP)
+            canvas.paste(image, (x, y))
+            if notes and notes[name][column]:
+                place = x + width - 2, y + height - 2
+                draw.text(
+                    place, notes[name][column], "white", FONT, "rs", stroke_width=2, stroke_fill="black"
+                )
     return canvas
+
+
+def wrapped(caption: str, width: int) -> list[str]:
+    """At most three lines that are no wider than an image."""
+    letters = max(6, int(width / FONT.getlength("n")))
+    return textwrap.wrap(caption, letters)[:3]

@@ -114,7 +114,7 @@ class Report:
         if cfg.full:
             return {}
         guidance = cfg.deployed_guidance()
-        rows = {f"base  guidance {guidance:g}": self.pictures(BASE, guidance)}
+        rows = {f"base\nguidance {guidance:g}": self.pictures(BASE, guidance)}
         if isinstance(cfg, DistillationConfig):
             taught = {}
             for task in self.shown:
@@ -125,7 +125,7 @@ class Report:
                 adapter = name if name in self.model.teachers else cfg.adapter_of(name)
                 made[name] = self.pictures(adapter, cfg.guidance_of(name))
             columns = [taught[task] for task, pool in self.shown.items() for _ in pool]
-            label = f"its teacher  guidance {cfg.teacher_guidance:g}"
+            label = f"its teacher\nguidance {cfg.teacher_guidance:g}"
             rows[label] = [made[name][column] for column, name in enumerate(columns)]
         return rows
 
@@ -137,13 +137,31 @@ class Report:
         index = list(range(len(self.texts)))
         return list(model.images(adapter, self.texts, index, Sampling(self.cfg.eval_steps, 0, guidance)))
 
+    def marks(self, images: list[Tensor]) -> list[str]:
+        """What the first scorer of each prompt's task says of its picture; "" where none is given."""
+        found = []
+        for task, pool in self.shown.items():
+            mine = torch.stack(images[len(found) : len(found) + len(pool)])
+            if not is_scored(self.cfg) or task not in self.scorers.of_task:
+                found += [""] * len(pool)
+                continue
+            metadata = [prompt.metadata for prompt in pool]
+            reward = self.scorers.of_task[task][0]
+            scores, _, _ = reward.start(
+                mine, [p.text for p in pool], metadata, self.cfg.reward_timeout
+            ).result()
+            found += [f"{score:.2f}" for score in scores.tolist()]
+        return found or [""] * len(images)
+
     def sample_grid(self, trained: Trained, done: int) -> None:
         """samples/STEP.png: the student's pictures under those of the base and of the teachers."""
         guidance = self.cfg.deployed_guidance()
         with trained.averaged():
             mine = self.pictures(trained.model.trained, guidance)
         if self.folder.active:
-            grid = labelled_grid(self.above | {f"step {done}  guidance {guidance:g}": mine}, self.texts)
+            rows = self.above | {f"student, step {done}\nguidance {guidance:g}": mine}
+            notes = {name: self.marks(images) for name, images in rows.items()}
+            grid = labelled_grid(rows, self.texts, notes=notes)
             save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
             self.tracker.picture("samples", grid, done)
 
@@ -175,7 +193,8 @@ class Report:
         scorers = self.scorers
         cells = summarise(records, scorers.specs())
         note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
-        lines = [tables.table(cells, scorers.first, note, labels_of(records))]
+        routes = cfg.routes if isinstance(cfg, DistillationConfig) else {}
+        lines = [tables.table(cells, scorers.first, note, labels_of(records), routes=routes)]
         self.scores = "\n".join([*lines, *tables.remarks(records, scorers.specs()), *scorers.abouts()])
         say(self.scores)
         if self.folder.active:
