@@ -395,6 +395,11 @@ class DistillationConfig(Rollout):
         if self.anchored() and self.anchor not in known:
             way_out = "name one of them, or have none: --anchor-weight 0 --anchor-levels"
             raise ValueError(f"--anchor {self.anchor!r} is not among the teachers {known}; {way_out}")
+        if self.anchored() and self.anchor in self.extrapolate:
+            both = (
+                f"--extrapolate {self.anchor}={self.extrapolate[self.anchor]} moves the anchor's target too"
+            )
+            raise ValueError(f"{both}; leave {self.anchor} out of it, or use another --anchor")
 
     def check_states(self) -> None:
         low, high = self.query_range

@@ -21,7 +21,7 @@ SD35_PROMPTS = {
     "pickscore": "dataset/pickscore/train.txt",
 }
 SD35_REWARDS = {"geneval": "geneval_dense", "ocr": "ocr", "pickscore": "pickscore"}
-# The blend of the released code's mix, .8 PickScore / 26 + .2 DeQA / 5.
+# The blend of the released code's mix, .8 PickScore / 26 + .2 DeQA / 5; the paper has .6 and .4.
 SD35_QUALITY = "0.0308*pickscore+0.04*deqa@http://localhost:8000"
 
 # ---- blocks that presets share -----------------------------------------------------------------------------
@@ -38,15 +38,16 @@ SD35_TAUGHT = {"teachers": SD35_TEACHERS, "anchor": "deqa"}
 # The paper's: SDE with a = 0.7 and T = 10, every state, KL weights, 3:1:1, a start merged from the tasks'
 # teachers, lambda 0.02 of the quality teacher that saw the prompts of all tasks, 512 px, guidance 4.5, LoRA
 # 32/64, 40 evaluation steps.
-# Not the paper's: all tasks in every step, loss by the mean over dimensions, one forward pass (README, "Where
-# we differ").
+# Not the paper's: all tasks in every step, the last state trained on (43 to 48 % of the loss), loss by the
+# mean over dimensions, one forward pass (README, "Where we differ").
 FLOW_OPD = {**SD35_OPD, **SD35_TAUGHT, "guidance": 4.5, "teacher_guidance": 4.5}
 
 # Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these: give
 # --teachers and --prompts, and an --anchor with its --anchor-weight if there is one.
 WITHOUT_TEACHERS = {**REAL_OPD, **FROM_BASE, "resolution": "1024", "micro_batch": 1, "checkpointing": True}
 
-# Flow-GRPO's numbers. A rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
+# Flow-GRPO's numbers, beta too, though our KL is 1 / D of its code's: 4.4 times as much over these states. A
+# rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
 BATCHES = {"prompts_per_step": 48, "group": 24, "updates": 2, "micro_batch": 8, "checkpointing": True}
 WALK = {"steps": 10, "skip_last": True, "guidance": 4.5, "reward_timeout": 900.0}
 OPTIMIZER = {"iterations": 2000, "warmup": 0, "clip_range": 1e-4, "ema": 0.9, "ema_every": 8}
@@ -65,7 +66,8 @@ REAL_PRESETS: dict[str, RunConfig] = {
     "sd35-diffusion-opd": DistillationConfig(
         **FLOW_OPD, **FROM_BASE, rollout="ode", weight="ode_kl", micro_batch=8
     ),
-    # DanceOPD (arXiv 2606.27377): one state per trajectory, mostly towards the data, all weighed alike.
+    # DanceOPD (arXiv 2606.27377): one state per trajectory, mostly towards the data, all weighed alike. Here
+    # a step's trajectories share it, there every sample draws its own.
     "sd35-dance-opd": DistillationConfig(
         **FLOW_OPD,
         **FROM_BASE,

@@ -137,6 +137,7 @@ opd | --teacher-devices red=cuda:1 | --teacher-devices red=cuda:1 would be the p
 opd | --teacher-devices red=offload --shard-size 2 | and --shard-size 2 both spread a teacher out; use one
 opd | --extrapolate dog=2 | --extrapolate names 'dog', which is not among the teachers
 opd | --extrapolate base=2 | --extrapolate base=2.0: a target leads away from the base
+opd | --extrapolate red=2 --anchor red --anchor-weight 1 | --extrapolate red=2.0 moves the anchor's target too
 opd | --prompts dog=x --no-evaluate | add it to --teachers or map it with --routes dog=NAME
 opd | --routes red=nobody | task 'red' is routed to 'nobody', which is not among the teachers
 opd | --routes red=-1*blue | --routes red: '-1*blue': the weight '-1' must be a positive number

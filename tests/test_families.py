@@ -220,6 +220,30 @@ def test_velocities_and_images_are_the_pipelines(size, guidance, case):
     assert mine.std() > 0.05 and (mine - images).abs().max() < 1e-4
 
 
+def test_the_networks_time_is_the_pipelines_in_bfloat16(case):
+    """Bit for bit, at every step of a long walk: bfloat16 rounds half of these times to a neighbour."""
+    times = []
+
+    def remember(module, arguments, named):
+        time = named["timestep"] if "timestep" in named else arguments[1]
+        times.append(time[:1])
+
+    theirs = Theirs(case)
+    theirs.pipe.to(torch.bfloat16)
+    theirs.pipe.transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    theirs.run(torch.randn(3, *ours(case, "8").shape).bfloat16(), 28, 1.0, (8, 8))
+    wanted, times[:] = list(times), []
+    model = Model.plan(str(case.pipeline), "bfloat16", "8", CPU, True)
+    model.prepare(PROMPTS)
+    model.load()
+    model.transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    with torch.no_grad():
+        for sigma in model.sigmas(28)[:-1]:
+            model.velocity(torch.zeros(1, *model.shape), torch.tensor([sigma]), model.text(PROMPTS[:1]), 1.0)
+    assert len(times) == len(wanted) == 28
+    assert [(t.dtype, float(t)) for t in times] == [(t.dtype, float(t)) for t in wanted]
+
+
 def test_guidance_costs_one_forward(case):
     model = ours(case)
     x, sigma_B, text = noise(model), torch.tensor([1.0, 0.5, 0.01]), model.text(PROMPTS)

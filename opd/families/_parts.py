@@ -183,3 +183,9 @@ def patches_along(side: int, unit: int, most: int | None = None) -> int:
     if rest != 0 or count < 1 or (most is not None and count > most):
         raise ValueError(f"resolution {side} does not fit this model: {way_out}")
     return count
+
+
+def time_of(sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """sigma as a pipeline hands it to a network that computes in `dtype`: it rounds 1000 sigma, and divides
+    by 1000 then, which in bfloat16 is another number than sigma itself."""
+    return (1000 * sigma_B).to(dtype) / 1000

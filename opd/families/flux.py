@@ -115,7 +115,7 @@ def velocity(
     rows, columns = x_BCHW.shape[2] // PATCH, x_BCHW.shape[3] // PATCH
     (v_BTC,) = transformer(
         hidden_states=pack(x_BCHW).to(embeds.dtype),
-        timestep=sigma_B.float(),
+        timestep=parts.time_of(sigma_B, embeds.dtype),
         guidance=told,
         encoder_hidden_states=embeds,
         pooled_projections=text["pooled"],

@@ -81,7 +81,7 @@ def velocity(
     device, rows = x_BCHW.device, x_BCHW.shape[2]
     (v_BTC,) = transformer(
         hidden_states=rearrange(x_BCHW, "b c h w -> b (h w) c").to(text_BLD.dtype),
-        timestep=sigma_B.float(),
+        timestep=parts.time_of(sigma_B, text_BLD.dtype),
         guidance=None,
         encoder_hidden_states=text_BLD,
         # Frame 0, row, column, place in the text, of every token.

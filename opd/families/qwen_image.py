@@ -97,7 +97,7 @@ def velocity(
     rows, columns = x_BCHW.shape[2] // PATCH, x_BCHW.shape[3] // PATCH
     (v_BTC,) = transformer(
         hidden_states=pack(x_BCHW).to(text["embeds"].dtype),
-        timestep=sigma_B.float(),
+        timestep=parts.time_of(sigma_B, text["embeds"].dtype),
         encoder_hidden_states=text["embeds"],
         encoder_hidden_states_mask=text["mask"],
         img_shapes=[[(1, rows, columns)]] * len(x_BCHW),

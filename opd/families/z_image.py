@@ -92,7 +92,9 @@ def velocity(
     Time stays float32: the model multiplies it by 1000 before it rounds.
     """
     frames = x_BCHW.to(text[0].dtype).unsqueeze(2)  # a picture is a film of one frame
-    (toward_data,) = transformer(list(frames.unbind(0)), 1 - sigma_B.float(), text, return_dict=False)
+    (toward_data,) = transformer(
+        list(frames.unbind(0)), (1000 - 1000 * sigma_B.float()) / 1000, text, return_dict=False
+    )
     return -torch.stack(toward_data).squeeze(2)
 
 
