@@ -102,7 +102,8 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
     report.begin(trained, first)
     bad_steps = 0
     samples = cfg.samples_per_step()
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not folder.active)
+    quiet = not folder.active or cfg.iterations == 0
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=quiet)
     for step in bar:
         try:
             signals.boundary()
@@ -143,7 +144,12 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         report.show(done)
     if cfg.iterations == 0:  # a merge without training
         folder.export(trained, 0)
-    return True
+    late = signals.received(model.device)
+    if late:
+        say(
+            f"stopped by {late} after step {cfg.iterations}, the last; the same command goes on with the rest"
+        )
+    return late == ""
 
 
 WAYS_OUT = {

@@ -7,6 +7,7 @@ and teachers. What goes is said in a line each; a field that the command line gi
 from collections.abc import Iterator
 from dataclasses import replace
 
+from opd import routing
 from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 
 Change = tuple[str, object, str]
@@ -15,7 +16,7 @@ Change = tuple[str, object, str]
 
 def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
     """The settings, and a line for each that had to change. `given`: the fields on the command line."""
-    if not isinstance(cfg, Rollout):
+    if not isinstance(cfg, Rollout) or not given & {"prompts", "teachers", "heldout", "train_rewards"}:
         return cfg, []
     before, reasons = cfg, {}
     for part in (tasks, teachers, start, scorers, scores):
@@ -39,8 +40,15 @@ def teachers(cfg: Rollout, given: set[str]) -> Iterator[Change]:
     if "teachers" not in given:
         return
     known = [*cfg.teachers, "base"]
-    for name in ("extrapolate", "teacher_guidances", "teacher_devices"):
+    past, factors = among(known, cfg.extrapolate), set(cfg.extrapolate.values())
+    if len(factors) == 1:  # the same for every teacher of the preset: part of its recipe
+        own = [name for name in cfg.teachers if cfg.adapter_of(name) != "base" and name != cfg.anchor]
+        past = dict.fromkeys(own, factors.pop())
+    yield "extrapolate", past, "--teachers has others"
+    for name in ("teacher_guidances", "teacher_devices"):
         yield name, among(known, getattr(cfg, name)), "--teachers has others"
+    led = {task: route for task, route in cfg.routes.items() if taught_by(route) <= {*cfg.teachers}}
+    yield "routes", led, "--teachers has others"
     if cfg.anchored() and cfg.anchor not in known:
         yield "anchor", "base", f"--teachers has no {cfg.anchor!r}"
 
@@ -50,15 +58,16 @@ def start(cfg: Rollout, given: set[str]) -> Iterator[Change]:
     if not isinstance(cfg, DistillationConfig) or len(cfg.teachers) != 1:
         return
     (only,) = cfg.teachers
-    lost = [task for task in cfg.prompts if cfg.route(task) not in [only, "base"]]
+    lost = [task for task in cfg.prompts if not taught_by(cfg.route(task)) <= {only, "base"}]
     yield "routes", cfg.routes | dict.fromkeys(lost, only), "the one teacher teaches every task"
-    nothing_to_learn = cfg.guidance_of(only) == cfg.guidance and not cfg.extrapolate and cfg.iterations > 0
-    if cfg.cold_start == "merge" and not cfg.merge_from and nothing_to_learn:
+    alone = all(taught_by(cfg.route(task)) == {only} for task in cfg.prompts if task not in lost)
+    nothing_to_learn = alone and cfg.guidance_of(only) == cfg.guidance and not cfg.extrapolate
+    if cfg.cold_start == "merge" and not cfg.merge_from and nothing_to_learn and cfg.iterations > 0:
         yield "cold_start", "base", "a merge of one teacher has nothing to learn from it"
 
 
 def scorers(cfg: Rollout, given: set[str]) -> Iterator[Change]:
-    if isinstance(cfg, GRPOConfig):
+    if isinstance(cfg, GRPOConfig) and (cfg.evaluate or cfg.watch_every > 0):
         lacking = {task: cfg.train_rewards[task] for task in cfg.train_rewards if task not in cfg.rewards}
         yield "rewards", cfg.rewards | lacking, "what trains a task also scores it"
 
@@ -71,11 +80,16 @@ def scores(cfg: Rollout, given: set[str]) -> Iterator[Change]:
         yield "watch_every", 0, "no held-out prompts with a scorer (--heldout TASK=FILE)"
 
 
+def taught_by(route: str) -> set[str]:
+    return set(routing.shares(route, "--routes"))
+
+
 def among(known, table: dict) -> dict:
     return {name: value for name, value in table.items() if name in known}
 
 
 def shown(value) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={item}" for name, item in value.items()) or "nothing"
+        pairs = " ".join(f"{name}={item}" for name, item in value.items()) or "nothing"
+        return pairs if len(pairs) < 60 else " ".join(f"{name}=..." for name in value)
     return str(value)

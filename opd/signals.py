@@ -70,7 +70,8 @@ def handled() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A run that has stopped takes half a second to leave, and a further signal is no failure.
+            signal.signal(number, signal.SIG_IGN if _handler.number > 0 else handler)
 
 
 @contextmanager
@@ -102,6 +103,12 @@ def boundary() -> None:
         _handler.votes = numbers, ranks.largest_later(numbers)
     if number > 0:
         raise Stopped(signal.Signals(number).name)
+
+
+def received(device: torch.device) -> str:
+    """The name of a signal that came after the last boundary, to any rank, or "" (a collective)."""
+    number = int(ranks.largest(torch.tensor(_handler.number, device=device)))
+    return signal.Signals(number).name if number > 0 else ""
 
 
 def wait_until(done: Callable[[], bool], device: torch.device) -> None:

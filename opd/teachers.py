@@ -110,8 +110,7 @@ class RewardRouter:
         for task, reward in self.reward_of.items():
             rows = []
             for b, n in enumerate(batch.samples):
-                metadata = prompts_N[n].metadata
-                if prompts_N[n].task == task or all(key in metadata for key in reward.metadata_keys):
+                if prompts_N[n].task == task or reward.fault_of(prompts_N[n]) == "":
                     rows.append(b)
             if rows:
                 mine = [prompts_N[batch.samples[b]] for b in rows]

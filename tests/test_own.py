@@ -29,13 +29,16 @@ CASES = [
     ("sd35-fold --teachers a=A --prompts a=F", {"cold_start": "merge"}, 2),  # its guidance is to be learned
     ("sd35 --teachers a=A --prompts a=F --iterations 0", {"cold_start": "merge"}, 2),  # to be saved
     ("guidance-distil --prompts x=F", {"routes": {"x": "base"}, "cold_start": "base"}, 1),
-    ("sd35-gfd-opd --teachers a=A b=B --prompts a=F b=F", {"extrapolate": {}}, 2),
+    ("sd35-gfd-opd --teachers a=A b=B --prompts a=F b=F", {"extrapolate": {"a": 1.25, "b": 1.25}}, 2),
+    ("guidance-distil --teachers a=A --prompts all=F", {"routes": {"all": "a"}}, 1),
+    ("sd35 --teachers a=A --prompts a=F --routes a=0.5*a+0.5*base", {"cold_start": "merge"}, 2),
+    ("sd35-large-to-medium --teachers ocr=A b=B --prompts ocr=F", {"routes": {}}, 2),
     ("mini --prompts text=F", {"mix": {}, "evaluate": True, "rewards": {"text": "opd.mini.rewards:text"}}, 3),
     ("mini --prompts new=F", {"evaluate": False, "heldout": {}, "rewards": {}}, 4),
     (
         "sd35-grpo-ocr --prompts new=F --train-rewards new=my.py:f",
-        {"rewards": {"new": "my.py:f"}, "evaluate": False, "watch_every": 0},
-        1,
+        {"rewards": {}, "evaluate": False, "watch_every": 0},
+        0,
     ),
     ("mini-text --prompts new=F --train-rewards new=my.py:f", {"heldout": {}, "watch_every": 0}, 3),
 ]

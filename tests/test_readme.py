@@ -59,8 +59,7 @@ def test_a_model_learns_its_own_guidance(place):
 
 
 def test_a_teacher_grows_from_a_reward_in_a_file(place):
-    printed = run(place, "train", command("python train.py sd35-grpo-pickscore --prompts"), SMALL)
-    assert "--rewards nothing -> mine=my_reward.py:reward" in printed
+    run(place, "train", command("python train.py sd35-grpo-pickscore --prompts"), SMALL)
     assert all("mine" in row["reward"] for row in forked.rows(place / "runs/teacher"))
 
 

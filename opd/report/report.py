@@ -26,7 +26,7 @@ from opd.report.start import SHOWN, distances, head
 from opd.report.tracker import Tracker
 from opd.rewards import Reward, specs_of
 from opd.runfolder import RunFolder
-from opd.teachers import load_teachers
+from opd.teachers import load_teachers, route_of
 
 
 class Report:
@@ -51,7 +51,9 @@ class Report:
         if isinstance(data, Images):
             self.texts = shown_texts(cfg, data)
         if isinstance(cfg, DistillationConfig):
-            self.teachers = load_teachers(cfg, model, data)
+            self.teachers = load_teachers(
+                cfg, model, data | {f"{task}, shown": self.shown[task] for task in data}
+            )
         self.above: dict[str, list[Tensor]] = {}
         """The rows above the student's in every grid: label -> pictures."""
         self.scores = ""
@@ -109,33 +111,36 @@ class Report:
             self.show(done)
 
     def rows_above(self) -> dict[str, list[Tensor]]:
-        """The pictures of the base, and of each prompt's teacher at the guidance that it teaches with."""
-        cfg = self.cfg
+        """The pictures of the base, and of each prompt's teacher (of several, the one that counts most) at
+        the guidance that it teaches with."""
+        cfg, everything = self.cfg, range(len(self.texts))
         if cfg.full:
             return {}
         guidance = cfg.deployed_guidance()
-        rows = {f"base\nguidance {guidance:g}": self.pictures(BASE, guidance)}
+        rows = {f"base\nguidance {guidance:g}": self.pictures(BASE, guidance, list(everything))}
         if isinstance(cfg, DistillationConfig):
-            taught = {}
-            for task in self.shown:
-                shares = routing.shares(cfg.route(task), "route")
-                taught[task] = max(shares, key=lambda name: shares[name])
+            taught = []
+            for prompt in (prompt for pool in self.shown.values() for prompt in pool):
+                shares = routing.shares(route_of(cfg, prompt), "route")
+                taught.append(max(shares, key=lambda name: shares[name]))
             made = {}
-            for name in dict.fromkeys(taught.values()):
+            for name in dict.fromkeys(taught):
                 adapter = name if name in self.model.teachers else cfg.adapter_of(name)
-                made[name] = self.pictures(adapter, cfg.guidance_of(name))
-            columns = [taught[task] for task, pool in self.shown.items() for _ in pool]
-            label = f"its teacher\nguidance {cfg.teacher_guidance:g}"
-            rows[label] = [made[name][column] for column, name in enumerate(columns)]
+                columns = [column for column in everything if taught[column] == name]
+                pictures = self.pictures(adapter, cfg.guidance_of(name), columns)
+                made |= dict(zip(columns, pictures, strict=True))
+            scales = {f"{cfg.guidance_of(name):g}" for name in taught}
+            label = f"guidance {scales.pop()}" if len(scales) == 1 else "its guidance"
+            rows[f"its teacher\n{label}"] = [made[column] for column in everything]
         return rows
 
-    def pictures(self, adapter: str, guidance: float) -> list[Tensor]:
-        """Of the prompts of sample grids, from noise that is the same for every adapter and step."""
+    def pictures(self, adapter: str, guidance: float, columns: list[int]) -> list[Tensor]:
+        """Of these columns of a sample grid, from noise that is the same for every adapter and step."""
         model = self.model
         if adapter in model.teachers:  # it has a transformer of its own
             model, adapter = model.teachers[adapter], BASE
-        index = list(range(len(self.texts)))
-        return list(model.images(adapter, self.texts, index, Sampling(self.cfg.eval_steps, 0, guidance)))
+        texts = [self.texts[column] for column in columns]
+        return list(model.images(adapter, texts, columns, Sampling(self.cfg.eval_steps, 0, guidance)))
 
     def marks(self, images: list[Tensor]) -> list[str]:
         """What the first scorer of each prompt's task says of its picture; "" where none is given."""
@@ -157,7 +162,7 @@ class Report:
         """samples/STEP.png: the student's pictures under those of the base and of the teachers."""
         guidance = self.cfg.deployed_guidance()
         with trained.averaged():
-            mine = self.pictures(trained.model.trained, guidance)
+            mine = self.pictures(trained.model.trained, guidance, list(range(len(self.texts))))
         if self.folder.active:
             rows = self.above | {f"student, step {done}\nguidance {guidance:g}": mine}
             notes = {name: self.marks(images) for name, images in rows.items()}

@@ -9,7 +9,7 @@ from opd.formats.latents import Images
 from opd.lora import BASE, START
 from opd.model import Model
 from opd.optim import Trained
-from opd.teachers import Teacher, mean_velocity
+from opd.teachers import Teacher, mean_velocity, route_of
 
 SHOWN = 9
 """Prompts of a sample grid, over all tasks."""
@@ -30,6 +30,9 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
         "device": f"{ranks.world()} x {model.device.type}, {dtype}{threads}",
         "trained": f"{kind}, {count:.2f} M parameters, from {start}",
     }
+    if cfg.iterations == 0:
+        facts["steps"] = "none: the start is the student"
+        return [f"{name:9} {fact}" for name, fact in (facts | {"folder": cfg.out}).items()]
     if isinstance(data, Images):
         facts["images"] = f"{len(data.captions)}, {cfg.prompts_per_step} a step"
     else:
@@ -50,7 +53,7 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
     if isinstance(cfg, GRPOConfig):
         facts["rewards"] = ", ".join(f"{task} {spec}" for task, spec in cfg.training_rewards().items())
     pictures = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"
-    facts["pictures"] = f"{pictures}; {cfg.iterations} steps, saved every {cfg.save_every}"
+    facts["pictures"] = f"{pictures}; {cfg.iterations} steps, saved every {cfg.save_every} and at the end"
     facts["folder"] = cfg.out
     return [f"{name:9} {fact}" for name, fact in facts.items()]
 
@@ -69,11 +72,14 @@ def distances(
     path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, ("distances", "noise"))
     for task, pool in pools.items():
         prompts = [prompt.text for prompt in pool]
-        text, shares = model.text(prompts), routing.shares(cfg.route(task), "route")
-        weights_BK = torch.tensor([list(shares.values())] * len(prompts), device=model.device)
+        text, names = model.text(prompts), list(teachers)
+        weights_BK = routing.rows([route_of(cfg, prompt) for prompt in pool], names).to(model.device)
         near = far = 0.0
         for state in model.walk(path, seed_of("distances", task), list(range(len(prompts)))):
-            targets = [teachers[name](state.x, state.sigma_B, prompts) for name in shares]
+            targets = []
+            for k, name in enumerate(names):
+                asked = bool((weights_BK[:, k] > 0).any())
+                targets.append(teachers[name](state.x, state.sigma_B, prompts) if asked else None)
             target, v = mean_velocity(targets, weights_BK), {}
             for adapter in (model.trained, BASE, START):
                 with lora.use(model.transformer, adapter):

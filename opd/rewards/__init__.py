@@ -31,6 +31,7 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,17 +171,20 @@ class Reward:
     def check_metadata(self, task: str, prompts: list[Prompt]) -> None:
         """ValueError naming the first prompt, with its file and line, that cannot be scored."""
         for prompt in prompts:
-            for key in self.metadata_keys:
-                if key not in prompt.metadata:
-                    raise ValueError(
-                        f"task {task!r}: reward {self.spec!r} needs {key!r} with every prompt, but "
-                        f"{prompt.text!r} has none; add the field {key!r} to its line of the .jsonl"
-                    )
-            for term in self.terms:
-                prompt_fault = getattr(term.function, "prompt_fault", lambda text, metadata: "")
-                if fault := prompt_fault(prompt.text, prompt.metadata):
-                    where = f"task {task!r}: {prompt.source} {prompt.text!r}"
-                    raise ValueError(f"{where} cannot be scored by {term.name}: {fault}")
+            if fault := self.fault_of(prompt):
+                raise ValueError(f"task {task!r}: {prompt.source} {prompt.text!r} {fault}")
+
+    def fault_of(self, prompt: Prompt) -> str:
+        """Why a prompt cannot be scored, "" if it can."""
+        for key in self.metadata_keys:
+            if key not in prompt.metadata:
+                needed = f"reward {self.spec!r} needs {key!r} with every prompt"
+                return f"lacks a field of its line in the .jsonl: {needed}"
+        for term in self.terms:
+            prompt_fault = getattr(term.function, "prompt_fault", lambda text, metadata: "")
+            if fault := prompt_fault(prompt.text, prompt.metadata):
+                return f"cannot be scored by {term.name}: {fault}"
+        return ""
 
     def start(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict], timeout: float) -> Scoring:
         """Score a batch beside the caller; `timeout` in seconds per call."""
@@ -222,8 +226,9 @@ def _import(module: str) -> ModuleType:
     path = Path(module).expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.spec_from_file_location(f"reward file {path}", path)
     loaded = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = loaded  # where dataclasses and pickle look for it
     found.loader.exec_module(loaded)
     return loaded
 
