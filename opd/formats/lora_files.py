@@ -30,6 +30,32 @@ WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # i
 PREFIXES = ("base_model.model.", "transformer.")
 FOREIGN = ("diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(?:\.default)?|lora[_.](down|up))\.weight")
+# What else stands in adapters' files: in a tensor's name, and true in a config.
+OTHER_KEYS = {
+    r"magnitude|dora_scale": "DoRA, which scales the base's weights",
+    r"lokr_|hada_|oft_|ia3_|lora_mid|lora_diag": "LoKr, LoHa, OFT or another kind than LoRA",
+    r"lora_\w+(\.default)?\.bias$": "a bias in a factor (lora_bias)",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "the difference of whole weights, for layers that are no LoRA",
+    r"processor\.|_lora\d?\.": "a LoRA by xlabs' or old diffusers' names; load and save it with diffusers",
+    r"\.bias$": "a bias that was trained too (bias='all')",
+    r"\.weight$": "a layer's whole weights: trained beside a LoRA (modules_to_save), or a whole fine-tuned "
+    "transformer, which teaches from its own folder",
+}
+OTHER_SETTINGS = {
+    "use_dora": "DoRA, but its magnitudes are not in the file",
+    "lora_bias": "with a bias in its factors",
+    "modules_to_save": "with layers trained whole beside it",
+    "target_parameters": "on parameters, not layers",
+    "layer_replication": "on a base with repeated layers",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow, which chooses among adapters",
+    "kasa_config": "KaSA, with a diagonal between its factors",
+    "monteclora_config": "MonteCLoRA",
+}
+# PEFT's starts that leave the base as it is; the others take the start of the factors off its weights.
+PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -70,7 +96,9 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
         tensors, metadata = read_tensors(path)
         A, B, keys = factors(tensors)
         ranks = {layer: len(a_RI) for layer, a_RI in A.items()}
-        alpha = alphas(ranks, keys, peft_config(path, metadata), asked)
+        config = peft_config(path, metadata)
+        check_settings(config)
+        alpha = alphas(ranks, keys, config, asked)
         if not alpha:
             say(
                 f"adapter {source!r} states no alpha: read at alpha = rank, the update as it stands in the "
@@ -151,10 +179,10 @@ def split_key(key: str) -> tuple[str, str]:
         return name.removesuffix(".alpha"), "alpha"
     found = FACTOR.fullmatch(name)
     if not found:
+        kinds = [what for pattern, what in OTHER_KEYS.items() if re.search(pattern, name)]
+        what = kinds[0] if kinds else "something unknown"
         raise ValueError(
-            f"{key!r} is no LoRA weight (expected *.lora_A.weight, *.lora_B.weight, *.alpha or kohya's "
-            "*.lora_down.weight, *.lora_up.weight); DoRA, LoKr, LoHa, OFT and fully fine-tuned models cannot "
-            "be attached as adapters"
+            f"{key!r} is no LoRA weight but {what}; only plain LoRAs can be attached as adapters"
         )
     return found[1], "A" if found[2] == "A" or found[3] == "down" else "B"
 
@@ -239,6 +267,26 @@ def peft_config(path: Path, metadata: dict[str, str]) -> dict:
         return {key.removeprefix("transformer."): value for key, value in packed.items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its lora_adapter_metadata is no JSON object ({error})") from error
+
+
+def check_settings(config: dict) -> None:
+    """ValueError for an adapter that the factors alone do not describe: of another kind, with more than
+    factors, or made for a base that PEFT had changed first."""
+    if config.get("peft_type") not in (None, "LORA"):
+        raise ValueError(
+            f"its config says peft_type {config['peft_type']!r}; only plain LoRAs can be attached"
+        )
+    if config.get("bias") not in (None, "none"):
+        raise ValueError(f"its config says bias={config['bias']!r}: the base's biases were trained too")
+    for setting, what in OTHER_SETTINGS.items():
+        if config.get(setting):
+            raise ValueError(f"its config says {setting}: it is {what}; only plain LoRAs can be attached")
+    if str(config.get("init_lora_weights")).lower() not in PLAIN_STARTS:
+        raise ValueError(
+            f"its config says init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes the "
+            "base's weights, so it is another update of the base itself. Save it as a plain LoRA, with "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=FOLDER_OF_THE_START)"
+        )
 
 
 # ---- names -------------------------------------------------------------------------------------------------
