@@ -311,8 +311,6 @@ REFUSED = {
     "alpha NaN": (changed(alpha_nan), f"the alpha of {SECOND} is nan; it {POSITIVE}"),
     "no number": (config(lora_alpha="much"), "lora_alpha is 'much', not a number"),
     "negative alpha": (config(alpha_pattern={FIRST: -2}), f"alpha_pattern .* is -2.0; it {POSITIVE}"),
-    # As a regular expression it would take minutes on a long name.
-    "a hostile pattern": (config(alpha_pattern={"(a+)+$": 2}), "is a regular expression; write out"),
     "foreign names": (
         lambda folder: single_file(folder, keyed(pairs(), "diffusion_model.double_blocks.")),
         "'diffusion_model.double_blocks.*are not known for this model family",

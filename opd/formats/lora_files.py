@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -106,7 +107,12 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
             )
             alpha = ranks
         scale = {layer: alpha[layer] / ranks[layer] for layer in A}
-        return translated(Lora(source, digest(path), A, B, scale), convert)
+        lora = translated(Lora(source, digest(path), A, B, scale), convert)
+        if not math.isfinite(lora.norm()):
+            raise ValueError(
+                f"its update is too large for float32; its largest alpha is {max(alpha.values()):g}"
+            )
+        return lora
     except ValueError as error:
         raise ValueError(f"adapter {source!r}: {error}") from error
 
@@ -214,7 +220,9 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
     stated = {layer: number(f"the alpha of {layer}", tensor) for layer, tensor in keys.items()}
     if "lora_alpha" in config:
         general = number("lora_alpha", config["lora_alpha"])
-        patterns = config["alpha_pattern"] if config.get("alpha_pattern") else {}
+        patterns = {} if config.get("alpha_pattern") is None else config["alpha_pattern"]
+        if not isinstance(patterns, dict):
+            raise ValueError(f"alpha_pattern is {str(patterns)[:40]!r}, not a table of layers and alphas")
         for layer in ranks.keys() - stated.keys():
             stated[layer] = pattern_alpha(layer, patterns, general)
             if config.get("use_rslora"):
@@ -229,27 +237,30 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
 
 
 def pattern_alpha(layer: str, patterns: dict, general: float) -> float:
-    """PEFT's rule: the first key of alpha_pattern that is the layer's name or its end counts.
-
-    PEFT takes the keys for regular expressions; whoever writes them writes names, and a hostile expression
-    would hang the reader, so anything but a name is refused.
-    """
+    """PEFT's rule: the first key of alpha_pattern counts that, as a regular expression, is the layer's name
+    or its end behind a dot. ValueError for one that is none, or would take long or much memory."""
     for key, value in patterns.items():
-        name = key.removeprefix("^").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", name):
-            raise ValueError(f"alpha_pattern {key!r} is a regular expression; write out the layers' names")
-        if f".{layer}".endswith(f".{name}"):
+        if re.search(r"\{[^}]*\d{3}|(\{.*){3}", key):
+            raise ValueError(
+                f"alpha_pattern {key[:80]!r} counts too many repetitions; write out the layers' names"
+            )
+        try:
+            re.compile(key)
+            found = regex.match(rf"(.*\.)?({key})$", layer, timeout=1)
+        except (re.error, regex.error, RecursionError, TimeoutError) as error:
+            raise ValueError(f"alpha_pattern {key[:80]!r} cannot be matched ({str(error)[:80]})") from error
+        if found:
             return number(f"alpha_pattern {key!r}", value)
     return general
 
 
 def number(what: str, value: Tensor | float | str) -> float:
-    """A positive finite float, or ValueError."""
+    """A positive float, finite in float32, or ValueError."""
     try:
-        result = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        result = float(str(value) if isinstance(value, bool) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{what} is {str(value)[:40]!r}, not a number") from error
-    if not 0 < result < math.inf:
+    if not 0 < result < torch.finfo(torch.float32).max:
         raise ValueError(f"{what} is {result}; it must be positive and finite")
     return result
 
