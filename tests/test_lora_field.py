@@ -6,10 +6,17 @@ import json
 
 import pytest
 import torch
+from diffusers import (
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from opd import lora
-from opd.families import sd3
+from opd.families import flux, flux2, qwen_image, sd3, z_image
 from opd.formats import lora_files
 from opd.model import Model
 from tests.tiny_lora import MODULES, TARGETS, keyed, pairs, peft_dir, single_file, under, velocity
@@ -173,3 +180,90 @@ def test_other_tensors_are_refused_with_what_they_are(end, reason, tmp_path):
     key = f"base_model.model.{MODULES[0]}.{end}"
     tensors = keyed(pairs()) | {key: torch.ones(32)}
     refused(single_file(tmp_path / "x", tensors), f"'{key}' is no LoRA weight {reason}")
+
+
+# ---- prefixes, formats, families ---------------------------------------------------------------------------
+PREFIXES = ["", "transformer.", "base_model.model.", "diffusion_model.", "module.", "_orig_mod."]
+PREFIXES += ["base_model.model.transformer.", "transformer.base_model.model.", "module._orig_mod."]
+PREFIXES += ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "module.diffusion_model."]
+OWN = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]
+BFL = ["double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.0", "single_blocks.0.linear2"]
+SINGLE = ["single_transformer_blocks.0.attn.to_out"]
+# Per family the transformer's own names, those of its authors, and diffusers' loader.
+FAMILIES = {
+    "sd3": (sd3, OWN, ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.1.x_block.mlp.fc1"], None),
+    "flux": (flux, OWN, BFL, FluxPipeline),
+    "flux2": (flux2, OWN + SINGLE, BFL, Flux2KleinPipeline),
+    "qwen_image": (qwen_image, OWN, [], QwenImagePipeline),
+    "z_image": (
+        z_image,
+        ["layers.0.attention.to_q", "layers.1.feed_forward.w1"],
+        ["layers.0.attention.qkv", "layers.1.attention.out"],
+        ZImagePipeline,
+    ),
+}
+LAYOUTS = [
+    (family, names, layout)
+    for family, (_, _, native, _) in FAMILIES.items()
+    for names in (("own", "native") if native else ("own",))
+    for layout in ("peft", "kohya")
+]
+
+
+def written(layers, prefix, layout):
+    """Random factors of rank 3; kohya's with alpha 2."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in layers:
+        a, b = torch.randn(3, 32, generator=g), torch.randn(96, 3, generator=g)
+        down, up = ("lora_A", "lora_B") if layout == "peft" else ("lora_down", "lora_up")
+        tensors |= {f"{prefix}{layer}.{down}.weight": a, f"{prefix}{layer}.{up}.weight": b}
+        if layout == "kohya":
+            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+def updates_of(tensors, scale=1.0):
+    """Layer -> update of a file by diffusers' names."""
+    found = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            layer = key.removesuffix(".lora_A.weight")
+            found[layer.removeprefix("transformer.")] = scale * tensors[f"{layer}.lora_B.weight"] @ a
+    return found
+
+
+def by_diffusers(family, names, layout):
+    """What diffusers makes of the plainest file of these names. It reads no foreign names of SD3: the reader
+    of checkpoints is compared in tests/test_lora_files.py."""
+    module, own, native, pipeline = FAMILIES[family]
+    scale = 1.0 if layout == "peft" else 2 / 3
+    if names == "own":
+        plain = StableDiffusion3Pipeline if pipeline is None else pipeline
+        return updates_of(plain.lora_state_dict(written(own, "transformer.", "peft")), scale)
+    prefix, layout = "diffusion_model.", "peft"
+    if family in ("flux", "z_image"):  # whose loaders know them in kohya's spelling alone
+        prefix, layout, scale = "lora_unet_", "kohya", 1.5 * scale
+        native = [layer.replace(".", "_") for layer in native]
+    tensors = written(native, prefix, layout)
+    convert = module.convert_lora if pipeline is None else pipeline.lora_state_dict
+    return updates_of(convert(tensors), scale)
+
+
+@pytest.mark.parametrize("family, names, layout", LAYOUTS)
+def test_prefixes_are_stripped_in_any_order_in_every_family(family, names, layout, tmp_path):
+    module, own, native, _ = FAMILIES[family]
+    expected = by_diffusers(family, names, layout)
+    assert len(expected) >= 2
+    for number, prefix in enumerate(PREFIXES):
+        tensors = written(own if names == "own" else native, prefix, layout)
+        file = single_file(tmp_path / str(number), tensors)
+        mine = lora_files.read_lora(str(file), module.convert_lora)
+        assert mine.A.keys() == expected.keys(), prefix
+        for layer, update in expected.items():
+            torch.testing.assert_close(mine.update(layer), update, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_block_is_the_block():
+    name = "module.transformer_blocks.0._orig_mod.attn.to_q.lora_A.default.weight"
+    assert lora_files.split_key(name) == (OWN[0], "A")

@@ -198,9 +198,9 @@ def test_what_a_converter_loses_is_noticed(tmp_path):
     """Some of diffusers' converters drop layers that they do not know without a word."""
 
     def forgetful(tensors):
-        return {k.replace("diffusion_model.", ""): t for k, t in tensors.items() if MODULES[1] not in k}
+        return {k.replace("lycoris_", ""): t for k, t in tensors.items() if MODULES[1] not in k}
 
-    source = str(single_file(tmp_path / "x", keyed(pairs(), "diffusion_model.")))
+    source = str(single_file(tmp_path / "x", keyed(pairs(), "lycoris_")))
     assert lora_files.read_lora(source, sd3.convert_lora).A.keys() == set(MODULES)
     with pytest.raises(ValueError, match="of an update of norm .* only .* was recognised"):
         lora_files.read_lora(source, forgetful)

@@ -5,8 +5,8 @@ A file holds two factors per layer, and in some formats alpha beside them:
     LAYER.lora_A.weight (r, in), LAYER.lora_B.weight (out, r)       PEFT, diffusers; alpha is in the metadata
     LAYER.lora_down.weight, LAYER.lora_up.weight, LAYER.alpha       kohya, ComfyUI
 
-LAYER is the transformer's own name, perhaps behind one of PREFIXES; behind one of FOREIGN it is another
-tool's name, which the model family translates (`convert_lora` of opd/families).
+LAYER is the transformer's own name, perhaps behind PREFIXES; behind one of FOREIGN, or like NATIVE, it is
+another tool's name, which the model family translates (`convert_lora` of opd/families).
 """
 
 import json
@@ -28,8 +28,12 @@ from opd.formats.hub import locate_part
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
-PREFIXES = ("base_model.model.", "transformer.")
-FOREIGN = ("diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
+COMFY = "diffusion_model."
+PREFIXES = re.compile(rf"(?:(?:base_model\.model|transformer|module|_orig_mod|{COMFY[:-1]})\.)*")
+FOREIGN = (COMFY, "lora_unet_", "lora_transformer_", "lycoris_")
+OWN = ("transformer_blocks.", "single_transformer_blocks.")  # no other tool's, whatever they stand behind
+# A file that has such layers has only its tool's names, whatever they stand behind.
+NATIVE = re.compile(r"(?:double_blocks|single_blocks|joint_blocks|final_layer)\.|.+\.attention\.(?:qkv|out)$")
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(?:\.default)?|lora[_.](down|up))\.weight")
 # What else stands in adapters' files: in a tensor's name, and true in a config.
 OTHER_KEYS = {
@@ -178,9 +182,10 @@ def factors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 def split_key(key: str) -> tuple[str, str]:
     """`transformer.blocks.0.to_q.lora_A.weight` -> (`blocks.0.to_q`, "A"). ValueError for what is no plain
     LoRA's."""
-    name = key
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    before = PREFIXES.match(key)[0]
+    name = key.removeprefix(before).replace("._orig_mod.", ".")
+    if COMFY in before and not name.startswith(OWN):
+        name = COMFY + name
     if name.endswith(".alpha"):
         return name.removesuffix(".alpha"), "alpha"
     found = FACTOR.fullmatch(name)
@@ -309,7 +314,9 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     ValueError where a layer is unknown to the family, or lost by a library that drops what it does not know:
     the norm of the whole update must stay.
     """
-    foreign = [layer for layer in lora.A if layer.startswith(FOREIGN)]
+    native = any(NATIVE.match(layer) for layer in lora.A)
+    names = {layer: COMFY * (native and not layer.startswith(FOREIGN)) + layer for layer in lora.A}
+    foreign = [layer for layer in lora.A if names[layer].startswith(FOREIGN)]
     if not foreign:
         return lora
     unknown = f"layer names like {foreign[0]!r} are not known for this model family"
@@ -319,12 +326,14 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     for layer in foreign:
         # The converters tell the tools apart by their spelling: kohya's for flat names.
         a_name, b_name = ("lora_A", "lora_B") if "." in layer else ("lora_down", "lora_up")
-        folded[f"{layer}.{a_name}.weight"] = lora.A[layer]
-        folded[f"{layer}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
+        folded[f"{names[layer]}.{a_name}.weight"] = lora.A[layer]
+        folded[f"{names[layer]}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
     try:
         A, B, _ = factors(convert(folded))
     except Exception as error:  # a library's, on a file that it was not written for
-        raise ValueError(f"{unknown} ({type(error).__name__}: {str(error)[:200]})") from error
+        raise ValueError(
+            f"{unknown} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
     scale = dict.fromkeys(A, 1.0)
     for layer in lora.A.keys() - set(foreign):
         if layer in A:
