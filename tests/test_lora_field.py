@@ -13,6 +13,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
     ZImagePipeline,
 )
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from opd import lora
@@ -267,3 +271,48 @@ def test_prefixes_are_stripped_in_any_order_in_every_family(family, names, layou
 def test_a_compiled_block_is_the_block():
     name = "module.transformer_blocks.0._orig_mod.attn.to_q.lora_A.default.weight"
     assert lora_files.split_key(name) == (OWN[0], "A")
+
+
+# FLUX.2's and Z-Image's layers by their authors' names -> (out, in).
+FLUX2 = {"img_in": (32, 16), "txt_in": (32, 96), "time_in.in_layer": (32, 256), "time_in.out_layer": (32, 32)}
+FLUX2 |= {"final_layer.linear": (16, 32), "final_layer.adaLN_modulation.1": (64, 32)}
+FLUX2 |= {f"double_stream_modulation_{stream}.lin": (192, 32) for stream in ("img", "txt")}
+FLUX2 |= {"single_stream_modulation.lin": (96, 32), "single_blocks.0.linear1": (288, 32)}
+FLUX2 |= {"single_blocks.0.linear2": (32, 128)}
+for stream in ("img", "txt"):
+    FLUX2 |= {f"double_blocks.0.{stream}_attn.qkv": (96, 32), f"double_blocks.0.{stream}_attn.proj": (32, 32)}
+    FLUX2 |= {f"double_blocks.0.{stream}_mlp.0": (192, 32), f"double_blocks.0.{stream}_mlp.2": (32, 96)}
+Z_IMAGE = {"layers.0.attention.qkv": (96, 32), "layers.0.attention.out": (32, 32)}
+Z_IMAGE |= {"layers.0.adaLN_modulation.0": (128, 32), "layers.1.feed_forward.w2": (32, 64)}
+CHECKPOINTS = {
+    "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers),
+    "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tmp_path):
+    """Every layer against diffusers' reader of checkpoints, which turns FLUX.2's last modulation."""
+    family, layers, convert = CHECKPOINTS[name]
+    g = torch.Generator().manual_seed(0)
+    tensors, updates = {}, {}
+    for layer, (out, inside) in layers.items():
+        a, b = torch.randn(3, inside, generator=g), torch.randn(out, 3, generator=g)
+        tensors |= {f"diffusion_model.{layer}.lora_A.weight": a, f"diffusion_model.{layer}.lora_B.weight": b}
+        updates[f"{layer}.weight"] = b @ a
+    mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), family.convert_lora)
+    theirs = convert(updates)
+    assert {f"{layer}.weight" for layer in mine.A} == theirs.keys()
+    for layer in mine.A:
+        torch.testing.assert_close(mine.update(layer), theirs[f"{layer}.weight"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_unet_final_layer_adaLN_modulation_1", "final_layer.adaLN_modulation.1"]
+)
+def test_flux2s_last_modulation_is_turned_in_every_spelling(name, tmp_path):
+    a, b = torch.randn(3, 32), torch.randn(64, 3)
+    tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(6.0)}
+    mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), flux2.convert_lora)
+    shift, scale = (2 * b @ a).chunk(2)
+    torch.testing.assert_close(mine.update("norm_out.linear"), torch.cat([scale, shift]))
