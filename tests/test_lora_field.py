@@ -316,3 +316,33 @@ def test_flux2s_last_modulation_is_turned_in_every_spelling(name, tmp_path):
     mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), flux2.convert_lora)
     shift, scale = (2 * b @ a).chunk(2)
     torch.testing.assert_close(mine.update("norm_out.linear"), torch.cat([scale, shift]))
+
+
+# ---- some blocks, and files cut short ----------------------------------------------------------------------
+SOME = [
+    {"layers_to_transform": [1], "layers_pattern": "transformer_blocks"},
+    {"exclude_modules": r".*0\.attn\.to_q"},
+    {"target_modules": ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]},
+]
+
+
+@pytest.mark.parametrize("settings", SOME)
+def test_an_adapter_of_some_layers_is_read_and_said_to_be(settings, base, world, tmp_path, capsys):
+    model = peft_model(base, init_lora_weights=False, **settings)
+    model.save_pretrained(tmp_path / "x")
+    assert (ours(base, world, tmp_path / "x") - velocity(model)).abs().max() < 1e-5
+    number = 3 if "exclude_modules" in settings else 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"adapts {number} of the base's 4 layers attn.to_q, attn.to_out.0; the others, like " in line
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    file = single_file(tmp_path / "x", keyed(pairs()))
+    whole = file.read_bytes()
+    for length in (4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        refused(file, "is not a readable safetensors file")
+    for kind in "AB":
+        tensors = keyed(pairs())
+        del tensors[f"base_model.model.{MODULES[1]}.lora_{kind}.weight"]
+        refused(single_file(tmp_path / kind, tensors), f"without partner: .*{MODULES[1]}")

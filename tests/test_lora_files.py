@@ -327,11 +327,6 @@ def test_what_is_no_plain_finite_lora_is_refused_by_layer(name, tmp_path):
     assert repr(source) in str(caught.value)
 
 
-def without_a_module(tensors):
-    for kind in "AB":
-        tensors.pop(f"base_model.model.{MODULES[3]}.lora_{kind}.weight")
-
-
 def other_width(tensors):
     tensors[f"base_model.model.{SECOND}.lora_A.weight"] = torch.ones(3, 48)
 
@@ -342,7 +337,6 @@ def another_layer(name):
 
 
 OTHER_BASES = [
-    (without_a_module, rf"lacks 1 of these layers: \['{MODULES[3]}'\]; the file is incomplete"),
     (other_width, rf"{SECOND} updates \(32, 48\), the base has \(32, 32\); it was made for another base"),
     (another_layer("transformer_blocks.9.attn.to_q"), r"1 of its 5 layers are not in the base: .*blocks.9"),
     (another_layer("text_encoder.q_proj"), "not in the base.*for another base, or for a text encoder too"),

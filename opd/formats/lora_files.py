@@ -347,8 +347,8 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
 
 
 def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) -> None:
-    """ValueError unless every adapted module exists in the base with fitting shapes and no block's target is
-    missing."""
+    """ValueError unless every adapted module exists in the base with fitting shapes. One that adapts some
+    blocks alone is said to: a file cut short is known by its header, or by a factor without its partner."""
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
     another = "it was made for another base, or for a text encoder too"
     unknown = sorted(lora.A.keys() - linears.keys())
@@ -361,10 +361,11 @@ def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) 
             found = f"{module} updates {update}, the base has {base}"
             raise ValueError(f"adapter {lora.source!r}: {found}; {another}")
     used = [target for target in targets if any(is_target(module, [target]) for module in lora.A)]
-    missing = sorted(n for n in linears if is_target(n, used) and n not in lora.A)
-    if missing:
-        lacks = f"adapts {used} but lacks {len(missing)} of these layers: {missing[:3]}"
-        raise ValueError(f"adapter {lora.source!r} {lacks}; the file is incomplete")
+    layers = [module for module in linears if is_target(module, used)]
+    others = [module for module in layers if module not in lora.A]
+    if others:
+        share = f"{len(layers) - len(others)} of the base's {len(layers)} layers {', '.join(used)}"
+        say(f"adapter {lora.source!r} adapts {share}; the others, like {others[0]}, stay the base's")
 
 
 def is_target(module: str, targets: Sequence[str]) -> bool:
