@@ -4,6 +4,7 @@ LoRA cannot say is refused with the reason."""
 import copy
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -18,11 +19,13 @@ from diffusers.loaders.single_file_utils import (
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from opd import lora
 from opd.families import flux, flux2, qwen_image, sd3, z_image
 from opd.formats import lora_files
 from opd.model import Model
+from tests.test_teachers import built
 from tests.tiny_lora import MODULES, TARGETS, keyed, pairs, peft_dir, single_file, under, velocity
 
 
@@ -346,3 +349,44 @@ def test_a_file_cut_short_is_refused(tmp_path):
         tensors = keyed(pairs())
         del tensors[f"base_model.model.{MODULES[1]}.lora_{kind}.weight"]
         refused(single_file(tmp_path / kind, tensors), f"without partner: .*{MODULES[1]}")
+
+
+# ---- the Hub -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Repositories of adapters by their own names -> what was fetched. Two files are in `owner/two`."""
+    held = {"owner/one": ["own.safetensors"], "owner/two": ["a.safetensors", "b.safetensors"]}
+    held |= {"owner/deep": ["README.md", "sub/own.safetensors"], "owner/none": ["README.md"]}
+    fetched = []
+
+    def download(repo, allow_patterns, ignore_patterns):
+        names = [name for name in held[repo] if name in allow_patterns]
+        fetched.extend(names)
+        for name in names:
+            (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file(keyed(pairs(), "transformer."), tmp_path / repo / name)
+        return str(tmp_path / repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: held[repo])
+    return fetched
+
+
+def test_of_the_hub_an_adapter_is_read_by_its_own_name(hub, monkeypatch):
+    sources = {"owner/one": "own.safetensors", "owner/two:b.safetensors": "b.safetensors"}
+    sources |= {"owner/deep": "sub/own.safetensors", "owner/deep:sub/own.safetensors": "sub/own.safetensors"}
+    for source, name in sources.items():
+        hub.clear()
+        assert set(lora_files.read_lora(f"{source}:alpha=6").scale.values()) == {2.0}
+        assert set(hub) == {name}
+    refused("owner/two", r"but 2 .safetensors files, \['a.safetensors', 'b.safetensors'\]: name one of them")
+    refused("owner/none", "holds neither adapter_model.safetensors nor pytorch_lora_weights.safetensors$")
+    refused("owner/two:c.safetensors", "owner/two holds no file 'c.safetensors'; check the part after")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", None)  # off the network
+    assert lora_files.find_adapter("owner/one").name == "own.safetensors"
+
+
+def test_a_teacher_of_the_hub_is_read_by_its_own_name(hub, world, tmp_path):
+    for number, source in enumerate(("owner/one", "owner/two:b.safetensors")):
+        _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / f"out{number}"))
+        assert "red" not in model.teachers and "owner" not in model.teachers

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.files import digest, read_json
-from opd.formats.hub import locate_part
+from opd.formats.hub import locate_part, only_weights
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
@@ -125,8 +125,8 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
 
 
 def find_adapter(source: str) -> Path:
-    """A local directory or file, a Hub id `owner/name`, or `owner/name:subfolder`, all perhaps with
-    `:alpha=NUMBER` behind -> the weights file.
+    """A local directory or file, a Hub id `owner/name`, `owner/name:subfolder` or `owner/name:FILE`, all
+    perhaps with `:alpha=NUMBER` behind -> the weights file: by a library's name, or the only one there.
 
     FileNotFoundError naming the path and what was looked for.
     """
@@ -137,7 +137,7 @@ def find_adapter(source: str) -> Path:
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"adapter {source!r}: {path} holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
+    return only_weights("adapter", source, path, f"neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
