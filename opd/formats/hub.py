@@ -132,4 +132,6 @@ def check_weights(files: list[Path], skeleton: torch.nn.Module) -> None:
     }
     for problem, names in problems.items():
         if names:
-            raise ValueError(f"{len(names)} weights are {problem}: {sorted(names)[:3]}")
+            scales = problem == "unknown" and any("scale" in name.rpartition(".")[2] for name in names)
+            why = " scales of 8-bit weights, which are not applied (use the model in bfloat16)"
+            raise ValueError(f"{len(names)} weights are {problem}{why * scales}: {sorted(names)[:3]}")
