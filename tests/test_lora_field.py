@@ -322,21 +322,24 @@ def test_flux2s_last_modulation_is_turned_in_every_spelling(name, tmp_path):
 
 
 # ---- some blocks, and files cut short ----------------------------------------------------------------------
+BOTH_ENDS = [MODULES[0], MODULES[3]]
+FEED = {"target_modules": ["ff.net.2", "to_q"], "exclude_modules": r".*1\.ff\.net\.2|.*to_q"}
 SOME = [
-    {"layers_to_transform": [1], "layers_pattern": "transformer_blocks"},
-    {"exclude_modules": r".*0\.attn\.to_q"},
-    {"target_modules": ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]},
+    ({"layers_to_transform": [1], "layers_pattern": "transformer_blocks"}, (2, 4, MODULES[0])),
+    ({"exclude_modules": r".*0\.attn\.to_q"}, (3, 4, MODULES[0])),
+    ({"target_modules": BOTH_ENDS}, (2, 4, MODULES[1])),
+    (FEED, (1, 2, "transformer_blocks.1.ff.net.2")),
 ]
 
 
-@pytest.mark.parametrize("settings", SOME)
-def test_an_adapter_of_some_layers_is_read_and_said_to_be(settings, base, world, tmp_path, capsys):
+@pytest.mark.parametrize("settings, expected", SOME)
+def test_an_adapter_of_some_layers_is_read_and_said_to_be(settings, expected, base, world, tmp_path, capsys):
     model = peft_model(base, init_lora_weights=False, **settings)
     model.save_pretrained(tmp_path / "x")
     assert (ours(base, world, tmp_path / "x") - velocity(model)).abs().max() < 1e-5
-    number = 3 if "exclude_modules" in settings else 2
+    has, of, other = expected
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"adapts {number} of the base's 4 layers attn.to_q, attn.to_out.0; the others, like " in line
+    assert f"adapts {has} of the base's {of} layers of its kinds; the others, like {other}, stay" in line
 
 
 def test_a_file_cut_short_is_refused(tmp_path):

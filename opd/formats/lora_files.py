@@ -346,7 +346,7 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     return whole
 
 
-def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) -> None:
+def check_fits(lora: Lora, skeleton: torch.nn.Module) -> None:
     """ValueError unless every adapted module exists in the base with fitting shapes. One that adapts some
     blocks alone is said to: a file cut short is known by its header, or by a factor without its partner."""
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -360,11 +360,11 @@ def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) 
         if update != base:
             found = f"{module} updates {update}, the base has {base}"
             raise ValueError(f"adapter {lora.source!r}: {found}; {another}")
-    used = [target for target in targets if any(is_target(module, [target]) for module in lora.A)]
-    layers = [module for module in linears if is_target(module, used)]
+    kinds = {re.sub(r"\d+", "*", module) for module in lora.A}
+    layers = [module for module in linears if re.sub(r"\d+", "*", module) in kinds]
     others = [module for module in layers if module not in lora.A]
     if others:
-        share = f"{len(layers) - len(others)} of the base's {len(layers)} layers {', '.join(used)}"
+        share = f"{len(lora.A)} of the base's {len(layers)} layers of its kinds"
         say(f"adapter {lora.source!r} adapts {share}; the others, like {others[0]}, stay the base's")
 
 
