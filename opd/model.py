@@ -101,7 +101,7 @@ class Model:
         """An adapter from disk or Hub. ValueError / FileNotFoundError for a bad file, and for one that was
         made for another base."""
         adapter = lora_files.read_lora(source, self.family.convert_lora)
-        lora_files.check_fits(adapter, self.skeleton, self.family.LORA_TARGETS)
+        lora_files.check_fits(adapter, self.skeleton)
         return adapter
 
     def prepare(self, prompts: list[str]) -> None:

@@ -123,7 +123,7 @@ def test_adapters(world, tmp_path_factory, name, data):
     skeleton = sd3.skeleton(world / "pipeline")
 
     def read():
-        lora_files.check_fits(lora_files.read_lora(str(folder)), skeleton, sd3.LORA_TARGETS)
+        lora_files.check_fits(lora_files.read_lora(str(folder)), skeleton)
 
     with broken(folder / name, content):
         refused(read)

@@ -198,9 +198,9 @@ def test_what_a_converter_loses_is_noticed(tmp_path):
     """Some of diffusers' converters drop layers that they do not know without a word."""
 
     def forgetful(tensors):
-        return {k.replace("diffusion_model.", ""): t for k, t in tensors.items() if MODULES[1] not in k}
+        return {k.replace("lycoris_", ""): t for k, t in tensors.items() if MODULES[1] not in k}
 
-    source = str(single_file(tmp_path / "x", keyed(pairs(), "diffusion_model.")))
+    source = str(single_file(tmp_path / "x", keyed(pairs(), "lycoris_")))
     assert lora_files.read_lora(source, sd3.convert_lora).A.keys() == set(MODULES)
     with pytest.raises(ValueError, match="of an update of norm .* only .* was recognised"):
         lora_files.read_lora(source, forgetful)
@@ -311,8 +311,6 @@ REFUSED = {
     "alpha NaN": (changed(alpha_nan), f"the alpha of {SECOND} is nan; it {POSITIVE}"),
     "no number": (config(lora_alpha="much"), "lora_alpha is 'much', not a number"),
     "negative alpha": (config(alpha_pattern={FIRST: -2}), f"alpha_pattern .* is -2.0; it {POSITIVE}"),
-    # As a regular expression it would take minutes on a long name.
-    "a hostile pattern": (config(alpha_pattern={"(a+)+$": 2}), "is a regular expression; write out"),
     "foreign names": (
         lambda folder: single_file(folder, keyed(pairs(), "diffusion_model.double_blocks.")),
         "'diffusion_model.double_blocks.*are not known for this model family",
@@ -329,11 +327,6 @@ def test_what_is_no_plain_finite_lora_is_refused_by_layer(name, tmp_path):
     assert repr(source) in str(caught.value)
 
 
-def without_a_module(tensors):
-    for kind in "AB":
-        tensors.pop(f"base_model.model.{MODULES[3]}.lora_{kind}.weight")
-
-
 def other_width(tensors):
     tensors[f"base_model.model.{SECOND}.lora_A.weight"] = torch.ones(3, 48)
 
@@ -344,7 +337,6 @@ def another_layer(name):
 
 
 OTHER_BASES = [
-    (without_a_module, rf"lacks 1 of these layers: \['{MODULES[3]}'\]; the file is incomplete"),
     (other_width, rf"{SECOND} updates \(32, 48\), the base has \(32, 32\); it was made for another base"),
     (another_layer("transformer_blocks.9.attn.to_q"), r"1 of its 5 layers are not in the base: .*blocks.9"),
     (another_layer("text_encoder.q_proj"), "not in the base.*for another base, or for a text encoder too"),
@@ -356,7 +348,7 @@ def test_adapters_of_another_base_are_refused(change, message, world, tmp_path):
     source = str(changed(change)(tmp_path / "bad"))
     adapter = lora_files.read_lora(source)
     with pytest.raises(ValueError, match=message) as caught:
-        lora_files.check_fits(adapter, sd3.skeleton(world / "pipeline"), sd3.LORA_TARGETS)
+        lora_files.check_fits(adapter, sd3.skeleton(world / "pipeline"))
     assert repr(source) in str(caught.value)
 
 

@@ -155,7 +155,7 @@ def test_a_text_is_as_long_as_its_prompt_in_the_chat_template(pipeline):
     assert torch.equal(z_image.encode_prompts(without, [PROMPTS[2]], CPU)[0]["embeds"], alone["embeds"])
 
 
-def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):
+def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline, capsys):
     skeleton = z_image.skeleton(pipeline)
     fresh = lora.fresh_lora(skeleton, z_image.LORA_TARGETS, rank=2, alpha=4.0, seed=0)
     projections = ("to_q", "to_k", "to_v", "to_out.0")
@@ -163,7 +163,8 @@ def test_a_fresh_adapter_is_on_the_joint_layers_and_a_wider_one_fits(pipeline):
     wide = lora.fresh_lora(skeleton, ("attention.to_q",), rank=2, alpha=4.0, seed=0)
     assert any(fnmatch(name, "noise_refiner.*") for name in wide.A)
     for adapter in (fresh, wide):
-        lora_files.check_fits(adapter, skeleton, z_image.LORA_TARGETS)
+        lora_files.check_fits(adapter, skeleton)
     del fresh.A["layers.1.attention.to_v"]
-    with pytest.raises(ValueError, match=r"lacks 1 of these layers: \['layers.1.attention.to_v'\]"):
-        lora_files.check_fits(fresh, skeleton, z_image.LORA_TARGETS)
+    lora_files.check_fits(fresh, skeleton)
+    share = "adapts 7 of the base's 8 layers"
+    assert share in capsys.readouterr().out

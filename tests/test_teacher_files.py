@@ -133,6 +133,27 @@ def test_other_architectures_are_refused(name, shape, problem, world, place, tmp
         refused(world, tmp_path, tmp_path / teacher, message)
 
 
+@pytest.mark.parametrize("scale", ["{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv"])
+def test_scaled_8_bit_weights_are_refused_by_name(scale, world, place, tmp_path, no_weights):
+    """In the base, in a pipeline that teaches and in a transformer that does: without its scales a float8
+    weight is another one."""
+    base = shutil.copytree(world / "pipeline", tmp_path / "base")
+    file = base / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".attn." in name and tensors[name].dim() == 2]:
+        factor = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / factor).to(torch.float8_e4m3fn)
+        tensors[scale.format(name.removesuffix(".weight"))] = factor
+    save_file(tensors, file)
+    first = scale.format("transformer_blocks.0.attn.add_k_proj")
+    message = rf"15 weights are unknown scales of 8-bit weights.*\(use the model in bfloat16\): \['{first}'"
+    for teacher in (base, base / "transformer"):
+        refused(world, tmp_path, teacher, message)
+    with pytest.raises(ValueError, match=message) as caught:
+        built(world, tmp_path, world / "red", model=str(base))
+    assert str(base) in str(caught.value)
+
+
 def test_a_config_of_another_architecture_is_refused(world, place, tmp_path, no_weights):
     teacher = shutil.copytree(place / "full", tmp_path / "teacher")
     edited("config.json", num_attention_heads=4, attention_head_dim=8)(teacher)

@@ -6,6 +6,8 @@ diffusers has such a translation for its other families (`Pipeline.lora_state_di
 import torch
 from torch import Tensor
 
+from opd.formats.lora_files import FOREIGN
+
 BLOCK = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn.proj": ("attn.to_out.0",),
@@ -29,7 +31,6 @@ OUTSIDE = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-PREFIXES = ("diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
 
 
 def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert_layer(layer: str, a_RI: Tensor, b_OR: Tensor) -> dict[str, Tensor]:
     """One layer's factors by diffusers' names."""
     flat = layer
-    for prefix in PREFIXES:
+    for prefix in FOREIGN:
         flat = flat.removeprefix(prefix)
     flat = flatten(flat)
     names = diffusers_names(flat)

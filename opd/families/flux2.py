@@ -9,6 +9,7 @@ klein ignores any, so leave --guidance 1 there, or the student cannot be sampled
 Flux2Pipeline with another text encoder, is no member.)
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +43,23 @@ skeleton = partial(parts.skeleton, Flux2Transformer2DModel)
 load_transformer = partial(parts.load_transformer, Flux2Transformer2DModel)
 load_vae = partial(parts.load_vae, AutoencoderKLFlux2)
 load_text = partial(parts.load_text, Flux2KleinPipeline)
-convert_lora = Flux2KleinPipeline.lora_state_dict
 
 
 def blocks(transformer: Flux2Transformer2DModel) -> list[torch.nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' converter, except for the last modulation: (shift, scale) with BFL, (scale, shift) with
+    diffusers, as its reader of checkpoints knows and this converter does not."""
+    last = {key: tensors[key] for key in tensors if re.search(r"final_layer.adaLN_modulation.1\.", key)}
+    rest = {key: tensors[key] for key in tensors.keys() - last.keys()}
+    converted = Flux2KleinPipeline.lora_state_dict(rest) if rest else {}
+    for key, factor in last.items():
+        up = key.endswith((".lora_B.weight", ".lora_up.weight"))
+        name = f"norm_out.linear.lora_{'B' if up else 'A'}.weight"
+        converted[name] = torch.cat(factor.chunk(2)[::-1]) if up else factor
+    return converted
 
 
 # ---------------------------------------------------------------- text

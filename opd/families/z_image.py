@@ -49,12 +49,23 @@ skeleton = partial(parts.skeleton, ZImageTransformer2DModel)
 load_transformer = partial(parts.load_transformer, ZImageTransformer2DModel)
 load_vae = partial(parts.load_vae, AutoencoderKL)
 load_text = partial(parts.load_text, ZImagePipeline)
-convert_lora = ZImagePipeline.lora_state_dict
 
 
 def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
     """Image tokens and text tokens each have refiners of their own before the joint layers."""
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+
+
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' converter, and the authors' attention, whose q, k and v are one layer: it knows that in
+    kohya's flat names alone."""
+    converted = ZImagePipeline.lora_state_dict(tensors)
+    for key in [key for key in converted if ".attention.qkv." in key]:
+        factor = converted.pop(key)
+        thirds = factor.chunk(3) if "lora_B" in key else [factor] * 3
+        for name, third in zip("qkv", thirds, strict=True):
+            converted[key.replace(".qkv.", f".to_{name}.")] = third
+    return {key.replace(".attention.out.", ".attention.to_out.0."): converted[key] for key in converted}
 
 
 # ---------------------------------------------------------------- text

@@ -1,6 +1,7 @@
 """What the user names: a path or a Hub repository, and what a pipeline's folder must hold to be one."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,15 +39,37 @@ def locate(
 
 
 def locate_part(what: str, source: str, patterns: list[str]) -> Path:
-    """Like `locate`, for a source that may name a folder of a Hub repository: `owner/name:subfolder`."""
-    repo, _, subfolder = source.partition(":")
-    if resolve(source).exists() or not subfolder:
+    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:subfolder`, or
+    `owner/name:FILE.safetensors`."""
+    repo, _, part = source.partition(":")
+    if resolve(source).exists() or not part:
         return locate(what, source, patterns)
-    path = locate(what, repo, [f"{subfolder}/{pattern}" for pattern in patterns]) / subfolder
-    if not path.is_dir():
-        wanted = f"no folder {subfolder!r} with {' or '.join(patterns)} in it"
+    file = part.endswith(".safetensors")
+    path = locate(what, repo, [part] if file else [f"{part}/{pattern}" for pattern in patterns]) / part
+    if not (path.is_file() if file else path.is_dir()):
+        wanted = f"no file {part!r}" if file else f"no folder {part!r} with {' or '.join(patterns)} in it"
         raise FileNotFoundError(f"{what} {source!r}: {repo} holds {wanted}; check the part after the colon")
     return path
+
+
+def only_weights(what: str, source: str, folder: Path, neither: str) -> Path:
+    """The only .safetensors file of a source that holds `neither` of the usual ones; from the Hub it is
+    fetched once it is known to be the only one. FileNotFoundError where there is none or a choice."""
+    repo, _, part = source.partition(":alpha=")[0].partition(":")
+    files = sorted(str(file.relative_to(folder)) for file in folder.glob("*.safetensors"))
+    if not resolve(source.partition(":alpha=")[0]).exists():
+        from huggingface_hub import list_repo_files  # heavy, and the settings import this module
+
+        with suppress(Exception):  # off the network what was fetched before counts
+            below = f"{part}/" if part else ""
+            names = [name for name in list_repo_files(repo) if name.endswith(".safetensors")]
+            files = [name.removeprefix(below) for name in names if name.startswith(below)]
+    if len(files) != 1:
+        choice = f" but {len(files)} .safetensors files, {files[:3]}: name one of them" if files else ""
+        raise FileNotFoundError(f"{what} {source!r}: {folder} holds {neither}{choice}")
+    if (folder / files[0]).is_file():
+        return folder / files[0]
+    return locate_part(what, f"{repo}:{part}/{files[0]}" if part else f"{repo}:{files[0]}", [])
 
 
 def is_hub_id(source: str) -> bool:
@@ -109,4 +132,6 @@ def check_weights(files: list[Path], skeleton: torch.nn.Module) -> None:
     }
     for problem, names in problems.items():
         if names:
-            raise ValueError(f"{len(names)} weights are {problem}: {sorted(names)[:3]}")
+            scales = problem == "unknown" and any("scale" in name.rpartition(".")[2] for name in names)
+            why = " scales of 8-bit weights, which are not applied (use the model in bfloat16)"
+            raise ValueError(f"{len(names)} weights are {problem}{why * scales}: {sorted(names)[:3]}")

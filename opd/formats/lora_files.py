@@ -5,8 +5,8 @@ A file holds two factors per layer, and in some formats alpha beside them:
     LAYER.lora_A.weight (r, in), LAYER.lora_B.weight (out, r)       PEFT, diffusers; alpha is in the metadata
     LAYER.lora_down.weight, LAYER.lora_up.weight, LAYER.alpha       kohya, ComfyUI
 
-LAYER is the transformer's own name, perhaps behind one of PREFIXES; behind one of FOREIGN it is another
-tool's name, which the model family translates (`convert_lora` of opd/families).
+LAYER is the transformer's own name, perhaps behind PREFIXES; behind one of FOREIGN, or like NATIVE, it is
+another tool's name, which the model family translates (`convert_lora` of opd/families).
 """
 
 import json
@@ -17,19 +17,50 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.files import digest, read_json
-from opd.formats.hub import locate_part
+from opd.formats.hub import locate_part, only_weights
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
-PREFIXES = ("base_model.model.", "transformer.")
-FOREIGN = ("diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_")
+COMFY = "diffusion_model."
+PREFIXES = re.compile(rf"(?:(?:base_model\.model|transformer|module|_orig_mod|{COMFY[:-1]})\.)*")
+FOREIGN = (COMFY, "lora_unet_", "lora_transformer_", "lycoris_")
+OWN = ("transformer_blocks.", "single_transformer_blocks.")  # no other tool's, whatever they stand behind
+# A file that has such layers has only its tool's names, whatever they stand behind.
+NATIVE = re.compile(r"(?:double_blocks|single_blocks|joint_blocks|final_layer)\.|.+\.attention\.(?:qkv|out)$")
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(?:\.default)?|lora[_.](down|up))\.weight")
+# What else stands in adapters' files: in a tensor's name, and true in a config.
+OTHER_KEYS = {
+    r"magnitude|dora_scale": "DoRA, which scales the base's weights",
+    r"lokr_|hada_|oft_|ia3_|lora_mid|lora_diag": "LoKr, LoHa, OFT or another kind than LoRA",
+    r"lora_\w+(\.default)?\.bias$": "a bias in a factor (lora_bias)",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "the difference of whole weights, for layers that are no LoRA",
+    r"processor\.|_lora\d?\.": "a LoRA by xlabs' or old diffusers' names; load and save it with diffusers",
+    r"\.bias$": "a bias that was trained too (bias='all')",
+    r"\.weight$": "a layer's whole weights: trained beside a LoRA (modules_to_save), or a whole fine-tuned "
+    "transformer, which teaches from its own folder",
+}
+OTHER_SETTINGS = {
+    "use_dora": "DoRA, but its magnitudes are not in the file",
+    "lora_bias": "with a bias in its factors",
+    "modules_to_save": "with layers trained whole beside it",
+    "target_parameters": "on parameters, not layers",
+    "layer_replication": "on a base with repeated layers",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow, which chooses among adapters",
+    "kasa_config": "KaSA, with a diagonal between its factors",
+    "monteclora_config": "MonteCLoRA",
+}
+# PEFT's starts that leave the base as it is; the others take the start of the factors off its weights.
+PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -70,7 +101,9 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
         tensors, metadata = read_tensors(path)
         A, B, keys = factors(tensors)
         ranks = {layer: len(a_RI) for layer, a_RI in A.items()}
-        alpha = alphas(ranks, keys, peft_config(path, metadata), asked)
+        config = peft_config(path, metadata)
+        check_settings(config)
+        alpha = alphas(ranks, keys, config, asked)
         if not alpha:
             say(
                 f"adapter {source!r} states no alpha: read at alpha = rank, the update as it stands in the "
@@ -78,7 +111,12 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
             )
             alpha = ranks
         scale = {layer: alpha[layer] / ranks[layer] for layer in A}
-        return translated(Lora(source, digest(path), A, B, scale), convert)
+        lora = translated(Lora(source, digest(path), A, B, scale), convert)
+        if not math.isfinite(lora.norm()):
+            raise ValueError(
+                f"its update is too large for float32; its largest alpha is {max(alpha.values()):g}"
+            )
+        return lora
     except ValueError as error:
         raise ValueError(f"adapter {source!r}: {error}") from error
 
@@ -87,8 +125,8 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
 
 
 def find_adapter(source: str) -> Path:
-    """A local directory or file, a Hub id `owner/name`, or `owner/name:subfolder`, all perhaps with
-    `:alpha=NUMBER` behind -> the weights file.
+    """A local directory or file, a Hub id `owner/name`, `owner/name:subfolder` or `owner/name:FILE`, all
+    perhaps with `:alpha=NUMBER` behind -> the weights file: by a library's name, or the only one there.
 
     FileNotFoundError naming the path and what was looked for.
     """
@@ -99,7 +137,7 @@ def find_adapter(source: str) -> Path:
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"adapter {source!r}: {path} holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
+    return only_weights("adapter", source, path, f"neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,17 +182,18 @@ def factors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 def split_key(key: str) -> tuple[str, str]:
     """`transformer.blocks.0.to_q.lora_A.weight` -> (`blocks.0.to_q`, "A"). ValueError for what is no plain
     LoRA's."""
-    name = key
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
+    before = PREFIXES.match(key)[0]
+    name = key.removeprefix(before).replace("._orig_mod.", ".")
+    if COMFY in before and not name.startswith(OWN):
+        name = COMFY + name
     if name.endswith(".alpha"):
         return name.removesuffix(".alpha"), "alpha"
     found = FACTOR.fullmatch(name)
     if not found:
+        kinds = [what for pattern, what in OTHER_KEYS.items() if re.search(pattern, name)]
+        what = kinds[0] if kinds else "something unknown"
         raise ValueError(
-            f"{key!r} is no LoRA weight (expected *.lora_A.weight, *.lora_B.weight, *.alpha or kohya's "
-            "*.lora_down.weight, *.lora_up.weight); DoRA, LoKr, LoHa, OFT and fully fine-tuned models cannot "
-            "be attached as adapters"
+            f"{key!r} is no LoRA weight but {what}; only plain LoRAs can be attached as adapters"
         )
     return found[1], "A" if found[2] == "A" or found[3] == "down" else "B"
 
@@ -186,7 +225,9 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
     stated = {layer: number(f"the alpha of {layer}", tensor) for layer, tensor in keys.items()}
     if "lora_alpha" in config:
         general = number("lora_alpha", config["lora_alpha"])
-        patterns = config["alpha_pattern"] if config.get("alpha_pattern") else {}
+        patterns = {} if config.get("alpha_pattern") is None else config["alpha_pattern"]
+        if not isinstance(patterns, dict):
+            raise ValueError(f"alpha_pattern is {str(patterns)[:40]!r}, not a table of layers and alphas")
         for layer in ranks.keys() - stated.keys():
             stated[layer] = pattern_alpha(layer, patterns, general)
             if config.get("use_rslora"):
@@ -201,27 +242,30 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
 
 
 def pattern_alpha(layer: str, patterns: dict, general: float) -> float:
-    """PEFT's rule: the first key of alpha_pattern that is the layer's name or its end counts.
-
-    PEFT takes the keys for regular expressions; whoever writes them writes names, and a hostile expression
-    would hang the reader, so anything but a name is refused.
-    """
+    """PEFT's rule: the first key of alpha_pattern counts that, as a regular expression, is the layer's name
+    or its end behind a dot. ValueError for one that is none, or would take long or much memory."""
     for key, value in patterns.items():
-        name = key.removeprefix("^").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", name):
-            raise ValueError(f"alpha_pattern {key!r} is a regular expression; write out the layers' names")
-        if f".{layer}".endswith(f".{name}"):
+        if re.search(r"\{[^}]*\d{3}|(\{.*){3}", key):
+            raise ValueError(
+                f"alpha_pattern {key[:80]!r} counts too many repetitions; write out the layers' names"
+            )
+        try:
+            re.compile(key)
+            found = regex.match(rf"(.*\.)?({key})$", layer, timeout=1)
+        except (re.error, regex.error, RecursionError, TimeoutError) as error:
+            raise ValueError(f"alpha_pattern {key[:80]!r} cannot be matched ({str(error)[:80]})") from error
+        if found:
             return number(f"alpha_pattern {key!r}", value)
     return general
 
 
 def number(what: str, value: Tensor | float | str) -> float:
-    """A positive finite float, or ValueError."""
+    """A positive float, finite in float32, or ValueError."""
     try:
-        result = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        result = float(str(value) if isinstance(value, bool) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{what} is {str(value)[:40]!r}, not a number") from error
-    if not 0 < result < math.inf:
+    if not 0 < result < torch.finfo(torch.float32).max:
         raise ValueError(f"{what} is {result}; it must be positive and finite")
     return result
 
@@ -241,6 +285,26 @@ def peft_config(path: Path, metadata: dict[str, str]) -> dict:
         raise ValueError(f"{path}: its lora_adapter_metadata is no JSON object ({error})") from error
 
 
+def check_settings(config: dict) -> None:
+    """ValueError for an adapter that the factors alone do not describe: of another kind, with more than
+    factors, or made for a base that PEFT had changed first."""
+    if config.get("peft_type") not in (None, "LORA"):
+        raise ValueError(
+            f"its config says peft_type {config['peft_type']!r}; only plain LoRAs can be attached"
+        )
+    if config.get("bias") not in (None, "none"):
+        raise ValueError(f"its config says bias={config['bias']!r}: the base's biases were trained too")
+    for setting, what in OTHER_SETTINGS.items():
+        if config.get(setting):
+            raise ValueError(f"its config says {setting}: it is {what}; only plain LoRAs can be attached")
+    if str(config.get("init_lora_weights")).lower() not in PLAIN_STARTS:
+        raise ValueError(
+            f"its config says init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes the "
+            "base's weights, so it is another update of the base itself. Save it as a plain LoRA, with "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=FOLDER_OF_THE_START)"
+        )
+
+
 # ---- names -------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +314,9 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     ValueError where a layer is unknown to the family, or lost by a library that drops what it does not know:
     the norm of the whole update must stay.
     """
-    foreign = [layer for layer in lora.A if layer.startswith(FOREIGN)]
+    native = any(NATIVE.match(layer) for layer in lora.A)
+    names = {layer: COMFY * (native and not layer.startswith(FOREIGN)) + layer for layer in lora.A}
+    foreign = [layer for layer in lora.A if names[layer].startswith(FOREIGN)]
     if not foreign:
         return lora
     unknown = f"layer names like {foreign[0]!r} are not known for this model family"
@@ -260,12 +326,14 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     for layer in foreign:
         # The converters tell the tools apart by their spelling: kohya's for flat names.
         a_name, b_name = ("lora_A", "lora_B") if "." in layer else ("lora_down", "lora_up")
-        folded[f"{layer}.{a_name}.weight"] = lora.A[layer]
-        folded[f"{layer}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
+        folded[f"{names[layer]}.{a_name}.weight"] = lora.A[layer]
+        folded[f"{names[layer]}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
     try:
         A, B, _ = factors(convert(folded))
     except Exception as error:  # a library's, on a file that it was not written for
-        raise ValueError(f"{unknown} ({type(error).__name__}: {str(error)[:200]})") from error
+        raise ValueError(
+            f"{unknown} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
     scale = dict.fromkeys(A, 1.0)
     for layer in lora.A.keys() - set(foreign):
         if layer in A:
@@ -278,9 +346,9 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     return whole
 
 
-def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) -> None:
-    """ValueError unless every adapted module exists in the base with fitting shapes and no block's target is
-    missing."""
+def check_fits(lora: Lora, skeleton: torch.nn.Module) -> None:
+    """ValueError unless every adapted module exists in the base with fitting shapes. One that adapts some
+    blocks alone is said to: a file cut short is known by its header, or by a factor without its partner."""
     linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
     another = "it was made for another base, or for a text encoder too"
     unknown = sorted(lora.A.keys() - linears.keys())
@@ -292,11 +360,12 @@ def check_fits(lora: Lora, skeleton: torch.nn.Module, targets: tuple[str, ...]) 
         if update != base:
             found = f"{module} updates {update}, the base has {base}"
             raise ValueError(f"adapter {lora.source!r}: {found}; {another}")
-    used = [target for target in targets if any(is_target(module, [target]) for module in lora.A)]
-    missing = sorted(n for n in linears if is_target(n, used) and n not in lora.A)
-    if missing:
-        lacks = f"adapts {used} but lacks {len(missing)} of these layers: {missing[:3]}"
-        raise ValueError(f"adapter {lora.source!r} {lacks}; the file is incomplete")
+    kinds = {re.sub(r"\d+", "*", module) for module in lora.A}
+    layers = [module for module in linears if re.sub(r"\d+", "*", module) in kinds]
+    others = [module for module in layers if module not in lora.A]
+    if others:
+        share = f"{len(lora.A)} of the base's {len(layers)} layers of its kinds"
+        say(f"adapter {lora.source!r} adapts {share}; the others, like {others[0]}, stay the base's")
 
 
 def is_target(module: str, targets: Sequence[str]) -> bool:

@@ -122,7 +122,7 @@ def device_of(place: str, model: Model) -> torch.device:
 def holds_transformer(path: Path, skeleton: ModelMixin) -> bool:
     """Whether a directory, or a .safetensors file, holds a transformer's own weights. ValueError for those
     under the names of another tool."""
-    if path.is_dir():
+    if not path.is_file():  # a folder, which the Hub's client leaves out where no file of it was wanted
         adapter = any((path / name).is_file() for name in ("adapter_config.json", *WEIGHTS))
         return not adapter and any(
             (path / name).is_file() for name in ("config.json", "transformer/config.json")

@@ -1,0 +1,395 @@
+"""Adapter files of the field: what other tools' files mean to PEFT and diffusers they mean here; what a plain
+LoRA cannot say is refused with the reason."""
+
+import copy
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import (
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from opd import lora
+from opd.families import flux, flux2, qwen_image, sd3, z_image
+from opd.formats import lora_files
+from opd.model import Model
+from tests.test_teachers import built
+from tests.tiny_lora import MODULES, TARGETS, keyed, pairs, peft_dir, single_file, under, velocity
+
+
+def peft_model(base, **config):
+    """PEFT's model of rank 4 and alpha 8, after some training."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS)} | config
+    return get_peft_model(copy.deepcopy(base), LoraConfig(**settings)).eval()
+
+
+def train(model):
+    for name, factor in model.named_parameters():
+        if ".lora_" in name:
+            factor.data += 0.05 * torch.randn(factor.shape)
+
+
+def ours(base, world, folder):
+    """The velocity of the base under the adapter in `folder`."""
+    plan = Model.plan(str(world / "pipeline"), "float32", "", torch.device("cpu"), True)
+    transformer = copy.deepcopy(base)
+    lora.attach(transformer, "x", plan.read_lora(str(folder)), torch.float32)
+    return under(transformer, "x")
+
+
+def refused(source, message, convert=sd3.convert_lora):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        lora_files.read_lora(str(source), convert)
+    assert repr(str(source)) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- PEFT's settings ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_start_changed_the_base_is_refused_until_peft_converts_it(
+    start, base, world, tmp_path
+):
+    model = peft_model(base, init_lora_weights=start)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    train(model)
+    expected = velocity(model)
+    model.save_pretrained(tmp_path / "raw")
+    message = (
+        f"init_lora_weights='{start}', for which PEFT changes .*path_initial_model_for_weight_conversion"
+    )
+    refused(tmp_path / "raw", message)
+    start_folder = str(tmp_path / "start")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=start_folder)
+    assert (expected - velocity(base)).abs().max() > 1e-2
+    assert (ours(base, world, tmp_path / "plain") - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "eva", "mica", True])
+def test_other_starts_of_peft_leave_the_base_alone(start, base, world, tmp_path):
+    model = peft_model(base, init_lora_weights=start)
+    train(model)
+    model.save_pretrained(tmp_path / "x")
+    assert (velocity(model) - velocity(base)).abs().max() > 1e-3
+    assert (ours(base, world, tmp_path / "x") - velocity(model)).abs().max() < 1e-5
+
+
+ZERO, ONE = (rf"transformer_blocks\.{block}" for block in (0, 1))
+PATTERNS = [
+    {r"transformer_blocks\.\d+\.attn\.to_q": 3},
+    {"^to_q": 3, rf"^{ZERO}\.attn\.to_out\.0": 5},  # the first is no layer's whole name
+    {"to_.": 3, "to_q": 5},
+    {"to_q": 5, "to_.": 3},
+    {"0.attn.to_q|1.attn.to_out.0": 3},
+    {".*to_q": 3, f"{ONE}.*": 5},
+    {f"{ONE}.*": 5, ".*to_q": 3},
+    {"o_q": 3, "attn_to_q": 3, "to_out": 5},  # none of them
+    {r"(a+)+\.to_q": 3, r"\w+\.\d{1,2}\.attn\.to_q": 5},
+]
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_patterns_are_matched_as_peft_matches_them(patterns, stabilised, base, tmp_path):
+    settings = {"rank_pattern": {r".*\.to_out\.\d": 6}, "use_rslora": stabilised}
+    peft_model(base, init_lora_weights=False, **settings).save_pretrained(tmp_path / "x")
+    file = tmp_path / "x" / "adapter_config.json"
+    # PEFT itself sorts the keys as it saves them, and takes them in the file's order as it loads them.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": patterns}))
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "x").base_model.model
+    mine = lora_files.read_lora(str(tmp_path / "x"))
+    for module in MODULES:
+        layer = theirs.get_submodule(module)
+        assert mine.scale[module] == pytest.approx(layer.scaling["default"])
+        assert (mine.update(module) - layer.get_delta_weight("default")).abs().max() < 1e-5
+
+
+ENDLESS = {r"(.|..)+\d\d": 2}
+PEFT = "only plain LoRAs can be attached"
+SETTINGS = [
+    *(
+        ({"init_lora_weights": start}, start)
+        for start in ("corda", "loftq", "lora_ga", "PiSSA", "of_tomorrow")
+    ),
+    ({"peft_type": "LOKR"}, f"peft_type 'LOKR'; {PEFT}"),
+    ({"use_dora": True}, "use_dora: it is DoRA, but its magnitudes are not in the file"),
+    ({"lora_bias": True}, f"lora_bias: it is with a bias in its factors; {PEFT}"),
+    ({"bias": "all"}, "bias='all': the base's biases were trained too"),
+    ({"modules_to_save": ["proj_out"]}, f"modules_to_save: .* trained whole beside it; {PEFT}"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: it is aLoRA"),
+    ({"lora_alpha": 1e300}, "lora_alpha is 1e[+]300; it must be positive and finite"),
+    ({"lora_alpha": 10**400}, "lora_alpha is '1000.*not a number"),
+    ({"lora_alpha": 1e38}, "its update is too large for float32; its largest alpha is 1e[+]38"),
+    ({"lora_alpha": True}, "lora_alpha is 'True', not a number"),
+    ({"lora_alpha": "x"}, "lora_alpha is 'x', not a number"),
+    ({"lora_alpha": [7]}, r"lora_alpha is '\[7\]', not a number"),
+    ({"alpha_pattern": [1]}, r"alpha_pattern is '\[1\]', not a table"),
+    ({"alpha_pattern": "to_q"}, "alpha_pattern is 'to_q', not a table"),
+    ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'to_q' is 'x', not a number"),
+    ({"alpha_pattern": {"(": 2}}, "cannot be matched .missing"),
+    ({"alpha_pattern": ENDLESS}, "cannot be matched .regex timed out"),
+    ({"alpha_pattern": {"((a{99}){99}){99}": 2}}, "counts too many repetitions"),
+    ({"alpha_pattern": {"a{100000000}": 2}}, "counts too many repetitions"),
+]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("settings, message", SETTINGS)
+def test_settings_that_no_plain_lora_has_are_refused(settings, message, inside, tmp_path):
+    """In PEFT's config, and in diffusers' metadata."""
+    if inside:
+        packed = {f"transformer.{name}": value for name, value in ({"lora_alpha": 7} | settings).items()}
+        metadata = {"lora_adapter_metadata": json.dumps(packed)}
+        refused(single_file(tmp_path / "x", keyed(pairs(), "transformer."), metadata), message)
+    else:
+        refused(peft_dir(tmp_path / "x", pairs(), **settings), message)
+
+
+# ---- tensors that are no factors ---------------------------------------------------------------------------
+OTHER_TENSORS = [
+    ("lora_magnitude_vector", "but DoRA"),
+    ("lora_magnitude_vector.default.weight", "but DoRA"),
+    ("dora_scale", "but DoRA"),
+    ("lokr_w1", "but LoKr, LoHa, OFT"),
+    ("hada_w1_a", "but LoKr, LoHa, OFT"),
+    ("lora_mid.weight", "but LoKr, LoHa, OFT or another kind"),
+    ("lora_B.bias", r"but a bias in a factor \(lora_bias\)"),
+    ("lora_up.bias", r"but a bias in a factor \(lora_bias\)"),
+    ("bias", r"but a bias that was trained too \(bias='all'\)"),
+    (
+        "weight",
+        r"but a layer's whole weights: trained beside a LoRA \(modules_to_save\), or a",
+    ),
+    ("modules_to_save.weight", r"but a layer's whole weights: trained beside a LoRA \(modules_to_save\)"),
+    ("diff", "but the difference of whole weights"),
+    ("diff_b", "but the difference of whole weights"),
+    ("processor.qkv_lora1.down.weight", "but a LoRA by xlabs' or old diffusers' names; load and save"),
+    ("to_q_lora.up.weight", "but a LoRA by xlabs' or old diffusers' names"),
+    ("reshape_weight", "but something unknown"),
+]
+
+
+@pytest.mark.parametrize("end, reason", OTHER_TENSORS)
+def test_other_tensors_are_refused_with_what_they_are(end, reason, tmp_path):
+    key = f"base_model.model.{MODULES[0]}.{end}"
+    tensors = keyed(pairs()) | {key: torch.ones(32)}
+    refused(single_file(tmp_path / "x", tensors), f"'{key}' is no LoRA weight {reason}")
+
+
+# ---- prefixes, formats, families ---------------------------------------------------------------------------
+PREFIXES = ["", "transformer.", "base_model.model.", "diffusion_model.", "module.", "_orig_mod."]
+PREFIXES += ["base_model.model.transformer.", "transformer.base_model.model.", "module._orig_mod."]
+PREFIXES += ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "module.diffusion_model."]
+OWN = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]
+BFL = ["double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.0", "single_blocks.0.linear2"]
+SINGLE = ["single_transformer_blocks.0.attn.to_out"]
+# Per family the transformer's own names, those of its authors, and diffusers' loader.
+FAMILIES = {
+    "sd3": (sd3, OWN, ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.1.x_block.mlp.fc1"], None),
+    "flux": (flux, OWN, BFL, FluxPipeline),
+    "flux2": (flux2, OWN + SINGLE, BFL, Flux2KleinPipeline),
+    "qwen_image": (qwen_image, OWN, [], QwenImagePipeline),
+    "z_image": (
+        z_image,
+        ["layers.0.attention.to_q", "layers.1.feed_forward.w1"],
+        ["layers.0.attention.qkv", "layers.1.attention.out"],
+        ZImagePipeline,
+    ),
+}
+LAYOUTS = [
+    (family, names, layout)
+    for family, (_, _, native, _) in FAMILIES.items()
+    for names in (("own", "native") if native else ("own",))
+    for layout in ("peft", "kohya")
+]
+
+
+def written(layers, prefix, layout):
+    """Random factors of rank 3; kohya's with alpha 2."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in layers:
+        a, b = torch.randn(3, 32, generator=g), torch.randn(96, 3, generator=g)
+        down, up = ("lora_A", "lora_B") if layout == "peft" else ("lora_down", "lora_up")
+        tensors |= {f"{prefix}{layer}.{down}.weight": a, f"{prefix}{layer}.{up}.weight": b}
+        if layout == "kohya":
+            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+def updates_of(tensors, scale=1.0):
+    """Layer -> update of a file by diffusers' names."""
+    found = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            layer = key.removesuffix(".lora_A.weight")
+            found[layer.removeprefix("transformer.")] = scale * tensors[f"{layer}.lora_B.weight"] @ a
+    return found
+
+
+def by_diffusers(family, names, layout):
+    """What diffusers makes of the plainest file of these names. It reads no foreign names of SD3: the reader
+    of checkpoints is compared in tests/test_lora_files.py."""
+    module, own, native, pipeline = FAMILIES[family]
+    scale = 1.0 if layout == "peft" else 2 / 3
+    if names == "own":
+        plain = StableDiffusion3Pipeline if pipeline is None else pipeline
+        return updates_of(plain.lora_state_dict(written(own, "transformer.", "peft")), scale)
+    prefix, layout = "diffusion_model.", "peft"
+    if family in ("flux", "z_image"):  # whose loaders know them in kohya's spelling alone
+        prefix, layout, scale = "lora_unet_", "kohya", 1.5 * scale
+        native = [layer.replace(".", "_") for layer in native]
+    tensors = written(native, prefix, layout)
+    convert = module.convert_lora if pipeline is None else pipeline.lora_state_dict
+    return updates_of(convert(tensors), scale)
+
+
+@pytest.mark.parametrize("family, names, layout", LAYOUTS)
+def test_prefixes_are_stripped_in_any_order_in_every_family(family, names, layout, tmp_path):
+    module, own, native, _ = FAMILIES[family]
+    expected = by_diffusers(family, names, layout)
+    assert len(expected) >= 2
+    for number, prefix in enumerate(PREFIXES):
+        tensors = written(own if names == "own" else native, prefix, layout)
+        file = single_file(tmp_path / str(number), tensors)
+        mine = lora_files.read_lora(str(file), module.convert_lora)
+        assert mine.A.keys() == expected.keys(), prefix
+        for layer, update in expected.items():
+            torch.testing.assert_close(mine.update(layer), update, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_block_is_the_block():
+    name = "module.transformer_blocks.0._orig_mod.attn.to_q.lora_A.default.weight"
+    assert lora_files.split_key(name) == (OWN[0], "A")
+
+
+# FLUX.2's and Z-Image's layers by their authors' names -> (out, in).
+FLUX2 = {"img_in": (32, 16), "txt_in": (32, 96), "time_in.in_layer": (32, 256), "time_in.out_layer": (32, 32)}
+FLUX2 |= {"final_layer.linear": (16, 32), "final_layer.adaLN_modulation.1": (64, 32)}
+FLUX2 |= {f"double_stream_modulation_{stream}.lin": (192, 32) for stream in ("img", "txt")}
+FLUX2 |= {"single_stream_modulation.lin": (96, 32), "single_blocks.0.linear1": (288, 32)}
+FLUX2 |= {"single_blocks.0.linear2": (32, 128)}
+for stream in ("img", "txt"):
+    FLUX2 |= {f"double_blocks.0.{stream}_attn.qkv": (96, 32), f"double_blocks.0.{stream}_attn.proj": (32, 32)}
+    FLUX2 |= {f"double_blocks.0.{stream}_mlp.0": (192, 32), f"double_blocks.0.{stream}_mlp.2": (32, 96)}
+Z_IMAGE = {"layers.0.attention.qkv": (96, 32), "layers.0.attention.out": (32, 32)}
+Z_IMAGE |= {"layers.0.adaLN_modulation.0": (128, 32), "layers.1.feed_forward.w2": (32, 64)}
+CHECKPOINTS = {
+    "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers),
+    "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tmp_path):
+    """Every layer against diffusers' reader of checkpoints, which turns FLUX.2's last modulation."""
+    family, layers, convert = CHECKPOINTS[name]
+    g = torch.Generator().manual_seed(0)
+    tensors, updates = {}, {}
+    for layer, (out, inside) in layers.items():
+        a, b = torch.randn(3, inside, generator=g), torch.randn(out, 3, generator=g)
+        tensors |= {f"diffusion_model.{layer}.lora_A.weight": a, f"diffusion_model.{layer}.lora_B.weight": b}
+        updates[f"{layer}.weight"] = b @ a
+    mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), family.convert_lora)
+    theirs = convert(updates)
+    assert {f"{layer}.weight" for layer in mine.A} == theirs.keys()
+    for layer in mine.A:
+        torch.testing.assert_close(mine.update(layer), theirs[f"{layer}.weight"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_unet_final_layer_adaLN_modulation_1", "final_layer.adaLN_modulation.1"]
+)
+def test_flux2s_last_modulation_is_turned_in_every_spelling(name, tmp_path):
+    a, b = torch.randn(3, 32), torch.randn(64, 3)
+    tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(6.0)}
+    mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), flux2.convert_lora)
+    shift, scale = (2 * b @ a).chunk(2)
+    torch.testing.assert_close(mine.update("norm_out.linear"), torch.cat([scale, shift]))
+
+
+# ---- some blocks, and files cut short ----------------------------------------------------------------------
+BOTH_ENDS = [MODULES[0], MODULES[3]]
+FEED = {"target_modules": ["ff.net.2", "to_q"], "exclude_modules": r".*1\.ff\.net\.2|.*to_q"}
+SOME = [
+    ({"layers_to_transform": [1], "layers_pattern": "transformer_blocks"}, (2, 4, MODULES[0])),
+    ({"exclude_modules": r".*0\.attn\.to_q"}, (3, 4, MODULES[0])),
+    ({"target_modules": BOTH_ENDS}, (2, 4, MODULES[1])),
+    (FEED, (1, 2, "transformer_blocks.1.ff.net.2")),
+]
+
+
+@pytest.mark.parametrize("settings, expected", SOME)
+def test_an_adapter_of_some_layers_is_read_and_said_to_be(settings, expected, base, world, tmp_path, capsys):
+    model = peft_model(base, init_lora_weights=False, **settings)
+    model.save_pretrained(tmp_path / "x")
+    assert (ours(base, world, tmp_path / "x") - velocity(model)).abs().max() < 1e-5
+    has, of, other = expected
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"adapts {has} of the base's {of} layers of its kinds; the others, like {other}, stay" in line
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    file = single_file(tmp_path / "x", keyed(pairs()))
+    whole = file.read_bytes()
+    for length in (4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        refused(file, "is not a readable safetensors file")
+    for kind in "AB":
+        tensors = keyed(pairs())
+        del tensors[f"base_model.model.{MODULES[1]}.lora_{kind}.weight"]
+        refused(single_file(tmp_path / kind, tensors), f"without partner: .*{MODULES[1]}")
+
+
+# ---- the Hub -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Repositories of adapters by their own names -> what was fetched. Two files are in `owner/two`."""
+    held = {"owner/one": ["own.safetensors"], "owner/two": ["a.safetensors", "b.safetensors"]}
+    held |= {"owner/deep": ["README.md", "sub/own.safetensors"], "owner/none": ["README.md"]}
+    fetched = []
+
+    def download(repo, allow_patterns, ignore_patterns):
+        names = [name for name in held[repo] if name in allow_patterns]
+        fetched.extend(names)
+        for name in names:
+            (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file(keyed(pairs(), "transformer."), tmp_path / repo / name)
+        return str(tmp_path / repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: held[repo])
+    return fetched
+
+
+def test_of_the_hub_an_adapter_is_read_by_its_own_name(hub, monkeypatch):
+    sources = {"owner/one": "own.safetensors", "owner/two:b.safetensors": "b.safetensors"}
+    sources |= {"owner/deep": "sub/own.safetensors", "owner/deep:sub/own.safetensors": "sub/own.safetensors"}
+    for source, name in sources.items():
+        hub.clear()
+        assert set(lora_files.read_lora(f"{source}:alpha=6").scale.values()) == {2.0}
+        assert set(hub) == {name}
+    refused("owner/two", r"but 2 .safetensors files, \['a.safetensors', 'b.safetensors'\]: name one of them")
+    refused("owner/none", "holds neither adapter_model.safetensors nor pytorch_lora_weights.safetensors$")
+    refused("owner/two:c.safetensors", "owner/two holds no file 'c.safetensors'; check the part after")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", None)  # off the network
+    assert lora_files.find_adapter("owner/one").name == "own.safetensors"
+
+
+def test_a_teacher_of_the_hub_is_read_by_its_own_name(hub, world, tmp_path):
+    for number, source in enumerate(("owner/one", "owner/two:b.safetensors")):
+        _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / f"out{number}"))
+        assert "red" not in model.teachers and "owner" not in model.teachers
