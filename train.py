@@ -146,9 +146,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         folder.export(trained, 0)
     late = signals.received(model.device)
     if late:
-        say(
-            f"stopped by {late} after step {cfg.iterations}, the last; the same command goes on with the rest"
-        )
+        say(f"stopped by {late} after the last step; the same command goes on with the scores")
     return late == ""
 
 
