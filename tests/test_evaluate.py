@@ -156,7 +156,7 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
 REFUSED = [
     (["--per-prompt", "0"], "--per-prompt is 0"),
     (["--rewards", "blue=a:b"], "task 'red' has no scorer; add --rewards red=module:function"),
-    (["--rewards", f"red={HERE}:needs_target"], "task 'red': reward 'tests.test_evaluate:needs_target'"),
+    (["--rewards", f"red={HERE}:needs_target"], "reward 'tests.test_evaluate:needs_target' needs 'target'"),
     (["--prompts", "--heldout"], "both empty"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),
     (["--out", "/dev/null"], "--out '/dev/null' is not a regular file"),
