@@ -15,6 +15,7 @@ from opd.files import reading, replace
 FONT = ImageFont.load_default(14)
 LINE = 18  # height of a line of text
 GAP = 4  # between images
+CELL = 120  # least size of an image
 
 
 def read_image(file: Path) -> Image.Image:
@@ -43,12 +44,11 @@ def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
 def labelled_grid(
     rows: dict[str, list[torch.Tensor]],
     columns: list[str],
-    pixels: int = 120,
     notes: dict[str, list[str]] | None = None,
 ) -> Image.Image:
     """One picture: a row of images (3, H, W) per name, a caption above every column. `notes`: name -> what
     stands in a corner of each image, such as its score."""
-    tiles = {name: [to_pil(image, pixels) for image in images] for name, images in rows.items()}
+    tiles = {name: [to_pil(image, CELL) for image in images] for name, images in rows.items()}
     width, height = next(iter(tiles.values()))[0].size
     captions = [wrapped(caption, width) for caption in columns]
     top = 8 + LINE * max(len(lines) for lines in captions)

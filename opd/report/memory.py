@@ -26,13 +26,12 @@ from opd.files import read_json, resolve
 from opd.formats.teacher_files import Whole
 from opd.lora import BASE, EMA, STUDENT, Lora
 from opd.model import Model
+from opd.report.start import SHOWN
 
 IN_TURN = ("activations", "decoding")
 """Parts of which only the larger counts: pictures are decoded between the passes of training."""
 SPARE = 0.1
 """Share of a GPU that is left for its own context, the libraries' scratch memory and fragmentation."""
-GRID = 9
-"""Pictures of a sample grid, decoded together."""
 GIB = 2**30
 
 
@@ -98,7 +97,7 @@ def predict_run(cfg: RunConfig, model: Model, teachers: int) -> dict[str, int]:
         vae = getattr(diffusers, config["_class_name"]).from_config(config)
     text = model.family.text_shapes(model.folder, cfg.t5)
     pixels = prod(model.pixels)
-    images = min(max(cfg.micro_batch, GRID), max(1, model.decode_pixels // pixels))
+    images = min(max(cfg.micro_batch, SHOWN), max(1, model.decode_pixels // pixels))
     parts = predict(cfg, model, text, teachers, ranks.declared_world())
     return parts | {"vae": 4 * numbers(vae.parameters()), "decoding": decoding(model, vae, images)}
 

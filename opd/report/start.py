@@ -9,7 +9,7 @@ from opd.formats.latents import Images
 from opd.lora import BASE, START
 from opd.model import Model
 from opd.optim import Trained
-from opd.teachers import Teacher, mean_velocity, route_of
+from opd.teachers import Teacher, mean_velocity, route_of, teacher_names
 
 SHOWN = 9
 """Prompts of a sample grid, over all tasks."""
@@ -43,7 +43,7 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
         facts["walk"] = f"{walk}, {cfg.states_per_sample()} states trained on"
     if isinstance(cfg, DistillationConfig):
         facts["teachers"] = ", ".join(
-            f"{name} at guidance {cfg.guidance_of(name):g}" for name in cfg.teachers
+            f"{name} at guidance {cfg.guidance_of(name):g}" for name in teacher_names(cfg, data)
         )
         if cfg.anchored():
             levels = "".join(
