@@ -312,6 +312,7 @@ def test_the_skeleton_is_the_transformer_without_storage(case):
     assert {name: weight.shape for name, weight in skeleton.named_parameters()} == shapes
     assert all(weight.is_meta for weight in skeleton.parameters())
     assert {weight.dtype for weight in real.parameters()} == {torch.bfloat16}
+    assert not any(isinstance(module, diffusers.models.normalization.RMSNorm) for module in real.modules())
     assert not any(weight.requires_grad for weight in real.parameters()) and not real.training
     linears = [name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
     for target in case.family.LORA_TARGETS:

@@ -167,6 +167,8 @@ def make_stage(structure: str, work: Work, device: torch.device) -> Distillation
     prompts = [prompt.text for pool in pools.values() for prompt in pool]
     model.conditioning.kept = random_conditions([*prompts, sd3.NEGATIVE], size.text_shapes(), model.dtype)
     model.transformer = random_transformer(work.size, model.dtype, device)
+    if structure == "ours":
+        parts.with_fused_norms(model.transformer)
     student, *others = (random_lora(model.skeleton, cfg, n) for n in range(1 + len(cfg.teachers)))
     for name, adapter in zip(cfg.teachers, others, strict=True):
         if structure == "ours":
@@ -202,7 +204,7 @@ def planned(work: Work, device: torch.device) -> Model:
 def skeleton_of(size: str) -> SD3Transformer2DModel:
     """The transformer without storage; made once, as its table of positions takes seconds."""
     with torch.device("meta"):
-        return SIZES[size].transformer()
+        return parts.with_fused_norms(SIZES[size].transformer())
 
 
 def random_transformer(size: str, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:

@@ -224,6 +224,8 @@ def without_weights(
     """The model with a transformer without storage under the student's adapter, and what is trained of it.
     Call it under FakeTensorMode."""
     transformer = without_storage(model.skeleton, model.dtype)
+    if model.device.type == "cuda":
+        keep_of_norms_what_a_gpu_keeps(transformer)
     fake = replace(model, transformer=transformer, device=torch.device("cpu"))
     fake.negative = condition(model, text)
     if cfg.full:
@@ -235,6 +237,16 @@ def without_weights(
     for parameter in trained:
         parameter.requires_grad_(True)
     return fake, trained
+
+
+def keep_of_norms_what_a_gpu_keeps(transformer: nn.Module) -> None:
+    """A CPU computes an RMSNorm in pieces and keeps them. A GPU keeps what it keeps of a LayerNorm: its
+    input, and a number or two per row."""
+    for parent in list(transformer.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, nn.RMSNorm):
+                fused = nn.LayerNorm(norm.normalized_shape, bias=False, dtype=transformer.dtype)
+                setattr(parent, name, fused.requires_grad_(False))
 
 
 def velocity(fake: Model, samples: int, text: dict[str, tuple[int, ...]], guidance: float) -> Tensor:
