@@ -51,7 +51,7 @@ def use(transformer: nn.Module, name: str):
     """Run the transformer with adapter `name` (or BASE: none). No weight moves and no requires_grad flag
     changes. Where activations are recomputed, keep backward inside the `with`."""
     layers = lora_layers(transformer)
-    assert name == BASE or any(name in layer.scale for layer in layers), f"no adapter {name!r} is attached"
+    assert name == BASE or any(name in layer.pairs for layer in layers), f"no adapter {name!r} is attached"
     before = [layer.slot for layer in layers]
     for layer in layers:
         layer.switch(name)
@@ -101,26 +101,28 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.scale: dict[str, float] = {}
         self.slot: str | None = None
         """The name of the adapter in use, None for none."""
         # Modules, not their weights: where parameters are sharded, FSDP exchanges the weights. In a tuple,
         # which does not register them a second time.
         self.in_slot: tuple[nn.Module, nn.Module] | None = None
+        self.pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
+        """What each adapter puts there."""
 
     def add(self, name: str, a_RI: Tensor, b_OR: Tensor, scale: float) -> None:
         """Adapter `name`: A (r, in), B (out, r), frozen until someone asks for gradients."""
         self.lora_A[name] = factor(a_RI)
         self.lora_B[name] = factor(b_OR)
         self.lora_A[name].register_buffer("scale", torch.tensor(scale), persistent=False)
-        self.scale[name] = scale
+        self.pairs[name] = self.lora_A[name], self.lora_B[name]
 
     def switch(self, name: str | None) -> None:
         """Put adapter `name` into the slot; where this layer has none of that name, nothing."""
-        self.slot = self.in_slot = None
-        if name in self.scale:
-            self.slot = name
-            self.in_slot = self.lora_A[name], self.lora_B[name]
+        here = name in self.pairs
+        # Into __dict__: a Module's own assignment looks for parameters first, ten times as slow, and every
+        # pass of every teacher switches some hundred layers.
+        self.__dict__["slot"] = name if here else None
+        self.__dict__["in_slot"] = self.pairs[name] if here else None
 
     @property
     def weight(self) -> Tensor:

@@ -105,7 +105,7 @@ def test_an_adapter_of_some_layers_leaves_the_others_alone(transformer):
     """A teacher may adapt fewer layers than the student: where it has none, the slot is empty."""
     layers = lora.lora_layers(transformer)
     assert len(layers) == sum(isinstance(m, LoraLinear) for m in transformer.modules()) > 8
-    del layers[0].scale["red"]
+    del layers[0].pairs["red"]
     with lora.use(transformer, "red"):
         assert layers[0].slot is None and {layer.slot for layer in layers[1:]} == {"red"}
     assert {layer.slot for layer in layers} == {None}
