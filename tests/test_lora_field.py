@@ -362,7 +362,7 @@ def hub(tmp_path, monkeypatch):
     held |= {"owner/deep": ["README.md", "sub/own.safetensors"], "owner/none": ["README.md"]}
     fetched = []
 
-    def download(repo, allow_patterns, ignore_patterns):
+    def download(repo, allow_patterns):
         names = [name for name in held[repo] if name in allow_patterns]
         fetched.extend(names)
         for name in names:

@@ -358,7 +358,7 @@ def asked(world, monkeypatch):
     """[(repository, what was fetched of it)]: `owner/plain` is red, `owner/sub` has both in folders."""
     calls = []
 
-    def download(repo, allow_patterns, ignore_patterns):
+    def download(repo, allow_patterns):
         calls.append((repo, allow_patterns))
         if repo == "owner/gated":
             raise OSError("gated")

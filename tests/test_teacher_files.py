@@ -6,11 +6,11 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
-from opd.formats.hub import PIPELINE_FILES
+from opd.formats.teacher_files import KINDS
 from tests.test_teachers import WEIGHTS, answer, built, furnished
 
 LAYER = "transformer_blocks.1.attn.to_q.weight"
@@ -42,22 +42,22 @@ def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_p
     calls = []
     folders = {"owner/lora": world / "red", "owner/full": place, "owner/larger": place / "larger"}
 
-    def download(repo, allow_patterns, ignore_patterns):
+    def download(repo, allow_patterns):
         calls.append((repo, allow_patterns))
         return str(folders[repo])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo, use_safetensors: folders[repo])
     for source in ("owner/lora", "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
         assert ("red" in model.teachers) == (source != "owner/lora")
     adapter = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert calls == [
-        ("owner/lora", ["*.json"]),
+        ("owner/lora", KINDS),
         ("owner/lora", adapter),
-        ("owner/full", ["full/*.json"]),
+        ("owner/full", [f"full/{name}" for name in KINDS]),
         ("owner/full", ["full/*.json", "full/*.safetensors"]),
-        ("owner/larger", ["*.json"]),
-        ("owner/larger", PIPELINE_FILES),
+        ("owner/larger", KINDS),
     ]
 
 

@@ -1,7 +1,8 @@
 """What the user names: a path or a Hub repository, and what a pipeline's folder must hold to be one."""
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -9,40 +10,40 @@ from safetensors import safe_open
 
 from opd.files import read_json, resolve
 
-# What a pipeline needs of its Hub repository, which may hold all weights again: as one file for other tools,
-# in half precision, in other formats. Its README.md states the licence, which a student's card repeats.
-PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer")
-FURTHER = ("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3")
-PIPELINE_FILES = ["model_index.json", "README.md", *(f"{part}/*" for part in PARTS + FURTHER)]
-IGNORED = ["*.fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
-
-def locate(
-    what: str, source: str, patterns: list[str] | None = None, ignored: list[str] | None = None
-) -> Path:
-    """A local path, or the local copy of the files of Hub repository `owner/name` that match `patterns` and
-    none of `ignored`. FileNotFoundError naming `source` otherwise."""
+def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
+    """A local path, or the local copy of the files of Hub repository `owner/name` that match `patterns`.
+    FileNotFoundError naming `source` otherwise."""
     path = resolve(source)
     if path.exists():
         return path
-    if not is_hub_id(source):
-        raise FileNotFoundError(f"{what} {source!r}: no such file or directory (and not a Hub id owner/name)")
     from huggingface_hub import snapshot_download  # heavy, and the settings import this module
 
+    with fetching(what, source):
+        return Path(snapshot_download(source, allow_patterns=patterns))
+
+
+@contextmanager
+def fetching(what: str, source: str) -> Iterator[None]:
+    """FileNotFoundError for a source that is no Hub id, and for whatever keeps the Hub's client from it, such
+    as a file that is neither in its cache nor to be had."""
+    if not is_hub_id(source):
+        forms = "no Hub id, which is owner/name, for a part of it owner/name:FOLDER or owner/name:FILE"
+        raise FileNotFoundError(f"{what} {source!r}: no such file or directory, and {forms}")
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=ignored))
+        yield
     except Exception as error:
-        raise FileNotFoundError(
-            f"{what} {source!r}: neither a local path nor a Hub repository that can be reached "
-            f"({type(error).__name__}); check the spelling, the network, or log in if it is gated"
-        ) from error
+        kind, reason = type(error).__name__, " ".join(str(error).split())[:400]
+        way_out = "check the spelling, the network, or log in if it is gated"
+        nowhere = f"{what} {source!r}: neither a local path nor to be had from the Hub"
+        raise FileNotFoundError(f"{nowhere}; {way_out} ({kind}: {reason})") from error
 
 
 def locate_part(what: str, source: str, patterns: list[str]) -> Path:
     """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:subfolder`, or
     `owner/name:FILE.safetensors`."""
     repo, _, part = source.partition(":")
-    if resolve(source).exists() or not part:
+    if not part or resolve(source).exists() or not is_hub_id(source):
         return locate(what, source, patterns)
     file = part.endswith(".safetensors")
     path = locate(what, repo, [part] if file else [f"{part}/{pattern}" for pattern in patterns]) / part
@@ -79,11 +80,21 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_pipeline(source: str) -> Path:
-    """The directory of a diffusers pipeline. FileNotFoundError for a missing path, ValueError for one that
-    holds something else."""
-    folder = locate("model", source, PIPELINE_FILES, IGNORED)
+    """The directory of a diffusers pipeline; of a Hub repository what diffusers itself would read, and the
+    README.md, whose licence a student's card repeats. FileNotFoundError for a missing path or file,
+    ValueError for a source that holds something else."""
+    folder = resolve(source)
+    if not folder.exists():
+        from diffusers import DiffusionPipeline  # heavy, and the settings import this module
+        from huggingface_hub import hf_hub_download
+
+        with fetching("model", source):
+            folder = Path(DiffusionPipeline.download(source, use_safetensors=True))
+            with suppress(Exception):  # a cache that diffusers filled lacks it
+                hf_hub_download(source, "README.md")
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
+        wanted = "name what holds transformer/, vae/ and scheduler/, not a part of it or a single file"
+        raise ValueError(f"model {source!r} is not a pipeline directory, with a model_index.json: {wanted}")
     return folder
 
 
@@ -98,7 +109,7 @@ def check_encoders(folder: Path, t5: bool) -> None:
         named = isinstance(kind, list) and kind[:1] not in ([], [None])
         if not named or not name.startswith(("text_encoder", "tokenizer")):
             continue
-        part, needed = folder / name, t5 or name in PARTS
+        part, needed = folder / name, t5 or name in ("text_encoder", "tokenizer")
         if needed and not part.is_dir():
             raise FileNotFoundError(f"{folder} lacks its folder {name}; download the pipeline again")
         empty = not any((part / file).is_file() for file in VOCABULARIES)

@@ -29,6 +29,12 @@ from opd.lora import BASE, EMA
 from opd.model import Model, check_finite
 
 OFFLOAD = "offload"
+KINDS = [
+    "model_index.json",
+    "adapter_config.json",
+    "config.json",
+    "transformer/config.json",
+]  # what tells them apart
 FOREIGN = ("model.diffusion_model.", "joint_blocks.")  # what whole checkpoints of other tools begin with
 
 
@@ -86,7 +92,7 @@ def read_teachers(cfg: DistillationConfig, model: Model) -> dict[str, Lora | Who
 def read_teacher(cfg: DistillationConfig, name: str, source: str, model: Model) -> Lora | Whole:
     """One teacher, told apart by what its source holds. A new kind of teacher is a branch here."""
     place = cfg.teacher_device(name)
-    path = locate_part("teacher", source.partition(":alpha=")[0], ["*.json"])
+    path = locate_part("teacher", source.partition(":alpha=")[0], KINDS)
     with reading(f"teacher {source!r}"):
         if (path / "model_index.json").is_file():
             return Whole(source, read_pipeline(cfg, name, model), [], place == OFFLOAD)
