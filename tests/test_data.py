@@ -16,6 +16,7 @@ from opd import data
 from opd.data import MicroBatch, Prompt
 from opd.files import digest, resolve
 from opd.formats.hub import find_pipeline, locate
+from opd.formats.lora_files import find_adapter
 from opd.formats.prompts import load_prompts, load_tasks
 from tests import tiny
 
@@ -217,16 +218,36 @@ def test_a_source_lies_beside_the_user_else_in_the_package(tmp_path, monkeypatch
             load_prompts(source, "task", ["task"])
 
 
-@pytest.mark.parametrize(
-    "make", [lambda path: None, Path.mkdir, Path.touch], ids=["nothing", "folder", "file"]
-)
-def test_what_is_no_pipeline_is_named(make, tmp_path):
-    make(tmp_path / "model")
-    with pytest.raises((ValueError, FileNotFoundError), match=f"model '{tmp_path}/model'"):
-        find_pipeline(str(tmp_path / "model"))
+NO_PIPELINES = {
+    "nowhere": "no such file or directory",
+    "folder": "not a pipeline",
+    "x.gguf": "not a pipeline",
+}
+
+
+@pytest.mark.parametrize("name", NO_PIPELINES)
+def test_what_is_no_pipeline_is_named(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises((ValueError, FileNotFoundError), match=NO_PIPELINES[name]) as caught:
+        find_pipeline(str(tmp_path / name))
+    assert f"model '{tmp_path / name}'" in str(caught.value)
 
 
 # What else a repository may list: all weights again, and what diffusers has no need of.
+URL = "https://huggingface.co/owner/name/blob/main/x.safetensors"
+
+
+@pytest.mark.parametrize("source", [r"C:\models\x", URL, "owner/name/folder"])
+@pytest.mark.parametrize("find", [find_pipeline, find_adapter])
+def test_what_is_neither_path_nor_hub_id_is_told_the_forms_of_one(find, source):
+    with pytest.raises(
+        FileNotFoundError, match="no Hub id, which is owner/name, .*owner/name:FOLDER"
+    ) as caught:
+        find(source)
+    assert repr(source) in str(caught.value)
+
+
 SHA = "0123456789" * 4
 UNWANTED = """
 README.md LICENSE.md sd3.5_medium.safetensors SD3.5M_example_workflow.json

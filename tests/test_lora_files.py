@@ -47,6 +47,13 @@ def beside(**config):
     return lambda folder, weights: peft_dir(folder, weights, **config)
 
 
+def below(folder, weights):
+    """A checkpoint as Flow-GRPO leaves it."""
+    folder.mkdir()
+    peft_dir(folder / "lora", weights)
+    return folder
+
+
 def alone(rename, metadata=None):
     return lambda folder, weights: single_file(folder, rename(weights), metadata)
 
@@ -59,6 +66,7 @@ ESCAPED = "^" + MODULES[1].replace(".", r"\.")
 # name: (write(folder, weights) -> path, ranks of the modules in turn, alphas in turn)
 FORMATS = {
     "PEFT directory": (beside(), [3], [7]),
+    "a checkpoint's lora/": (below, [3], [7]),
     "ranks differ": (beside(rank_pattern={"attn.to_out.0": 2}), [3, 2], [7]),
     "alpha by name": (beside(alpha_pattern={MODULES[1]: 2.0}), [3], [7, 2, 7, 7]),
     "alpha by suffix": (beside(alpha_pattern={"to_q": 2.0}), [3], [2, 7]),
@@ -372,7 +380,7 @@ def test_of_a_hub_id_with_and_without_subfolder_the_adapter_alone_is_fetched(ask
     red, blue = lora_files.read_lora("owner/plain"), lora_files.read_lora("owner/sub:blue")
     assert red.sha256 == lora_files.read_lora(str(world / "red")).sha256
     assert blue.sha256 == lora_files.read_lora(str(world / "blue")).sha256 != red.sha256
-    names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    names = lora_files.FILES
     assert asked == [("owner/plain", names), ("owner/sub", [f"blue/{name}" for name in names])]
     monkeypatch.setattr(lora_files, "peft_config", lambda path, metadata: {})
     assert set(lora_files.read_lora("owner/sub:red:alpha=1").scale.values()) == {1 / 4}

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
+from opd.formats.lora_files import FILES
 from opd.formats.teacher_files import KINDS
 from tests.test_teachers import WEIGHTS, answer, built, furnished
 
@@ -51,10 +52,9 @@ def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_p
     for source in ("owner/lora", "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
         assert ("red" in model.teachers) == (source != "owner/lora")
-    adapter = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert calls == [
         ("owner/lora", KINDS),
-        ("owner/lora", adapter),
+        ("owner/lora", FILES),
         ("owner/full", [f"full/{name}" for name in KINDS]),
         ("owner/full", ["full/*.json", "full/*.safetensors"]),
         ("owner/larger", KINDS),

@@ -40,16 +40,16 @@ def fetching(what: str, source: str) -> Iterator[None]:
 
 
 def locate_part(what: str, source: str, patterns: list[str]) -> Path:
-    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:subfolder`, or
-    `owner/name:FILE.safetensors`."""
+    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:FILE.safetensors`, or
+    `owner/name:subfolder`, which need not exist where nothing in it matches `patterns`."""
     repo, _, part = source.partition(":")
     if not part or resolve(source).exists() or not is_hub_id(source):
         return locate(what, source, patterns)
-    file = part.endswith(".safetensors")
-    path = locate(what, repo, [part] if file else [f"{part}/{pattern}" for pattern in patterns]) / part
-    if not (path.is_file() if file else path.is_dir()):
-        wanted = f"no file {part!r}" if file else f"no folder {part!r} with {' or '.join(patterns)} in it"
-        raise FileNotFoundError(f"{what} {source!r}: {repo} holds {wanted}; check the part after the colon")
+    if not part.endswith(".safetensors"):
+        return locate(what, repo, [f"{part}/{pattern}" for pattern in patterns]) / part
+    path = locate(what, repo, [part]) / part
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {source!r}: {repo} has no {part!r}; check what follows the colon")
     return path
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from opd.config import DistillationConfig
 from opd.files import read_json, reading
 from opd.formats.hub import check_weights, locate_part, weight_files
-from opd.formats.lora_files import WEIGHTS, Lora
+from opd.formats.lora_files import FILES, Lora
 from opd.lora import BASE, EMA
 from opd.model import Model, check_finite
 
@@ -129,7 +129,7 @@ def holds_transformer(path: Path, skeleton: ModelMixin) -> bool:
     """Whether a directory, or a .safetensors file, holds a transformer's own weights. ValueError for those
     under the names of another tool."""
     if not path.is_file():  # a folder, which the Hub's client leaves out where no file of it was wanted
-        adapter = any((path / name).is_file() for name in ("adapter_config.json", *WEIGHTS))
+        adapter = any((path / name).is_file() for name in FILES)
         return not adapter and any(
             (path / name).is_file() for name in ("config.json", "transformer/config.json")
         )
