@@ -18,7 +18,7 @@ from opd.data import seed_of
 from opd.families import Condition, family_of
 from opd.files import reading
 from opd.formats import lora_files
-from opd.formats.hub import check_encoders, check_weights, find_pipeline, weight_files
+from opd.formats.hub import check_encoders, check_weights, find_pipeline, stored, weight_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State
 
@@ -84,9 +84,7 @@ class Model:
         check_encoders(folder, t5)
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
-            files = weight_files(folder / "transformer")
-            if files:  # else they are no safetensors
-                check_weights(files, skeleton)
+            check_weights(stored(weight_files(folder / "transformer")), skeleton)
             own = family.default_resolution(folder)
             height, width = pixels_of(resolution or str(own))
             shape = family.latent_shape(folder, height, width)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from opd.files import read_json, resolve
 
@@ -120,29 +121,44 @@ def check_encoders(folder: Path, t5: bool) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a model's folder that diffusers loads: the shards that its index names, or its one
-    file, if it is there."""
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    file. FileNotFoundError where there are others alone: of a variant, such as fp16, or pickles."""
+    name = "diffusion_pytorch_model.safetensors"
+    index = folder / f"{name}.index.json"
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return list(folder.glob("diffusion_pytorch_model.safetensors"))
+    if not (folder / name).is_file():
+        way_out = "load it with diffusers (variant=... where names have one) and save_pretrained it"
+        others = sorted(file.name for file in folder.glob("*") if file.suffix != ".json")
+        raise FileNotFoundError(f"{folder} has no {name}; {way_out}; it holds {others[:3]}")
+    return [folder / name]
 
 
-def check_weights(files: list[Path], skeleton: torch.nn.Module) -> None:
-    """ValueError unless the files hold all of the skeleton's weights, in its shapes, and no others: diffusers
-    would draw missing ones at random and pass over others. Names may begin with `transformer.`."""
-    shapes = {}
+def stored(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files on the meta device: names and shapes without reading them."""
+    tensors = {}
     for file in files:
         with safe_open(file, "pt") as content:
             for key in content.keys():
-                shapes[key.removeprefix("transformer.")] = content.get_slice(key).get_shape()
-    wanted = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+                tensors[key] = torch.empty(content.get_slice(key).get_shape(), device="meta")
+    return tensors
+
+
+def check_weights(tensors: dict[str, Tensor], skeleton: torch.nn.Module) -> None:
+    """ValueError unless the tensors are all of the skeleton's weights, in its shapes, and no others.
+    diffusers would draw missing ones at random and pass over others."""
+    wanted = skeleton.state_dict()
+    both = wanted.keys() & tensors.keys()
     problems = {
-        "missing": wanted.keys() - shapes.keys(),
-        "unknown": shapes.keys() - wanted.keys(),
-        "of another shape": {name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name]},
+        "missing": wanted.keys() - tensors.keys(),
+        "unknown": tensors.keys() - wanted.keys(),
+        "of another shape": {name for name in both if wanted[name].shape != tensors[name].shape},
     }
     for problem, names in problems.items():
         if names:
-            scales = problem == "unknown" and any("scale" in name.rpartition(".")[2] for name in names)
-            why = " scales of 8-bit weights, which are not applied (use the model in bfloat16)"
-            raise ValueError(f"{len(names)} weights are {problem}{why * scales}: {sorted(names)[:3]}")
+            quantised = problem == "unknown" and any(QUANTISED.search(name) for name in names)
+            why = " scales of quantised weights, which are not applied (use the model in bfloat16)"
+            raise ValueError(f"{len(names)} weights are {problem}{why * quantised}: {sorted(names)[:3]}")
+
+
+QUANTISED = re.compile(r"scale\w*$|_scale|\.absmax|\.quant_|\.SCB$")
+"""What stands beside weights in 8 or 4 bits: scaled float8, bitsandbytes."""
