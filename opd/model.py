@@ -18,7 +18,7 @@ from opd.data import seed_of
 from opd.families import Condition, family_of
 from opd.files import reading
 from opd.formats import lora_files
-from opd.formats.hub import check_encoders, check_weights, find_pipeline, stored, weight_files
+from opd.formats.hub import check_encoders, check_scale, check_weights, find_pipeline, stored, weight_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State
 
@@ -85,6 +85,7 @@ class Model:
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
             check_weights(stored(weight_files(folder / "transformer")), skeleton)
+            check_scale(folder)
             own = family.default_resolution(folder)
             height, width = pixels_of(resolution or str(own))
             shape = family.latent_shape(folder, height, width)
@@ -92,7 +93,7 @@ class Model:
         conditioning = Conditioning(family, folder, compute, device, t5)
         model = cls(family, folder, skeleton, shape, conditioning, compute, device)
         with reading(f"{folder / 'scheduler'}"):
-            model.sigmas(2)
+            model.sigmas(100)  # so many that none of a wrong shift's poles lies between two of them
         return model
 
     def read_lora(self, source: str) -> Lora:

@@ -110,7 +110,7 @@ OTHER_LATENTS = [
     (edited("vae/config.json", scaling_factor=1.5), "VAE's scaling_factor is 1.5, the student's 0.8"),
     (edited("vae/config.json", block_out_channels=[8]), r"shape .* is \(4, 8, 8\), the student's"),
     (other_channels, r"shape .* is \(8, 4, 4\), the student's \(4, 4, 4\)"),
-    (ddim, "scheduler for flow matching is False"),
+    (ddim, "scheduler: DDIMScheduler is not for flow matching; put a FlowMatchEuler"),
     (edited("model_index.json", _class_name="OtherPipeline"), "OtherPipeline; known pipelines: "),
 ]
 

@@ -1,5 +1,6 @@
 """What the user names: a path or a Hub repository, and what a pipeline's folder must hold to be one."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -117,6 +118,15 @@ def check_encoders(folder: Path, t5: bool) -> None:
         if part.is_dir() and name.startswith("tokenizer") and empty:
             listed = ", ".join(VOCABULARIES)
             raise FileNotFoundError(f"{part} holds none of {listed}; download the pipeline again")
+
+
+def check_scale(folder: Path) -> None:
+    """ValueError for a VAE whose config cannot scale latents; some scale them otherwise than by a factor."""
+    config = read_json(folder / "vae" / "config.json")
+    for name, above in (("scaling_factor", 0), ("shift_factor", -math.inf)):
+        if name in config and not (type(config[name]) in (int, float) and above < config[name] < math.inf):
+            wanted = f"it must be a number above {above}"
+            raise ValueError(f"{folder}/vae/config.json: {name} is {config[name]!r}; {wanted}")
 
 
 def weight_files(folder: Path) -> list[Path]:

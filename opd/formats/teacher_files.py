@@ -215,10 +215,7 @@ def read_pipeline(cfg: DistillationConfig, name: str, student: Model) -> Model:
 def meaning_of_latents(model: Model) -> dict:
     """What gives the numbers of latents and velocities their meaning."""
     vae = read_json(model.folder / "vae" / "config.json")
-    scheduler = read_json(model.folder / "scheduler" / "scheduler_config.json")
     meaning = {"shape at the same resolution": model.shape}
     for name in ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         meaning[f"VAE's {name}"] = vae.get(name)
-    meaning["scheduler for flow matching"] = scheduler["_class_name"].startswith("FlowMatch")
-    meaning["scheduler's prediction_type"] = scheduler.get("prediction_type")
     return meaning
