@@ -209,24 +209,27 @@ FAMILIES = {
         ZImagePipeline,
     ),
 }
-LAYOUTS = [
-    (family, names, layout)
-    for family, (_, _, native, _) in FAMILIES.items()
-    for names in (("own", "native") if native else ("own",))
-    for layout in ("peft", "kohya")
-]
+# What stands before flat names, and where it is read: what no reader of diffusers knows is refused.
+FLAT = ["lora_unet_", "lora_transformer_", "lycoris_"]
+READ = {("sd3", "own"): FLAT, ("sd3", "native"): FLAT, ("flux", "own"): ["lora_transformer_"]}
+READ |= dict.fromkeys([("flux", "native"), ("flux2", "native"), ("qwen_image", "own")], ["lora_unet_"])
+READ |= dict.fromkeys([("z_image", "own"), ("z_image", "native")], ["lora_unet_"]) | {("flux2", "own"): []}
+# Spellings of A and B; all but the first two have an alpha beside them.
+LAYOUTS = {"peft": ("lora_A", "lora_B"), "default": ("lora_A.default", "lora_B.default")}
+LAYOUTS |= {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora.down", "lora.up")}
+CASES = [(*kind, layout) for kind in READ for layout in LAYOUTS]
 
 
 def written(layers, prefix, layout):
     """Random factors of rank 3; kohya's with alpha 2."""
     g = torch.Generator().manual_seed(0)
-    tensors = {}
+    tensors, (down, up) = {}, LAYOUTS[layout]
     for layer in layers:
         a, b = torch.randn(3, 32, generator=g), torch.randn(96, 3, generator=g)
-        down, up = ("lora_A", "lora_B") if layout == "peft" else ("lora_down", "lora_up")
-        tensors |= {f"{prefix}{layer}.{down}.weight": a, f"{prefix}{layer}.{up}.weight": b}
-        if layout == "kohya":
-            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(2.0)
+        name = prefix + (layer.replace(".", "_") if prefix in FLAT else layer)
+        tensors |= {f"{name}.{down}.weight": a, f"{name}.{up}.weight": b}
+        if "down" in down:
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
     return tensors
 
 
@@ -244,27 +247,33 @@ def by_diffusers(family, names, layout):
     """What diffusers makes of the plainest file of these names. It reads no foreign names of SD3: the reader
     of checkpoints is compared in tests/test_lora_files.py."""
     module, own, native, pipeline = FAMILIES[family]
-    scale = 1.0 if layout == "peft" else 2 / 3
+    scale = 2 / 3 if "down" in LAYOUTS[layout][0] else 1.0
     if names == "own":
         plain = StableDiffusion3Pipeline if pipeline is None else pipeline
         return updates_of(plain.lora_state_dict(written(own, "transformer.", "peft")), scale)
     prefix, layout = "diffusion_model.", "peft"
     if family in ("flux", "z_image"):  # whose loaders know them in kohya's spelling alone
         prefix, layout, scale = "lora_unet_", "kohya", 1.5 * scale
-        native = [layer.replace(".", "_") for layer in native]
     tensors = written(native, prefix, layout)
     convert = module.convert_lora if pipeline is None else pipeline.lora_state_dict
     return updates_of(convert(tensors), scale)
 
 
-@pytest.mark.parametrize("family, names, layout", LAYOUTS)
-def test_prefixes_are_stripped_in_any_order_in_every_family(family, names, layout, tmp_path):
+@pytest.mark.parametrize("family, names, layout", CASES)
+def test_prefixes_spellings_and_names_are_read_in_every_family_or_refused(family, names, layout, tmp_path):
     module, own, native, _ = FAMILIES[family]
+    layers = own if names == "own" else native
     expected = by_diffusers(family, names, layout)
     assert len(expected) >= 2
-    for number, prefix in enumerate(PREFIXES):
-        tensors = written(own if names == "own" else native, prefix, layout)
-        file = single_file(tmp_path / str(number), tensors)
+    for number, prefix in enumerate(PREFIXES + FLAT):
+        file = single_file(tmp_path / str(number), written(layers, prefix, layout))
+        if prefix in FLAT and prefix not in READ[family, names]:
+            refused(
+                file,
+                f"layer names like '{prefix}.*' are not known for this model family",
+                module.convert_lora,
+            )
+            continue
         mine = lora_files.read_lora(str(file), module.convert_lora)
         assert mine.A.keys() == expected.keys(), prefix
         for layer, update in expected.items():

@@ -25,18 +25,6 @@ def with_alpha_keys(weights):
     return keyed(weights, "") | {f"{m}.alpha": torch.tensor(5.0 + i) for i, m in enumerate(MODULES)}
 
 
-def as_kohya(tensors):
-    return {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for k, t in tensors.items()}
-
-
-def flat(tensors):
-    """OneTrainer's names: the layer's with _ for every dot."""
-    split = {key: key.replace(".lora_", "|lora_").replace(".alpha", "|alpha") for key in tensors}
-    names = {key: "lora_transformer_" + name.replace(".", "_") for key, name in split.items()}
-    spelled = {key: name.replace("|", ".").replace("_weight", ".weight") for key, name in names.items()}
-    return as_kohya({spelled[key]: tensor for key, tensor in tensors.items()})
-
-
 def metadata_of(**config):
     """As diffusers writes it."""
     named = {f"transformer.{key}": value for key, value in (CONFIG | config).items()}
@@ -58,8 +46,8 @@ def alone(rename, metadata=None):
     return lambda folder, weights: single_file(folder, rename(weights), metadata)
 
 
-def with_prefix(prefix, suffix=".weight"):
-    return lambda weights: keyed(weights, prefix, suffix)
+def by_diffusers(weights):
+    return keyed(weights, "transformer.")
 
 
 ESCAPED = "^" + MODULES[1].replace(".", r"\.")
@@ -72,15 +60,11 @@ FORMATS = {
     "alpha by suffix": (beside(alpha_pattern={"to_q": 2.0}), [3], [2, 7]),
     "alpha by escaped name": (beside(alpha_pattern={ESCAPED: 2.0}), [3], [7, 2, 7, 7]),
     "rank-stabilised": (beside(use_rslora=True, alpha_pattern={"to_q": 2.0}), [3], [2 * 3**0.5, 7 * 3**0.5]),
-    "transformer.": (alone(with_prefix("transformer.")), [3, 2], [3, 2]),
-    "no prefix": (alone(with_prefix("")), [3], [3]),
-    "default in names": (alone(with_prefix("base_model.model.", ".default.weight")), [3], [3]),
+    "transformer.": (alone(by_diffusers), [3, 2], [3, 2]),
     "alpha keys": (alone(with_alpha_keys), [3], [5, 6, 7, 8]),
-    "kohya's factors": (alone(lambda w: as_kohya(with_alpha_keys(w))), [3], [5, 6, 7, 8]),
-    "flat names": (alone(lambda w: flat(with_alpha_keys(w))), [3], [5, 6, 7, 8]),
-    "metadata": (alone(with_prefix("transformer."), metadata_of()), [3], [7]),
+    "metadata": (alone(by_diffusers, metadata_of()), [3], [7]),
     "metadata pattern": (
-        alone(with_prefix("transformer."), metadata_of(alpha_pattern={MODULES[2]: 1})),
+        alone(by_diffusers, metadata_of(alpha_pattern={MODULES[2]: 1})),
         [3, 2],
         [7, 7, 1, 7],
     ),

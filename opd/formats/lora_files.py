@@ -336,6 +336,8 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
         raise ValueError(
             f"{unknown} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
+    if any(layer.startswith(FOREIGN) for layer in A):
+        raise ValueError(unknown)
     scale = dict.fromkeys(A, 1.0)
     for layer in lora.A.keys() - set(foreign):
         if layer in A:
