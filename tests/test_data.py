@@ -283,6 +283,17 @@ def test_what_diffusers_left_in_the_cache_is_enough_off_the_network(world, tmp_p
         moved.rename(snapshot / name)
 
 
+def test_a_repository_of_a_variant_alone_is_told_to_be_saved_anew(world, tmp_path, monkeypatch):
+    pipeline = shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    for file in pipeline.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    cached(pipeline, tmp_path, monkeypatch, [])
+    with pytest.raises(
+        FileNotFoundError, match="if it has fp16 files alone, save a plain copy .*safetensors"
+    ):
+        find_pipeline("owner/name")
+
+
 def test_of_a_large_file_the_size_and_the_ends_tell(tmp_path):
     """A file of weights: a header in front, numbers that training moves behind."""
     file, size = tmp_path / "x", 3 * 2**20

@@ -26,7 +26,7 @@ def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
 
 
 @contextmanager
-def fetching(what: str, source: str) -> Iterator[None]:
+def fetching(what: str, source: str, also: str = "") -> Iterator[None]:
     """FileNotFoundError for a source that is no Hub id, and for whatever keeps the Hub's client from it, such
     as a file that is neither in its cache nor to be had."""
     if not is_hub_id(source):
@@ -36,7 +36,7 @@ def fetching(what: str, source: str) -> Iterator[None]:
         yield
     except Exception as error:
         kind, reason = type(error).__name__, " ".join(str(error).split())[:400]
-        way_out = "check the spelling, the network, or log in if it is gated"
+        way_out = f"check the spelling, the network, or log in if it is gated{also}"
         nowhere = f"{what} {source!r}: neither a local path nor to be had from the Hub"
         raise FileNotFoundError(f"{nowhere}; {way_out} ({kind}: {reason})") from error
 
@@ -90,7 +90,7 @@ def find_pipeline(source: str) -> Path:
         from diffusers import DiffusionPipeline  # heavy, and the settings import this module
         from huggingface_hub import hf_hub_download
 
-        with fetching("model", source):
+        with fetching("model", source, "; if it has fp16 files alone, save a plain copy with diffusers"):
             folder = Path(DiffusionPipeline.download(source, use_safetensors=True))
             with suppress(Exception):  # a cache that diffusers filled lacks it
                 hf_hub_download(source, "README.md")
