@@ -9,7 +9,6 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -134,58 +133,6 @@ def test_a_file_of_a_library_is_read_right(save, config, base, world, tmp_path):
 
 
 # ---- foreign names -----------------------------------------------------------------------------------------
-# Stability's names of the layers of both halves of a block, and how many times as wide as the block they are.
-NATIVE = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
-IMAGE = {"attn2.qkv": (3, 1), "attn2.proj": (1, 1), "adaLN_modulation.1": (9, 1)} | NATIVE
-TEXT = {"adaLN_modulation.1": (6, 1)} | NATIVE
-LAST_TEXT = {"adaLN_modulation.1": (2, 1), "attn.qkv": (3, 1)}  # it goes nowhere
-
-
-def native_layers():
-    """Layer by Stability's name -> (out, in) of a two-block SD3.5-Medium, 32 wide."""
-    layers = {"context_embedder": (32, 48), "t_embedder.mlp.0": (32, 256), "t_embedder.mlp.2": (32, 32)}
-    layers |= {"y_embedder.mlp.0": (32, 64), "y_embedder.mlp.2": (32, 32)}
-    layers |= {"final_layer.linear": (16, 32), "final_layer.adaLN_modulation.1": (64, 32)}
-    for block, text in ((0, TEXT), (1, LAST_TEXT)):
-        for half, sizes in (("x_block", IMAGE), ("context_block", text)):
-            for name, (out, inside) in sizes.items():
-                layers[f"joint_blocks.{block}.{half}.{name}"] = (32 * out, 32 * inside)
-    return layers
-
-
-def checkpoint_by_diffusers(updates):
-    """What diffusers' reader of single files makes of a checkpoint whose weights are `updates`."""
-    whole = {f"{name}.weight": update for name, update in updates.items()}
-    whole |= {f"{name}.bias": update[:, 0] for name, update in updates.items()}
-    whole |= {"pos_embed": torch.zeros(1), "x_embedder.proj.weight": torch.zeros(1)}
-    return convert_sd3_transformer_checkpoint_to_diffusers(whole | {"x_embedder.proj.bias": torch.zeros(1)})
-
-
-@pytest.mark.parametrize("tool", ["kohya", "ComfyUI"])
-def test_an_sd3_adapter_by_stabilitys_names_is_the_checkpoint_update(tool, tmp_path):
-    """kohya's file has flat names and alpha 2, ComfyUI's dotted ones: every layer against diffusers' reader
-    of checkpoints."""
-    g = torch.Generator().manual_seed(0)
-    tensors, updates = {}, {}
-    for name, (out, inside) in native_layers().items():
-        a, b = torch.randn(3, inside, generator=g), torch.randn(out, 3, generator=g)
-        if tool == "kohya":
-            layer = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{layer}.lora_down.weight": a, f"{layer}.lora_up.weight": b}
-            tensors[f"{layer}.alpha"] = torch.tensor(2.0)
-            updates[name] = 2 / 3 * b @ a
-        else:
-            layer = "diffusion_model." + name
-            tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-            updates[name] = b @ a
-    lora = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), sd3.convert_lora)
-    theirs = checkpoint_by_diffusers(updates)
-    layers = {key.removesuffix(".weight") for key in theirs if key.endswith(".weight")} - {"pos_embed.proj"}
-    assert lora.A.keys() == layers and len(layers) == 7 + 18 + 15
-    for layer in layers:
-        torch.testing.assert_close(lora.update(layer), theirs[f"{layer}.weight"], rtol=1e-5, atol=1e-5)
-
-
 def test_what_a_converter_loses_is_noticed(tmp_path):
     """Some of diffusers' converters drop layers that they do not know without a word."""
 
