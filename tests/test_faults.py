@@ -83,7 +83,7 @@ BREAKS = [
         "DDIMScheduler is not for flow matching; put",
     ),
     *((setting("scaling_factor", x), "vae/config.json", f"scaling_factor is {x};") for x in (None, 0, NAN)),
-    (setting("shift_factor", None), "vae/config.json", "shift_factor is None; it must be a number"),
+    (setting("shift_factor", None), "vae/config.json", "shift_factor is None; it must be a finite"),
     (cut, "text_encoder/model.safetensors", "text encoders of .*pipeline"),
     (spoil, "text_encoder_2/model.safetensors", "text encoders of .*pipeline: NaN or infinite numbers for"),
     (scribble, "text_encoder/config.json", "text encoders of .*pipeline"),

@@ -104,9 +104,7 @@ def noise_levels(folder: Path, steps: int, mu: float, even: list[float] | None =
     levels = scheduler.sigmas
     if levels[-1] != 0 or not (levels.diff() < 0).all():
         first, shift = levels[:4].tolist(), scheduler.config.shift
-        raise ValueError(
-            f"{folder}/scheduler, shift {shift}: sigmas must fall strictly to 0, and are {first}"
-        )
+        raise ValueError(f"{folder}/scheduler, shift {shift}: sigmas must fall strictly to 0, not {first}")
     return levels.tolist()
 
 

@@ -125,7 +125,7 @@ def check_scale(folder: Path) -> None:
     config = read_json(folder / "vae" / "config.json")
     for name, above in (("scaling_factor", 0), ("shift_factor", -math.inf)):
         if name in config and not (type(config[name]) in (int, float) and above < config[name] < math.inf):
-            wanted = f"it must be a number above {above}"
+            wanted = "it must be a finite number, and a scale be above 0"
             raise ValueError(f"{folder}/vae/config.json: {name} is {config[name]!r}; {wanted}")
 
 
@@ -170,5 +170,5 @@ def check_weights(tensors: dict[str, Tensor], skeleton: torch.nn.Module) -> None
             raise ValueError(f"{len(names)} weights are {problem}{why * quantised}: {sorted(names)[:3]}")
 
 
-QUANTISED = re.compile(r"scale\w*$|_scale|\.absmax|\.quant_|\.SCB$")
+QUANTISED = re.compile(r"scale\w*$|\.absmax|\.quant_|\.SCB$")
 """What stands beside weights in 8 or 4 bits: scaled float8, bitsandbytes."""

@@ -32,12 +32,8 @@ from opd.lora import BASE, EMA
 from opd.model import Model, check_finite
 
 OFFLOAD = "offload"
-KINDS = [
-    "model_index.json",
-    "adapter_config.json",
-    "config.json",
-    "transformer/config.json",
-]  # what tells them apart
+# What tells kinds of teachers apart; of the weights only an adapter's are fetched at once.
+KINDS = ["model_index.json", "config.json", "transformer/config.json", *FILES]
 WHOLE = "model.diffusion_model."  # what the transformer's names begin with in files that hold encoders too
 
 
