@@ -333,7 +333,9 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("name, tool", [("SD3", "kohya"), *((name, "ComfyUI") for name in CHECKPOINTS)])
+@pytest.mark.parametrize(
+    "name, tool", [("SD3", "kohya"), ("Z-Image", "kohya"), *((name, "ComfyUI") for name in CHECKPOINTS)]
+)
 def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tool, tmp_path):
     """Every layer against diffusers' reader of checkpoints, which turns the last modulations. kohya's file
     has flat names and alpha 2, ComfyUI's dotted ones."""
