@@ -169,6 +169,7 @@ def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
     check_bounds(args)
     plain_names("--adapters", args.adapters)
+    lora.check_names("--adapters", args.adapters)
     noise = args.noise_level
     if args.sampler != "ode" and noise <= 0:
         raise ValueError(f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")

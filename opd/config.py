@@ -13,9 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import torch
-
-from opd import flow, routing
+from opd import flow, lora, routing
 from opd.cli import (
     BelowOne,
     Count,
@@ -336,15 +334,10 @@ class DistillationConfig(Rollout):
         self.check_noise()
 
     def check_names(self) -> None:
-        layers = torch.nn.ModuleDict()  # stores adapters under their names, beside its own attributes
+        lora.check_names("--teachers", self.teachers)
         for name, source in self.teachers.items():
-            flag = f"--teachers: the name {name!r}"
-            if name == "" or set(name) & set(".*+"):
-                raise ValueError(f"{flag} is empty or has a dot, * or +; choose another")
-            if name in METRICS or name in ADAPTERS or hasattr(layers, name):
-                raise ValueError(f"{flag} is taken; choose another")
-            if name in ("base", "ema") and source != name:
-                raise ValueError(f"{flag} is for the source {name!r}; choose another")
+            if name in METRICS or name in ADAPTERS or (name == "ema" and source != "ema"):
+                raise ValueError(f"--teachers: the name {name!r} is taken; choose another")
             if source == "ema" and self.ema == 0:
                 way_out = "--ema 0 keeps no moving average to learn from; give one, such as --ema 0.99"
                 raise ValueError(f"--teachers {name}=ema: {way_out}")

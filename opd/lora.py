@@ -18,11 +18,18 @@ EMA = "ema"  # the moving average of the adapter that is trained, where it teach
 STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
 
 
+def check_names(flag: str, sources: dict[str, str]) -> None:
+    """ValueError for a name that no adapter can have: PyTorch stores them beside its own attributes, routes
+    are written with * and +, and `base` is the base."""
+    for name, source in sources.items():
+        if name == "" or set(name) & set(".*+"):
+            raise ValueError(f"{flag}: the name {name!r} is empty or has a dot, * or +; choose another")
+        if hasattr(nn.ModuleDict(), name) or (name == BASE and source != BASE):
+            raise ValueError(f"{flag}: the name {name!r} is taken; choose another")
+
+
 def attach(transformer: nn.Module, name: str, lora: Lora, dtype: torch.dtype) -> None:
-    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`. ValueError for a name PyTorch
-    cannot store."""
-    if not name or "." in name:
-        raise ValueError(f"adapter name {name!r}: choose one that is not empty and has no dot")
+    """Add `lora` to the transformer as the frozen adapter `name` in `dtype`."""
     for module, a_RI in lora.A.items():
         layer = transformer.get_submodule(module)
         if isinstance(layer, nn.Linear):

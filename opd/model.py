@@ -18,7 +18,7 @@ from opd.data import seed_of
 from opd.families import Condition, family_of
 from opd.files import reading
 from opd.formats import lora_files
-from opd.formats.hub import check_encoders, check_weights, find_pipeline, weight_files
+from opd.formats.hub import check_encoders, check_scale, check_weights, find_pipeline, stored, weight_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State
 
@@ -84,9 +84,8 @@ class Model:
         check_encoders(folder, t5)
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
-            files = weight_files(folder / "transformer")
-            if files:  # else they are no safetensors
-                check_weights(files, skeleton)
+            check_weights(stored(weight_files(folder / "transformer")), skeleton)
+            check_scale(folder)
             own = family.default_resolution(folder)
             height, width = pixels_of(resolution or str(own))
             shape = family.latent_shape(folder, height, width)
@@ -94,7 +93,7 @@ class Model:
         conditioning = Conditioning(family, folder, compute, device, t5)
         model = cls(family, folder, skeleton, shape, conditioning, compute, device)
         with reading(f"{folder / 'scheduler'}"):
-            model.sigmas(2)
+            model.sigmas(100)  # so many that none of a wrong shift's poles lies between two of them
         return model
 
     def read_lora(self, source: str) -> Lora:

@@ -126,7 +126,7 @@ opd | --rollout cps --weight uniform --estimator pg_live | use --rollout sde, or
 opd | --walker teacher --estimator pg | judge the student's own steps; leave out --walker teacher
 opd | --walker teacher --routing reward --train-rewards red=a green=a blue=a | leave out --walker teacher
 opd | --teachers a.b=x | --teachers: the name 'a.b' is empty or has a dot, * or +; choose another
-opd | --teachers ema=x | --teachers: the name 'ema' is for the source 'ema'; choose another
+opd | --teachers ema=x | --teachers: the name 'ema' is taken; choose another
 opd | --teachers loss=x | --teachers: the name 'loss' is taken; choose another
 opd | --teachers student=x | --teachers: the name 'student' is taken; choose another
 opd | --teachers keys=x | --teachers: the name 'keys' is taken; choose another

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 
 import opd
 from opd import data
 from opd.data import MicroBatch, Prompt
 from opd.files import digest, resolve
 from opd.formats.hub import find_pipeline, locate
+from opd.formats.lora_files import find_adapter
 from opd.formats.prompts import load_prompts, load_tasks
+from tests import tiny
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -215,48 +218,80 @@ def test_a_source_lies_beside_the_user_else_in_the_package(tmp_path, monkeypatch
             load_prompts(source, "task", ["task"])
 
 
-@pytest.mark.parametrize(
-    "make", [lambda path: None, Path.mkdir, Path.touch], ids=["nothing", "folder", "file"]
-)
-def test_what_is_no_pipeline_is_named(make, tmp_path):
-    make(tmp_path / "model")
-    with pytest.raises((ValueError, FileNotFoundError), match=f"model '{tmp_path}/model'"):
-        find_pipeline(str(tmp_path / "model"))
+NO_PIPELINES = {
+    "nowhere": "no such file or directory",
+    "folder": "not a pipeline",
+    "x.gguf": "not a pipeline",
+}
 
 
-# As SD3.5-Medium's repository lists them: all weights are there three times.
-WANTED = """
-README.md model_index.json scheduler/scheduler_config.json
-text_encoder/config.json text_encoder/model.safetensors
-text_encoder_2/config.json text_encoder_2/model.safetensors
-text_encoder_3/config.json text_encoder_3/model.safetensors.index.json
-text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
-tokenizer/merges.txt tokenizer/vocab.json tokenizer/tokenizer_config.json
-tokenizer_2/merges.txt tokenizer_3/spiece.model tokenizer_3/tokenizer.json
-transformer/config.json transformer/diffusion_pytorch_model.safetensors
-vae/config.json vae/diffusion_pytorch_model.safetensors
-""".split()
+@pytest.mark.parametrize("name", NO_PIPELINES)
+def test_what_is_no_pipeline_is_named(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises((ValueError, FileNotFoundError), match=NO_PIPELINES[name]) as caught:
+        find_pipeline(str(tmp_path / name))
+    assert f"model '{tmp_path / name}'" in str(caught.value)
+
+
+# What else a repository may list: all weights again, and what diffusers has no need of.
+URL = "https://huggingface.co/owner/name/blob/main/x.safetensors"
+
+
+@pytest.mark.parametrize("source", [r"C:\models\x", URL, "owner/name/folder"])
+@pytest.mark.parametrize("find", [find_pipeline, find_adapter])
+def test_what_is_neither_path_nor_hub_id_is_told_the_forms_of_one(find, source):
+    with pytest.raises(
+        FileNotFoundError, match="no Hub id, which is owner/name, .*owner/name:FOLDER"
+    ) as caught:
+        find(source)
+    assert repr(source) in str(caught.value)
+
+
+SHA = "0123456789" * 4
 UNWANTED = """
-LICENSE.md mmdit-x.png sd3.5_medium.safetensors SD3.5M_example_workflow.json
-text_encoders/clip_g.safetensors text_encoders/t5xxl_fp16.safetensors
-text_encoder/model.fp16.safetensors text_encoder_3/model.fp16-00001-of-00002.safetensors
-text_encoder_3/model.safetensors.index.fp16.json
-transformer/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.fp16.safetensors
+README.md LICENSE.md sd3.5_medium.safetensors SD3.5M_example_workflow.json
+text_encoders/t5xxl_fp16.safetensors text_encoder/generation_config.json
+text_encoder/model.fp16.safetensors transformer/diffusion_pytorch_model.bin
+transformer/README.md vae/diffusion_pytorch_model.fp16.safetensors
 """.split()
+NEEDED = ["transformer/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/tokenizer.json"]
 
 
-def test_of_a_repository_only_the_pipelines_files_are_fetched(world, monkeypatch):
-    """By the Hub's own filter."""
-    fetched = []
+def cached(pipeline, cache, monkeypatch, listed):
+    """owner/name as diffusers leaves it in the Hub's cache; the listing has `listed` too. No network."""
+    repo = cache / "models--owner--name"
+    snapshot = shutil.copytree(pipeline, repo / "snapshots" / SHA)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(SHA)
+    names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
+    write_tree_cache(str(repo), SHA, {name: TreeCacheEntry(1, "0" * 40) for name in names + listed})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return snapshot
 
-    def download(repo, allow_patterns, ignore_patterns):
-        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
-        fetched.extend(filter_repo_objects(WANTED + UNWANTED, **patterns))
-        return str(world / "pipeline")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_pipeline("owner/name") == world / "pipeline"
-    assert sorted(fetched) == sorted(WANTED)
+def test_what_diffusers_left_in_the_cache_is_enough_off_the_network(world, tmp_path, monkeypatch):
+    snapshot = cached(world / "pipeline", tmp_path, monkeypatch, UNWANTED)
+    assert find_pipeline("owner/name") == snapshot
+    tiny.build(tiny.config(world, teachers={"red": "owner/name", "blue": str(world / "blue")}))
+    for name in NEEDED:
+        moved = (snapshot / name).rename(tmp_path / "away")
+        with pytest.raises(FileNotFoundError, match=f"model 'owner/name': .*{name}") as caught:
+            find_pipeline("owner/name")
+        assert "\n" not in str(caught.value)
+        moved.rename(snapshot / name)
+
+
+def test_a_repository_of_a_variant_alone_is_told_to_be_saved_anew(world, tmp_path, monkeypatch):
+    pipeline = shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    for file in pipeline.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    cached(pipeline, tmp_path, monkeypatch, [])
+    with pytest.raises(
+        FileNotFoundError, match="if it has fp16 files alone, save a plain copy .*safetensors"
+    ):
+        find_pipeline("owner/name")
 
 
 def test_of_a_large_file_the_size_and_the_ends_tell(tmp_path):

@@ -158,6 +158,7 @@ REFUSED = [
     (["--rewards", "blue=a:b"], "task 'red' has no scorer; add --rewards red=module:function"),
     (["--rewards", f"red={HERE}:needs_target"], "reward 'tests.test_evaluate:needs_target' needs 'target'"),
     (["--prompts", "--heldout"], "both empty"),
+    (["--adapters", "type=x"], "--adapters: the name 'type' is taken; choose another"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),
     (["--out", "/dev/null"], "--out '/dev/null' is not a regular file"),
     (["--out", f"{__file__}/new/scores.json"], f"{__file__!r} is not a directory"),

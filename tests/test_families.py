@@ -284,7 +284,7 @@ def renamed(lora, prefix: str) -> dict:
 
 def test_an_adapter_of_any_tool_is_what_it_is_to_the_pipeline(case, tmp_path):
     """Ours in its folder, by diffusers' names as ai-toolkit writes them, and by those of kohya and ComfyUI
-    (for SD3, of which diffusers reads none, in tests/test_lora_files.py)."""
+    (for SD3, of which diffusers reads none, in tests/test_lora_field.py)."""
     adapter = tiny.random_lora(case.pipeline, seed=7, family=case.family)
     for prefix in ("", "transformer.", *case.fixture.foreign):
         file, tolerance = tiny.save(adapter, tmp_path / "ours"), 1e-5

@@ -38,12 +38,20 @@ def drop_a_layer(file):
     save_file({name: t for name, t in tensors.items() if "transformer_blocks.1.attn.to_q" not in name}, file)
 
 
+def as_a_variant(file):
+    file.rename(file.with_suffix(".fp16.safetensors"))
+
+
 def scribble(file):
     file.write_text('{"a": ')
 
 
-def a_billion_layers(file):
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 10**9}))
+def setting(name, value):
+    def change(file):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+
+    change.__name__ = f"{name} {value}"
+    return change
 
 
 def empty(folder):
@@ -53,16 +61,29 @@ def empty(folder):
 
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+SCHEDULER, NAN = "scheduler/scheduler_config.json", float("nan")
 BREAKS = [
     (cut, TRANSFORMER, "pipeline'.*SafetensorError"),
     (spoil, TRANSFORMER, "transformer: 1 of .* numbers of .* are NaN or infinite"),
     (drop_a_layer, TRANSFORMER, "2 weights are missing: .*transformer_blocks.1.attn.to_q"),
+    (as_a_variant, TRANSFORMER, "has no .*safetensors; load it with diffusers .variant=.*model.fp16.safe"),
     (scribble, "transformer/config.json", "pipeline"),
-    (a_billion_layers, "transformer/config.json", "config.json.*num_layers.*1000000000"),
+    (setting("num_layers", 10**9), "transformer/config.json", "config.json.*num_layers.*1000000000"),
     (cut, "vae/diffusion_pytorch_model.safetensors", "vae"),
     (spoil, "vae/diffusion_pytorch_model.safetensors", "vae: 1 of .* NaN or infinite"),
     (scribble, "vae/config.json", "pipeline"),
-    (scribble, "scheduler/scheduler_config.json", "scheduler"),
+    (scribble, SCHEDULER, "scheduler"),
+    *(
+        (setting("shift", x), SCHEDULER, f"shift {x}: sigmas must fall strictly to 0")
+        for x in (NAN, -2, -0.01)
+    ),
+    (
+        setting("_class_name", "DDIMScheduler"),
+        SCHEDULER,
+        "DDIMScheduler is not for flow matching; put",
+    ),
+    *((setting("scaling_factor", x), "vae/config.json", f"scaling_factor is {x};") for x in (None, 0, NAN)),
+    (setting("shift_factor", None), "vae/config.json", "shift_factor is None; it must be a finite"),
     (cut, "text_encoder/model.safetensors", "text encoders of .*pipeline"),
     (spoil, "text_encoder_2/model.safetensors", "text encoders of .*pipeline: NaN or infinite numbers for"),
     (scribble, "text_encoder/config.json", "text encoders of .*pipeline"),

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -209,24 +210,28 @@ FAMILIES = {
         ZImagePipeline,
     ),
 }
-LAYOUTS = [
-    (family, names, layout)
-    for family, (_, _, native, _) in FAMILIES.items()
-    for names in (("own", "native") if native else ("own",))
-    for layout in ("peft", "kohya")
-]
+# What stands before flat names, and where it is read: what no reader of diffusers knows is refused.
+FLAT = ["lora_unet_", "lora_transformer_", "lycoris_"]
+READ = {("sd3", "own"): FLAT, ("sd3", "native"): FLAT, ("flux", "own"): ["lora_transformer_"]}
+READ |= dict.fromkeys([("flux", "native"), ("flux2", "native"), ("qwen_image", "own")], ["lora_unet_"])
+READ |= dict.fromkeys([("z_image", "own"), ("z_image", "native")], ["lora_unet_"]) | {("flux2", "own"): []}
+# Spellings of A and B; all but the first two have an alpha beside them.
+LAYOUTS = {"peft": ("lora_A", "lora_B"), "default": ("lora_A.default", "lora_B.default")}
+LAYOUTS |= {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora.down", "lora.up")}
+CASES = [(*kind, layout) for kind in READ for layout in LAYOUTS]
 
 
-def written(layers, prefix, layout):
-    """Random factors of rank 3; kohya's with alpha 2."""
+def written(layers, prefix, layout, sizes=None):
+    """Random factors of rank 3 for layers of `sizes`, (96, 32) unless told; kohya's with alpha 2."""
     g = torch.Generator().manual_seed(0)
-    tensors = {}
+    tensors, (down, up) = {}, LAYOUTS[layout]
     for layer in layers:
-        a, b = torch.randn(3, 32, generator=g), torch.randn(96, 3, generator=g)
-        down, up = ("lora_A", "lora_B") if layout == "peft" else ("lora_down", "lora_up")
-        tensors |= {f"{prefix}{layer}.{down}.weight": a, f"{prefix}{layer}.{up}.weight": b}
-        if layout == "kohya":
-            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(2.0)
+        out, inside = sizes[layer] if sizes else (96, 32)
+        a, b = torch.randn(3, inside, generator=g), torch.randn(out, 3, generator=g)
+        name = prefix + (layer.replace(".", "_") if prefix in FLAT else layer)
+        tensors |= {f"{name}.{down}.weight": a, f"{name}.{up}.weight": b}
+        if "down" in down:
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
     return tensors
 
 
@@ -242,29 +247,35 @@ def updates_of(tensors, scale=1.0):
 
 def by_diffusers(family, names, layout):
     """What diffusers makes of the plainest file of these names. It reads no foreign names of SD3: the reader
-    of checkpoints is compared in tests/test_lora_files.py."""
+    of checkpoints is compared below."""
     module, own, native, pipeline = FAMILIES[family]
-    scale = 1.0 if layout == "peft" else 2 / 3
+    scale = 2 / 3 if "down" in LAYOUTS[layout][0] else 1.0
     if names == "own":
         plain = StableDiffusion3Pipeline if pipeline is None else pipeline
         return updates_of(plain.lora_state_dict(written(own, "transformer.", "peft")), scale)
     prefix, layout = "diffusion_model.", "peft"
     if family in ("flux", "z_image"):  # whose loaders know them in kohya's spelling alone
         prefix, layout, scale = "lora_unet_", "kohya", 1.5 * scale
-        native = [layer.replace(".", "_") for layer in native]
     tensors = written(native, prefix, layout)
     convert = module.convert_lora if pipeline is None else pipeline.lora_state_dict
     return updates_of(convert(tensors), scale)
 
 
-@pytest.mark.parametrize("family, names, layout", LAYOUTS)
-def test_prefixes_are_stripped_in_any_order_in_every_family(family, names, layout, tmp_path):
+@pytest.mark.parametrize("family, names, layout", CASES)
+def test_prefixes_spellings_and_names_are_read_in_every_family_or_refused(family, names, layout, tmp_path):
     module, own, native, _ = FAMILIES[family]
+    layers = own if names == "own" else native
     expected = by_diffusers(family, names, layout)
     assert len(expected) >= 2
-    for number, prefix in enumerate(PREFIXES):
-        tensors = written(own if names == "own" else native, prefix, layout)
-        file = single_file(tmp_path / str(number), tensors)
+    for number, prefix in enumerate(PREFIXES + FLAT):
+        file = single_file(tmp_path / str(number), written(layers, prefix, layout))
+        if prefix in FLAT and prefix not in READ[family, names]:
+            refused(
+                file,
+                f"layer names like '{prefix}.*' are not known for this model family",
+                module.convert_lora,
+            )
+            continue
         mine = lora_files.read_lora(str(file), module.convert_lora)
         assert mine.A.keys() == expected.keys(), prefix
         for layer, update in expected.items():
@@ -287,22 +298,52 @@ for stream in ("img", "txt"):
     FLUX2 |= {f"double_blocks.0.{stream}_mlp.0": (192, 32), f"double_blocks.0.{stream}_mlp.2": (32, 96)}
 Z_IMAGE = {"layers.0.attention.qkv": (96, 32), "layers.0.attention.out": (32, 32)}
 Z_IMAGE |= {"layers.0.adaLN_modulation.0": (128, 32), "layers.1.feed_forward.w2": (32, 64)}
+# Stability's names of the layers of both halves of a block, and how many times as wide as the block they are.
+BOTH = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+IMAGE = {"attn2.qkv": (3, 1), "attn2.proj": (1, 1), "adaLN_modulation.1": (9, 1)} | BOTH
+TEXT = {"adaLN_modulation.1": (6, 1)} | BOTH
+LAST_TEXT = {"adaLN_modulation.1": (2, 1), "attn.qkv": (3, 1)}  # it goes nowhere
+
+
+def stabilitys_layers():
+    """Layer by Stability's name -> (out, in) of a two-block SD3.5-Medium, 32 wide."""
+    layers = {"context_embedder": (32, 48), "t_embedder.mlp.0": (32, 256), "t_embedder.mlp.2": (32, 32)}
+    layers |= {"y_embedder.mlp.0": (32, 64), "y_embedder.mlp.2": (32, 32)}
+    layers |= {"final_layer.linear": (16, 32), "final_layer.adaLN_modulation.1": (64, 32)}
+    for block, text in ((0, TEXT), (1, LAST_TEXT)):
+        for half, sizes in (("x_block", IMAGE), ("context_block", text)):
+            for name, (out, inside) in sizes.items():
+                layers[f"joint_blocks.{block}.{half}.{name}"] = (32 * out, 32 * inside)
+    return layers
+
+
+def sd3_checkpoint(updates):
+    """What diffusers' reader of single files makes of a checkpoint whose weights are `updates`: it wants
+    biases, and what no adapter adapts."""
+    none = dict.fromkeys(["pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias"], torch.zeros(1))
+    biases = {name.replace(".weight", ".bias"): update[:, 0] for name, update in updates.items()}
+    whole = convert_sd3_transformer_checkpoint_to_diffusers(updates | biases | none)
+    return {n: t for n, t in whole.items() if n.endswith(".weight") and not n.startswith("pos_embed")}
+
+
 CHECKPOINTS = {
+    "SD3": (sd3, stabilitys_layers(), sd3_checkpoint),
     "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers),
     "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers),
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tmp_path):
-    """Every layer against diffusers' reader of checkpoints, which turns FLUX.2's last modulation."""
+@pytest.mark.parametrize(
+    "name, tool", [("SD3", "kohya"), ("Z-Image", "kohya"), *((name, "ComfyUI") for name in CHECKPOINTS)]
+)
+def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tool, tmp_path):
+    """Every layer against diffusers' reader of checkpoints, which turns the last modulations. kohya's file
+    has flat names and alpha 2, ComfyUI's dotted ones."""
     family, layers, convert = CHECKPOINTS[name]
-    g = torch.Generator().manual_seed(0)
-    tensors, updates = {}, {}
-    for layer, (out, inside) in layers.items():
-        a, b = torch.randn(3, inside, generator=g), torch.randn(out, 3, generator=g)
-        tensors |= {f"diffusion_model.{layer}.lora_A.weight": a, f"diffusion_model.{layer}.lora_B.weight": b}
-        updates[f"{layer}.weight"] = b @ a
+    prefix, layout = ("lora_unet_", "kohya") if tool == "kohya" else ("diffusion_model.", "peft")
+    tensors = written(layers, prefix, layout, layers)
+    plain = updates_of(written(layers, "", "peft", layers), 2 / 3 if tool == "kohya" else 1.0)
+    updates = {f"{layer}.weight": update for layer, update in plain.items()}
     mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), family.convert_lora)
     theirs = convert(updates)
     assert {f"{layer}.weight" for layer in mine.A} == theirs.keys()
@@ -362,7 +403,7 @@ def hub(tmp_path, monkeypatch):
     held |= {"owner/deep": ["README.md", "sub/own.safetensors"], "owner/none": ["README.md"]}
     fetched = []
 
-    def download(repo, allow_patterns, ignore_patterns):
+    def download(repo, allow_patterns):
         names = [name for name in held[repo] if name in allow_patterns]
         fetched.extend(names)
         for name in names:
@@ -377,19 +418,21 @@ def hub(tmp_path, monkeypatch):
 
 def test_of_the_hub_an_adapter_is_read_by_its_own_name(hub, monkeypatch):
     sources = {"owner/one": "own.safetensors", "owner/two:b.safetensors": "b.safetensors"}
-    sources |= {"owner/deep": "sub/own.safetensors", "owner/deep:sub/own.safetensors": "sub/own.safetensors"}
+    sources |= dict.fromkeys(
+        ["owner/deep", "owner/deep:sub", "owner/deep:sub/own.safetensors"], "sub/own.safetensors"
+    )
     for source, name in sources.items():
         hub.clear()
         assert set(lora_files.read_lora(f"{source}:alpha=6").scale.values()) == {2.0}
-        assert set(hub) == {name}
+        assert set(hub) <= {name}  # nothing else, and once
     refused("owner/two", r"but 2 .safetensors files, \['a.safetensors', 'b.safetensors'\]: name one of them")
     refused("owner/none", "holds neither adapter_model.safetensors nor pytorch_lora_weights.safetensors$")
-    refused("owner/two:c.safetensors", "owner/two holds no file 'c.safetensors'; check the part after")
+    refused("owner/two:c.safetensors", "owner/two has no 'c.safetensors'; check what follows")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", None)  # off the network
     assert lora_files.find_adapter("owner/one").name == "own.safetensors"
 
 
 def test_a_teacher_of_the_hub_is_read_by_its_own_name(hub, world, tmp_path):
-    for number, source in enumerate(("owner/one", "owner/two:b.safetensors")):
+    for number, source in enumerate(("owner/one", "owner/two:b.safetensors", "owner/deep:sub")):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / f"out{number}"))
         assert "red" not in model.teachers and "owner" not in model.teachers

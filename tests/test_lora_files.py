@@ -9,7 +9,6 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -25,18 +24,6 @@ def with_alpha_keys(weights):
     return keyed(weights, "") | {f"{m}.alpha": torch.tensor(5.0 + i) for i, m in enumerate(MODULES)}
 
 
-def as_kohya(tensors):
-    return {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for k, t in tensors.items()}
-
-
-def flat(tensors):
-    """OneTrainer's names: the layer's with _ for every dot."""
-    split = {key: key.replace(".lora_", "|lora_").replace(".alpha", "|alpha") for key in tensors}
-    names = {key: "lora_transformer_" + name.replace(".", "_") for key, name in split.items()}
-    spelled = {key: name.replace("|", ".").replace("_weight", ".weight") for key, name in names.items()}
-    return as_kohya({spelled[key]: tensor for key, tensor in tensors.items()})
-
-
 def metadata_of(**config):
     """As diffusers writes it."""
     named = {f"transformer.{key}": value for key, value in (CONFIG | config).items()}
@@ -47,32 +34,36 @@ def beside(**config):
     return lambda folder, weights: peft_dir(folder, weights, **config)
 
 
+def below(folder, weights):
+    """A checkpoint as Flow-GRPO leaves it."""
+    folder.mkdir()
+    peft_dir(folder / "lora", weights)
+    return folder
+
+
 def alone(rename, metadata=None):
     return lambda folder, weights: single_file(folder, rename(weights), metadata)
 
 
-def with_prefix(prefix, suffix=".weight"):
-    return lambda weights: keyed(weights, prefix, suffix)
+def by_diffusers(weights):
+    return keyed(weights, "transformer.")
 
 
 ESCAPED = "^" + MODULES[1].replace(".", r"\.")
 # name: (write(folder, weights) -> path, ranks of the modules in turn, alphas in turn)
 FORMATS = {
     "PEFT directory": (beside(), [3], [7]),
+    "a checkpoint's lora/": (below, [3], [7]),
     "ranks differ": (beside(rank_pattern={"attn.to_out.0": 2}), [3, 2], [7]),
     "alpha by name": (beside(alpha_pattern={MODULES[1]: 2.0}), [3], [7, 2, 7, 7]),
     "alpha by suffix": (beside(alpha_pattern={"to_q": 2.0}), [3], [2, 7]),
     "alpha by escaped name": (beside(alpha_pattern={ESCAPED: 2.0}), [3], [7, 2, 7, 7]),
     "rank-stabilised": (beside(use_rslora=True, alpha_pattern={"to_q": 2.0}), [3], [2 * 3**0.5, 7 * 3**0.5]),
-    "transformer.": (alone(with_prefix("transformer.")), [3, 2], [3, 2]),
-    "no prefix": (alone(with_prefix("")), [3], [3]),
-    "default in names": (alone(with_prefix("base_model.model.", ".default.weight")), [3], [3]),
+    "transformer.": (alone(by_diffusers), [3, 2], [3, 2]),
     "alpha keys": (alone(with_alpha_keys), [3], [5, 6, 7, 8]),
-    "kohya's factors": (alone(lambda w: as_kohya(with_alpha_keys(w))), [3], [5, 6, 7, 8]),
-    "flat names": (alone(lambda w: flat(with_alpha_keys(w))), [3], [5, 6, 7, 8]),
-    "metadata": (alone(with_prefix("transformer."), metadata_of()), [3], [7]),
+    "metadata": (alone(by_diffusers, metadata_of()), [3], [7]),
     "metadata pattern": (
-        alone(with_prefix("transformer."), metadata_of(alpha_pattern={MODULES[2]: 1})),
+        alone(by_diffusers, metadata_of(alpha_pattern={MODULES[2]: 1})),
         [3, 2],
         [7, 7, 1, 7],
     ),
@@ -142,58 +133,6 @@ def test_a_file_of_a_library_is_read_right(save, config, base, world, tmp_path):
 
 
 # ---- foreign names -----------------------------------------------------------------------------------------
-# Stability's names of the layers of both halves of a block, and how many times as wide as the block they are.
-NATIVE = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
-IMAGE = {"attn2.qkv": (3, 1), "attn2.proj": (1, 1), "adaLN_modulation.1": (9, 1)} | NATIVE
-TEXT = {"adaLN_modulation.1": (6, 1)} | NATIVE
-LAST_TEXT = {"adaLN_modulation.1": (2, 1), "attn.qkv": (3, 1)}  # it goes nowhere
-
-
-def native_layers():
-    """Layer by Stability's name -> (out, in) of a two-block SD3.5-Medium, 32 wide."""
-    layers = {"context_embedder": (32, 48), "t_embedder.mlp.0": (32, 256), "t_embedder.mlp.2": (32, 32)}
-    layers |= {"y_embedder.mlp.0": (32, 64), "y_embedder.mlp.2": (32, 32)}
-    layers |= {"final_layer.linear": (16, 32), "final_layer.adaLN_modulation.1": (64, 32)}
-    for block, text in ((0, TEXT), (1, LAST_TEXT)):
-        for half, sizes in (("x_block", IMAGE), ("context_block", text)):
-            for name, (out, inside) in sizes.items():
-                layers[f"joint_blocks.{block}.{half}.{name}"] = (32 * out, 32 * inside)
-    return layers
-
-
-def checkpoint_by_diffusers(updates):
-    """What diffusers' reader of single files makes of a checkpoint whose weights are `updates`."""
-    whole = {f"{name}.weight": update for name, update in updates.items()}
-    whole |= {f"{name}.bias": update[:, 0] for name, update in updates.items()}
-    whole |= {"pos_embed": torch.zeros(1), "x_embedder.proj.weight": torch.zeros(1)}
-    return convert_sd3_transformer_checkpoint_to_diffusers(whole | {"x_embedder.proj.bias": torch.zeros(1)})
-
-
-@pytest.mark.parametrize("tool", ["kohya", "ComfyUI"])
-def test_an_sd3_adapter_by_stabilitys_names_is_the_checkpoint_update(tool, tmp_path):
-    """kohya's file has flat names and alpha 2, ComfyUI's dotted ones: every layer against diffusers' reader
-    of checkpoints."""
-    g = torch.Generator().manual_seed(0)
-    tensors, updates = {}, {}
-    for name, (out, inside) in native_layers().items():
-        a, b = torch.randn(3, inside, generator=g), torch.randn(out, 3, generator=g)
-        if tool == "kohya":
-            layer = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{layer}.lora_down.weight": a, f"{layer}.lora_up.weight": b}
-            tensors[f"{layer}.alpha"] = torch.tensor(2.0)
-            updates[name] = 2 / 3 * b @ a
-        else:
-            layer = "diffusion_model." + name
-            tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-            updates[name] = b @ a
-    lora = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), sd3.convert_lora)
-    theirs = checkpoint_by_diffusers(updates)
-    layers = {key.removesuffix(".weight") for key in theirs if key.endswith(".weight")} - {"pos_embed.proj"}
-    assert lora.A.keys() == layers and len(layers) == 7 + 18 + 15
-    for layer in layers:
-        torch.testing.assert_close(lora.update(layer), theirs[f"{layer}.weight"], rtol=1e-5, atol=1e-5)
-
-
 def test_what_a_converter_loses_is_noticed(tmp_path):
     """Some of diffusers' converters drop layers that they do not know without a word."""
 
@@ -358,7 +297,7 @@ def asked(world, monkeypatch):
     """[(repository, what was fetched of it)]: `owner/plain` is red, `owner/sub` has both in folders."""
     calls = []
 
-    def download(repo, allow_patterns, ignore_patterns):
+    def download(repo, allow_patterns):
         calls.append((repo, allow_patterns))
         if repo == "owner/gated":
             raise OSError("gated")
@@ -372,7 +311,7 @@ def test_of_a_hub_id_with_and_without_subfolder_the_adapter_alone_is_fetched(ask
     red, blue = lora_files.read_lora("owner/plain"), lora_files.read_lora("owner/sub:blue")
     assert red.sha256 == lora_files.read_lora(str(world / "red")).sha256
     assert blue.sha256 == lora_files.read_lora(str(world / "blue")).sha256 != red.sha256
-    names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    names = lora_files.FILES
     assert asked == [("owner/plain", names), ("owner/sub", [f"blue/{name}" for name in names])]
     monkeypatch.setattr(lora_files, "peft_config", lambda path, metadata: {})
     assert set(lora_files.read_lora("owner/sub:red:alpha=1").scale.values()) == {1 / 4}

@@ -142,7 +142,9 @@ def test_a_stranger_s_png_is_not_trusted(changes, message, world, tmp_path):
 REFUSED = [
     (["--sampler", "cps", "--noise-level", "3"], "--sampler cps needs --noise-level in (0, 1], got 3.0"),
     (["--model", "./nowhere"], "model './nowhere': no such file or directory"),
-    (["--adapters", "v1.0=RED"], "adapter name 'v1.0'"),
+    (["--adapters", "v1.0=RED"], "--adapters: the name 'v1.0' is empty or has a dot"),
+    (["--adapters", "base=RED"], "--adapters: the name 'base' is taken; choose another"),
+    (["--adapters", "keys=RED"], "--adapters: the name 'keys' is taken; choose another"),
     (["--prompts", "x", " "], "none of them empty"),
     (["--device", "gpu9"], "--device 'gpu9'"),
     (["--again", "nowhere.png"], "--again 'nowhere.png': "),

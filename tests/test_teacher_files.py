@@ -6,11 +6,24 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
-from opd.formats.hub import PIPELINE_FILES
+from opd.families._sd3_names import BLOCK, OUTSIDE
+from opd.formats.hub import check_weights
+from opd.formats.lora_files import FILES
+from opd.formats.teacher_files import KINDS, Whole, by_own_names, holds_transformer, read_transformer
+from opd.model import Model
+from tests import tiny, tiny_families
+from tests.test_lora_field import FLUX2
 from tests.test_teachers import WEIGHTS, answer, built, furnished
 
 LAYER = "transformer_blocks.1.attn.to_q.weight"
@@ -42,22 +55,21 @@ def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_p
     calls = []
     folders = {"owner/lora": world / "red", "owner/full": place, "owner/larger": place / "larger"}
 
-    def download(repo, allow_patterns, ignore_patterns):
+    def download(repo, allow_patterns):
         calls.append((repo, allow_patterns))
         return str(folders[repo])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo, use_safetensors: folders[repo])
     for source in ("owner/lora", "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
         assert ("red" in model.teachers) == (source != "owner/lora")
-    adapter = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert calls == [
-        ("owner/lora", ["*.json"]),
-        ("owner/lora", adapter),
-        ("owner/full", ["full/*.json"]),
+        ("owner/lora", KINDS),
+        ("owner/lora", FILES),
+        ("owner/full", [f"full/{name}" for name in KINDS]),
         ("owner/full", ["full/*.json", "full/*.safetensors"]),
-        ("owner/larger", ["*.json"]),
-        ("owner/larger", PIPELINE_FILES),
+        ("owner/larger", KINDS),
     ]
 
 
@@ -98,7 +110,7 @@ OTHER_LATENTS = [
     (edited("vae/config.json", scaling_factor=1.5), "VAE's scaling_factor is 1.5, the student's 0.8"),
     (edited("vae/config.json", block_out_channels=[8]), r"shape .* is \(4, 8, 8\), the student's"),
     (other_channels, r"shape .* is \(8, 4, 4\), the student's \(4, 4, 4\)"),
-    (ddim, "scheduler for flow matching is False"),
+    (ddim, "scheduler: DDIMScheduler is not for flow matching; put a FlowMatchEuler"),
     (edited("model_index.json", _class_name="OtherPipeline"), "OtherPipeline; known pipelines: "),
 ]
 
@@ -133,7 +145,9 @@ def test_other_architectures_are_refused(name, shape, problem, world, place, tmp
         refused(world, tmp_path, tmp_path / teacher, message)
 
 
-@pytest.mark.parametrize("scale", ["{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv"])
+@pytest.mark.parametrize(
+    "scale", ["{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv", "{}.SCB", "{}.weight.absmax"]
+)
 def test_scaled_8_bit_weights_are_refused_by_name(scale, world, place, tmp_path, no_weights):
     """In the base, in a pipeline that teaches and in a transformer that does: without its scales a float8
     weight is another one."""
@@ -146,7 +160,7 @@ def test_scaled_8_bit_weights_are_refused_by_name(scale, world, place, tmp_path,
         tensors[scale.format(name.removesuffix(".weight"))] = factor
     save_file(tensors, file)
     first = scale.format("transformer_blocks.0.attn.add_k_proj")
-    message = rf"15 weights are unknown scales of 8-bit weights.*\(use the model in bfloat16\): \['{first}'"
+    message = rf"15 weights are unknown scales of quantised weights.*in bfloat16\): \['{first}'"
     for teacher in (base, base / "transformer"):
         refused(world, tmp_path, teacher, message)
     with pytest.raises(ValueError, match=message) as caught:
@@ -168,14 +182,100 @@ def test_a_full_teacher_without_weights_or_a_part_of_them_is_named(world, place,
     shard.unlink()
     refused(world, tmp_path, teacher, shard.name)
     (teacher / f"{WEIGHTS}.index.json").unlink()
-    refused(world, tmp_path, teacher, "75 weights are missing")
+    refused(world, tmp_path, teacher, f"teacher has no {WEIGHTS}; load it with diffusers .*it holds .*00002")
 
 
-def test_a_checkpoint_of_another_tool_is_refused_with_the_way_to_convert_it(world, tmp_path, no_weights):
-    file = tmp_path / "x.safetensors"
-    save_file({"model.diffusion_model.joint_blocks.0.x.weight": torch.ones(2)}, file)
-    way_out = r"SD3Transformer2DModel.from_single_file\(FILE\).save_pretrained\(FOLDER\)"
-    refused(world, tmp_path, file, way_out)
+def by_stability(own):
+    """Names and shapes of SD3's tensors in Stability's code. pos_embed has no layer."""
+    blocks = {f"{half}_block.attn.ln_{p}": (f"attn.norm_{a}{p}",) for half, a in HALVES for p in "qk"}
+    layers = {f"joint_blocks.{i}.{a}": [f"transformer_blocks.{i}.{b}" for b in bs] for i in (0, 1)
+              for a, bs in (BLOCK | blocks).items()}  # fmt: skip
+    layers |= {"x_embedder.proj": ["pos_embed.proj"]} | {a: [b] for a, b in OUTSIDE.items()}
+    tensors = {"pos_embed": own["pos_embed.pos_embed"]}
+    for name, parts in layers.items():
+        for kind in ("weight", "bias"):
+            if f"{parts[0]}.{kind}" in own:
+                tensors[f"{name}.{kind}"] = torch.cat([own[f"{part}.{kind}"] for part in parts])
+    return tensors
+
+
+def by_bfl(own):
+    tensors = {f"{name}.weight": torch.empty(size) for name, size in FLUX2.items()}
+    for block in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
+        tensors |= {f"{block}.norm.{part}_norm.scale": torch.empty(16) for part in ("query", "key")}
+    return tensors
+
+
+def by_tongyi(own):
+    """Z-Image's authors differ in q, k and v, and in a few names."""
+    tensors = {}
+    for name, tensor in own.items():
+        if ".to_q." in name:
+            tensors[name.replace("to_q", "qkv")] = torch.cat([tensor] * 3)
+        elif ".to_k." not in name and ".to_v." not in name:
+            name = name.replace("all_final_layer.2-1", "final_layer").replace(
+                "all_x_embedder.2-1", "x_embedder"
+            )
+            name = name.replace(".norm_q", ".q_norm").replace(".norm_k", ".k_norm")
+            tensors[name.replace(".to_out.0", ".out")] = tensor
+    return tensors
+
+
+HALVES = [("x", ""), ("context", "added_")]
+AUTHORS = {
+    "sd3": (tiny.make_pipeline, SD3Transformer2DModel, by_stability),
+    "flux2": (tiny_families.make_flux2, Flux2Transformer2DModel, by_bfl),
+    "z_image": (tiny_families.make_z_image, ZImageTransformer2DModel, by_tongyi),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("family", AUTHORS)
+def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, prefix, tmp_path):
+    make, kind, names = AUTHORS[family]
+    pipeline, file = make(tmp_path / "pipeline"), tmp_path / "x.safetensors"
+    model = Model.plan(str(pipeline), "float32", "", torch.device("cpu"), True)
+    g = torch.Generator().manual_seed(0)
+    tensors = names(model.family.load_transformer(pipeline, torch.float32).state_dict())
+    tensors = {name: torch.randn(tensor.shape, generator=g) for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    expected = kind.from_single_file(str(file), config=str(pipeline), subfolder="transformer")
+    beside = {"first_stage_model.x.weight": torch.ones(2)} if prefix else {}  # a VAE in the same file
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(tensors | beside, file)
+    assert holds_transformer(file, model.skeleton)
+    teacher = Whole(str(file), model, read_transformer(file, model), False).load(None)
+    torch.testing.assert_close(teacher.transformer.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+    name = next(name for name in tensors if name.endswith(".weight"))
+    save_file(tensors | {name.replace(".weight", ".scale_weight"): torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="1 weights are unknown scales of quantised weights"):
+        read_transformer(file, model)
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 weights are missing|cannot be converted .KeyError: '"):
+        read_transformer(file, model)
+
+
+def test_flux1_by_its_authors_names_has_diffusers_layers():
+    """Its converter knows no other width than its own: names and shapes alone."""
+    wide = {"img_in": 64, "txt_in": 4096, "time_in.in_layer": 256, "time_in.out_layer": 3072}
+    wide |= {"guidance_in.in_layer": 256, "guidance_in.out_layer": 3072}
+    wide |= {"vector_in.in_layer": 768, "vector_in.out_layer": 3072}
+    sizes = {name: (3072, inside) for name, inside in wide.items()}
+    sizes |= {"final_layer.linear": (64, 3072), "final_layer.adaLN_modulation.1": (2 * 3072, 3072)}
+    sizes |= {"single_blocks.0.linear1": (7 * 3072, 3072), "single_blocks.0.linear2": (3072, 5 * 3072)}
+    sizes |= {"single_blocks.0.modulation.lin": (3 * 3072, 3072)}
+    parts = {"mod.lin": (6, 1), "attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4)}
+    for stream in ("img", "txt"):
+        sizes |= {f"double_blocks.0.{stream}_{n}": (a * 3072, b * 3072) for n, (a, b) in parts.items()}
+    with torch.device("meta"):
+        skeleton = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        tensors = {f"{name}.weight": torch.empty(size) for name, size in sizes.items()}
+        tensors |= {f"{name}.bias": torch.empty(out) for name, (out, _) in sizes.items()}
+        for block in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
+            tensors |= {f"{block}.norm.{part}_norm.scale": torch.empty(128) for part in ("query", "key")}
+    check_weights(by_own_names(tensors, skeleton), skeleton)
 
 
 def test_places_that_cannot_be_are_refused(world, place, tmp_path, no_weights):

@@ -21,9 +21,9 @@ def pairs(ranks=(3,), seed=0):
     return {m: (torch.randn(r, 32, generator=g), torch.randn(32, r, generator=g)) for m, r in size.items()}
 
 
-def keyed(weights, prefix="base_model.model.", suffix=".weight"):
+def keyed(weights, prefix="base_model.model."):
     return {
-        f"{prefix}{m}.lora_{kind}{suffix}": t
+        f"{prefix}{m}.lora_{kind}.weight": t
         for m, ab in weights.items()
         for kind, t in zip("AB", ab, strict=True)
     }

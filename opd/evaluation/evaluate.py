@@ -137,6 +137,7 @@ def score_pictures(args: Arguments, device: torch.device) -> tuple[list[Record],
 def check(args: Arguments) -> None:
     """Every argument that can be judged by itself. ValueError with its value and the flag."""
     check_bounds(args)
+    lora.check_names("--adapters", args.adapters)
     if not (args.prompts or args.heldout or args.pictures):
         raise ValueError("--prompts and --heldout are both empty: give at least one TASK=FILE pair")
     if not args.base and not args.adapters:

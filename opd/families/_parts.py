@@ -116,8 +116,9 @@ def noise_levels(folder: Path, steps: int, mu: float, even: list[float] | None =
     scheduler = load_scheduler(folder)
     scheduler.set_timesteps(steps, sigmas=even, mu=mu)
     levels = scheduler.sigmas
-    if levels[-1] != 0 or (levels.diff() >= 0).any():
-        raise ValueError(f"{folder}/scheduler: the sigmas must fall strictly to 0, got {levels.tolist()}")
+    if levels[-1] != 0 or not (levels.diff() < 0).all():
+        first, shift = levels[:4].tolist(), scheduler.config.shift
+        raise ValueError(f"{folder}/scheduler, shift {shift}: sigmas must fall strictly to 0, not {first}")
     return levels.tolist()
 
 
@@ -144,6 +145,10 @@ def linear_mu(folder: Path, tokens: int) -> float:
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """ValueError for a scheduler of another process, whose settings would not be read."""
+    kind = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    if not kind.startswith("FlowMatch"):
+        raise ValueError(f"{kind} is not for flow matching; put a FlowMatchEulerDiscreteScheduler there")
     return FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
 
 

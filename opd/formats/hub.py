@@ -1,54 +1,57 @@
 """What the user names: a path or a Hub repository, and what a pipeline's folder must hold to be one."""
 
+import math
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from opd.files import read_json, resolve
 
-# What a pipeline needs of its Hub repository, which may hold all weights again: as one file for other tools,
-# in half precision, in other formats. Its README.md states the licence, which a student's card repeats.
-PARTS = ("scheduler", "transformer", "vae", "text_encoder", "tokenizer")
-FURTHER = ("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3")
-PIPELINE_FILES = ["model_index.json", "README.md", *(f"{part}/*" for part in PARTS + FURTHER)]
-IGNORED = ["*.fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
-
-def locate(
-    what: str, source: str, patterns: list[str] | None = None, ignored: list[str] | None = None
-) -> Path:
-    """A local path, or the local copy of the files of Hub repository `owner/name` that match `patterns` and
-    none of `ignored`. FileNotFoundError naming `source` otherwise."""
+def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
+    """A local path, or the local copy of the files of Hub repository `owner/name` that match `patterns`.
+    FileNotFoundError naming `source` otherwise."""
     path = resolve(source)
     if path.exists():
         return path
-    if not is_hub_id(source):
-        raise FileNotFoundError(f"{what} {source!r}: no such file or directory (and not a Hub id owner/name)")
     from huggingface_hub import snapshot_download  # heavy, and the settings import this module
 
+    with fetching(what, source):
+        return Path(snapshot_download(source, allow_patterns=patterns))
+
+
+@contextmanager
+def fetching(what: str, source: str, also: str = "") -> Iterator[None]:
+    """FileNotFoundError for a source that is no Hub id, and for whatever keeps the Hub's client from it, such
+    as a file that is neither in its cache nor to be had."""
+    if not is_hub_id(source):
+        forms = "no Hub id, which is owner/name, for a part of it owner/name:FOLDER or owner/name:FILE"
+        raise FileNotFoundError(f"{what} {source!r}: no such file or directory, and {forms}")
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=ignored))
+        yield
     except Exception as error:
-        raise FileNotFoundError(
-            f"{what} {source!r}: neither a local path nor a Hub repository that can be reached "
-            f"({type(error).__name__}); check the spelling, the network, or log in if it is gated"
-        ) from error
+        kind, reason = type(error).__name__, " ".join(str(error).split())[:400]
+        way_out = f"check the spelling, the network, or log in if it is gated{also}"
+        nowhere = f"{what} {source!r}: neither a local path nor to be had from the Hub"
+        raise FileNotFoundError(f"{nowhere}; {way_out} ({kind}: {reason})") from error
 
 
 def locate_part(what: str, source: str, patterns: list[str]) -> Path:
-    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:subfolder`, or
-    `owner/name:FILE.safetensors`."""
+    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:FILE.safetensors`, or
+    `owner/name:subfolder`, which need not exist where nothing in it matches `patterns`."""
     repo, _, part = source.partition(":")
-    if resolve(source).exists() or not part:
+    if not part or resolve(source).exists() or not is_hub_id(source):
         return locate(what, source, patterns)
-    file = part.endswith(".safetensors")
-    path = locate(what, repo, [part] if file else [f"{part}/{pattern}" for pattern in patterns]) / part
-    if not (path.is_file() if file else path.is_dir()):
-        wanted = f"no file {part!r}" if file else f"no folder {part!r} with {' or '.join(patterns)} in it"
-        raise FileNotFoundError(f"{what} {source!r}: {repo} holds {wanted}; check the part after the colon")
+    if not part.endswith(".safetensors"):
+        return locate(what, repo, [f"{part}/{pattern}" for pattern in patterns]) / part
+    path = locate(what, repo, [part]) / part
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} {source!r}: {repo} has no {part!r}; check what follows the colon")
     return path
 
 
@@ -79,11 +82,21 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_pipeline(source: str) -> Path:
-    """The directory of a diffusers pipeline. FileNotFoundError for a missing path, ValueError for one that
-    holds something else."""
-    folder = locate("model", source, PIPELINE_FILES, IGNORED)
+    """The directory of a diffusers pipeline; of a Hub repository what diffusers itself would read, and the
+    README.md, whose licence a student's card repeats. FileNotFoundError for a missing path or file,
+    ValueError for a source that holds something else."""
+    folder = resolve(source)
+    if not folder.exists():
+        from diffusers import DiffusionPipeline  # heavy, and the settings import this module
+        from huggingface_hub import hf_hub_download
+
+        with fetching("model", source, "; if it has fp16 files alone, save a plain copy with diffusers"):
+            folder = Path(DiffusionPipeline.download(source, use_safetensors=True))
+            with suppress(Exception):  # a cache that diffusers filled lacks it
+                hf_hub_download(source, "README.md")
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"model {source!r} is not a pipeline directory: it has no model_index.json")
+        wanted = "name what holds transformer/, vae/ and scheduler/, not a part of it or a single file"
+        raise ValueError(f"model {source!r} is not a pipeline directory, with a model_index.json: {wanted}")
     return folder
 
 
@@ -98,7 +111,7 @@ def check_encoders(folder: Path, t5: bool) -> None:
         named = isinstance(kind, list) and kind[:1] not in ([], [None])
         if not named or not name.startswith(("text_encoder", "tokenizer")):
             continue
-        part, needed = folder / name, t5 or name in PARTS
+        part, needed = folder / name, t5 or name in ("text_encoder", "tokenizer")
         if needed and not part.is_dir():
             raise FileNotFoundError(f"{folder} lacks its folder {name}; download the pipeline again")
         empty = not any((part / file).is_file() for file in VOCABULARIES)
@@ -107,31 +120,55 @@ def check_encoders(folder: Path, t5: bool) -> None:
             raise FileNotFoundError(f"{part} holds none of {listed}; download the pipeline again")
 
 
+def check_scale(folder: Path) -> None:
+    """ValueError for a VAE whose config cannot scale latents; some scale them otherwise than by a factor."""
+    config = read_json(folder / "vae" / "config.json")
+    for name, above in (("scaling_factor", 0), ("shift_factor", -math.inf)):
+        if name in config and not (type(config[name]) in (int, float) and above < config[name] < math.inf):
+            wanted = "it must be a finite number, and a scale be above 0"
+            raise ValueError(f"{folder}/vae/config.json: {name} is {config[name]!r}; {wanted}")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a model's folder that diffusers loads: the shards that its index names, or its one
-    file, if it is there."""
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    file. FileNotFoundError where there are others alone: of a variant, such as fp16, or pickles."""
+    name = "diffusion_pytorch_model.safetensors"
+    index = folder / f"{name}.index.json"
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return list(folder.glob("diffusion_pytorch_model.safetensors"))
+    if not (folder / name).is_file():
+        way_out = "load it with diffusers (variant=... where names have one) and save_pretrained it"
+        others = sorted(file.name for file in folder.glob("*") if file.suffix != ".json")
+        raise FileNotFoundError(f"{folder} has no {name}; {way_out}; it holds {others[:3]}")
+    return [folder / name]
 
 
-def check_weights(files: list[Path], skeleton: torch.nn.Module) -> None:
-    """ValueError unless the files hold all of the skeleton's weights, in its shapes, and no others: diffusers
-    would draw missing ones at random and pass over others. Names may begin with `transformer.`."""
-    shapes = {}
+def stored(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files on the meta device: names and shapes without reading them."""
+    tensors = {}
     for file in files:
         with safe_open(file, "pt") as content:
             for key in content.keys():
-                shapes[key.removeprefix("transformer.")] = content.get_slice(key).get_shape()
-    wanted = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+                tensors[key] = torch.empty(content.get_slice(key).get_shape(), device="meta")
+    return tensors
+
+
+def check_weights(tensors: dict[str, Tensor], skeleton: torch.nn.Module) -> None:
+    """ValueError unless the tensors are all of the skeleton's weights, in its shapes, and no others.
+    diffusers would draw missing ones at random and pass over others."""
+    wanted = skeleton.state_dict()
+    both = wanted.keys() & tensors.keys()
     problems = {
-        "missing": wanted.keys() - shapes.keys(),
-        "unknown": shapes.keys() - wanted.keys(),
-        "of another shape": {name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name]},
+        "missing": wanted.keys() - tensors.keys(),
+        "unknown": tensors.keys() - wanted.keys(),
+        "of another shape": {name for name in both if wanted[name].shape != tensors[name].shape},
     }
     for problem, names in problems.items():
         if names:
-            scales = problem == "unknown" and any("scale" in name.rpartition(".")[2] for name in names)
-            why = " scales of 8-bit weights, which are not applied (use the model in bfloat16)"
-            raise ValueError(f"{len(names)} weights are {problem}{why * scales}: {sorted(names)[:3]}")
+            quantised = problem == "unknown" and any(QUANTISED.search(name) for name in names)
+            why = " scales of quantised weights, which are not applied (use the model in bfloat16)"
+            raise ValueError(f"{len(names)} weights are {problem}{why * quantised}: {sorted(names)[:3]}")
+
+
+QUANTISED = re.compile(r"scale\w*$|\.absmax|\.quant_|\.SCB$")
+"""What stands beside weights in 8 or 4 bits: scaled float8, bitsandbytes."""

@@ -28,6 +28,8 @@ from opd.formats.hub import locate_part, only_weights
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
+FILES = ["adapter_config.json", *WEIGHTS]
+FILES += [f"lora/{name}" for name in FILES]  # where Flow-GRPO's checkpoints have them
 COMFY = "diffusion_model."
 PREFIXES = re.compile(rf"(?:(?:base_model\.model|transformer|module|_orig_mod|{COMFY[:-1]})\.)*")
 FOREIGN = (COMFY, "lora_unet_", "lora_transformer_", "lycoris_")
@@ -131,11 +133,11 @@ def find_adapter(source: str) -> Path:
     FileNotFoundError naming the path and what was looked for.
     """
     source = source.partition(":alpha=")[0]
-    path = locate_part("adapter", source, ["adapter_config.json", *WEIGHTS])
+    path = locate_part("adapter", source, FILES)
     if path.is_file():
         return path
-    for name in WEIGHTS:
-        if (path / name).is_file():
+    for name in FILES:
+        if (path / name).is_file() and name.endswith(WEIGHTS):
             return path / name
     return only_weights("adapter", source, path, f"neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
 
@@ -334,6 +336,8 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
         raise ValueError(
             f"{unknown} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
+    if any(layer.startswith(FOREIGN) for layer in A):
+        raise ValueError(unknown)
     scale = dict.fromkeys(A, 1.0)
     for layer in lora.A.keys() - set(foreign):
         if layer in A:

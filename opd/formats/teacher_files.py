@@ -13,23 +13,28 @@ time (--teacher-devices); with --shard-size it is sharded like the student's bas
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from opd.config import DistillationConfig
 from opd.files import read_json, reading
-from opd.formats.hub import check_weights, locate_part, weight_files
-from opd.formats.lora_files import WEIGHTS, Lora
+from opd.formats.hub import check_weights, locate_part, stored, weight_files
+from opd.formats.lora_files import FILES, NATIVE, Lora
 from opd.lora import BASE, EMA
 from opd.model import Model, check_finite
 
 OFFLOAD = "offload"
-FOREIGN = ("model.diffusion_model.", "joint_blocks.")  # what whole checkpoints of other tools begin with
+# What tells kinds of teachers apart; of the weights only an adapter's are fetched at once.
+KINDS = ["model_index.json", "config.json", "transformer/config.json", *FILES]
+WHOLE = "model.diffusion_model."  # what the transformer's names begin with in files that hold encoders too
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Whole:
         model.vae = vae
         model.transformer = model.family.load_transformer(model.folder, model.dtype)
         for file in self.files:
-            weights = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+            weights = by_own_names(load_file(file), model.skeleton)
             # Not strict: shards hold a part each. That none is missing was checked when they were read.
             model.transformer.load_state_dict(weights, strict=False)
         with reading(f"teacher {self.source!r}"):
@@ -86,7 +91,7 @@ def read_teachers(cfg: DistillationConfig, model: Model) -> dict[str, Lora | Who
 def read_teacher(cfg: DistillationConfig, name: str, source: str, model: Model) -> Lora | Whole:
     """One teacher, told apart by what its source holds. A new kind of teacher is a branch here."""
     place = cfg.teacher_device(name)
-    path = locate_part("teacher", source.partition(":alpha=")[0], ["*.json"])
+    path = locate_part("teacher", source.partition(":alpha=")[0], KINDS)
     with reading(f"teacher {source!r}"):
         if (path / "model_index.json").is_file():
             return Whole(source, read_pipeline(cfg, name, model), [], place == OFFLOAD)
@@ -120,23 +125,40 @@ def device_of(place: str, model: Model) -> torch.device:
 
 
 def holds_transformer(path: Path, skeleton: ModelMixin) -> bool:
-    """Whether a directory, or a .safetensors file, holds a transformer's own weights. ValueError for those
-    under the names of another tool."""
+    """Whether a directory, or a .safetensors file, holds a transformer's own weights."""
     if not path.is_file():  # a folder, which the Hub's client leaves out where no file of it was wanted
-        adapter = any((path / name).is_file() for name in ("adapter_config.json", *WEIGHTS))
+        adapter = any((path / name).is_file() for name in FILES)
         return not adapter and any(
             (path / name).is_file() for name in ("config.json", "transformer/config.json")
         )
     try:
-        with safe_open(path, "pt") as content:
-            keys = list(content.keys())
+        names = stored([path]).keys()
     except SafetensorError:
         return False  # what reads adapters says what is wrong with it
-    if any(key.startswith(FOREIGN) and ".lora" not in key for key in keys):
-        tool = f"{type(skeleton).__name__}.from_single_file(FILE).save_pretrained(FOLDER)"
-        raise ValueError(f"its weights have the names of another tool than diffusers; convert it with {tool}")
     own = skeleton.state_dict().keys()
-    return any(key.removeprefix("transformer.") in own for key in keys)
+    return has_authors_names(names) or any(name.removeprefix("transformer.") in own for name in names)
+
+
+def has_authors_names(names: Iterable[str]) -> bool:
+    """Whether there are whole weights among them by the names of the model's authors."""
+    layers = [name.removeprefix(WHOLE).removesuffix(".weight") for name in names if name.endswith(".weight")]
+    return any(NATIVE.match(layer) and "lora" not in layer for layer in layers)
+
+
+def by_own_names(tensors: dict[str, Tensor], skeleton: ModelMixin) -> dict[str, Tensor]:
+    """A transformer's tensors by diffusers' names. Those of its authors, which single files and ComfyUI have,
+    are converted by diffusers; one that it passes over keeps its name. ValueError where it cannot."""
+    if not has_authors_names(tensors):
+        return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(WHOLE) for name in tensors):
+        tensors = {name.removeprefix(WHOLE): tensors[name] for name in tensors if name.startswith(WHOLE)}
+    left = dict(tensors)  # the converters take out what they use
+    try:
+        converted = SINGLE_FILE_LOADABLE_CLASSES[type(skeleton).__name__]["checkpoint_mapping_fn"](left)
+    except Exception as error:  # a library's, on a file that it was not written for
+        lost = f"its names cannot be converted ({type(error).__name__}: {error})"
+        raise ValueError(lost) from error
+    return left | converted
 
 
 def read_transformer(path: Path, model: Model) -> list[Path]:
@@ -148,7 +170,7 @@ def read_transformer(path: Path, model: Model) -> list[Path]:
                 path = path / "transformer"
             check_config(read_json(path / "config.json"), model.skeleton)
             files = weight_files(path)
-        check_weights(files, model.skeleton)
+        check_weights(by_own_names(stored(files), model.skeleton), model.skeleton)
     except ValueError as error:
         another = "to learn from another architecture name a whole pipeline's directory"
         raise ValueError(f"it is no transformer of the base's architecture: {error}; {another}") from error
@@ -189,10 +211,7 @@ def read_pipeline(cfg: DistillationConfig, name: str, student: Model) -> Model:
 def meaning_of_latents(model: Model) -> dict:
     """What gives the numbers of latents and velocities their meaning."""
     vae = read_json(model.folder / "vae" / "config.json")
-    scheduler = read_json(model.folder / "scheduler" / "scheduler_config.json")
     meaning = {"shape at the same resolution": model.shape}
     for name in ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         meaning[f"VAE's {name}"] = vae.get(name)
-    meaning["scheduler for flow matching"] = scheduler["_class_name"].startswith("FlowMatch")
-    meaning["scheduler's prediction_type"] = scheduler.get("prediction_type")
     return meaning
