@@ -166,7 +166,10 @@ def parse(arguments: list[str], presets: dict[str, Settings]) -> Settings:
     """
     source, start, flags = starting_point(arguments, presets)
     refuse_flags_of_other_stages(flags, start, stages_of(presets))
-    about = f"Presets: {', '.join(presets)}. --config FILE starts from a saved config.json instead."
+    first = " ".join(f"--{dashed(name)}" for name in start.first)
+    about = (
+        f"What to set first: {first}. Presets: {', '.join(presets)}; or --config FILE, a saved config.json."
+    )
     return tyro.cli(type(start), default=start, args=flags, prog=f"train.py {source}", description=about)
 
 

@@ -119,6 +119,7 @@ class RunConfig(Logistics):
     """What every stage has: the model, the LoRA that is trained, the optimizer."""
 
     stage = ""  # its name, in config.json and messages
+    first = ()  # the fields that a new user sets, as --help names them
     full = False  # a setting of the stages that can train all weights, and of no other
 
     model: Annotated[str, Given("a pipeline directory or a Hub id owner/name")] = ""
@@ -278,6 +279,7 @@ class DistillationConfig(Rollout):
     """Stage opd: on-policy distillation from teachers."""
 
     stage = "opd"
+    first = ("model", "teachers", "prompts", "prompts_per_step", "iterations", "lr", "micro_batch", "out")
 
     cold_start: Annotated[str, Given("base, merge or an adapter")] = "merge"
     """Where training starts: base (a fresh LoRA), merge (the teachers merged) or an adapter to load."""
@@ -497,6 +499,7 @@ class GRPOConfig(Rollout):
     """Stage grpo: a teacher grown from rewards by Flow-GRPO."""
 
     stage = "grpo"
+    first = ("model", "prompts", "train_rewards", "prompts_per_step", "group", "iterations", "lr", "out")
 
     group: Few = 8
     """Trajectories per prompt; they are compared with each other, so at least 2."""
@@ -575,6 +578,7 @@ class SFTConfig(RunConfig):
     """Stage sft: flow matching on images with captions."""
 
     stage = "sft"
+    first = ("model", "data", "prompts_per_step", "iterations", "lr", "out")
 
     full: bool = False
     """Train all weights of the transformer instead of a LoRA."""

@@ -1,6 +1,7 @@
 """The command line, config.json, and what --dry-run prints."""
 
 import json
+import re
 import shlex
 from dataclasses import fields, replace
 
@@ -62,6 +63,15 @@ def test_flags_of_another_stage_are_refused_and_placed(stage):
                 parse([PRESET_OF[stage], "--seed", "1", *spelling], PRESETS)
             belongs = f"belongs to stage {' and '.join(owners)}; this is stage {stage}"
             assert str(caught.value) == f"{spelling[0].partition('=')[0]} {belongs}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_what_to_set_first(stage, capsys):
+    with pytest.raises(SystemExit):
+        parse([PRESET_OF[stage], "--help"], PRESETS)
+    first, flags = capsys.readouterr().out.split("Presets:")
+    named = re.findall(r"--\w[\w-]+", first)
+    assert len(named) > 5 and all(f"│ {flag} " in flags for flag in named)
 
 
 @pytest.mark.parametrize("name", PRESETS)

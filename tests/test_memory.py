@@ -114,6 +114,11 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     assert memory.held_by_teachers(model, one) == read // 2 + counted(cfg)["base"]
     away = replace(cfg, teachers={"red": full, "blue": red}, teacher_devices={"red": "offload"})
     assert memory.held_by_teachers(model, read_teachers(away, model)) == read // 2
+    # What --dry-run says: of what is not here, four times the rank.
+    absent = replace(cfg, teachers={"red": red, "blue": "owner/blue"})
+    for each, size in ((cfg, read), (absent, read // 2 + 2 * read)):
+        assert f"teachers     {memory.in_words(size):>12}" in memory.forecast(each)
+    assert "taken for a LoRA of --rank 16: blue:" in memory.forecast(absent)
 
 
 def test_what_cannot_fit_is_refused_before_weights_load(world, monkeypatch):

@@ -23,7 +23,7 @@ from opd.data import micro_batches
 from opd.errors import require
 from opd.families import Condition
 from opd.files import read_json, resolve
-from opd.formats.teacher_files import Whole
+from opd.formats.teacher_files import Whole, read_teachers
 from opd.lora import BASE, EMA, STUDENT, Lora
 from opd.model import Model
 from opd.report.start import SHOWN
@@ -40,10 +40,10 @@ GIB = 2**30
 
 def forecast(cfg: RunConfig) -> str:
     """The prediction for one rank in words, as comment lines under the printed settings. Nothing is
-    downloaded for it, and no teacher read: each is taken for a LoRA of --rank.
+    downloaded for it: a teacher that is not on this disk is taken for a LoRA of --rank.
 
     --gpu-memory speaks of a GPU, where --dtype auto is bfloat16, whatever this machine has.
-    ValueError where the run would be refused as too large.
+    ValueError where the run would be refused as too large, or a teacher cannot teach it.
     """
     if not resolve(cfg.model).exists():
         return f"# memory: not predicted, as model {cfg.model!r} is not on this disk"
@@ -51,12 +51,18 @@ def forecast(cfg: RunConfig) -> str:
     if cfg.gpu_memory > 0 or torch.cuda.is_available():
         device = torch.device("cuda")
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
-    parts = predict_run(cfg, model, assumed_teachers(cfg, model))
-    world = ranks.declared_world()
+    teachers, assumed = 0, ""
+    if isinstance(cfg, DistillationConfig):
+        here = {name: source for name, source in cfg.teachers.items() if resolve(source).exists()}
+        away = {name: source for name, source in cfg.teachers.items() if name not in here}
+        teachers = held_by_teachers(model, read_teachers(replace(cfg, teachers=here), model))
+        teachers += assumed_teachers(replace(cfg, teachers=away), model)
+        absent = [name for name, source in away.items() if source not in (BASE, EMA)]
+        if absent:
+            assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent)}"
+    parts = predict_run(cfg, model, teachers)
     dtype = str(model.dtype).removeprefix("torch.")
-    lines = [
-        f"# predicted memory of one of {world} ranks, {dtype}, every teacher a LoRA of --rank {cfg.rank}:"
-    ]
+    lines = [f"# predicted memory of one of {ranks.declared_world()} ranks, {dtype}{assumed}:"]
     for name, size in {**parts, "peak": peak(parts)}.items():
         if size > 0:
             lines.append(f"#   {name:13}{in_words(size):>12}")
