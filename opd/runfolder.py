@@ -17,7 +17,7 @@ from opd import ranks
 from opd.cli import field_names
 from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.errors import require
-from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
+from opd.files import check_folder, read_json, remove_temporaries, replace, write_json, writing
 from opd.formats.settings import read_config, to_json
 from opd.formats.state import STATE, latest_state, load_state, save_state
 from opd.optim import Trained, due
@@ -190,9 +190,10 @@ class RunFolder:
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
         if self.active:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with writing(file), open(file, "a") as log:
+                log.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict]:
         file = self.path / "metrics.jsonl"

@@ -2,20 +2,24 @@
 
 import json
 import os
+import resource
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from opd import files
+from opd import errors, files
 from opd.cli import field_names
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
+from opd.formats.pictures import save_image
 from opd.formats.settings import read_config
 from opd.formats.state import save_state
 from opd.model import Model
@@ -115,19 +119,41 @@ def test_tensorboard_gets_the_flat_numbers(tmp_path):
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
-    file = tmp_path / "deep" / "x.txt"
-    files.replace(file, lambda p: p.write_text("old"))
+@contextmanager
+def full_disk():
+    """No file can grow past 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def fails(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        files.replace(file, fails)
-    assert file.read_text() == "old" and [p.name for p in file.parent.iterdir()] == ["x.txt"]
-    files.replace(file, lambda p: p.write_text("new"))
-    assert file.read_text() == "new"
+def log(file, numbers):
+    run = RunFolder(DistillationConfig(out=str(file.parent)), active=False)
+    run.active = True
+    run.log({"step": 1, "numbers": numbers})
+
+
+WRITERS = {
+    "x.json": files.write_json,
+    "x.png": lambda file, numbers: save_image(Image.frombytes("RGB", (64, 64), bytes(numbers)), file),
+    "x.safetensors": lambda file, numbers: files.write_safetensors(file, {"x": torch.tensor(numbers)}),
+    "metrics.jsonl": log,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, name):
+    """What lay there before stays as it was."""
+    file, noise = tmp_path / name, list(os.urandom(64 * 64 * 3))
+    WRITERS[name](file, noise[::-1])
+    before = file.read_bytes()
+    with full_disk(), pytest.raises(SystemExit, match=f"^error: {file} cannot be written .*File too large"):
+        with errors.in_one_line(OSError):
+            WRITERS[name](file, noise)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def snapshot(folder):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opd import ranks
 from opd.data import Prompt
-from opd.files import reading
+from opd.files import reading, writing
 from opd.files import replace as replace_file
 from opd.formats.latents import find_files, read_metadata
 from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
@@ -133,7 +133,7 @@ class RecordFolder:
     def append(self, records: list[Record]) -> None:
         """Lines of this rank's part, on disk when this returns."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.part, "a") as file:
+        with writing(self.part), open(self.part, "a") as file:
             file.write(lines_of(records))
 
 
