@@ -89,9 +89,12 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
         with signals.deferred():
             finished = train(cfg, stage, trained, folder, report)
         if finished:
-            report.table(trained)
+            unscored = report.table(trained)
             report.close()
             say(f"run folder: {folder.path}")
+            if unscored:
+                way_out = "mend the scorer; the same command scores the student again"
+                errors.leave(f"error: pictures of {', '.join(unscored)} have no score; {way_out}")
     ranks.stop()
 
 
