@@ -53,7 +53,7 @@ from opd.teachers import RewardRouter, ask, load_teachers, mean_velocity, route_
 from opd.trajectory import State
 
 MAX_BAD_STEPS = 5
-"""A run ends after so many steps in a row that change nothing."""
+"""A run ends after so many steps in a row that change nothing; where its last steps do, at its end."""
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         bad_steps = bad_steps + 1 if fault else 0
         if fault:
             say(f"step {step}: {fault}; step skipped")
-        if bad_steps >= min(MAX_BAD_STEPS, cfg.iterations):
+        if bad_steps == MAX_BAD_STEPS or fault and done == cfg.iterations:
             raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 
         metrics |= report.watch(trained, done) | report.measure(trained, done)

@@ -1,9 +1,11 @@
 """The run folder: whose it is, what it logs and keeps, and what a run that resumes insists on."""
 
 import json
+import math
 import os
 import resource
 import shutil
+import struct
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -204,7 +206,11 @@ def lacking(file):
     save_file(tensors, file)
 
 
-@pytest.mark.parametrize("damage", [cut, lacking, Path.unlink])
+def spoilt(file):
+    file.write_bytes(file.read_bytes()[:-4] + struct.pack("f", math.nan))
+
+
+@pytest.mark.parametrize("damage", [cut, lacking, spoilt, Path.unlink])
 def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, damage):
     cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path)))
     RunFolder(cfg, active=True).save_to_go_on(trained, 3)
