@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
 from collections.abc import Iterator
@@ -89,6 +90,20 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected an object, got {str(value)[:40]!r}")
     return value
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, [] where there is none; a kill may have cut the last. ValueError
+    naming a line that is none."""
+    if not file.is_file():
+        return []
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        with reading(f"{file}: line {number} is none of a run's log, delete it"):
+            rows.append(json.loads(line))
+            operator.index(rows[-1]["step"])
+    return rows
 
 
 def write_json(path: Path, value) -> None:

@@ -25,6 +25,7 @@ from opd.formats.pictures import save_image
 from opd.formats.settings import read_config
 from opd.formats.state import save_state
 from opd.model import Model
+from opd.report.__main__ import main as report
 from opd.report.tracker import Tracker
 from opd.runfolder import FREE, RunFolder, check_same_run
 from opd.setup import contents
@@ -194,6 +195,40 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
     umask = os.umask(0)
     os.umask(umask)
     assert mode == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', "", "\xff", "3", "{}", '{"step": "x"}'])
+def test_a_damaged_log_is_named_before_weights_load(tmp_path, line):
+    """By the run that goes on, and by the command that draws it."""
+    cfg, path = with_state(config(tmp_path))
+    text = "\n".join([json.dumps(row) for row in rows(1)] + [line, '{"step": 2}', '{"step": 3, "cut by a ki'])
+    (path / "metrics.jsonl").write_text(text, encoding="latin1")
+    named = f"{path}/metrics.jsonl: line 2 is none of a run's log, delete it: "
+    with pytest.raises(ValueError, match=named):
+        RunFolder(cfg, active=True)
+    with pytest.raises(SystemExit, match=f"^error: {named}"):
+        report([str(path)])
+    (path / "metrics.jsonl").write_text(text.replace(f"{line}\n", "", 1))
+    assert RunFolder(cfg, active=True).metrics() == [*rows(1), {"step": 2}]
+
+
+@pytest.mark.parametrize("cells", ["[", "3", '[{"row": "base"}]'])
+def test_damaged_scores_are_named(tmp_path, cells):
+    _, path = with_state(config(tmp_path))
+    (path / "cells.json").write_text(cells)
+    with pytest.raises(SystemExit, match=f"^error: {path}/cells.json: "):
+        report([str(path)])
+
+
+def test_a_state_past_the_last_step_is_refused_and_a_copy_of_one_is_no_state(tmp_path):
+    cfg, path = with_state(config(tmp_path))
+    shutil.copytree(path / "state/000001", path / "state/000090.bak")
+    RunFolder(cfg, active=True)
+    save_state(path, 2, {"x": torch.ones(1)})
+    assert {folder.name for folder in (path / "state").iterdir()} == {"000002", "000090.bak"}
+    (path / "state/000002").rename(path / "state/1000000000")
+    with pytest.raises(ValueError, match="is 1000000000 steps along, past --iterations 60; choose another"):
+        RunFolder(cfg, active=True)
 
 
 def cut(file):

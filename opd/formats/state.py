@@ -27,7 +27,12 @@ SIZES = "sizes.json"  # of the files of a state: a part that is missing would le
 
 def latest_state(path: Path) -> int:
     """Steps done in the last whole state of a run folder; 0 if there is none."""
-    return max([int(folder.name) for folder in (path / STATE).glob("[0-9]*")], default=0)
+    return max([int(folder.name) for folder in whole_states(path)], default=0)
+
+
+def whole_states(path: Path) -> list[Path]:
+    """Not what a user has copied to 000020.bak."""
+    return [folder for folder in (path / STATE).glob("[0-9]*") if folder.name.isdecimal()]
 
 
 def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
@@ -56,7 +61,7 @@ def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
                 os.fsync(written.fileno())
         write_json(half / SIZES, sizes)
         half.rename(whole)
-        for folder in (path / STATE).glob("[0-9]*"):
+        for folder in whole_states(path):
             if folder != whole:
                 shutil.rmtree(folder)
     ranks.barrier()

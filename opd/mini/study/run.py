@@ -28,13 +28,12 @@ from opd import errors, files
 from opd.cli import parse
 from opd.config import DistillationConfig
 from opd.evaluation.statistics import ALL, MEASURES
-from opd.files import read_json, write_json
+from opd.files import read_json, read_metrics, write_json
 from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
 from opd.mini.study import plots
 from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, TABLES, Recipe
 from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, table, with_tables
 from opd.presets import PRESETS
-from opd.report.page import read_metrics
 
 PROMPTS = ROOT / "opd/mini/prompts"
 OUT = "runs/study"
