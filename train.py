@@ -326,7 +326,8 @@ def queried_states(cfg: DistillationConfig, step: int) -> list[int]:
         return states
     middle = (torch.arange(len(states), dtype=torch.float64) + 0.5) / len(states)
     a, b = torch.tensor(cfg.query_beta)
-    density = torch.distributions.Beta(a, b).log_prob(middle.float()).exp()
+    # A state so far out that its density is 0 in float32 can still be drawn, last.
+    density = torch.distributions.Beta(a, b).log_prob(middle.float()).exp().clamp(min=1e-37)
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, "query"))
     drawn = torch.multinomial(density, cfg.queries, generator=generator).tolist()
     return sorted(states[place] for place in drawn)

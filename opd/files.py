@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,7 @@ def resolve(source: str) -> Path:
     A source that starts with opd/ and is not found from the current directory lies in this package: so the
     presets work from anywhere, and a run resumes in a checkout that has moved.
     """
-    require_path(source)
-    path = Path(source).expanduser()
+    path = path_of(source)
     packaged = Path(__file__).parents[1] / source
     if not path.exists() and source.startswith("opd/") and packaged.exists():
         return packaged
@@ -133,19 +133,28 @@ def resolve(source: str) -> Path:
 
 
 def check_folder(out: str, above: bool = False) -> None:
-    """ValueError where --out, or the folder above it, can be no folder: the nearest thing on the way that
-    exists must be one."""
-    require_path(out)
-    path = Path(out).expanduser().absolute()
+    """ValueError where --out, or the folder above it, can be no folder that is written into: the nearest
+    thing on the way that exists must be one."""
+    path = path_of(out).absolute()
     if above:
         path = path.parent
     while not path.exists():
         path = path.parent
     if not path.is_dir():
         raise ValueError(f"--out {out!r}: {str(path)!r} is not a directory; name another place")
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = f"{str(path)!r} cannot be written into ({error.strerror})"
+        raise ValueError(f"--out {out!r}: {reason}; name another place") from error
 
 
-def require_path(source: str) -> None:
-    """ValueError for what no file system can name."""
-    if "\0" in source or len(source.encode(errors="replace")) > 4096:
-        raise ValueError(f"{source[:60]!r} cannot be a path: it holds a NUL byte, or is too long")
+def path_of(source: str | Path) -> Path:
+    """A path as the user writes it, such as ~/x. ValueError for what no file system can name."""
+    text = str(source)
+    if "\0" in text or len(text.encode(errors="replace")) > 4096:
+        raise ValueError(f"{text[:60]!r} cannot be a path: it holds a NUL byte, or is too long")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text[:60]!r}: there is no such home directory") from error

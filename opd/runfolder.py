@@ -17,7 +17,16 @@ from opd import ranks
 from opd.cli import field_names
 from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.errors import require
-from opd.files import check_folder, read_json, read_metrics, remove_temporaries, replace, write_json, writing
+from opd.files import (
+    check_folder,
+    path_of,
+    read_json,
+    read_metrics,
+    remove_temporaries,
+    replace,
+    write_json,
+    writing,
+)
 from opd.formats.settings import read_config, to_json
 from opd.formats.state import STATE, latest_state, load_state, save_state
 from opd.optim import Trained, due
@@ -38,7 +47,7 @@ def claim(cfg: RunConfig) -> tuple[Path, object]:
     ValueError where that would overwrite what the run did not make, mix it with another run, or take it from
     one that is still going.
     """
-    path = Path(cfg.out).expanduser()
+    path = path_of(cfg.out)
     check_folder(cfg.out)
     refuse_strangers(path)
     check_same_run(cfg, path)
@@ -119,7 +128,7 @@ class RunFolder:
     """Only the main rank writes (`active`); the others hold the same object and write nothing."""
 
     def __init__(self, cfg: RunConfig, active: bool):
-        self.cfg, self.active, self.path = cfg, active, Path(cfg.out).expanduser()
+        self.cfg, self.active, self.path = cfg, active, path_of(cfg.out)
         self.saved = 0
         """Steps done in the saved state."""
         self.best = -math.inf

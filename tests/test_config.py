@@ -89,7 +89,12 @@ BOUNDS = [
     (SFT, "model", "", "--model is empty: give a pipeline directory or a Hub id owner/name"),
     (GRPO, "reward_timeout", 1e300, "--reward-timeout is 1e+300; it must be positive, at most"),
     (GRPO, "mix", {"red": 3, "blue": 0}, "--mix is red=3 blue=0; it must be at least 1 and at most 10000"),
-    (DISTIL, "query_beta", (0.0, 2.0), "--query-beta is 0.0 2.0; it must be positive and finite"),
+    (
+        DISTIL,
+        "query_beta",
+        (1e30, 1.0),
+        "--query-beta is 1e+30 1.0; it must be at least 0.01 and at most",
+    ),
 ]
 
 
@@ -103,6 +108,7 @@ def test_a_bound_is_said_with_flag_and_value(settings, name, value, message):
 # stages | flags on top of the settings above | what the message must contain: flag, value, way out
 REFUSED = """
 opd grpo sft | --shard-size 3 | --shard-size 3 does not divide the 4 ranks; choose one of [1, 2, 4]
+opd grpo sft | --out ~nobody-of-this-name/x | '~nobody-of-this-name/x': there is no such home directory
 opd grpo sft | --push nonsense | --push 'nonsense': write a Hub repository as OWNER/NAME
 opd grpo sft | --cold-start base --merge naive | --merge naive is for --cold-start merge alone
 grpo sft | --cold-start merge | --cold-start merge has nothing to merge; add --merge-from NAME=ADAPTER ...

@@ -159,6 +159,7 @@ REFUSED = [
     (["--rewards", f"red={HERE}:needs_target"], "reward 'tests.test_evaluate:needs_target' needs 'target'"),
     (["--prompts", "--heldout"], "both empty"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),
+    (["--out", "/proc/x/scores.json"], "'/proc' cannot be written into (No such file or directory); name"),
     (["--out", "/dev/null"], "--out '/dev/null' is not a regular file"),
     (["--out", f"{__file__}/new/scores.json"], f"{__file__!r} is not a directory"),
 ]

@@ -118,6 +118,14 @@ def stranger(folder, **changes):
     return folder / "stranger.png"
 
 
+def test_again_of_a_png_without_guidance_samples_without(reference, world, tmp_path):
+    name = "a-red-circle.0.red.png"
+    run(world, tmp_path / "a", prompts=PROMPTS[:1], batch="1")
+    png = stranger(tmp_path, **sample.read_settings(str(tmp_path / "a" / name)) | {"guidance": None})
+    sample.main(["--again", str(png), "--out", str(tmp_path / "b")])
+    assert np.abs(np.asarray(Image.open(tmp_path / "b" / name)).astype(int) - reference[name]).max() <= 1
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -143,6 +151,8 @@ REFUSED = [
     (["--sampler", "cps", "--noise-level", "3"], "--sampler cps needs --noise-level in (0, 1], got 3.0"),
     (["--model", "./nowhere"], "model './nowhere': no such file or directory"),
     (["--adapters", "v1.0=RED"], "adapter name 'v1.0'"),
+    (["--prompts", "~nobody-of-this-name/x.txt"], "'~nobody-of-this-name/x.txt': there is no such home"),
+    (["--out", "/proc/x"], "--out '/proc/x': '/proc' cannot be written into"),
     (["--prompts", "x", " "], "none of them empty"),
     (["--device", "gpu9"], "--device 'gpu9'"),
     (["--again", "nowhere.png"], "--again 'nowhere.png': "),
