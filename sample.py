@@ -29,7 +29,7 @@ from opd import errors, lora
 from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
 from opd.config import Rollouts
 from opd.data import fair_sample
-from opd.files import check_folder, reading, resolve
+from opd.files import check_folder, path_of, reading, resolve
 from opd.formats.export import KEY, completed, guidance_of
 from opd.formats.hub import is_hub_id
 from opd.formats.latents import write_samples
@@ -116,9 +116,7 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
     scales would not compare adapters."""
     check(args)
     prompts = read_prompts(args)
-    args = completed(args, words, ("guidance", *HOW))
-    if args.guidance is None:
-        args = replace(args, guidance=1.0)
+    args = guided(completed(args, words, ("guidance", *HOW)))
     model = load(args, prompts)
     columns = [prompt for prompt in prompts for _ in range(args.images)]
     rows = {}
@@ -129,8 +127,8 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
             size = min(args.batch, len(columns) - index + place)  # of its forward pass
             write(replace(args, prompts=(columns[index],), batch=size), image, adapter, index, place)
         rows[f"{adapter}\nguidance {args.guidance:g}"] = images
-    save_image(labelled_grid(rows, columns), Path(args.out) / "grid.png")
-    print(f"{Path(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
+    save_image(labelled_grid(rows, columns), path_of(args.out) / "grid.png")
+    print(f"{path_of(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 
 
 def write_latents(args: Arguments, words: list[str] | None) -> None:
@@ -143,7 +141,7 @@ def write_latents(args: Arguments, words: list[str] | None) -> None:
         if task not in (lora.BASE, *args.adapters):
             raise ValueError(f"task {task!r} has no adapter of its name; add --adapters {task}=ADAPTER")
     for name in ("metadata.jsonl", "latents.safetensors"):
-        if (Path(args.out) / name).exists():
+        if (path_of(args.out) / name).exists():
             raise ValueError(f"--out {args.out!r} holds a {name}; choose another folder, or delete that one")
     pools = load_tasks(args.tasks)
     args = completed(args, words, HOW)
@@ -158,7 +156,7 @@ def write_latents(args: Arguments, words: list[str] | None) -> None:
         for piece in batches(args, len(texts), task):
             latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
         print(f"{task}: {len(texts)} samples")
-    write_samples(Path(args.out), torch.stack(latents), rows)
+    write_samples(path_of(args.out), torch.stack(latents), rows)
     print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
 
 
@@ -206,6 +204,13 @@ def sampling_of(args: Arguments, guidance: float) -> Sampling:
     return Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level)
 
 
+def guided(args: Arguments) -> Arguments:
+    """Without guidance where neither a flag nor a record says any."""
+    if args.guidance is None:
+        return replace(args, guidance=1.0)
+    return args
+
+
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images = []
@@ -227,7 +232,7 @@ def write(args: Arguments, image: Tensor, adapter: str, index: int, place: int) 
     settings = asdict(replace(args, adapters=own)) | {"adapter": adapter, "index": index, "place": place}
     info = PngInfo()
     info.add_text(KEY, json.dumps(settings))
-    path = Path(args.out) / f"{slug(args.prompts[0])}.{index}.{adapter}.png"
+    path = path_of(args.out) / f"{slug(args.prompts[0])}.{index}.{adapter}.png"
     save_image(to_pil(image, 1), path, info)
     return path
 
@@ -250,6 +255,7 @@ def repeat(args: Arguments) -> None:
         if not possible or len(used.prompts) != 1 or adapter not in (lora.BASE, *used.adapters):
             numbers = f"number {place} and {index} in all"
             raise ValueError(f"no image of {used.prompts} by {adapter!r} is {numbers}")
+    used = guided(used)
     model = load(used, list(used.prompts))
     images = make(used, model, adapter, list(used.prompts) * used.batch, [index] * used.batch)
     print(write(used, images[place], adapter, index, place))

@@ -53,7 +53,7 @@ from opd.teachers import RewardRouter, ask, load_teachers, mean_velocity, route_
 from opd.trajectory import State
 
 MAX_BAD_STEPS = 5
-"""A run ends after so many steps in a row that change nothing."""
+"""A run ends after so many steps in a row that change nothing; where its last steps do, at its end."""
 
 
 def main() -> None:
@@ -89,9 +89,12 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
         with signals.deferred():
             finished = train(cfg, stage, trained, folder, report)
         if finished:
-            report.table(trained)
+            unscored = report.table(trained)
             report.close()
             say(f"run folder: {folder.path}")
+            if unscored:
+                way_out = "mend the scorer; the same command scores the student again"
+                errors.leave(f"error: pictures of {', '.join(unscored)} have no score; {way_out}")
     ranks.stop()
 
 
@@ -123,7 +126,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         bad_steps = bad_steps + 1 if fault else 0
         if fault:
             say(f"step {step}: {fault}; step skipped")
-        if bad_steps >= min(MAX_BAD_STEPS, cfg.iterations):
+        if bad_steps == MAX_BAD_STEPS or fault and done == cfg.iterations:
             raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 
         metrics |= report.watch(trained, done) | report.measure(trained, done)
@@ -323,7 +326,8 @@ def queried_states(cfg: DistillationConfig, step: int) -> list[int]:
         return states
     middle = (torch.arange(len(states), dtype=torch.float64) + 0.5) / len(states)
     a, b = torch.tensor(cfg.query_beta)
-    density = torch.distributions.Beta(a, b).log_prob(middle.float()).exp()
+    # A state so far out that its density is 0 in float32 can still be drawn, last.
+    density = torch.distributions.Beta(a, b).log_prob(middle.float()).exp().clamp(min=1e-37)
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, "query"))
     drawn = torch.multinomial(density, cfg.queries, generator=generator).tolist()
     return sorted(states[place] for place in drawn)

@@ -35,7 +35,7 @@ from opd.cli import (
     plain_names,
 )
 from opd.estimators import ESTIMATORS
-from opd.files import require_path
+from opd.files import path_of
 
 # A new row of these tables is a new choice of the flag.
 Rollouts = Literal[tuple(flow.TRANSITIONS)]
@@ -166,7 +166,7 @@ class RunConfig(Logistics):
     def check(self, world: int) -> None:
         """ValueError, naming flag and value, unless the settings suit each other and the `world` ranks."""
         check_bounds(self)
-        require_path(self.out)
+        path_of(self.out)
         if self.resolution != "":
             pixels_of(self.resolution)
         if world % self.shard_size != 0:
@@ -305,7 +305,7 @@ class DistillationConfig(Rollout):
     """Weight of the squared velocity difference at each state."""
     queries: Annotated[int, Range(0, 10_000)] = 0
     """States that are trained on: 0 = all of them; K = that many, drawn per step from Beta(query_beta)."""
-    query_beta: Annotated[tuple[float, float], Positive] = (5.0, 2.0)
+    query_beta: Annotated[tuple[float, float], Range(0.01, 1000.0)] = (5.0, 2.0)
     """Density of drawn queries over these states; 0 is their start (noise), 1 their end (data)."""
     query_range: tuple[int, int] = (0, 0)
     """The states that may be trained on: first, and one past the last; 0 0 = all. A trajectory ends after the

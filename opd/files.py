@@ -3,13 +3,16 @@
 import hashlib
 import json
 import math
+import operator
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 UMASK = os.umask(0)  # can only be read by setting it
@@ -19,16 +22,26 @@ os.umask(UMASK)
 def replace(path: Path, write) -> None:
     """Call `write(temporary_path)`, flush to disk, then rename over `path`; a link there is replaced, not
     followed. The file is as readable as the user's others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~UMASK)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSError that begins with `path` for whatever keeps it from being written, such as a full disk."""
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~UMASK)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
 
 
 @contextmanager
@@ -80,6 +93,20 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, [] where there is none; a kill may have cut the last. ValueError
+    naming a line that is none."""
+    if not file.is_file():
+        return []
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        with reading(f"{file}: line {number} is none of a run's log, delete it"):
+            rows.append(json.loads(line))
+            operator.index(rows[-1]["step"])
+    return rows
+
+
 def write_json(path: Path, value) -> None:
     replace(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
 
@@ -98,8 +125,7 @@ def resolve(source: str) -> Path:
     A source that starts with opd/ and is not found from the current directory lies in this package: so the
     presets work from anywhere, and a run resumes in a checkout that has moved.
     """
-    require_path(source)
-    path = Path(source).expanduser()
+    path = path_of(source)
     packaged = Path(__file__).parents[1] / source
     if not path.exists() and source.startswith("opd/") and packaged.exists():
         return packaged
@@ -107,19 +133,28 @@ def resolve(source: str) -> Path:
 
 
 def check_folder(out: str, above: bool = False) -> None:
-    """ValueError where --out, or the folder above it, can be no folder: the nearest thing on the way that
-    exists must be one."""
-    require_path(out)
-    path = Path(out).expanduser().absolute()
+    """ValueError where --out, or the folder above it, can be no folder that is written into: the nearest
+    thing on the way that exists must be one."""
+    path = path_of(out).absolute()
     if above:
         path = path.parent
     while not path.exists():
         path = path.parent
     if not path.is_dir():
         raise ValueError(f"--out {out!r}: {str(path)!r} is not a directory; name another place")
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = f"{str(path)!r} cannot be written into ({error.strerror})"
+        raise ValueError(f"--out {out!r}: {reason}; name another place") from error
 
 
-def require_path(source: str) -> None:
-    """ValueError for what no file system can name."""
-    if "\0" in source or len(source.encode(errors="replace")) > 4096:
-        raise ValueError(f"{source[:60]!r} cannot be a path: it holds a NUL byte, or is too long")
+def path_of(source: str | Path) -> Path:
+    """A path as the user writes it, such as ~/x. ValueError for what no file system can name."""
+    text = str(source)
+    if "\0" in text or len(text.encode(errors="replace")) > 4096:
+        raise ValueError(f"{text[:60]!r} cannot be a path: it holds a NUL byte, or is too long")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text[:60]!r}: there is no such home directory") from error

@@ -174,6 +174,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
+def part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole copies on rank 0's CPU, {} on the other ranks, which hold one whole tensor at a time
     (collectives)."""

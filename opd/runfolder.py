@@ -17,7 +17,16 @@ from opd import ranks
 from opd.cli import field_names
 from opd.config import STAGES, Logistics, RunConfig, Scores
 from opd.errors import require
-from opd.files import check_folder, read_json, remove_temporaries, replace, write_json
+from opd.files import (
+    check_folder,
+    path_of,
+    read_json,
+    read_metrics,
+    remove_temporaries,
+    replace,
+    write_json,
+    writing,
+)
 from opd.formats.settings import read_config, to_json
 from opd.formats.state import STATE, latest_state, load_state, save_state
 from opd.optim import Trained, due
@@ -38,7 +47,7 @@ def claim(cfg: RunConfig) -> tuple[Path, object]:
     ValueError where that would overwrite what the run did not make, mix it with another run, or take it from
     one that is still going.
     """
-    path = Path(cfg.out).expanduser()
+    path = path_of(cfg.out)
     check_folder(cfg.out)
     refuse_strangers(path)
     check_same_run(cfg, path)
@@ -82,7 +91,10 @@ def check_same_run(cfg: RunConfig, path: Path) -> None:
     require(resumes or not cfg.force_resume, f"--force-resume: {path} holds no run to resume")
     if not resumes:
         return
-    way_out = "choose another --out, or delete that folder"
+    done, way_out = latest_state(path), "choose another --out, or delete that folder"
+    past = f"{path} is {done} steps along, past --iterations {cfg.iterations}"
+    require(done <= cfg.iterations, f"{past}; {way_out}")
+    read_metrics(path / "metrics.jsonl")  # refuses a damaged one before weights load
     try:
         old = read_config(path / "config.json", STAGES)
     except ValueError as error:
@@ -116,7 +128,7 @@ class RunFolder:
     """Only the main rank writes (`active`); the others hold the same object and write nothing."""
 
     def __init__(self, cfg: RunConfig, active: bool):
-        self.cfg, self.active, self.path = cfg, active, Path(cfg.out).expanduser()
+        self.cfg, self.active, self.path = cfg, active, path_of(cfg.out)
         self.saved = 0
         """Steps done in the saved state."""
         self.best = -math.inf
@@ -190,25 +202,20 @@ class RunFolder:
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
         if self.active:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with writing(file), open(file, "a") as log:
+                log.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict]:
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return read_metrics(self.path / "metrics.jsonl")
 
     def truncate_metrics(self, done: int) -> None:
         """Drop the lines past the state that the run goes on from."""
         file = self.path / "metrics.jsonl"
-        if not self.active or not file.is_file():
-            return
-        keep = []
-        for line in file.read_text().splitlines(True):
-            whole = line.endswith("\n")  # a kill may have cut the last line
-            if whole and json.loads(line)["step"] <= done:
-                keep.append(line)
-        replace(file, lambda path: path.write_text("".join(keep)))
+        if self.active and file.is_file():
+            keep = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= done]
+            replace(file, lambda path: path.write_text("".join(keep)))
 
 
 def mean_score(watched: dict[str, float]) -> float:

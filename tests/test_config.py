@@ -20,6 +20,7 @@ from opd.config import DistillationConfig, GRPOConfig, SFTConfig
 from opd.evaluation import evaluate
 from opd.files import resolve
 from opd.formats.settings import to_json
+from opd.mini.study import run as study
 from opd.presets import PRESETS
 from opd.rewards import find_reward
 
@@ -31,7 +32,7 @@ DISTIL = DistillationConfig(out="run", model="model", teachers=COLOURS, anchor="
 GRPO = GRPOConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
 SFT = SFTConfig(out="run", model="model", data="images")
 EVERY, ON_POLICY = (DISTIL, GRPO, SFT), (DISTIL, GRPO)
-PROGRAMS = (*EVERY, sample.Arguments(), evaluate.Arguments())
+PROGRAMS = (*EVERY, sample.Arguments(), evaluate.Arguments(), study.Arguments())
 
 
 # ---- bounds at the fields ----------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def outside(settings, name, bound):
 @pytest.mark.parametrize("settings", PROGRAMS, ids=lambda settings: type(settings).__qualname__)
 def test_what_is_out_of_bounds_is_refused_and_named(settings):
     bounds = bounds_of(type(settings))
-    assert len(bounds) >= 5
+    assert len(bounds) >= 2
     for name, bound in bounds:
         for value in outside(settings, name, bound):
             with pytest.raises(ValueError, match=f"^--{dashed(name)} is "):
@@ -89,7 +90,12 @@ BOUNDS = [
     (SFT, "model", "", "--model is empty: give a pipeline directory or a Hub id owner/name"),
     (GRPO, "reward_timeout", 1e300, "--reward-timeout is 1e+300; it must be positive, at most"),
     (GRPO, "mix", {"red": 3, "blue": 0}, "--mix is red=3 blue=0; it must be at least 1 and at most 10000"),
-    (DISTIL, "query_beta", (0.0, 2.0), "--query-beta is 0.0 2.0; it must be positive and finite"),
+    (
+        DISTIL,
+        "query_beta",
+        (1e30, 1.0),
+        "--query-beta is 1e+30 1.0; it must be at least 0.01 and at most",
+    ),
 ]
 
 
@@ -103,6 +109,7 @@ def test_a_bound_is_said_with_flag_and_value(settings, name, value, message):
 # stages | flags on top of the settings above | what the message must contain: flag, value, way out
 REFUSED = """
 opd grpo sft | --shard-size 3 | --shard-size 3 does not divide the 4 ranks; choose one of [1, 2, 4]
+opd grpo sft | --out ~nobody-of-this-name/x | '~nobody-of-this-name/x': there is no such home directory
 opd grpo sft | --push nonsense | --push 'nonsense': write a Hub repository as OWNER/NAME
 opd grpo sft | --cold-start base --merge naive | --merge naive is for --cold-start merge alone
 grpo sft | --cold-start merge | --cold-start merge has nothing to merge; add --merge-from NAME=ADAPTER ...

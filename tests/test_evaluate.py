@@ -160,6 +160,7 @@ REFUSED = [
     (["--prompts", "--heldout"], "both empty"),
     (["--adapters", "type=x"], "--adapters: the name 'type' is taken; choose another"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),
+    (["--out", "/proc/x/scores.json"], "'/proc' cannot be written into (No such file or directory); name"),
     (["--out", "/dev/null"], "--out '/dev/null' is not a regular file"),
     (["--out", f"{__file__}/new/scores.json"], f"{__file__!r} is not a directory"),
 ]

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
+import train
 from opd import grpo, ranks
 from opd.data import MicroBatch, prompts_of_step
 from opd.model import Model
 from opd.rewards import find_reward
 from opd.setup import set_up
-from tests import tiny
+from tests import forked, tiny
 from tests.tiny import distance, gradient_of, grpo_config
 from tests.tiny_grpo import BRIGHT, build, recorded
 
@@ -143,18 +144,24 @@ def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
-def test_held_out_tasks_are_watched_and_scored_and_a_scorer_that_fails_costs_its_column(world, tmp_path):
-    """Whether they are trained on, as red, or not."""
+def test_held_out_tasks_are_watched_and_scored_and_a_failing_scorer_is_said(world, tmp_path, capsys):
+    """Whether they are trained on, as red, or not. The failure is said on the way and ends the whole run."""
     files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
     scorers = {"red": BRIGHT, "blue": "tests.tiny_grpo:nothing"}
     scored = {"heldout": files, "rewards": scorers, "watch_every": 2, "watch_prompts": 3}
     table = {"evaluate": True, "eval_prompts": 4, "eval_steps": 2}
     trained_on = {"prompts": {"red": files["red"]}, "iterations": 3}
     cfg = grpo_config(world, out=str(tmp_path), **scored, **table, **trained_on)
-    folder, _, trained, report = tiny.run(cfg)
-    rows = folder.metrics()
+    with pytest.raises(
+        SystemExit, match="^error: pictures of blue have no score; mend the scorer; the same "
+    ):
+        train.run(cfg)
+    assert (tmp_path / "student/README.md").is_file() and (tmp_path / "table.txt").is_file()
+    line = "held-out blue, tests.tiny_grpo:nothing: pictures without a score: 3, first: prompt 'two blue"
+    printed = capsys.readouterr().out
+    assert all(f"step {step}: student, {line}" in printed for step in (2, 3))
+    rows = forked.rows(tmp_path)
     assert list(rows[0]["reward"]) == ["red"] and ["watch" in row for row in rows] == [False, True, True]
-    report.table(trained)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores) == ["base", "student"]
     for found in (rows[1]["watch"], rows[2]["watch"], scores["student"]["held-out"]):

@@ -191,6 +191,8 @@ def test_a_range_holds_what_is_queried(world, changes, states):
     assert train.queried_states(cfg, 0) == states
     drawn = {state for step in range(60) for state in train.queried_states(replace(cfg, queries=1), step)}
     assert drawn == set(states)
+    narrow = replace(cfg, query_beta=(1000.0, 1000.0), queries=len(states))  # its density is 0 in float32
+    assert train.queried_states(narrow, 0) == states
 
 
 @pytest.mark.parametrize("where", ["mini", "sd35"])

@@ -1,24 +1,31 @@
 """The run folder: whose it is, what it logs and keeps, and what a run that resumes insists on."""
 
 import json
+import math
 import os
+import resource
 import shutil
+import struct
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from opd import files
+from opd import errors, files
 from opd.cli import field_names
 from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
+from opd.formats.pictures import save_image
 from opd.formats.settings import read_config
 from opd.formats.state import save_state
 from opd.model import Model
+from opd.report.__main__ import main as report
 from opd.report.tracker import Tracker
 from opd.runfolder import FREE, RunFolder, check_same_run
 from opd.setup import contents
@@ -115,19 +122,41 @@ def test_tensorboard_gets_the_flat_numbers(tmp_path):
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-def test_replace_keeps_the_old_file_if_writing_fails(tmp_path):
-    file = tmp_path / "deep" / "x.txt"
-    files.replace(file, lambda p: p.write_text("old"))
+@contextmanager
+def full_disk():
+    """No file can grow past 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def fails(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        files.replace(file, fails)
-    assert file.read_text() == "old" and [p.name for p in file.parent.iterdir()] == ["x.txt"]
-    files.replace(file, lambda p: p.write_text("new"))
-    assert file.read_text() == "new"
+def log(file, numbers):
+    run = RunFolder(DistillationConfig(out=str(file.parent)), active=False)
+    run.active = True
+    run.log({"step": 1, "numbers": numbers})
+
+
+WRITERS = {
+    "x.json": files.write_json,
+    "x.png": lambda file, numbers: save_image(Image.frombytes("RGB", (64, 64), bytes(numbers)), file),
+    "x.safetensors": lambda file, numbers: files.write_safetensors(file, {"x": torch.tensor(numbers)}),
+    "metrics.jsonl": log,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, name):
+    """What lay there before stays as it was."""
+    file, noise = tmp_path / name, list(os.urandom(64 * 64 * 3))
+    WRITERS[name](file, noise[::-1])
+    before = file.read_bytes()
+    with full_disk(), pytest.raises(SystemExit, match=f"^error: {file} cannot be written .*File too large"):
+        with errors.in_one_line(OSError):
+            WRITERS[name](file, noise)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def snapshot(folder):
@@ -168,6 +197,40 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
     assert mode == 0o666 & ~umask
 
 
+@pytest.mark.parametrize("line", ['{"step": 1', "", "\xff", "3", "{}", '{"step": "x"}'])
+def test_a_damaged_log_is_named_before_weights_load(tmp_path, line):
+    """By the run that goes on, and by the command that draws it."""
+    cfg, path = with_state(config(tmp_path))
+    text = "\n".join([json.dumps(row) for row in rows(1)] + [line, '{"step": 2}', '{"step": 3, "cut by a ki'])
+    (path / "metrics.jsonl").write_text(text, encoding="latin1")
+    named = f"{path}/metrics.jsonl: line 2 is none of a run's log, delete it: "
+    with pytest.raises(ValueError, match=named):
+        RunFolder(cfg, active=True)
+    with pytest.raises(SystemExit, match=f"^error: {named}"):
+        report([str(path)])
+    (path / "metrics.jsonl").write_text(text.replace(f"{line}\n", "", 1))
+    assert RunFolder(cfg, active=True).metrics() == [*rows(1), {"step": 2}]
+
+
+@pytest.mark.parametrize("cells", ["[", "3", '[{"row": "base"}]'])
+def test_damaged_scores_are_named(tmp_path, cells):
+    _, path = with_state(config(tmp_path))
+    (path / "cells.json").write_text(cells)
+    with pytest.raises(SystemExit, match=f"^error: {path}/cells.json: "):
+        report([str(path)])
+
+
+def test_a_state_past_the_last_step_is_refused_and_a_copy_of_one_is_no_state(tmp_path):
+    cfg, path = with_state(config(tmp_path))
+    shutil.copytree(path / "state/000001", path / "state/000090.bak")
+    RunFolder(cfg, active=True)
+    save_state(path, 2, {"x": torch.ones(1)})
+    assert {folder.name for folder in (path / "state").iterdir()} == {"000002", "000090.bak"}
+    (path / "state/000002").rename(path / "state/1000000000")
+    with pytest.raises(ValueError, match="is 1000000000 steps along, past --iterations 60; choose another"):
+        RunFolder(cfg, active=True)
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-5])
 
@@ -178,7 +241,11 @@ def lacking(file):
     save_file(tensors, file)
 
 
-@pytest.mark.parametrize("damage", [cut, lacking, Path.unlink])
+def spoilt(file):
+    file.write_bytes(file.read_bytes()[:-4] + struct.pack("f", math.nan))
+
+
+@pytest.mark.parametrize("damage", [cut, lacking, spoilt, Path.unlink])
 def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, damage):
     cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path)))
     RunFolder(cfg, active=True).save_to_go_on(trained, 3)

@@ -118,6 +118,14 @@ def stranger(folder, **changes):
     return folder / "stranger.png"
 
 
+def test_again_of_a_png_without_guidance_samples_without(reference, world, tmp_path):
+    name = "a-red-circle.0.red.png"
+    run(world, tmp_path / "a", prompts=PROMPTS[:1], batch="1")
+    png = stranger(tmp_path, **sample.read_settings(str(tmp_path / "a" / name)) | {"guidance": None})
+    sample.main(["--again", str(png), "--out", str(tmp_path / "b")])
+    assert np.abs(np.asarray(Image.open(tmp_path / "b" / name)).astype(int) - reference[name]).max() <= 1
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -145,6 +153,8 @@ REFUSED = [
     (["--adapters", "v1.0=RED"], "--adapters: the name 'v1.0' is empty or has a dot"),
     (["--adapters", "base=RED"], "--adapters: the name 'base' is taken; choose another"),
     (["--adapters", "keys=RED"], "--adapters: the name 'keys' is taken; choose another"),
+    (["--prompts", "~nobody-of-this-name/x.txt"], "'~nobody-of-this-name/x.txt': there is no such home"),
+    (["--out", "/proc/x"], "--out '/proc/x': '/proc' cannot be written into"),
     (["--prompts", "x", " "], "none of them empty"),
     (["--device", "gpu9"], "--device 'gpu9'"),
     (["--again", "nowhere.png"], "--again 'nowhere.png': "),

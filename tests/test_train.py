@@ -321,6 +321,20 @@ def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, cap
     assert not (tmp_path / "student").exists()
 
 
+DIVERGED = [
+    ({"lr": 1e6, "iterations": 6}, "4 steps in a row with a non-finite gradient; lower --lr"),
+    ({"lr": 1e3, "weight_decay": 1e38, "iterations": 1}, "after step 1 model/.* holds NaN or infinite num"),
+]
+
+
+@pytest.mark.parametrize("settings, message", DIVERGED)
+def test_a_run_that_diverged_saves_no_student(world, tmp_path, settings, message):
+    """Its last steps were skipped, or its weights are no numbers."""
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        train.run(tiny.config(world, out=str(tmp_path), **settings))
+    assert not (tmp_path / "student").exists() and not list(tmp_path.glob("state/*"))
+
+
 def test_the_first_bad_state_is_named_with_its_own_teacher(capsys):
     """A NaN of a sample of blue is no NaN of red, though red anchors it too."""
     distances_BTK = torch.ones(2, 4, 2)

@@ -12,7 +12,6 @@ are named. What the numbers of a table are: opd/evaluation/statistics.py.
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -25,7 +24,7 @@ from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
 from opd.evaluation.statistics import guidance_used, labels_of, summarise
-from opd.files import check_folder, digest, write_json
+from opd.files import check_folder, digest, path_of, write_json
 from opd.formats.export import completed, guidance_of
 from opd.formats.lora_files import find_adapter
 from opd.formats.prompts import load_tasks
@@ -84,7 +83,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    with errors.in_one_line(ValueError, FileNotFoundError):
+    with errors.in_one_line(ValueError, OSError):
         check(args)
         device = ranks.start()
         if args.pictures:
@@ -92,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             args = completed(args, arguments, ("steps", "resolution", "t5"))
             records, scorers = score_models(args, device)
-    if ranks.rank() == 0:
-        publish(args, records, scorers)
+        if ranks.rank() == 0:
+            publish(args, records, scorers)
 
 
 def score_models(args: Arguments, device: torch.device) -> tuple[list[Record], Scorers]:
@@ -146,7 +145,7 @@ def check(args: Arguments) -> None:
         raise ValueError("--records makes pictures, --pictures scores some that exist; give one of them")
     if args.out:  # the work of hours would end in a file that cannot be written
         check_folder(args.out, above=True)
-        if Path(args.out).exists() and not Path(args.out).is_file():
+        if path_of(args.out).exists() and not path_of(args.out).is_file():
             raise ValueError(f"--out {args.out!r} is not a regular file; name a file such as scores.json")
 
 
@@ -206,7 +205,7 @@ def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
             "cells": [asdict(cell) for cell in cells],
             "scorers": scorers.abouts(),
         }
-        write_json(Path(args.out), whole)
+        write_json(path_of(args.out), whole)
 
 
 def note_of(args: Arguments, records: list[Record]) -> str:

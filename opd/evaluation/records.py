@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opd import ranks
 from opd.data import Prompt
-from opd.files import reading
+from opd.files import path_of, reading, writing
 from opd.files import replace as replace_file
 from opd.formats.latents import find_files, read_metadata
 from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
@@ -94,7 +94,7 @@ class RecordFolder:
     """Every method that is not about one's own batch is called on all ranks."""
 
     def __init__(self, path: str):
-        self.path = Path(path).expanduser()
+        self.path = path_of(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{path!r} is a file; name a folder")
         self.part = self.path / f"records.part-{ranks.rank()}.jsonl"
@@ -133,7 +133,7 @@ class RecordFolder:
     def append(self, records: list[Record]) -> None:
         """Lines of this rank's part, on disk when this returns."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.part, "a") as file:
+        with writing(self.part), open(self.part, "a") as file:
             file.write(lines_of(records))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.data import seed_of
-from opd.files import replace, write_safetensors
+from opd.files import path_of, replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
 from opd.formats.prompts import read_jsonl, require_prompt
 
@@ -41,7 +41,7 @@ class Images:
 
 def load_images(source: str, model) -> Images:
     """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once."""
-    folder = Path(source).expanduser()
+    folder = path_of(source)
     captions, rows = read_metadata(folder)
     log_shift = model.family.log_shift(model.folder, model.shape)
     if (folder / "latents.safetensors").is_file():

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
-from opd.files import read_json, reading
+from opd.files import path_of, read_json, reading
 
 Settings = Any
 """An instance of a frozen dataclass; one of train.py's has the name of its stage, too."""
@@ -20,7 +20,7 @@ def to_json(cfg: Settings) -> dict:
 
 def read_config(file: str | Path, stages: dict[str, type]) -> Settings:
     """The settings in a saved config.json. ValueError naming the file, and the field where one is wrong."""
-    path = Path(file).expanduser()
+    path = path_of(file)
     if not path.is_file():
         raise ValueError(f"config {str(file)!r}: no such file")
     values = read_json(path)

@@ -27,15 +27,24 @@ SIZES = "sizes.json"  # of the files of a state: a part that is missing would le
 
 def latest_state(path: Path) -> int:
     """Steps done in the last whole state of a run folder; 0 if there is none."""
-    return max([int(folder.name) for folder in (path / STATE).glob("[0-9]*")], default=0)
+    return max([int(folder.name) for folder in whole_states(path)], default=0)
+
+
+def whole_states(path: Path) -> list[Path]:
+    """Not what a user has copied to 000020.bak."""
+    return [folder for folder in (path / STATE).glob("[0-9]*") if folder.name.isdecimal()]
 
 
 def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
-    """Write state/DONE, then delete the one before (collectives). OSError where there is no room for it."""
+    """Write state/DONE, then delete the one before (collectives). OSError where there is no room for it,
+    FloatingPointError for numbers from which no step leads on."""
     whole = path / STATE / f"{done:06d}"
     half = whole.with_name(f".{whole.name}.tmp")
     if whole.is_dir():
         return
+    bad, way_out = not_finite(tensors), "lower --lr or --weight-decay; the state before is whole"
+    if bad:
+        raise FloatingPointError(f"after step {done} {bad[0]} holds NaN or infinite numbers; {way_out}")
     ranks.barrier()
     try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(half), save_distributed=True))
@@ -52,7 +61,7 @@ def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
                 os.fsync(written.fileno())
         write_json(half / SIZES, sizes)
         half.rename(whole)
-        for folder in (path / STATE).glob("[0-9]*"):
+        for folder in whole_states(path):
             if folder != whole:
                 shutil.rmtree(folder)
     ranks.barrier()
@@ -65,6 +74,13 @@ def load_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
         for name, size in read_json(place / SIZES).items():
             require((place / name).stat().st_size == size, f"{name} is not whole")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(place)))
+        require(not not_finite(tensors), "NaN or infinite numbers")
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         way_out = f"begin another run from its last student ({path / 'student'}), or delete the folder"
         raise OSError(f"{place} is damaged ({type(error).__name__}); {way_out}") from error
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of tensors with NaN or infinite numbers, one of each rank that has some (collectives)."""
+    bad = [name for name, tensor in tensors.items() if not ranks.part(tensor).isfinite().all()]
+    return [name for of_rank in ranks.gather(bad[:1]) for name in of_rank]

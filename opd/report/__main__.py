@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = different and all((folder / "config.json").is_file() for folder in folders)
     if not runs or len(folders) not in (1, 2):
         sys.exit("error: usage: python -m opd.report RUN [OTHER_RUN], each a folder with a config.json")
-    with errors.in_one_line(ValueError):
+    with errors.in_one_line(ValueError, OSError):
         print(write_page(*folders) if len(folders) == 1 else write_comparison(*folders))
 
 

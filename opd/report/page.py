@@ -15,7 +15,7 @@ from PIL import Image
 
 from opd.evaluation import tables
 from opd.evaluation.statistics import Cell, headline
-from opd.files import read_json, replace
+from opd.files import read_json, read_metrics, reading, replace
 from opd.lora import STUDENT
 from opd.report import plots
 from opd.rewards import specs_of
@@ -71,20 +71,15 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     settings, file = read_json(folder / "config.json"), folder / "cells.json"
-    cells = [Cell(**cell) for cell in json.loads(file.read_text())] if file.is_file() else []
+    cells = []
+    if file.is_file():
+        with reading(str(file)):
+            cells = [Cell(**cell) for cell in json.loads(file.read_bytes())]
     first = {cell.task: cell.scorer for cell in reversed(cells)}
     for task, specs in settings.get("rewards", {}).items():
         if any((cell.task, cell.scorer) == (task, specs_of(specs)[0]) for cell in cells):
             first[task] = specs_of(specs)[0]
     return Run(folder, settings, read_metrics(folder / "metrics.jsonl"), cells, first)
-
-
-def read_metrics(file: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a kill may have cut the last."""
-    if not file.is_file():
-        return []
-    whole, _, _ = file.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def write_page(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
-from opd.evaluation.statistics import labels_of, summarise
+from opd.evaluation.statistics import ALL, labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
@@ -79,6 +79,8 @@ class Report:
         held_out = self.splits["held-out"]
         with trained.averaged():
             records = self.records(rows, {"held-out": held_out}, cfg.watch_prompts)
+        for line in tables.remarks(records, self.scorers.specs()):
+            say(f"step {done}: {line}")
         scores = {}
         for task in held_out:
             own = [record for record in records if record.task == task]
@@ -184,13 +186,13 @@ class Report:
         say(f"step {done}: distance to the teachers in percent of the base's: {words}")
         return {"distance": found}
 
-    def table(self, trained: Trained) -> None:
+    def table(self, trained: Trained) -> list[str]:
         """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
         scores.json; behind them cells.json and records.jsonl. An image without a score is left out of its
-        mean; without any the mean is NaN."""
+        mean; without any the mean is NaN. Returns the tasks that have such a mean."""
         cfg = self.cfg
         if isinstance(cfg, SFTConfig) or cfg.full or not cfg.evaluate:
-            return
+            return []
         rows = rows_of_table(cfg)
         say(f"scoring {', '.join(rows)}")
         with trained.averaged():
@@ -208,6 +210,7 @@ class Report:
             write_json(path / "cells.json", [asdict(cell) for cell in cells])
             write_json(path / "scores.json", tables.scores_of(cells, scorers.first))
             replace(path / "table.txt", lambda file: file.write_text(self.scores + "\n"))
+        return list(dict.fromkeys(cell.task for cell in cells if cell.tag == ALL and cell.n == 0))
 
     def show(self, done: int) -> None:
         """As often as the run saves: a card beside each exported student, and report.html."""

@@ -34,13 +34,13 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from opd.data import Prompt
+from opd.files import path_of
 from opd.rewards.scoring import Scoring, fault_of
 
 SHORT = {
@@ -223,7 +223,7 @@ def _import(module: str) -> ModuleType:
     """A module by its name, or by the path of its file."""
     if not module.endswith(".py"):
         return importlib.import_module(module)
-    path = Path(module).expanduser().resolve()
+    path = path_of(module).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     found = importlib.util.spec_from_file_location(f"reward file {path}", path)

@@ -21,20 +21,20 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from opd import errors, files
-from opd.cli import parse
+from opd.cli import Count, Range, check_bounds, parse
 from opd.config import DistillationConfig
 from opd.evaluation.statistics import ALL, MEASURES
-from opd.files import read_json, write_json
+from opd.files import read_json, read_metrics, write_json
 from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
 from opd.mini.study import plots
 from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, TABLES, Recipe
 from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, table, with_tables
 from opd.presets import PRESETS
-from opd.report.page import read_metrics
 
 PROMPTS = ROOT / "opd/mini/prompts"
 OUT = "runs/study"
@@ -45,7 +45,7 @@ QUALITY = MINI_SCORERS["quality"]
 class Arguments:
     runs: tuple[str, ...] = ()
     """What to run. None: everything."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], Range(0, 10**6)] = (0, 1, 2)
     """A training run of each recipe per seed; what is only scored has seed 0."""
     out: str = OUT
     """Where the run folders lie."""
@@ -55,7 +55,7 @@ class Arguments:
     results: str = str(RESULTS)
     """Where the results lie. The pages are written from the committed ones only; of others, the tables of
     these runs are printed."""
-    count: int = 256
+    count: Count = 256
     """Images per task, of prompts held out."""
     quick: bool = False
     """A fiftieth of the iterations, of the first seed, in runs/study-quick: the scores say nothing."""
@@ -67,6 +67,7 @@ class Arguments:
     def check(self) -> None:
         """ValueError for an unknown run, prompts that are not there, and runs or results that would be mixed
         with those of other prompts."""
+        check_bounds(self)
         known = [*RECIPES, *REFERENCES]
         unknown = [name for name in self.runs if name not in known]
         if unknown:
