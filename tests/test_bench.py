@@ -128,7 +128,8 @@ def test_the_gpu_command_runs_every_part(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert all(0 < result["agreement"][op] <= 1 and result[op]["times_eager"] > 0 for op in kernels.OPS)
     loops = {name: numbers for name, numbers in result.items() if "teachers" in name}
-    assert len(loops) == 6
+    assert len(loops) == 6 and result["ours, twice as wide"]["flops_per_update"] > 0
+    assert 0 < result["first command"]["a step"] < result["first command"]["first step"]
     plain, fast = (loops[f"ours, compile {compile}, teachers 4"] for compile in (False, True))
     assert plain["graphs"] == 0 < fast["graphs"] <= 5
     assert fast["loss"] == pytest.approx(plain["loss"], rel=1e-5)

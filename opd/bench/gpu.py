@@ -1,15 +1,20 @@
 """Every figure of a GPU by one command of at most nine minutes, what is missed most first.
 
+    pip install -e .                        # what a bare machine lacks
     python -m opd.bench gpu                 # runs/gpu.json, written anew after every part
     python -m opd.bench gpu --rehearse      # the same path on a CPU at a tiny size: seconds that say nothing
 
 The fused ops must agree with the eager ones; then their speed beside a copy's; then the loop on SD3.5's
 shapes at 512 px, 1 and 4 teachers: ours, our emulation of the released structure, ours compiled, with memory
-predicted and measured. Exits 2 without a GPU, 1 where a part is missing.
+predicted and measured; ours at 1024 px; and the README's first command. Exits 2 without a GPU, 1 where a part
+is missing.
 """
 
 import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,3 +92,16 @@ def parts(device: torch.device, latents: tuple, work: Work) -> Iterator[tuple[st
             own = replace(work, teachers=teachers, compile=compile)
             name = f"{structure}, compile {compile}, teachers {teachers}"
             yield name, partial(measure, structure, own, device, 3, rate)
+    twice = replace(work, pixels=2 * work.pixels, micro_batch=min(2, work.micro_batch))
+    yield "ours, twice as wide", partial(measure, "ours", twice, device, 3, rate)
+    yield "first command", first_command
+
+
+def first_command() -> dict[str, float]:
+    """Seconds from the start of `python train.py` to the end of its first step, and of a step after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = f"train.py --iterations 5 --save-every 1 --no-evaluate --sample-every 0 --out {folder}/run"
+        started = time.time()
+        subprocess.run([sys.executable, *command.split()], check=True, stdout=subprocess.DEVNULL)
+        ended = [state.stat().st_mtime for state in sorted(Path(folder).glob("run/checkpoints/*"))]
+    return {"first step": ended[0] - started, "a step": (ended[-1] - ended[0]) / 4}
