@@ -31,6 +31,11 @@ REAL = {**STUDENT, "decay": "constant", "evaluate": False, "save_every": 25, "sa
 # 160 samples a step, not the number of the paper, for few GPUs.
 REAL_OPD = {**REAL, "prompts_per_step": 40, "group": 4, "iterations": 1000, "lr": 1e-4, "warmup": 10}
 FROM_BASE = {"cold_start": "base", "anchor_weight": 0.0}
+# Many small updates instead: two states a trajectory, of all noise levels and weighed alike. In the miniature
+# they are at their teachers' level in a quarter of the time (opd/mini/study/RESULTS.md, "How soon"); at full
+# size they are not measured. Ten prompts are one micro-batch that fills a GPU.
+SMALL_STEPS = {"weight": "uniform", "queries": 2, "query_beta": (1.0, 1.5), "skip_last": True}
+SMALL_STEPS |= {"prompts_per_step": 10, "group": 1, "save_every": 100, "sample_every": 100}
 SD35 = {"model": "stabilityai/stable-diffusion-3.5-medium", "resolution": "512", "eval_steps": 40}
 SD35_MIX = {"geneval": 3, "ocr": 1, "pickscore": 1}
 SD35_OPD = {**SD35, **REAL_OPD, "prompts": SD35_PROMPTS, "mix": SD35_MIX}
@@ -44,7 +49,8 @@ FLOW_OPD = {**SD35_OPD, **SD35_TAUGHT, "guidance": 4.5, "teacher_guidance": 4.5}
 
 # Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these: give
 # --teachers and --prompts, and an --anchor with its --anchor-weight if there is one.
-WITHOUT_TEACHERS = {**REAL_OPD, **FROM_BASE, "resolution": "1024", "micro_batch": 1, "checkpointing": True}
+AT_1024 = {"resolution": "1024", "micro_batch": 1, "checkpointing": True}
+WITHOUT_TEACHERS = REAL_OPD | SMALL_STEPS | FROM_BASE | AT_1024
 
 # Flow-GRPO's numbers, beta too, though our KL is 1 / D of its code's: 4.4 times as much over these states. A
 # rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
@@ -57,9 +63,9 @@ SD35_GRPO = {**SD35, **REAL, **BATCHES, **WALK, **OPTIMIZER}
 
 REAL_PRESETS: dict[str, RunConfig] = {
     "sd35": DistillationConfig(**FLOW_OPD, micro_batch=8),  # the paper's, as sd35-flow-opd
-    # One GPU of 24 GB: the four adapters share the base, samples go through in pairs, and activations are
-    # computed again where an 80 GB card keeps them (a fifth of a step).
-    "sd35-24gb": DistillationConfig(**FLOW_OPD, micro_batch=2, checkpointing=True),
+    # One GPU of 24 GB, in steps that it makes in time: a fiftieth of the paper's. The four adapters share the
+    # base, samples go through in pairs, and activations are computed again where an 80 GB card keeps them.
+    "sd35-24gb": DistillationConfig(**FLOW_OPD | SMALL_STEPS, micro_batch=2, checkpointing=True),
     "sd35-flow-opd": DistillationConfig(**FLOW_OPD, micro_batch=8),
     # DiffusionOPD (arXiv 2605.15055): deterministic walks, half the squared distance of their steps, from the
     # base, without an anchor.
@@ -91,31 +97,21 @@ REAL_PRESETS: dict[str, RunConfig] = {
         query_range=(0, 2),
         micro_batch=8,
     ),
-    # What does best in the miniature, for GFD-OPD's number of trained states: guidance folded, states weighed
-    # alike, two of them per trajectory, more of them early.
+    # What does best in the miniature: guidance folded into the student, and small steps.
     "sd35-fold": DistillationConfig(
-        **SD35_OPD,
-        **SD35_TAUGHT,
-        guidance=1.0,
-        teacher_guidance=4.5,
-        weight="uniform",
-        queries=2,
-        query_beta=(1.0, 1.5),
-        skip_last=True,
-        micro_batch=8,
+        **SD35_OPD | SMALL_STEPS, **SD35_TAUGHT, guidance=1.0, teacher_guidance=4.5, micro_batch=10
     ),
     # Any model learns its own guided velocity: a picture then costs half the passes, at guidance 1.
     "guidance-distil": DistillationConfig(
         **SD35,
-        **REAL_OPD,
+        **REAL_OPD | SMALL_STEPS,
         **FROM_BASE,
         prompts={"all": SD35_PROMPTS["pickscore"]},
         teachers={"base": "base"},
         routes={"all": "base"},
         guidance=1.0,
         teacher_guidance=4.5,
-        weight="uniform",
-        micro_batch=8,
+        micro_batch=10,
     ),
     # A larger transformer with encoders of its own teaches on the same latents, each guided as its card says.
     # It is 16 GB in bfloat16: --teacher-devices large=offload where that does not fit beside the student.

@@ -53,10 +53,9 @@ def test_every_run_is_in_a_table_is_allowed_and_is_no_other():
 
 
 def test_presets_are_the_studys():
-    """The default run with teachers of its own seed, and watched; its teachers; the student that goes on."""
-    default, student = PRESETS["mini"], config("student")
-    own = {"teachers": default.teachers, "out": default.out}
-    assert replace(student, watch_every=0, watch_prompts=default.watch_prompts, **own) == default
+    """The first command, watched; its teachers; the student that goes on."""
+    default, watched = PRESETS["mini"], config("default")
+    assert replace(watched, watch_every=0, watch_prompts=default.watch_prompts) == default
     for task, name in runs.EQUAL.items():
         assert config(name) == PRESETS[f"mini-{task}"]
     goes_on = PRESETS["mini-student-grpo"]

@@ -1,5 +1,6 @@
 """The study's plots, from results alone (opd/mini/study/tables.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -9,8 +10,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from opd.files import replace
-from opd.mini.study.runs import TASKS, TEACHERS
-from opd.mini.study.tables import ROOT, rows_of, scores_of
+from opd.mini.study.runs import RECIPES, SPEED, TASKS, TEACHERS
+from opd.mini.study.tables import ROOT, level, rows_of, scores_of
 
 # Text stays text, and names inside the file do not change from run to run.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}
@@ -84,12 +85,18 @@ def taken(names: tuple[str, ...], unit: str, results: list[dict]) -> float:
     return total
 
 
-def watched(name: str, unit: str, results: list[dict], start: float) -> list[Mark]:
+def mean_of_tasks(point: dict) -> float:
+    return fmean([point[task] for task in TASKS])
+
+
+def watched(
+    name: str, unit: str, results: list[dict], start: float, score: Callable[[dict], float] = mean_of_tasks
+) -> list[Mark]:
     """The mean over seeds of what a recipe's runs watched, `start` of the unit later."""
     found = []
     for _, own in rows_of((name,), results):
         for points in zip(*[result["curve"] for result in own], strict=True):
-            means = [fmean([point[task] for task in TASKS]) for point in points]
+            means = [score(point) for point in points]
             place = start + fmean([point[unit] for point in points])
             found.append(Mark(place, fmean(means), "", 0.0, deviation(means)))
     return found
@@ -116,29 +123,11 @@ def plane(x_name: str, y_name: str, curves: dict[str, list[Mark]]) -> Figure:
     return figure
 
 
-def closed(results: list[dict]) -> Figure:
-    """The share of each teacher's KL that the student closed, by noise level: the mean over its seeds."""
-    levels, rows = shares(results)
-    figure = Figure(figsize=(7, 2.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="noise level")
-    axes.imshow(list(rows.values()) or [[0.0]], cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(levels)), [f"{float(level):.2f}" for level in levels])
-    axes.set_yticks(range(len(rows)), list(rows))
-    for line, row in enumerate(rows.values()):
-        for column, share in enumerate(row):
-            axes.text(column, line, f"{share:.2f}", ha="center", va="center", fontsize=8)
-    return figure
-
-
-def shares(results: list[dict]) -> tuple[list[str], dict[str, list[float]]]:
-    """(noise levels, teacher -> the share at each)."""
-    own = [result for result in results if result["recipe"] == "student" and "kl_closed" in result]
-    levels, rows = [], {}
-    if own:
-        levels = list(own[0]["kl_closed"][TASKS[0]])
-        for name in own[0]["kl_closed"]:
-            rows[name] = [fmean([r["kl_closed"][name][level] for r in own]) for level in levels]
-    return levels, rows
+def soon(results: list[dict]) -> Figure:
+    """The level of the shipped teachers' students against what training took."""
+    score = partial(level, results=results)
+    curves = {RECIPES[name].title: watched(name, "seconds", results, 0.0, score) for name in SPEED}
+    return plane("seconds of one core", "0: the base, 1: its teachers", curves)
 
 
 PLOTS = {
@@ -147,5 +136,5 @@ PLOTS = {
     ROOT / "opd/mini/study/progress_images.svg": partial(
         progress, title="pictures that were made for training", unit="samples"
     ),
-    ROOT / "opd/mini/study/closed.svg": closed,
+    ROOT / "opd/mini/study/levels.svg": soon,
 }

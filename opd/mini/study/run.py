@@ -27,7 +27,6 @@ import tyro
 
 from opd import errors, files
 from opd.cli import Count, Range, check_bounds, parse
-from opd.config import DistillationConfig
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, read_metrics, write_json
 from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
@@ -184,10 +183,7 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
         "samples_per_step": cfg.samples_per_step(),
         "seconds_of_training": round(seconds),
     }
-    result |= scores(args, name, seed) | curve(metrics)
-    if isinstance(cfg, DistillationConfig):
-        result["kl_closed"] = kl_closed(metrics, [*cfg.teachers, "anchor"])
-    return result
+    return result | scores(args, name, seed) | curve(metrics)
 
 
 def filled(args: Arguments, recipe: Recipe, seed: int) -> str:
@@ -241,24 +237,6 @@ def curve(metrics: list[dict]) -> dict:
             samples, seconds = step * line["effective_batch"], step * step_seconds
             points.append({"step": step, "samples": samples, "seconds": round(seconds)} | line["watch"])
     return {"curve": points} if points else {}
-
-
-def kl_closed(metrics: list[dict], teachers: list[str]) -> dict[str, dict[str, float]]:
-    """{teacher: {sigma: share}} of the KL at the start, on the student's own states, that is gone at the end:
-    1 - (mean of a level's last ten values) / (mean of its first two)."""
-    shares = {}
-    for name in teachers:
-        by_level = {}
-        for line in metrics:
-            if name in line:
-                for sigma, kl in line[name]["kl"].items():
-                    by_level.setdefault(sigma, []).append(kl)
-        shares[name] = {
-            sigma: round(1.0 - statistics.fmean(values[-10:]) / statistics.fmean(values[:2]), 4)
-            for sigma, values in sorted(by_level.items(), reverse=True)
-            if sum(values[:2]) > 0
-        }
-    return {name: levels for name, levels in shares.items() if levels}
 
 
 def call(arguments: list[str]) -> None:

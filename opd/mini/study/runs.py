@@ -176,7 +176,17 @@ QUESTIONS |= {
     "dance-opd": Recipe("DanceOPD's", f"{LEARN} --iterations 22", preset="mini-dance-opd"),
     "gfd-opd": Recipe("GFD-OPD's", f"{LEARN} --iterations 110", preset="mini-gfd-opd"),
 }
-RECIPES = RIVALS | CONTROLS | ANCHORS | QUESTIONS
+# How soon a student of the shipped teachers is at their level: the first command, and as it was at 3230e61.
+SPEED = {
+    "default": Recipe("the first command", "--watch-every 15 --watch-prompts 256", preset="mini"),
+    "large-steps": Recipe(
+        "30 prompts a step on five states",
+        "--prompts-per-step 30 --queries 5 --lr 3e-3 --iterations 100 --anchor-weight 0.02"
+        " --watch-every 10 --watch-prompts 256",
+        preset="mini",
+    ),
+}
+RECIPES = RIVALS | CONTROLS | ANCHORS | QUESTIONS | SPEED
 REFERENCES = {
     "base": Reference({"base": "base"}, "--adapters --guidance 1"),
     "guided": Reference(
@@ -199,4 +209,5 @@ TABLES = {
     "rivals": ("base", *RIVALS),
     "controls": ("mix", *CONTROLS),
     "anchors": tuple(ANCHORS),
+    "levels": tuple(SPEED),
 }

@@ -2,10 +2,11 @@
 
 A result says "held_out": each task's own score, "quality_of": the quality of every task's pictures,
 "diversity": how far apart the pictures of one prompt are, "variety": those of different prompts; for plots
-"curve": scores during training, and "kl_closed": which share of a teacher's KL is gone, by noise level.
+"curve": scores during training.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -29,8 +30,32 @@ OWN_COLUMNS = {
     ),
     "questions": (THREE | {"mean of three": MEAN}, {"above the first row's": MEAN}),
     "short": (THREE, {}),
-    "recipes": (THREE | {"mean of three": MEAN}, {}),
 }
+# README's recipes: run -> its presets, its paper, what is different.
+PAPERS = {
+    "asked": (
+        "`sd35-fold`, `mini`",
+        "ours",
+        "guidance folded in, states weighed alike, merged start",
+    ),
+    "flow-opd": ("`sd35`, `mini-flow-opd`", "Flow-OPD", "SDE walk, KL weights, merged start, anchor"),
+    "diffusion-opd": (
+        "`sd35-diffusion-opd`",
+        "[DiffusionOPD](https://arxiv.org/abs/2605.15055)",
+        "ODE walk, from the base, no anchor",
+    ),
+    "dance-opd": (
+        "`sd35-dance-opd`",
+        "[DanceOPD](https://arxiv.org/abs/2606.27377)",
+        "one state per trajectory, near the data, all weighed alike",
+    ),
+    "gfd-opd": (
+        "`sd35-gfd-opd`",
+        "[GFD-OPD](https://arxiv.org/abs/2609.39692)",
+        "guidance folded in, targets past the teachers, two early states",
+    ),
+}
+LEVELS = (0.8, 0.9, 0.95)
 # What stands above another run -> (run, run below it, score).
 CLAIMS = {
     "compose teacher above the base, compose": ("equal-compose", "base", "compose"),
@@ -79,13 +104,19 @@ def table(name: str, results: list[dict]) -> str:
     """The lines of a table: every score of its runs, unless it has columns of its own."""
     if name == "claims":
         return claims(results, load(OTHER))
+    if name == "levels":
+        return levels(TABLES[name], results)
+    if name == "recipes":
+        scores = [[scores_of(one)[MEAN] for one in own] for _, own in rows_of(TABLES[name], results)]
+        lines = [[*about, spread(found)] for about, found in zip(PAPERS.values(), scores, strict=True)]
+        return markdown(["paper", "what is different", "score"], lines, first="preset")
     columns, above = OWN_COLUMNS.get(name, ({score: score for score in SCORES}, {}))
     return compared(TABLES[name], results, columns, above)
 
 
-def markdown(columns: list[str], lines: list[list[str]]) -> str:
-    """A table whose first column, the rows' names, has no heading."""
-    rows = [["", *columns], ["---"] * (len(columns) + 1), *lines]
+def markdown(columns: list[str], lines: list[list[str]], first: str = "") -> str:
+    """A table; `first`: the heading of the rows' names."""
+    rows = [[first, *columns], ["---"] * (len(columns) + 1), *lines]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
@@ -141,6 +172,41 @@ def rows_of(names: tuple[str, ...], results: list[dict]) -> list[tuple[str, list
     return found
 
 
+# ---- how soon ----------------------------------------------------------------------------------------------
+
+
+def level(scores: dict[str, float], results: list[dict]) -> float:
+    """How far from the base (0) to the shipped teachers at the guidance that they teach with (1): the mean
+    over the tasks' own scores."""
+    (base,) = [result["held_out"]["base"] for result in results if result["recipe"] == "base"]
+    (guided,) = [result["held_out"] for result in results if result["recipe"] == "guided"]
+    return fmean((scores[task] - base[task]) / (guided[task][task] - base[task]) for task in TASKS)
+
+
+def levels(names: tuple[str, ...], results: list[dict]) -> str:
+    """A row per recipe: seconds of training until a run first watches a share of its teachers' level; the
+    level in the end, and the seconds until then."""
+    lines = []
+    for title, own in rows_of(names, results):
+        cells = []
+        for share in LEVELS:
+            reached = [reaching(share, result["curve"], results) for result in own]
+            cells.append("not in all" if None in reached else spread(reached, whole))
+        cells.append(spread([level(result["held_out"], results) for result in own]))
+        cells.append(spread([result["curve"][-1]["seconds"] for result in own], whole))
+        lines.append([title, str(len(own)), *cells])
+    columns = [f"seconds to {short(share)}" for share in LEVELS]
+    return markdown(["seeds", *columns, "level in the end", "seconds"], lines)
+
+
+def reaching(share: float, points: list[dict], results: list[dict]) -> float | None:
+    """The seconds of the first point of a curve at that level; None: there is none."""
+    for point in points:
+        if level(point, results) >= share:
+            return point["seconds"]
+    return None
+
+
 # ---- seed by seed ------------------------------------------------------------------------------------------
 
 
@@ -183,13 +249,17 @@ def by_seed(results: list[dict]) -> dict[int, dict[str, dict]]:
 # ---- numbers in words --------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
-    """.345 ± .008, mean and standard deviation; the value alone, or nothing."""
-    if len(values) < 2:
-        return "".join(map(short, values))
-    return f"{short(fmean(values))} ± {short(stdev(values))}"
-
-
 def short(value: float) -> str:
     """.345, 1.000 or -.008"""
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
+
+
+def whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def spread(values: list[float], written: Callable[[float], str] = short) -> str:
+    """.345 ± .008, mean and standard deviation; the value alone, or nothing."""
+    if len(values) < 2:
+        return "".join(map(written, values))
+    return f"{written(fmean(values))} ± {written(stdev(values))}"
