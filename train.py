@@ -147,7 +147,7 @@ def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, r
         report.show(done)
     if cfg.iterations == 0:  # a merge without training
         folder.export(trained, 0)
-    late = signals.received(model.device)
+    late = signals.received()
     if late:
         say(f"stopped by {late} after the last step; the same command goes on with the scores")
     return late == ""
@@ -288,7 +288,7 @@ class Distillation:
         for weight in set(plan.anchor_T):
             alpha_NK = routing.anchored(plan.routed_NK, self.anchor, weight)
             queries[weight] = teacher_queries(alpha_NK, batch, model.device)
-        routed_BK = plan.routed_NK[batch.samples].to(model.device)
+        routed_BK = plan.routed_NK[batch.samples].to(model.device, non_blocking=True)
         # Gradients are averaged over ranks; with this factor the sum over samples and states is their mean.
         scale = ranks.world() / (len(plan.prompts_N) * len(plan.queried))
         distances_BTK = torch.zeros(len(text), cfg.steps, len(teachers), device=model.device)

@@ -15,7 +15,7 @@ from opd.ranks import say
 def summed(distances_BTK: Tensor, routed_BK: Tensor, anchor: int) -> Tensor:
     """|v - v_k|^2 summed over the samples of a micro-batch: (K + 1, T), a row per teacher of its own samples,
     each with its weight, and a last row of all samples for the teacher in column `anchor`."""
-    own_B1K = routed_BK.to(distances_BTK.device)[:, None]
+    own_B1K = routed_BK.to(distances_BTK.device, non_blocking=True)[:, None]
     # Chosen, not multiplied: the NaN of another's sample times 0 would be NaN.
     own_BTK = torch.where(own_B1K != 0, distances_BTK * own_B1K, 0)
     return torch.cat([own_BTK.sum(0).T, distances_BTK[:, :, anchor].sum(0)[None]])
@@ -80,12 +80,12 @@ STATISTICS = ("policy", "kl", "drift", "square", "clipped", "count")
 """What GRPO sums over samples and states: both losses, ratio - 1, its square, whether it was clipped, 1."""
 
 
-def policy_metrics(sums: Tensor, largest: float, beta: float) -> dict:
+def policy_metrics(sums: Tensor, largest: Tensor, beta: float) -> dict:
     """From sums of STATISTICS: losses in nats per dimension; of the ratio its std (`spread`), the largest
     distance from 1, and the share that is further from it than the clip range (`clipped`)."""
     mean = dict(zip(STATISTICS, (sums / sums[-1].clamp(min=1)).tolist(), strict=True))
     spread = math.sqrt(max(mean["square"] - mean["drift"] ** 2, 0.0))
-    ratio = {"spread": spread, "largest": largest, "clipped": mean["clipped"]}
+    ratio = {"spread": spread, "largest": float(largest), "clipped": mean["clipped"]}
     return {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"], "ratio": ratio}
 
 
@@ -96,7 +96,7 @@ def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
     flat_P = (rewards_PG == rewards_PG[:, :1]).all(1)
     reward, std = {}, {}
     for task in dict.fromkeys(tasks_P):
-        of_task_P = torch.tensor([t == task for t in tasks_P], device=rewards_PG.device)
+        of_task_P = torch.tensor([t == task for t in tasks_P])
         mine = rewards_PG[of_task_P & ~dropped_P]
         if len(mine):
             reward[task] = float(mine.mean())

@@ -175,7 +175,8 @@ class GRPO:
         first = [groups.index(group) for group in order]
         back = [order.index(group) for group in groups]
         device = self.model.device
-        return SharedPrefix(first, torch.tensor(first, device=device), torch.tensor(back, device=device))
+        first_index, back_index = (torch.tensor(rows).to(device, non_blocking=True) for rows in (first, back))
+        return SharedPrefix(first, first_index, back_index)
 
     def velocity(
         self, state: State, text: list[Condition], states: list[int], shared: SharedPrefix
@@ -214,8 +215,8 @@ class GRPO:
         """All optimizer steps of the iteration: (metrics, gradient norm)."""
         cfg = self.cfg
         advantage_N = advantage_PG.float().flatten()
-        sums = torch.zeros(len(STATISTICS), device=self.model.device)
-        largest, norm = 0.0, 0.0
+        sums, largest = torch.zeros(len(STATISTICS)), torch.zeros(())
+        norm = 0.0
         turns = cfg.epochs * cfg.updates
         for turn in range(turns):
             part = turn % cfg.updates
@@ -223,18 +224,20 @@ class GRPO:
             if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
                 continue
             more, drift = self.accumulate(parts[part], prompts, advantage_N, kept)
-            sums += more
-            largest = max(largest, drift)
             if self.trained.updates == 0:
-                self_test(drift, cfg.clip_range)
+                self_test(float(drift), cfg.clip_range)
+            # Sent without waiting: the next line is the update's only wait for the device.
+            more, drift = (tensor.to("cpu", non_blocking=True) for tensor in (more, drift))
             of_update = self.trained.update(step, turn, turns)
+            sums += more
+            largest = torch.maximum(largest, drift)
             if math.isfinite(norm):
                 norm = of_update
         return policy_metrics(sums, largest, cfg.beta), norm
 
     def accumulate(
         self, part: list[Sampled], prompts: list[Prompt], advantage_N: Tensor, kept: int
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, Tensor]:
         """Gradient of one update, left in .grad. Returns the sums of STATISTICS and the largest |ratio - 1|,
         of all ranks."""
         sums = torch.zeros(len(STATISTICS), device=self.model.device)
@@ -244,7 +247,7 @@ class GRPO:
             more, drift = self.learn(sampled, prompts, advantage_N, scale)
             sums += more
             largest = torch.maximum(largest, drift)
-        return ranks.total(sums), float(ranks.largest(largest))
+        return ranks.total(sums), ranks.largest(largest)
 
     def learn(
         self, sampled: Sampled, prompts: list[Prompt], advantage_N: Tensor, scale: float
@@ -259,10 +262,9 @@ class GRPO:
         text = model.text([prompts[n // cfg.group].text for n in batch.samples])
         shared = self.shared_prefix(batch)
         numbers = [state.i for state in sampled.states]
-        real_B = torch.tensor(batch.real, dtype=torch.float32, device=model.device)
-        advantage_B = advantage_N[batch.samples]
-        kept_B = real_B * ~advantage_B.isnan()
-        advantage_B = advantage_B.nan_to_num(0.0)
+        real_B, advantage_B = torch.tensor(batch.real, dtype=torch.float32), advantage_N[batch.samples]
+        rows_3B = torch.stack([real_B, real_B * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
+        real_B, kept_B, advantage_B = rows_3B.to(model.device, non_blocking=True)
         sums = torch.zeros(len(STATISTICS), device=model.device)
         largest = torch.zeros((), device=model.device)
         for j, state in enumerate(sampled.states):
@@ -317,7 +319,7 @@ def advantages(rewards_PG: Tensor, tasks_P: list[str], scope: str, limit: float)
     if scope == "global":
         whole_P = ~rewards_PG.isnan().any(1)
         for task in set(tasks_P):
-            mine_P = torch.tensor([t == task for t in tasks_P], device=rewards_PG.device)
+            mine_P = torch.tensor([t == task for t in tasks_P])
             if (mine_P & whole_P).any():
                 std_P = torch.where(mine_P, rewards_PG[mine_P & whole_P].std(correction=0), std_P)
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)

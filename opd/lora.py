@@ -69,6 +69,18 @@ def use(transformer: nn.Module, name: str):
             layer.switch(slot)
 
 
+@contextmanager
+def merged(layers: list["LoraLinear"]):
+    """Inside, layers hold the sums that they would make in their forward pass."""
+    for layer in layers:
+        layer.__dict__["held_OI"] = layer.whole()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__["held_OI"] = None
+
+
 def lora_layers(transformer: nn.Module) -> list["LoraLinear"]:
     """The layers with adapters, kept beside the transformer: walking its thousands of modules at every switch
     would take longer than the switch."""
@@ -92,15 +104,15 @@ class LoraLinear(nn.Module):
     PEFT's layer casts and scales activations of full width; here A and B are cast to the activations' dtype,
     and the scale meets them at rank size. Switching costs two assignments per layer.
 
-    In a pass without gradients that has at least as many rows as inputs, the adapter meets the weight:
+    In a pass without gradients the adapter meets the weight:
 
         y = (W + s B A) x
 
     That sum is made anew in every pass and costs less than the two products and the addition at the width of
     the activations, so that a teacher runs at the base's speed and no second copy of a weight stays.
 
-    The forward pass reads no adapter's name, only what the switch put into the slot: a compiled layer then
-    sees tensors, of whatever adapter, and one graph serves all adapters of a shape and dtype.
+    The forward pass reads no adapter's name, only what the switch put into the slot. A compiled block is
+    given the sums from outside (`merged`): one graph serves the base and teachers of every rank.
     """
 
     def __init__(self, base_layer: nn.Linear):
@@ -115,6 +127,8 @@ class LoraLinear(nn.Module):
         self.in_slot: tuple[nn.Module, nn.Module] | None = None
         self.pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
         """What each adapter puts there."""
+        self.held_OI: Tensor | None = None
+        """What `whole` gave, while the block around it is `merged`."""
 
     def add(self, name: str, a_RI: Tensor, b_OR: Tensor, scale: float) -> None:
         """Adapter `name`: A (r, in), B (out, r), frozen until someone asks for gradients."""
@@ -137,17 +151,31 @@ class LoraLinear(nn.Module):
         return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        whole_OI = self.held_OI
+        if whole_OI is None:
+            whole_OI = self.whole()
+        if whole_OI is not None:
+            return F.linear(x, whole_OI, self.base_layer.bias)
         if self.in_slot is None:
             return self.base_layer(x)
         first, second = self.in_slot
         a_RI, b_OR = first.weight.to(x.dtype), second.weight.to(x.dtype)
+        return self.base_layer(x) + F.linear(F.linear(x, a_RI) * first.scale, b_OR)
+
+    def whole(self) -> Tensor | None:
+        """The weight with the adapter in it; None in a pass that needs the two apart."""
+        if torch.is_grad_enabled():
+            return None
+        weight_OI = self.base_layer.weight.detach()
+        if self.in_slot is None:
+            return weight_OI
+        first, second = self.in_slot
         # In half precision the sum rounds otherwise than the products, and the log-probabilities of the
         # adapter that is trained are compared with those of passes that have gradients.
-        alike = x.dtype == torch.float32 or not first.weight.requires_grad
-        if alike and not torch.is_grad_enabled() and x.shape[:-1].numel() >= x.shape[-1]:
-            merged_OI = torch.addmm(self.base_layer.weight, b_OR * first.scale, a_RI)
-            return F.linear(x, merged_OI, self.base_layer.bias)
-        return self.base_layer(x) + F.linear(F.linear(x, a_RI) * first.scale, b_OR)
+        if first.weight.requires_grad and weight_OI.dtype != torch.float32:
+            return None
+        a_RI, b_OR = first.weight.to(weight_OI.dtype), second.weight.to(weight_OI.dtype)
+        return torch.addmm(weight_OI, b_OR * first.scale, a_RI)
 
 
 def factor(weight: Tensor) -> nn.Linear:

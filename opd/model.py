@@ -197,10 +197,10 @@ class Model:
     ) -> Iterator[State]:
         """The states of samples `index` along `path`, from noise that depends on `seed` and the sample alone
         (or on the number in `starts`, where several samples shall start alike)."""
-        index_B = torch.tensor(index, device=self.device)
+        index_B = torch.tensor(index).to(self.device, non_blocking=True)
         starts_B = index_B
         if starts is not None:
-            starts_B = torch.tensor(starts, device=self.device)
+            starts_B = torch.tensor(starts).to(self.device, non_blocking=True)
         x = kernels.normal((len(index), *self.shape), seed, starts_B, device=self.device)
         return trajectory.walk(x, path, index_B)
 

@@ -19,8 +19,11 @@ class SFT:
 
     def step(self, step: int) -> tuple[dict, float]:
         """One optimizer step: (metrics, gradient norm)."""
-        total, count = self.accumulate(step).tolist()
-        return {"loss": total / count}, self.trained.update(step)
+        # Sent without waiting: the update is the step's only wait for the device.
+        sums = self.accumulate(step).to("cpu", non_blocking=True)
+        norm = self.trained.update(step)
+        total, count = sums.tolist()
+        return {"loss": total / count}, norm
 
     def accumulate(self, step: int) -> Tensor:
         """The gradient of the flow-matching loss on this rank's part of the step's images, left in .grad.
@@ -33,7 +36,8 @@ class SFT:
         kinds = dict.fromkeys(range(len(chosen)), "image")
         for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank()):
             signals.boundary()
-            real_B = torch.tensor(batch.real, dtype=torch.float32, device=self.model.device)
+            real_B = torch.tensor(batch.real, dtype=torch.float32)
+            real_B = real_B.to(self.model.device, non_blocking=True)
             with lora.use(self.model.transformer, self.model.trained):
                 loss_B = self.loss(chosen, batch, step) * real_B
                 (loss_B.sum() * ranks.world() / len(chosen)).backward()
@@ -43,17 +47,18 @@ class SFT:
     def loss(self, chosen: list[int], batch: MicroBatch, step: int) -> Tensor:
         """Eq. 1 for a micro-batch (B,): sigma is logit-normal, shifted like the scheduler's grid."""
         cfg, model, images = self.cfg, self.model, self.images
-        index = torch.tensor(batch.samples, device=model.device)
+        index = torch.tensor(batch.samples)
         numbers = [chosen[n] for n in batch.samples]
-        draws_B2 = kernels.normal(
-            (len(index), 2), seed_of(cfg.seed, step, "sigma"), index, device=model.device
-        )
+        # On the CPU, which must know whose captions are dropped.
+        draws_B2 = kernels.normal((len(index), 2), seed_of(cfg.seed, step, "sigma"), index)
         sigma_B = flow.logit_normal_sigma(draws_B2[:, 0], mean=images.log_shift)
+        sigma_B = sigma_B.to(model.device, non_blocking=True)
         dropped_B = torch.special.ndtr(draws_B2[:, 1]) < cfg.caption_dropout
         captions = [images.captions[n] for n in numbers]
         for b in dropped_B.nonzero().flatten().tolist():
             captions[b] = model.family.NEGATIVE
-        data = images.latents[numbers].to(model.device, torch.float32)
+        data = images.latents[numbers].to(model.device, torch.float32, non_blocking=True)
+        index = index.to(model.device, non_blocking=True)
         eps = kernels.normal(tuple(data.shape), seed_of(cfg.seed, step, "eps"), index, device=model.device)
         text = model.text(captions)
         v = model.velocity(flow.noised(data, eps, sigma_B), sigma_B, text, guidance=1.0)

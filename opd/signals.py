@@ -105,14 +105,21 @@ def boundary() -> None:
         raise Stopped(signal.Signals(number).name)
 
 
-def received(device: torch.device) -> str:
+def received() -> str:
     """The name of a signal that came after the last boundary, to any rank, or "" (a collective)."""
-    number = int(ranks.largest(torch.tensor(_handler.number, device=device)))
+    number = largest_now(_handler.number)
     return signal.Signals(number).name if number > 0 else ""
 
 
-def wait_until(done: Callable[[], bool], device: torch.device) -> None:
+def wait_until(done: Callable[[], bool]) -> None:
     """Until `done()` on every rank, with a boundary all the while (a collective)."""
-    while ranks.largest(torch.tensor(float(not done()), device=device)) > 0:
+    while largest_now(int(not done())) > 0:
         boundary()
         time.sleep(POLL)
+
+
+def largest_now(number: int) -> int:
+    """Of all ranks' numbers, by way of the CPU: a GPU would have to end its work first."""
+    found = torch.tensor(number)
+    ranks.largest_later(found).wait()
+    return int(found)

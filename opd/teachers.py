@@ -195,8 +195,8 @@ def teacher_queries(alpha_NK: Tensor, batch: MicroBatch, device: torch.device) -
             continue
         rows = alpha_BK[:, column].nonzero().flatten().tolist()
         rows_K.append(rows)
-        index_K.append(torch.tensor(rows, dtype=torch.int64, device=device))
-    return Queries(alpha_BK.to(device), rows_K, index_K)
+        index_K.append(torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True))
+    return Queries(alpha_BK.to(device, non_blocking=True), rows_K, index_K)
 
 
 def ask(teachers: list[Teacher], queries: Queries, state: State, prompts: list[str]) -> list[Tensor | None]:

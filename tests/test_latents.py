@@ -155,7 +155,7 @@ def test_two_commands_make_an_sft_start(everything, world, tmp_path):
     _, model, *_ = tiny.build(tiny.config(world, cold_start=str(student)))
     layer = model.transformer.get_submodule("transformer_blocks.0.attn.to_q")
     start = lora_files.read_lora(str(student)).update("transformer_blocks.0.attn.to_q")
-    ours = layer.scale["student"] * layer.lora_B["student"].weight @ layer.lora_A["student"].weight
+    ours = layer.lora_A["student"].scale * layer.lora_B["student"].weight @ layer.lora_A["student"].weight
     assert start.norm() > 0.01 and torch.allclose(ours, start, atol=1e-5)
 
 

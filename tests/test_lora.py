@@ -68,10 +68,9 @@ def test_the_sum_of_the_weights_says_what_the_products_say(dtype, tolerance):
     for weight in (a, b):
         weight.requires_grad_(False)
     with torch.no_grad():
-        at_once, few = ours(x), ours(x[:1])
+        at_once = ours(x)
     products = ours(x)
     assert at_once.dtype == dtype and not torch.equal(at_once, products)
-    assert torch.equal(few, ours(x[:1]))  # 7 rows, 24 inputs: the products are cheaper
     for y in (at_once, products):
         assert (y.double() - expected).norm() <= tolerance * expected.norm()
 

@@ -284,7 +284,7 @@ def test_the_memory_of_the_start_does_not_follow_the_student(world, tmp_path):
     for module in red.A:
         layer = model.transformer.get_submodule(module)
         start, student = (
-            layer.scale[name] * layer.lora_B[name].weight.detach() @ layer.lora_A[name].weight.detach()
+            layer.lora_A[name].scale * layer.lora_B[name].weight.detach() @ layer.lora_A[name].weight.detach()
             for name in ("start", "student")
         )
         assert torch.allclose(start, red.update(module), atol=1e-5)

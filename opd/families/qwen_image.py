@@ -80,7 +80,8 @@ def collate(conditions: list[Condition]) -> dict[str, Tensor | None]:
     lengths = [len(embeds_LD) for embeds_LD in embeds]
     mask_BL = None
     if min(lengths) < max(lengths):
-        mask_BL = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(embeds[0].device)
+        mask_BL = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        mask_BL = mask_BL.to(embeds[0].device, non_blocking=True)
     return {"embeds": pad_sequence(embeds, batch_first=True), "mask": mask_BL}
 
 

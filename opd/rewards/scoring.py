@@ -141,20 +141,19 @@ def fault_of(scores, count: int) -> str:
 def gather_scores(
     pending: list[tuple[list[int], Scoring]], count: int, device: torch.device
 ) -> tuple[Tensor, list[str], float]:
-    """Wait for the scorings of some samples each (collectives). Returns the scores (count,) float64 of all
-    ranks' samples, NaN where none was asked for or it failed, on `device`; all ranks' failures in words; and
-    the seconds that this rank's scorers were busy."""
-    scores_N = torch.zeros(count, dtype=torch.float64, device=device)
-    asked_N = torch.zeros(count, dtype=torch.float64, device=device)
+    """Wait for the scorings of some samples each (collectives by way of `device`). Returns the scores
+    (count,) float64 of all ranks' samples, NaN where none was asked for or it failed; all ranks' failures in
+    words; and the seconds that this rank's scorers were busy."""
+    scored_2N = torch.zeros(2, count, dtype=torch.float64)
+    scores_N, asked_N = scored_2N
     failures, busy = [], 0.0
-    signals.wait_until(lambda: all(scoring.call.is_over() for _, scoring in pending), device)
+    signals.wait_until(lambda: all(scoring.call.is_over() for _, scoring in pending))
     for samples, scoring in pending:
         scores_B, failed, seconds = scoring.result()
-        scores_N[samples] = scores_B.to(device, torch.float64)
+        scores_N[samples] = scores_B.double()
         asked_N[samples] = 1.0
         failures += sorted(set(failed.values()))
         busy += seconds
-    ranks.total(scores_N)
-    ranks.total(asked_N)
+    scores_N, asked_N = ranks.total(scored_2N.to(device, non_blocking=True)).cpu()
     everywhere = [failure for failures_of_rank in ranks.gather(failures) for failure in failures_of_rank]
     return torch.where(asked_N > 0, scores_N, torch.nan), everywhere, busy

@@ -1,0 +1,140 @@
+"""Every stage and family on a pretended GPU (tests/emulated.py): no operation mixes devices, and a step waits
+for the device no more often than said here."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sample
+from opd import ranks
+from tests import emulated, tiny
+from tests.forked import rows
+from tests.test_evaluate import command as evaluate
+from tests.test_families import made
+from tests.tiny_grpo import BRIGHT
+
+IN_THERE = os.environ.get(emulated.LOADED) == "1"
+there = pytest.mark.skipif(not IN_THERE, reason="runs by tests/emulated.py")
+
+
+@pytest.mark.skipif(IN_THERE, reason="is that process")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU is built by g++, and there is none")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_the_emulated_gpu(which):
+    """Its guard must be there before torch is, hence the separate process."""
+    command = [sys.executable, "-m", "tests.emulated", "-m", which]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def gpu():
+    with emulated.pretended():
+        yield
+        if torch.distributed.is_initialized():
+            ranks.stop()
+
+
+@there
+def test_mixed_devices_collectives_of_the_cpu_and_waits_are_seen(gpu):
+    x = torch.ones(2, device="cuda")
+    bad = [lambda: x + torch.ones(2), lambda: x + x.to("cuda:1"), lambda: ranks.total(torch.ones(2))]
+    bad.append(lambda: torch.randn(2, device="cuda", generator=torch.Generator()))
+    for mix in bad:
+        with pytest.raises(RuntimeError):
+            mix()
+    emulated.waits.clear()
+    assert x.to("cpu", non_blocking=True).sum() == 2
+    assert emulated.waits.total() == 0
+    x.sum().item(), x[x > 0], x.cpu(), torch.ones(2).to("cuda")
+    assert emulated.waits.total() == 4
+
+
+def waits(cfg):
+    """Those of the second step; the first one fills caches."""
+    *_, stage = tiny.build(cfg)
+    stage.step(0)
+    emulated.waits.clear()
+    stage.step(1)
+    return emulated.waits
+
+
+@pytest.fixture
+def own(request, tmp_path):
+    """(settings, world) of a row of FIXTURES with adapters."""
+    for case in made(request.param, tmp_path):
+        tiny.furnish(tmp_path, case.family)
+        yield {"resolution": case.fixture.resolution}, tmp_path
+
+
+SMALL = {"dtype": "bfloat16", "prompts_per_step": 2, "steps": 2, "guidance": 2.0}
+REWARDS = dict.fromkeys(tiny.PROMPTS, BRIGHT)
+DISTILLATIONS = {
+    "sd3": ("sd3", {}, 1),
+    "z_image": ("z_image", {}, 1),
+    "flux": ("flux", {}, 1),
+    "flux2": ("flux2", {}, 1),
+    "qwen_image": ("qwen_image", {}, 5),
+    "pg": ("sd3", {"estimator": "pg"}, 1),
+    "teacher walks": ("sd3", {"walker": "teacher", "queries": 1}, 1),
+    "teacher on cuda:1": ("sd3", {"teacher_devices": {"red": "cuda:1"}}, 1),
+    "reward routing": ("sd3", {"routing": "reward", "train_rewards": REWARDS}, 4),
+}
+"""Row of FIXTURES, settings, waits in a step of one micro-batch: for the gradient's norm; of Qwen-Image for
+places that diffusers computes in every pass; of pictures that are scored, and of each reward's scores."""
+SLOW = [pytest.param(*case, marks=pytest.mark.slow, id=name) for name, case in DISTILLATIONS.items()][1:]
+
+
+@there
+@pytest.mark.parametrize("own, changes, most", [DISTILLATIONS["sd3"], *SLOW], indirect=["own"])
+def test_distillation(own, changes, most, gpu):
+    settings, world = own
+    if "teacher_devices" in changes:
+        folded = tiny.fold(world, "red", world / "folded")
+        changes = changes | {"teachers": {"red": str(folded), "blue": str(world / "blue")}}
+    found = waits(tiny.config(world, **SMALL | settings | changes))
+    assert found.total() <= most, dict(found)
+
+
+MORE = {"shared_start": True, "guard": True, "epochs": 2}
+
+
+@there
+@pytest.mark.parametrize("changes, most", [({}, 4), pytest.param(MORE, 5, marks=pytest.mark.slow)])
+def test_grpo(world, changes, most, gpu):
+    """An iteration waits for the pictures of its two micro-batches, for their scores, and in each update."""
+    found = waits(tiny.grpo_config(world, **SMALL | {"beta": 0.1, "clip_range": 10.0} | changes))
+    assert found.total() <= most, dict(found)
+
+
+@there
+def test_sft(world, latents, gpu):
+    """Two micro-batches."""
+    settings = {"data": str(latents), "micro_batch": 2, "prompts_per_step": 4, "caption_dropout": 0.5}
+    found = waits(tiny.sft_config(world, dtype="bfloat16", **settings))
+    assert found.total() <= 1, dict(found)
+
+
+@there
+@pytest.mark.slow
+def test_a_run_that_is_resumed_and_scored(world, tmp_path, gpu):
+    files = {task: str(world / f"{task}.txt") for task in tiny.PROMPTS}
+    scored = {"rewards": REWARDS, "heldout": files, "eval_prompts": 2, "eval_steps": 2, "watch_every": 1}
+    often = {"save_every": 1, "sample_every": 1, "ema": 0.9, "watch_prompts": 2}
+    for iterations in (1, 2):
+        cfg = tiny.config(world, out=str(tmp_path / "run"), iterations=iterations, **SMALL | scored | often)
+        tiny.main(cfg, tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+@there
+@pytest.mark.slow
+def test_the_commands(world, tmp_path, gpu):
+    evaluate(world)
+    given = ["--model", world / "pipeline", "--adapters", f"red={world / 'red'}", "--out", tmp_path]
+    sample.main([*map(str, given), "--prompts", "a red dot", "--steps", "2", "--device", "cuda"])
+    assert len(list(tmp_path.glob("*.png"))) == 3
