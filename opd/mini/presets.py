@@ -44,7 +44,8 @@ EARLY = {"weight": "uniform", "queries": 5, "query_beta": (1.0, 1.5), "skip_last
 FOLD = {**MINI_OPD, **EARLY, "teacher_guidance": 2.5, "save_every": 25}
 # Many small updates are at the teachers' level in a quarter of the time ("How soon" there). An anchor of the
 # low noise levels alone costs no pass at the others.
-SMALL_STEPS = {"prompts_per_step": 10, "queries": 2, "lr": 2e-3, "iterations": 120, "save_every": 40}
+SMALL_STEPS = {"prompts_per_step": 10, "queries": 2, "lr": 2e-3, "iterations": 120}
+SMALL_STEPS |= {"save_every": 40, "sample_every": 40}
 LATE = {"anchor_weight": 0.0, "anchor_levels": {"0.6": 3.0}}
 
 # GRPO. One early state is trained at a time, since early states decide the composition; groups share their
