@@ -99,13 +99,14 @@ class Scores:
     """Scoring of prompts, trained on and held out. These settings may change when a run resumes."""
 
     evaluate: bool = True
-    """Score base, teachers, start and student on every task when training ends."""
+    """Score base, teachers, start and student on every task when training ends, on held-out prompts where
+    there are some."""
     rewards: Texts = field(default_factory=dict)
     """Task -> its scorers for evaluation, `module:function`, commas between; the first makes the mean."""
     heldout: Texts = field(default_factory=dict)
     """Task -> prompts never trained on."""
     eval_prompts: Count = 256
-    """Prompts per task and split in evaluation, repeated with other noise where a file has fewer."""
+    """Prompts per task in evaluation, repeated with other noise where a file has fewer."""
     watch_every: Interval = 0
     """Steps between scores of the student on held-out prompts of every task, in the log; 0 = never."""
     watch_prompts: Count = 64

@@ -187,9 +187,9 @@ class Report:
         return {"distance": found}
 
     def table(self, trained: Trained) -> list[str]:
-        """Base, teachers, start and student on every task, trained and held-out prompts: table.txt and
-        scores.json; behind them cells.json and records.jsonl. An image without a score is left out of its
-        mean; without any the mean is NaN. Returns the tasks that have such a mean."""
+        """Base, teachers, start and student on every task: table.txt and scores.json; behind them cells.json
+        and records.jsonl. An image without a score is left out of its mean; without any the mean is NaN.
+        Returns the tasks that have such a mean."""
         cfg = self.cfg
         if isinstance(cfg, SFTConfig) or cfg.full or not cfg.evaluate:
             return []
@@ -199,7 +199,7 @@ class Report:
             records = self.records(rows, self.splits, cfg.eval_prompts)
         scorers = self.scorers
         cells = summarise(records, scorers.specs())
-        note = f"n={cfg.eval_prompts} per task and split, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
+        note = f"n={cfg.eval_prompts} per task, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
         routes = cfg.routes if isinstance(cfg, DistillationConfig) else {}
         lines = [tables.table(cells, scorers.first, note, labels_of(records), routes=routes)]
         self.scores = "\n".join([*lines, *tables.remarks(records, scorers.specs()), *scorers.abouts()])
@@ -272,10 +272,11 @@ def is_scored(cfg: RunConfig) -> bool:
 
 
 def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
-    """The prompts of the table: those of training and, if there are any, those held out."""
-    if not cfg.heldout:
-        return {"train": data}
-    return {"train": data, "held-out": load_tasks(cfg.heldout)}
+    """The prompts of the table: of each task those held out or, where there are none, those of training."""
+    found = {"train": {task: pool for task, pool in data.items() if task not in cfg.heldout}}
+    if cfg.heldout:
+        found["held-out"] = load_tasks(cfg.heldout)
+    return {split: pools for split, pools in found.items() if pools}
 
 
 def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
