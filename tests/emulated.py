@@ -201,8 +201,8 @@ def check_devices(function, args: tuple, flat: list, gpus: list, target: torch.d
 # ---- torch.cuda and what else looks for a GPU --------------------------------------------------------------
 
 ANSWERS = {"is_available": True, "is_initialized": True, "device_count": 2, "current_device": 0}
-ANSWERS |= {"set_device": None, "empty_cache": None, "get_device_capability": (9, 0)}
-ANSWERS |= {"_is_in_bad_fork": False, "manual_seed_all": None, "is_bf16_supported": True}
+ANSWERS |= {"set_device": None, "empty_cache": None}
+ANSWERS |= {"_is_in_bad_fork": False, "manual_seed_all": None}
 ANSWERS |= {"current_stream": mock.MagicMock(), "stream": contextlib.nullcontext()}
 ANSWERS |= {"device": contextlib.nullcontext(), "device_of": contextlib.nullcontext()}
 
