@@ -321,7 +321,7 @@ class DistillationConfig(Rollout):
     """Teacher -> a guidance of its own, in place of --teacher-guidance."""
     teacher_devices: Texts = field(default_factory=dict)
     """Teacher with a transformer of its own -> where it is: a device such as cuda:1, or offload (it stays on
-    the CPU, and comes to the device one layer at a time)."""
+    the CPU, and comes to the device one block at a time)."""
     extrapolate: Annotated[Numbers, Range(1.0, 1000.0)] = field(default_factory=dict)
     """Teacher -> l >= 1: its target lies past it, v_T + (l - 1) (v_T - v_ref)."""
     train_rewards: Texts = field(default_factory=dict)

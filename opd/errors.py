@@ -30,7 +30,7 @@ def in_one_line(*mendable: type[Exception]) -> Iterator[None]:
         if not ranks.is_lost(error):
             raise
         reason = str(error).splitlines()[0]
-        lost = "another rank ended, or did not answer for half an hour"
+        lost = "another rank ended, or did not answer for ten minutes"
         leave(f"error: {lost}; the same command goes on after the last checkpoint ({reason})")
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
 from opd import flow, kernels, lora, trajectory
@@ -126,6 +127,12 @@ class Model:
             self.vae = self.family.load_vae(self.folder)
             check_finite(self.vae)
         self.vae.to(self.device)
+
+    def recompute(self) -> None:
+        """Keep no activations within a block: backward computes them again."""
+        # No network here has dropout, so no state of random numbers is fetched from the device and kept.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        self.transformer.enable_gradient_checkpointing(again)
 
     def load_with(self, sources: dict[str, str], prompts: list[str]) -> "Model":
         """Make a planned model ready to sample: frozen adapters by name attached, `prompts` encoded. Whatever

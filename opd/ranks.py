@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=10)
 """After which ranks give up one that does not answer, and end."""
 # At the start the other ranks wait while the first encodes prompts, which may take longer than any step.
 PATIENCE = timedelta(hours=24)
@@ -20,7 +20,10 @@ _patient = _aside = None
 
 def start(deterministic: bool = False) -> torch.device:
     """Join the process group that torchrun describes (or make one of one process); gloo on CPU, nccl on
-    GPU. `deterministic`: torch refuses what has no deterministic algorithm."""
+    GPU. `deterministic`: torch refuses what has no deterministic algorithm.
+
+    ValueError for more processes than GPUs.
+    """
     global _patient, _aside
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -29,8 +32,11 @@ def start(deterministic: bool = False) -> torch.device:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= gpus:
+            raise ValueError(f"process {local + 1} of this machine has no GPU; use --nproc_per_node {gpus}")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(
@@ -38,7 +44,9 @@ def start(deterministic: bool = False) -> torch.device:
             store=meeting_point(TIMEOUT),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=TIMEOUT,
+            # NCCL ends the process without a word of ours: `average_gradients` gives up before.
+            timeout=2 * TIMEOUT,
+            device_id=device if cuda and declared_world() > 1 else None,
         )
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         _aside = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -151,7 +159,11 @@ def shard(
 def average_gradients(parameters: list[torch.Tensor]) -> None:
     """Mean over ranks of the gradients of plain parameters, in one reduction. FSDP averages those of sharded
     parameters (--full) in every backward."""
-    if world() == 1 or isinstance(parameters[0], DTensor):
+    if world() == 1:
+        return
+    # On the CPU, where a rank that does not come ends in our line.
+    dist.barrier(_aside)
+    if isinstance(parameters[0], DTensor):
         return
     used = [parameter for parameter in parameters if parameter.grad is not None]
     flat = total(torch.cat([parameter.grad.flatten() for parameter in used])) / world()

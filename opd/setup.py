@@ -55,7 +55,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
             teacher.model.follow(steps)
     load_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
-        model.transformer.enable_gradient_checkpointing()
+        model.recompute()
     model.transformer.to(device)
     blocks = model.family.blocks(model.transformer)
     if cfg.compile:

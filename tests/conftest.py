@@ -5,6 +5,11 @@ import os
 # share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A model stands on a GPU where there is one, and the tests hand it tensors on the CPU. `GPU_TESTS=1 pytest
+# tests/test_kernels_fused.py` runs the kernels on it.
+if "GPU_TESTS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

@@ -201,9 +201,8 @@ def check_devices(function, args: tuple, flat: list, gpus: list, target: torch.d
 # ---- torch.cuda and what else looks for a GPU --------------------------------------------------------------
 
 ANSWERS = {"is_available": True, "is_initialized": True, "device_count": 2, "current_device": 0}
-ANSWERS |= {"set_device": None, "empty_cache": None, "get_device_capability": (9, 0)}
-ANSWERS |= {"get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None}
-ANSWERS |= {"_is_in_bad_fork": False, "manual_seed_all": None, "is_bf16_supported": True}
+ANSWERS |= {"set_device": None, "empty_cache": None}
+ANSWERS |= {"_is_in_bad_fork": False, "manual_seed_all": None}
 ANSWERS |= {"current_stream": mock.MagicMock(), "stream": contextlib.nullcontext()}
 ANSWERS |= {"device": contextlib.nullcontext(), "device_of": contextlib.nullcontext()}
 
@@ -222,6 +221,7 @@ def pretended():
             put(torch.cuda, name, lambda *_, answer=answer, **__: answer)
         begin = torch.distributed.init_process_group
         put(torch.distributed, "init_process_group", lambda _, device_id=None, **rest: begin("gloo", **rest))
+        put(torch.cuda, "_initialized", True)
         put(ranks, "total", on_gpu)
         put(ranks, "largest", on_gpu)
         # `.to` cannot pour a Gpu into a parameter on the CPU; a new parameter takes its place.

@@ -23,6 +23,7 @@ there = pytest.mark.skipif(not IN_THERE, reason="runs by tests/emulated.py")
 
 @pytest.mark.skipif(IN_THERE, reason="is that process")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU is built by g++, and there is none")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has a guard for CUDA of its own")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_the_emulated_gpu(which):
     """Its guard must be there before torch is, hence the separate process."""
@@ -80,6 +81,7 @@ DISTILLATIONS = {
     "flux2": ("flux2", {}, 1),
     "qwen_image": ("qwen_image", {}, 5),
     "pg": ("sd3", {"estimator": "pg"}, 1),
+    "recomputed": ("sd3", {"checkpointing": True}, 1),
     "teacher walks": ("sd3", {"walker": "teacher", "queries": 1}, 1),
     "teacher on cuda:1": ("sd3", {"teacher_devices": {"red": "cuda:1"}}, 1),
     "reward routing": ("sd3", {"routing": "reward", "train_rewards": REWARDS}, 4),

@@ -103,7 +103,8 @@ def test_stages_that_store_trajectories_hold_their_states(world, counted):
 
 
 def test_teachers_count_for_what_they_load(world, counted, tmp_path):
-    """Adapters of rank 4 as they are; a transformer of its own whole, unless it stays on the CPU."""
+    """Adapters of rank 4 as they are; a transformer of its own whole, or but for three of its five blocks
+    where they come one at a time."""
     red, blue = (str(world / name) for name in ("red", "blue"))
     cfg = tiny.config(world, rank=16)
     model = planned_run(cfg)
@@ -112,13 +113,17 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     full = str(tiny.fold(world, "red", tmp_path / "full"))
     one = read_teachers(replace(cfg, teachers={"red": full, "blue": blue}), model)
     assert memory.held_by_teachers(model, one) == read // 2 + counted(cfg)["base"]
-    away = replace(cfg, teachers={"red": full, "blue": red}, teacher_devices={"red": "offload"})
-    assert memory.held_by_teachers(model, read_teachers(away, model)) == read // 2
     # What --dry-run says: of what is not here, four times the rank.
     absent = replace(cfg, teachers={"red": red, "blue": "owner/blue"})
     for each, size in ((cfg, read), (absent, read // 2 + 2 * read)):
         assert f"teachers     {memory.in_words(size):>12}" in memory.forecast(each)
     assert "taken for a LoRA of --rank 16: blue:" in memory.forecast(absent)
+    deep = tiny.make_world(tmp_path / "deep", layers=5)
+    away = tiny.config(deep, teachers={"red": str(deep / "pipeline")}, teacher_devices={"red": "offload"})
+    model = planned_run(away)
+    skeleton, left_out = model.skeleton, model.skeleton.transformer_blocks[2:]
+    held = {*skeleton.parameters(), *skeleton.buffers()} - {*left_out.parameters()}
+    assert memory.held_by_teachers(model, read_teachers(away, model)) == 4 * memory.numbers(held)
 
 
 def test_what_cannot_fit_is_refused_before_weights_load(world, monkeypatch):

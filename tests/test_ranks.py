@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
+from opd import ranks
 from opd.config import STAGES
 from tests import forked, tiny
 from tests.counted_run import counted_by
@@ -100,6 +101,27 @@ def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_p
     assert counted["parameters"] - 4 * trained <= 1.02 * frozen / shard_size
     # Adam's moments and a gradient per trained number, the VAE, the text, the schedules.
     assert counted["alive"] - counted["parameters"] < 0.6 * counted["whole"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 3 of this machine has no GPU; use --nproc_per_node 2"):
+        ranks.start()
+
+
+@pytest.mark.parametrize("name, given", [("ALLOC", ""), ("ALLOC", "a:1"), ("CUDA_ALLOC", "a:1")])
+def test_segments_of_gpu_memory_can_grow_unless_the_user_says_otherwise(name, given):
+    """PyTorch reads either variable, and both where both are set."""
+    code = "import os, opd; print({k: v for k, v in os.environ.items() if 'ALLOC_CONF' in k})"
+    environment = dict(os.environ)
+    for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment.pop(key, None)
+    if given:
+        environment[f"PYTORCH_{name}_CONF"] = given
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert printed.strip() == str({f"PYTORCH_{name}_CONF": given or "expandable_segments:True"})
 
 
 # One `srun` for each node's torchrun, both of them here.

@@ -157,7 +157,7 @@ def test_a_rank_that_is_lost_ends_the_others_in_a_line(world, tmp_path, number):
     forked.wait_for(lambda: len(forked.rows(out)) >= 2)
     second.signal(number)
     assert first.ended(60) == 1
-    lost = "error: another rank ended, or did not answer for half an hour; the same command goes on"
+    lost = "error: another rank ended, or did not answer for ten minutes; the same command goes on"
     assert first.printed().count(lost) == 1 and "Traceback" not in first.printed()
     second.ended(0)
 

@@ -182,7 +182,7 @@ def make_stage(structure: str, work: Work, device: torch.device) -> Distillation
     for parameter in lora.parameters_of(model.transformer, STUDENT).values():
         parameter.requires_grad_(True)
     if cfg.checkpointing:
-        model.transformer.enable_gradient_checkpointing()
+        model.recompute()
     model.transformer.to(model.device)
     if structure == "released":
         return Released(cfg, model, pools, {}, Trained(cfg, model))

@@ -8,7 +8,7 @@
     a pipeline       another model on the same latents, with     its transformer, in the compute dtype; text
                      encoders, size, family, guidance its own    is encoded beforehand, its encoders freed
 
-A transformer of its own may stand on another device, or stay on the CPU and come to the device one layer at a
+A transformer of its own may stand on another device, or stay on the CPU and come to the device one block at a
 time (--teacher-devices); with --shard-size it is sharded like the student's base.
 """
 
@@ -59,12 +59,15 @@ class Whole:
         with reading(f"teacher {self.source!r}"):
             check_finite(model.transformer)
         if self.offload:
-            # With a stream the next layer travels while this one computes.
+            # With a stream the next block travels while this one computes, and nobody waits for its end.
+            cuda = model.device.type == "cuda"
             model.transformer.enable_group_offload(
                 onload_device=model.device,
                 offload_device=torch.device("cpu"),
-                offload_type="leaf_level",
-                use_stream=model.device.type == "cuda",
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=cuda,
+                record_stream=cuda,
             )
         else:
             model.transformer.to(model.device)

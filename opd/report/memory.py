@@ -151,10 +151,20 @@ def held_by_teachers(model: Model, teachers: dict[str, Lora | Whole]) -> int:
     for teacher in teachers.values():
         if isinstance(teacher, Lora):
             size += model.dtype.itemsize * numbers([*teacher.A.values(), *teacher.B.values()])
-        elif not teacher.offload and teacher.model.device == model.device:
-            skeleton = teacher.model.skeleton
-            size += model.dtype.itemsize * numbers([*skeleton.parameters(), *skeleton.buffers()])
+        elif teacher.model.device == model.device:
+            size += model.dtype.itemsize * held_at_once(teacher)
     return size
+
+
+def held_at_once(teacher: Whole) -> int:
+    """How many of its numbers are on the device at a time."""
+    skeleton = teacher.model.skeleton
+    whole = numbers([*skeleton.parameters(), *skeleton.buffers()])
+    if not teacher.offload:
+        return whole
+    # What is in no block, the block at work, and the one on its way.
+    blocks = [numbers([*block.parameters()]) for block in teacher.model.family.blocks(skeleton)]
+    return whole - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
 def lora_numbers(cfg: RunConfig, model: Model) -> int:
