@@ -17,6 +17,7 @@ from opd.formats.lora_files import Lora, find_adapter
 from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import Whole, described, read_teachers
 from opd.lora import BASE, EMA, START, STUDENT
+from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
 from opd.report import memory
@@ -36,6 +37,9 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     """
     if cfg.compile:
         compiled.check_compiler()
+    for source, command in MADE_BY.items():
+        made = source not in vars(cfg).values() or resolve(source).exists()
+        require(made, f"{source} is not there yet; make it by: {command}")
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
     teachers = {}
     if isinstance(cfg, DistillationConfig):
