@@ -1,4 +1,5 @@
-"""Signals: a run that is told to stop leaves the step it is in, saves the last finished one, and ends well.
+"""Signals: a run that is told to stop leaves the step or picture it is in, saves the last finished step, and
+ends well.
 
 A step is a function of (seed, step): what it had begun is made again, to the same bits, by the run that goes
 on. All ranks leave at the same boundary, since saving needs them all.
@@ -85,7 +86,7 @@ def deferred() -> Iterator[None]:
 
 
 def boundary() -> None:
-    """A place where a step can be left, such as between two states: raises Stopped where any rank has
+    """A place where a run can be left, such as between two states: raises Stopped where any rank has
     received a signal. All ranks come by the same boundaries, and leave at the same one.
 
     Nobody waits: what the ranks say at one boundary is read at the next.
@@ -105,14 +106,17 @@ def boundary() -> None:
         raise Stopped(signal.Signals(number).name)
 
 
-def received(device: torch.device) -> str:
-    """The name of a signal that came after the last boundary, to any rank, or "" (a collective)."""
-    number = int(ranks.largest(torch.tensor(_handler.number, device=device)))
-    return signal.Signals(number).name if number > 0 else ""
-
-
-def wait_until(done: Callable[[], bool], device: torch.device) -> None:
-    """Until `done()` on every rank, with a boundary all the while (a collective)."""
-    while ranks.largest(torch.tensor(float(not done()), device=device)) > 0:
+def wait_until(done: Callable[[], bool]) -> None:
+    """Where signals wait for boundaries: until `done()` on every rank, with a boundary all the while (a
+    collective)."""
+    while _handler.deferred and anywhere(not done()):
         boundary()
         time.sleep(POLL)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any rank (a collective)."""
+    said = torch.tensor(here, dtype=torch.uint8)
+    if ranks.world() > 1:
+        ranks.largest_later(said).wait()
+    return bool(said)

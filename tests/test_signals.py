@@ -79,6 +79,49 @@ def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, 
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+WATCHED = {"iterations": 4, "sample_every": 2, "eval_steps": 20, "watch_every": 2, "watch_prompts": 2}
+WATCHED |= {"rewards": dict.fromkeys(tiny.PROMPTS, "jpeg_compressibility"), "eval_prompts": 2, "ema": 0.9}
+
+
+@pytest.mark.parametrize(
+    "world_size, stops",
+    [
+        (1, [("sample_grid", 0), ("watch", 2), ("measure", 2), ("sample_grid", 2), ("table", 4)]),
+        (2, [("sample_grid", 2), ("table", 4)]),
+    ],
+)
+def test_a_signal_leaves_pictures_and_scores_and_the_run_ends_with_the_same_files(
+    world, tmp_path, world_size, stops
+):
+    """Twenty states of half a second would take 10 s."""
+    heldout, slow = {name: str(world / f"{name}.txt") for name in tiny.PROMPTS}, tmp_path / "slow"
+
+    def ranks(out):
+        command = distillation(world, out, **WATCHED, heldout=heldout, evaluate=True)
+        return forked.ranks(tmp_path, world_size, command, "tests.slowed", SLOW=str(slow))
+
+    out, whole = tmp_path / "a/run", tmp_path / "b/run"
+    forked.finished(ranks(whole))
+    for method, done in stops:
+        slow.write_text(f"0.5 {method} {done}")
+        slow.with_suffix(".begun").unlink(missing_ok=True)
+        runs = ranks(out)
+        forked.wait_for(slow.with_suffix(".begun").exists)
+        runs[-1].signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        printed = forked.finished(runs)
+        assert time.monotonic() - signalled < 5
+        assert len(forked.rows(out)) == latest_state(out) == done
+        where = f"step {done} of 4; {GO_ON} there"
+        if done == 4:
+            where = f"the last step; {GO_ON} with the scores"
+        assert printed.count(f"stopped by SIGTERM after {where}") == 1
+    slow.unlink()
+    forked.finished(ranks(out))
+    got, want = contents(out), contents(whole)
+    assert [name for name in want if name not in got or got[name] != want[name]] == []
+
+
 def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch):
     """Stage grpo with two updates a step, left between them."""
     *_, trained, stage = tiny.build(tiny.grpo_config(world, updates=2, ema=0.9))

@@ -147,7 +147,7 @@ def gather_scores(
     scores_N = torch.zeros(count, dtype=torch.float64, device=device)
     asked_N = torch.zeros(count, dtype=torch.float64, device=device)
     failures, busy = [], 0.0
-    signals.wait_until(lambda: all(scoring.call.is_over() for _, scoring in pending), device)
+    signals.wait_until(lambda: all(scoring.call.is_over() for _, scoring in pending))
     for samples, scoring in pending:
         scores_B, failed, seconds = scoring.result()
         scores_N[samples] = scores_B.to(device, torch.float64)
