@@ -23,6 +23,7 @@ from tests.forked import ROOT, losses
 from tests.test_ranks import distil, finetuning, launch
 
 GO_ON = "the same command goes on"
+SHOWN = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
 def asleep(images, prompts, metadata):
@@ -182,6 +183,17 @@ def test_a_signal_before_training_ends_it_in_a_line(world, tmp_path):
     assert "Traceback" not in run.printed()
 
 
+def test_ctrl_c_that_nobody_handles_is_a_line():
+    """As while a command imports; the status is that of a process that SIGINT ends, and a fault stays one."""
+    for code, status, said in (
+        ("signal.raise_signal(signal.SIGINT)", -signal.SIGINT, "stopped by SIGINT\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", f"import opd, signal; {code}"], cwd=ROOT, **SHOWN)
+        assert ended.returncode == status and ended.stdout.endswith(said)
+        assert ("Traceback" in ended.stdout) == (status == 1)
+
+
 def test_ranks_skip_a_non_finite_step_together_and_end_together(world, tmp_path):
     arguments = distillation(world, tmp_path / "run", iterations=9, lr=1e30)
     runs = forked.ranks(tmp_path, 2, arguments)
@@ -213,8 +225,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
     torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1 --master_port"
     script = [str(forked.free_port()), "train.py", *distil(world, tmp_path / "run", **settings)]
     arguments = [sys.executable, *torchrun.split(), *script]
-    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    launcher = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **shown)
+    launcher = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **SHOWN)
     forked.wait_for(lambda: len(forked.rows(tmp_path / "run")) >= 2)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
