@@ -21,7 +21,7 @@ from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
 from opd.report import memory
-from opd.report.report import is_scored, shown_texts, splits
+from opd.report.report import grid_prompts, is_scored, shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
 from opd.teachers import teacher_names
 
@@ -128,7 +128,8 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[
         steps.append([prompt.text for prompt in prompts])
     shown = shown_texts(cfg, pools)
     if isinstance(cfg, DistillationConfig):
-        teacher_names(cfg, pools)  # refuses a route that cannot be followed
+        grid = {f"{task}, shown": pool for task, pool in grid_prompts(cfg, pools).items()}
+        teacher_names(cfg, pools | grid)  # refuses a route that cannot be followed
     return pools, shown, steps
 
 

@@ -17,7 +17,7 @@ from opd.evaluation.statistics import ALL, labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
-from opd.formats.prompts import load_tasks
+from opd.formats.prompts import load_prompts, load_tasks
 from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due
@@ -29,6 +29,9 @@ from opd.report.tracker import Tracker
 from opd.rewards import Reward, specs_of
 from opd.runfolder import RunFolder
 from opd.teachers import load_teachers, route_of
+
+MOST = 16
+"""Prompts of --sample-prompts that a grid shows."""
 
 
 class Report:
@@ -45,17 +48,14 @@ class Report:
         self.cfg, self.model, self.data, self.folder = cfg, model, data, folder
         if folder.active:
             self.tracker = Tracker(cfg, folder.path)
-        self.shown, self.teachers = {}, {}
-        """Task -> the prompts of sample grids, and its teachers."""
-        if not isinstance(data, Images):
-            self.shown = shown_prompts(cfg, data)
+        self.shown = grid_prompts(cfg, data)
         self.texts = [prompt.text for pool in self.shown.values() for prompt in pool]
-        if isinstance(data, Images):
-            self.texts = shown_texts(cfg, data)
+        self.measured, self.teachers = {}, {}
+        """Task -> the prompts that distances are measured on; the teachers there, by name."""
         if isinstance(cfg, DistillationConfig):
-            self.teachers = load_teachers(
-                cfg, model, data | {f"{task}, shown": self.shown[task] for task in data}
-            )
+            self.measured = shown_prompts(cfg, data)
+            pools = data | {f"{task}, shown": pool for task, pool in self.measured.items()}
+            self.teachers = load_teachers(cfg, model, pools)
         self.scores = ""
         """The table, once there is one."""
         if is_scored(cfg):
@@ -135,17 +135,21 @@ class Report:
         if isinstance(cfg, DistillationConfig):
             taught = []
             for prompt in (prompt for pool in self.shown.values() for prompt in pool):
-                shares = routing.shares(route_of(cfg, prompt), "route")
+                shares = {"": 1.0}  # a prompt of no task has no teacher, and a white picture in its place
+                if prompt.task in cfg.prompts or "route" in prompt.metadata:
+                    shares = routing.shares(route_of(cfg, prompt), "route")
                 taught.append(max(shares, key=lambda name: shares[name]))
-            made = {}
-            for name in dict.fromkeys(taught):
+            made = dict.fromkeys(everything, torch.ones(3, *self.model.pixels))
+            names = dict.fromkeys(name for name in taught if name)
+            for name in names:
                 adapter = name if name in self.model.teachers else cfg.adapter_of(name)
                 columns = [column for column in everything if taught[column] == name]
                 pictures = self.pictures(adapter, cfg.guidance_of(name), columns)
                 made |= dict(zip(columns, pictures, strict=True))
-            scales = {f"{cfg.guidance_of(name):g}" for name in taught}
+            scales = {f"{cfg.guidance_of(name):g}" for name in names}
             label = f"guidance {scales.pop()}" if len(scales) == 1 else "its guidance"
-            rows[f"its teacher\n{label}"] = [made[column] for column in everything]
+            if names:
+                rows[f"its teacher\n{label}"] = list(made.values())
         return {name: (pictures, self.marks(pictures)) for name, pictures in rows.items()}
 
     def pictures(self, adapter: str, guidance: float, columns: list[int]) -> list[Tensor]:
@@ -197,7 +201,7 @@ class Report:
         if not self.teachers or not due(done, cfg.sample_every, cfg.iterations):
             return {}
         with trained.averaged():
-            found = distances(cfg, self.model, self.teachers, self.shown)
+            found = distances(cfg, self.model, self.teachers, self.measured)
         if not found:
             return {}
         words = ", ".join(f"{task} {value:.0f}" for task, value in found.items())
@@ -269,8 +273,21 @@ def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
 # ---- the prompts of a report -----------------------------------------------------------------------
 
 
+def grid_prompts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> dict[str, list[Prompt]]:
+    """What sample grids show, by task: --sample-prompts, or `shown_prompts`, or captions."""
+    if cfg.sample_prompts:
+        prompts = load_prompts(cfg.sample_prompts, "--sample-prompts", None)
+        prompts = prompts[:: max(1, len(prompts) // MOST)][:MOST]
+        tasks = dict.fromkeys(prompt.task for prompt in prompts)
+        return {task: [prompt for prompt in prompts if prompt.task == task] for task in tasks}
+    if isinstance(data, Images):
+        captions = list(dict.fromkeys(data.captions))[:SHOWN]
+        return {"captions": [Prompt(caption, "captions") for caption in captions]}
+    return shown_prompts(cfg, data)
+
+
 def shown_prompts(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
-    """What sample grids show of every task that is trained on, nine prompts in all: held-out ones where there
+    """What a report shows of every task that is trained on, nine prompts in all: held-out ones where there
     are some, at a fixed stride, so that files sorted by kind show every kind."""
     pools = data
     if isinstance(cfg, Rollout) and cfg.heldout:
@@ -293,9 +310,10 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
 
 def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
     """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
-    if isinstance(data, Images):
-        return list(dict.fromkeys(data.captions))[:SHOWN]
-    texts = [prompt.text for pool in shown_prompts(cfg, data).values() for prompt in pool]
+    pools = list(grid_prompts(cfg, data).values())
+    if isinstance(cfg, DistillationConfig):
+        pools += shown_prompts(cfg, data).values()
+    texts = [prompt.text for pool in pools for prompt in pool]
     if is_scored(cfg):
         count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
         for pools in splits(cfg, data).values():
