@@ -87,9 +87,8 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
         report = Report(cfg, model, data, rewards, folder)
         stage = choose_stage(cfg, model, data, rewards, trained)
         with signals.deferred():
-            finished = train(cfg, stage, trained, folder, report)
-        if finished:
-            unscored = report.table(trained)
+            unscored = train(cfg, stage, trained, folder, report)
+        if unscored is not None:
             report.close()
             say(f"run folder: {folder.path}")
             if unscored:
@@ -98,59 +97,55 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
     ranks.stop()
 
 
-def train(cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, report: Report) -> bool:
-    """The loop of every stage: step, watch, log, save, show. The same command again goes on after the last
-    checkpoint. Returns whether it came to its end: a signal stops it between two states."""
-    first, model = folder.resume(trained), trained.model
-    report.begin(trained, first)
-    bad_steps = 0
-    samples = cfg.samples_per_step()
+def train(
+    cfg: RunConfig, stage: "Stage", trained: Trained, folder: RunFolder, report: Report
+) -> list[str] | None:
+    """The loop of every stage: step, log, save, show; then the scores. The same command again goes on after
+    the last checkpoint. Returns the tasks without a score; None where a signal stopped it between two states.
+    """
+    done = folder.resume(trained)
+    bad_steps, samples = 0, cfg.samples_per_step()
     quiet = not folder.active or cfg.iterations == 0
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=quiet)
-    for step in bar:
-        try:
+    try:
+        report.begin(trained, done)
+        bar = tqdm(range(done, cfg.iterations), initial=done, total=cfg.iterations, disable=quiet)
+        for step in bar:
             signals.boundary()
-            model.ahead(step)
+            trained.model.ahead(step)
             started = time.perf_counter()
             metrics, norm = stage.step(step)
-        except signals.Stopped as signal:  # in the middle of the step, which is made again
-            bar.close()
-            trained.undo(step)
-            folder.save_to_go_on(trained, step)
-            say(f"stopped by {signal} after step {step} of {cfg.iterations}; the same command goes on there")
-            return False
-        seconds = time.perf_counter() - started
-        done = step + 1
+            seconds = time.perf_counter() - started
+            done = step + 1
 
-        fault = fault_of_step(cfg, metrics, norm)
-        bad_steps = bad_steps + 1 if fault else 0
-        if fault:
-            say(f"step {step}: {fault}; step skipped")
-        if bad_steps == MAX_BAD_STEPS or fault and done == cfg.iterations:
-            raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
+            fault = fault_of_step(cfg, metrics, norm)
+            bad_steps = bad_steps + 1 if fault else 0
+            if fault:
+                say(f"step {step}: {fault}; step skipped")
+            if bad_steps == MAX_BAD_STEPS or fault and done == cfg.iterations:
+                raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 
-        metrics |= report.watch(trained, done) | report.measure(trained, done)
-        if math.isfinite(norm):
-            metrics |= {"grad_norm": norm, "lr": learning_rate(cfg, step)}
-            metrics |= {"effective_batch": samples, "samples_per_second": samples / seconds}
-            metrics |= {"states_per_second": cfg.states_per_sample() * samples / seconds}
-            if cfg.compile:
-                metrics |= {"graphs": compiled.graphs()}
-            report.log({"step": done} | metrics)
-            bar.set_postfix_str(brief(metrics))
-        if "watch" in metrics:
-            folder.save_best(trained, metrics["watch"])
-        if due(done, cfg.save_every, cfg.iterations):
-            folder.save(trained, done)
-        if due(done, cfg.sample_every, cfg.iterations):
-            report.sample_grid(trained, done)
-        report.show(done)
-    if cfg.iterations == 0:  # a merge without training
-        folder.export(trained, 0)
-    late = signals.received()
-    if late:
-        say(f"stopped by {late} after the last step; the same command goes on with the scores")
-    return late == ""
+            if math.isfinite(norm):
+                metrics |= {"grad_norm": norm, "lr": learning_rate(cfg, step)}
+                metrics |= {"effective_batch": samples, "samples_per_second": samples / seconds}
+                metrics |= {"states_per_second": cfg.states_per_sample() * samples / seconds}
+                if cfg.compile:
+                    metrics |= {"graphs": compiled.graphs()}
+                report.log({"step": done} | metrics)
+                bar.set_postfix_str(brief(metrics))
+            if due(done, cfg.save_every, cfg.iterations):
+                folder.save(trained, done)
+            report.show(trained, done)
+        if cfg.iterations == 0:  # a merge without training
+            folder.export(trained, 0)
+        return report.table(trained)
+    except signals.Stopped as signal:
+        trained.undo(done)  # what the step after it had begun; the run that goes on makes it again
+        folder.save_to_go_on(trained, done)
+        where = f"step {done} of {cfg.iterations}; the same command goes on there"
+        if done == cfg.iterations:
+            where = "the last step; the same command goes on with the scores"
+        say(f"stopped by {signal} after {where}")
+        return None
 
 
 WAYS_OUT = {

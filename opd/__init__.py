@@ -1,6 +1,7 @@
 """On-policy distillation of flow-matching image models."""
 
 import os
+import sys
 
 # Read when torch loads OpenMP, so this package is imported before it. Threads that wait for work would else
 # spin, and on a CPU that does something else a step takes twice to twenty times as long.
@@ -10,3 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # micro-batch; segments that can grow leave no gaps that nothing fits.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def say_what_ended(kind, error, trace) -> None:
+    """A Ctrl-C that nobody handles, such as one in the seconds of the imports, is a line and no traceback."""
+    if kind is KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_what_ended

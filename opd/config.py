@@ -79,6 +79,9 @@ class Logistics:
     """Resume although settings, or files that the run reads, have changed since it began."""
     sample_every: Interval = 20
     """Steps between sample grids; 0 = none."""
+    sample_prompts: str = ""
+    """File of prompts (.txt, .jsonl, .csv) that sample grids show, at most 16, in place of held-out ones. A
+    line's own "task" says whose teacher stands above it."""
     eval_steps: Few = 10
     """ODE steps of sample grids and evaluation."""
     deploy_guidance: Annotated[float, Finite] = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
-from opd import flow, kernels, lora, trajectory
+from opd import flow, kernels, lora, signals, trajectory
 from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
 from opd.data import seed_of
@@ -219,6 +219,7 @@ class Model:
         path = self.path(sampling.steps, sampling.rollout, sampling.noise_level, key)
         with lora.use(self.transformer, adapter):
             for state in self.walk(path, seed_of(sampling.seed, "start"), index):
+                signals.boundary()
                 state.step(self.velocity(state.x, state.sigma_B, text, sampling.guidance))
         return state.x_next
 

@@ -131,6 +131,8 @@ class RunFolder:
         self.cfg, self.active, self.path = cfg, active, path_of(cfg.out)
         self.saved = 0
         """Steps done in the saved state."""
+        self.logged = 0
+        """The step of the log's last line."""
         self.best = -math.inf
         """The highest mean score of those watched so far."""
         if active:
@@ -201,21 +203,28 @@ class RunFolder:
     # ---- logging ----
 
     def log(self, row: dict) -> None:
-        """Append one line to metrics.jsonl."""
+        """A line of metrics.jsonl; what is said later of the same step joins it."""
         file = self.path / "metrics.jsonl"
-        if self.active:
+        if self.active and row["step"] == self.logged:
+            *rows, last = self.metrics()
+            self.rewrite([*rows, last | row])
+        elif self.active:
             with writing(file), open(file, "a") as log:
                 log.write(json.dumps(row) + "\n")
+        self.logged = row["step"]
 
     def metrics(self) -> list[dict]:
         return read_metrics(self.path / "metrics.jsonl")
 
     def truncate_metrics(self, done: int) -> None:
         """Drop the lines past the state that the run goes on from."""
-        file = self.path / "metrics.jsonl"
-        if self.active and file.is_file():
-            keep = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= done]
-            replace(file, lambda path: path.write_text("".join(keep)))
+        if self.active and (self.path / "metrics.jsonl").is_file():
+            self.rewrite([row for row in self.metrics() if row["step"] <= done])
+
+    def rewrite(self, rows: list[dict]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        replace(self.path / "metrics.jsonl", lambda path: path.write_text(text))
+        self.logged = max((row["step"] for row in rows), default=0)
 
 
 def mean_score(watched: dict[str, float]) -> float:

@@ -17,10 +17,11 @@ from opd.formats.lora_files import Lora, find_adapter
 from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import Whole, described, read_teachers
 from opd.lora import BASE, EMA, START, STUDENT
+from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
 from opd.report import memory
-from opd.report.report import is_scored, shown_texts, splits
+from opd.report.report import grid_prompts, is_scored, shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
 from opd.teachers import teacher_names
 
@@ -36,6 +37,9 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     """
     if cfg.compile:
         compiled.check_compiler()
+    for source, command in MADE_BY.items():
+        made = source not in vars(cfg).values() or resolve(source).exists()
+        require(made, f"{source} is not there yet; make it by: {command}")
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
     teachers = {}
     if isinstance(cfg, DistillationConfig):
@@ -124,7 +128,8 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[
         steps.append([prompt.text for prompt in prompts])
     shown = shown_texts(cfg, pools)
     if isinstance(cfg, DistillationConfig):
-        teacher_names(cfg, pools)  # refuses a route that cannot be followed
+        grid = {f"{task}, shown": pool for task, pool in grid_prompts(cfg, pools).items()}
+        teacher_names(cfg, pools | grid)  # refuses a route that cannot be followed
     return pools, shown, steps
 
 

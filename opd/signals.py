@@ -1,4 +1,5 @@
-"""Signals: a run that is told to stop leaves the step it is in, saves the last finished one, and ends well.
+"""Signals: a run that is told to stop leaves the step or picture it is in, saves the last finished step, and
+ends well.
 
 A step is a function of (seed, step): what it had begun is made again, to the same bits, by the run that goes
 on. All ranks leave at the same boundary, since saving needs them all.
@@ -85,7 +86,7 @@ def deferred() -> Iterator[None]:
 
 
 def boundary() -> None:
-    """A place where a step can be left, such as between two states: raises Stopped where any rank has
+    """A place where a run can be left, such as between two states: raises Stopped where any rank has
     received a signal. All ranks come by the same boundaries, and leave at the same one.
 
     Nobody waits: what the ranks say at one boundary is read at the next.
@@ -105,21 +106,17 @@ def boundary() -> None:
         raise Stopped(signal.Signals(number).name)
 
 
-def received() -> str:
-    """The name of a signal that came after the last boundary, to any rank, or "" (a collective)."""
-    number = largest_now(_handler.number)
-    return signal.Signals(number).name if number > 0 else ""
-
-
 def wait_until(done: Callable[[], bool]) -> None:
-    """Until `done()` on every rank, with a boundary all the while (a collective)."""
-    while largest_now(int(not done())) > 0:
+    """Where signals wait for boundaries: until `done()` on every rank, with a boundary all the while (a
+    collective)."""
+    while _handler.deferred and anywhere(not done()):
         boundary()
         time.sleep(POLL)
 
 
-def largest_now(number: int) -> int:
-    """Of all ranks' numbers, by way of the CPU: a GPU would have to end its work first."""
-    found = torch.tensor(number)
-    ranks.largest_later(found).wait()
-    return int(found)
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any rank (a collective)."""
+    said = torch.tensor(here, dtype=torch.uint8)
+    if ranks.world() > 1:
+        ranks.largest_later(said).wait()
+    return bool(said)

@@ -303,14 +303,25 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
 
 
 def test_the_student_is_compared_with_the_teacher_of_each_task():
-    """Differences and errors by hand; of the mean only where every task has a teacher."""
-    block = {"base": {"a": (0.1, 0.0), "b": (0.1, 0.0)}, "a g=4": {"a": (0.9, 0.03), "b": (0.2, 0.0)}}
-    block |= {"c": {"a": (0.0, 0.0), "b": (0.5, 0.03)}}
-    block |= {"student": {"a": (0.8, 0.04), "b": (0.6, 0.04), "mean": (0.7, 0.03)}}
-    own = differences(block, {"a": "", "b": ""}, {"b": "c"})["its teacher"]
-    assert own["a"] == pytest.approx((-0.1, 0.05)) and own["b"] == pytest.approx((0.1, 0.05))
-    assert own["mean"] == pytest.approx((0.0, math.hypot(0.03, 0.015 * 2**0.5)))
-    assert list(differences(block, {"a": "", "b": ""}, {})["its teacher"]) == ["a"]
+    """Picture by picture: the error is that of the differences, not of two means; of the mean over tasks only
+    where every task has a teacher."""
+    random, records = np.random.default_rng(0), []
+    hard = {task: random.normal(size=9) for task in "ab"}  # prompts differ far more than models do
+    gain = {("student", task): 0.3 + 0.1 * random.normal(size=9) for task in "ab"}
+    for row in ("base", "a g=4", "c", "student"):
+        for task in "ab":
+            scores = hard[task] + gain.get((row, task), 0.5 * (row == "a g=4"))
+            records += [record(row, task, str(i), i, m=float(score)) for i, score in enumerate(scores)]
+    records.append(record("c", "b", "9", 9, m=7.0))  # the student has no such picture
+    cells, first = summarise(records, ["m"]), {"a": "m", "b": "m"}
+    error = {task: gain["student", task].std(ddof=1) / 3 for task in "ab"}
+    whom = differences(cells, "held-out", first, {"b": "c"})
+    own, base = whom["its teacher"], whom["the base"]
+    assert own["a"] == pytest.approx((gain["student", "a"].mean() - 0.5, error["a"]))
+    assert base["b"] == pytest.approx((gain["student", "b"].mean(), error["b"]))
+    assert own["b"][1] == pytest.approx(error["b"])
+    assert base["mean"][1] == pytest.approx(math.hypot(*error.values()) / 2)
+    assert list(differences(cells, "held-out", first, {})["its teacher"]) == ["a"]
     assert [stands(*pair) for pair in ((0.1, 0.04), (-0.1, 0.04))] == ["above", "below"]
     assert stands(0.1, math.nan) == "not comparable with"
 

@@ -19,8 +19,10 @@ from opd.families import sd3
 from opd.formats import lora_files
 from opd.formats.prompts import load_prompts
 from opd.mini import build, rewards, signs, world
+from opd.mini.presets import MINI_PRESETS
 from opd.presets import PRESETS
 from opd.rewards import find_reward
+from opd.setup import set_up
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +53,20 @@ def test_plain_diffusers_loads_the_miniature_and_our_teachers():
             ).images
         scores[name] = rewards.text(images.float(), prompts, [{}] * len(prompts)).mean()
     assert scores["text"] > scores["base"] + 0.15 and scores["text"] > 0.75
+
+
+MADE = [
+    name for name, cfg in MINI_PRESETS.items() if any(str(v).startswith("runs/") for v in vars(cfg).values())
+]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_preset_says_what_makes_what_it_reads(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="runs/.* is not there yet; make it by: python ") as error:
+        set_up(PRESETS[name], torch.device("cpu"))
+    source = str(error.value).split()[0]
+    assert source in vars(PRESETS[name]).values()
 
 
 def test_every_world_prompt_fits_the_tokenizer():

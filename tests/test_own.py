@@ -1,5 +1,8 @@
 """Presets that step aside for the user's own prompts and teachers, and the runs that come of it."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -78,6 +81,23 @@ def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_
         found[start] = distances(cfg, model, stage.teachers, data)
     assert found["base"] == pytest.approx({"red": 100, "blue": 100}, rel=1e-5)
     assert found["red"]["red"] == pytest.approx(0, abs=0.1) and found["red"]["blue"] > 10
+
+
+def test_a_grid_shows_the_prompts_that_the_user_names(world, tmp_path):
+    """Each with the teacher of its own task, and none above a prompt of no task."""
+    lines = [{"prompt": "a blue dot", "task": "blue"}, {"prompt": "a dot", "seen": 1}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = {"sample_prompts": str(tmp_path / "own.jsonl"), "iterations": 0}
+    cfg = tiny.config(world, out=str(tmp_path / "run"), **own)
+    *_, report = tiny.run(cfg)
+    assert report.texts == ["a blue dot", "a dot"]
+    (base, _), (above, _) = report.above.values()
+    assert torch.equal(above[0], report.pictures("blue", 1.0, [0])[0])
+    assert above[1].min() == 1 and base[1].min() < 1
+    assert report.measured.keys() == {"red", "blue"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(lines[0] | {"route": "green"}) + "\n")
+    with pytest.raises(ValueError, match="names 'green', which is not among the teachers"):
+        tiny.build(replace(cfg, out=str(tmp_path / "other")))
 
 
 def test_a_run_begins_with_what_it_will_do_and_a_grid(world, tmp_path):

@@ -121,6 +121,16 @@ def test_a_class_is_made_once_for_an_argument_and_loaded_once():
     assert torch.allclose(scores, (4 + 2 + 1) * brightness(images_of(4), None, None))
 
 
+def test_a_reward_in_a_file_imports_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_a_reward.py").write_text("SCALE = 3.0\n")
+    lines = "import neighbour_of_a_reward as near\n\ndef reward(images, prompts, metadata):\n"
+    (tmp_path / "own.py").write_text(f"{lines}    return near.SCALE * images.mean((1, 2, 3))\n")
+    before = list(sys.path)
+    reward = rewards.find_reward(f"{tmp_path}/own.py:reward")
+    assert reward(images_of(2), [""] * 2, [{}] * 2).tolist() == (3 * images_of(2).mean((1, 2, 3))).tolist()
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [

@@ -23,6 +23,7 @@ from tests.forked import ROOT, losses
 from tests.test_ranks import distil, finetuning, launch
 
 GO_ON = "the same command goes on"
+SHOWN = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
 def asleep(images, prompts, metadata):
@@ -77,6 +78,49 @@ def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, 
     if world_size == 1:
         file = "student/adapter_model.safetensors"
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+WATCHED = {"iterations": 4, "sample_every": 2, "eval_steps": 20, "watch_every": 2, "watch_prompts": 2}
+WATCHED |= {"rewards": dict.fromkeys(tiny.PROMPTS, "jpeg_compressibility"), "eval_prompts": 2, "ema": 0.9}
+
+
+@pytest.mark.parametrize(
+    "world_size, stops",
+    [
+        (1, [("sample_grid", 0), ("watch", 2), ("measure", 2), ("sample_grid", 2), ("table", 4)]),
+        (2, [("sample_grid", 2), ("table", 4)]),
+    ],
+)
+def test_a_signal_leaves_pictures_and_scores_and_the_run_ends_with_the_same_files(
+    world, tmp_path, world_size, stops
+):
+    """Twenty states of half a second would take 10 s."""
+    heldout, slow = {name: str(world / f"{name}.txt") for name in tiny.PROMPTS}, tmp_path / "slow"
+
+    def ranks(out):
+        command = distillation(world, out, **WATCHED, heldout=heldout, evaluate=True)
+        return forked.ranks(tmp_path, world_size, command, "tests.slowed", SLOW=str(slow))
+
+    out, whole = tmp_path / "a/run", tmp_path / "b/run"
+    forked.finished(ranks(whole))
+    for method, done in stops:
+        slow.write_text(f"0.5 {method} {done}")
+        slow.with_suffix(".begun").unlink(missing_ok=True)
+        runs = ranks(out)
+        forked.wait_for(slow.with_suffix(".begun").exists)
+        runs[-1].signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        printed = forked.finished(runs)
+        assert time.monotonic() - signalled < 5
+        assert len(forked.rows(out)) == latest_state(out) == done
+        where = f"step {done} of 4; {GO_ON} there"
+        if done == 4:
+            where = f"the last step; {GO_ON} with the scores"
+        assert printed.count(f"stopped by SIGTERM after {where}") == 1
+    slow.unlink()
+    forked.finished(ranks(out))
+    got, want = contents(out), contents(whole)
+    assert [name for name in want if name not in got or got[name] != want[name]] == []
 
 
 def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch):
@@ -139,6 +183,17 @@ def test_a_signal_before_training_ends_it_in_a_line(world, tmp_path):
     assert "Traceback" not in run.printed()
 
 
+def test_ctrl_c_that_nobody_handles_is_a_line():
+    """As while a command imports; the status is that of a process that SIGINT ends, and a fault stays one."""
+    for code, status, said in (
+        ("signal.raise_signal(signal.SIGINT)", -signal.SIGINT, "stopped by SIGINT\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", f"import opd, signal; {code}"], cwd=ROOT, **SHOWN)
+        assert ended.returncode == status and ended.stdout.endswith(said)
+        assert ("Traceback" in ended.stdout) == (status == 1)
+
+
 def test_ranks_skip_a_non_finite_step_together_and_end_together(world, tmp_path):
     arguments = distillation(world, tmp_path / "run", iterations=9, lr=1e30)
     runs = forked.ranks(tmp_path, 2, arguments)
@@ -170,8 +225,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
     torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1 --master_port"
     script = [str(forked.free_port()), "train.py", *distil(world, tmp_path / "run", **settings)]
     arguments = [sys.executable, *torchrun.split(), *script]
-    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    launcher = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **shown)
+    launcher = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **SHOWN)
     forked.wait_for(lambda: len(forked.rows(tmp_path / "run")) >= 2)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd import ranks
+from opd import ranks, signals
 from opd.data import Prompt, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.lora import BASE
@@ -104,15 +104,13 @@ def score(
     """All records of `batches`, in their order, with all their scores (collectives). What is new is written
     into `folder` as soon as it is known."""
     todo = [batch for batch in batches if batch.row or scorers.lacking(batch.records)]
-    new, started = [], None
+    new, started = [], ([], [])
     hidden = True if ranks.rank() > 0 or len(todo) < 3 else None  # None: where there is no terminal
     for batch, counts in tqdm(list(dealt(todo)), desc="score", disable=hidden, leave=False):
         images_BCHW = pictures(batch, model, folder)
-        if started is not None:
-            new += scorers.collect(started, folder)
-        started = scorers.start(batch.records, images_BCHW) if counts else None
-    if started is not None:
         new += scorers.collect(started, folder)
+        started = scorers.start(batch.records, images_BCHW) if counts else ([], [])
+    new += scorers.collect(started, folder)
     scored = {record.file: record for part in ranks.gather(new) for record in part}
     if folder is not None:
         folder.merge()
@@ -192,8 +190,9 @@ class Scorers:
         return shown, asked
 
     def collect(self, started: Started, folder: RecordFolder | None) -> list[Record]:
-        """Wait for the scores: the batch's records with them, written into `folder`."""
+        """Wait for the scores (a collective): the batch's records with them, written into `folder`."""
         records, asked = started
+        signals.wait_until(lambda: all(answer.call.is_over() for *_, answer in asked))
         for scorer, places, answer in asked:
             scores_B, reasons, _ = answer.result()
             self.check(scorer, records[0], len(places), list(reasons.values()))
@@ -202,7 +201,7 @@ class Scorers:
                     records[place] = records[place].scored(scorer.spec, None, reasons[position])
                 else:
                     records[place] = records[place].scored(scorer.spec, scores_B[position].item())
-        if folder is not None:
+        if folder is not None and records:
             folder.append(records)
         return records
 

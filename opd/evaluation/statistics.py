@@ -6,11 +6,12 @@ Pictures of one prompt are alike, so they are no independent draws: errors are c
 import base64
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from opd.evaluation.records import Record
+from opd.lora import STUDENT
 
 ALL, TAGS = "", "mean of tags"
 # How far apart pictures lie, of one prompt and of different ones. The keys are those of committed results.
@@ -34,6 +35,9 @@ class Cell:
     prompts: int
     mean: float  # raw; NaN if no picture has a score
     error: float  # standard error of the mean, clustered by prompt; NaN for fewer than two prompts
+    apart: float = math.nan
+    """The same of the student's mean less this one, over the pictures that both have: they share prompts and
+    noise. NaN of what is not compared."""
 
 
 def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
@@ -50,7 +54,9 @@ def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
         for scorer in scorers:
             having = [record for record in group if scorer in record.scores]
             if having:
-                cells += cells_of(place, having, scorer)
+                whole, *parts = cells_of(place, having, scorer)
+                student = groups.get((STUDENT, *place[1:]), [])
+                cells += [replace(whole, apart=error_apart(student, having, scorer)), *parts]
         cells += diversity_within(place, group) + diversity_across(place, group)
     return cells
 
@@ -105,6 +111,14 @@ def clustered(values: list[float], clusters: list[str]) -> tuple[float, float]:
         return mean, math.nan
     squares = sum(residual**2 for residual in residuals.values())
     return mean, math.sqrt(count / (count - 1) * squares) / n
+
+
+def error_apart(student: list[Record], others: list[Record], scorer: str) -> float:
+    """The standard error of the mean difference of pictures that come from the same prompt and noise."""
+    theirs = {record.index: record for record in others if not record.lacks(scorer)}
+    both = [record for record in student if record.index in theirs and not record.lacks(scorer)]
+    gains = [record.scores[scorer] - theirs[record.index].scores[scorer] for record in both]
+    return clustered(gains, [record.prompt for record in both])[1]
 
 
 def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:

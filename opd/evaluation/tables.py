@@ -64,7 +64,7 @@ def verdict(cells: list[Cell], first: dict[str, str], routes: dict[str, str]) ->
     Nothing where there is no student or nothing to compare it with. `routes`: as in `teacher_of`."""
     split = min((cell.split for cell in cells), default="")  # held-out before train
     block = blocks_of(cells, first).get(split, {})
-    apart = differences(block, first, routes)
+    apart = differences(cells, split, first, routes)
     if not apart:
         return []
     words, lines = [], []
@@ -84,25 +84,30 @@ def verdict(cells: list[Cell], first: dict[str, str], routes: dict[str, str]) ->
     return [f"{sentence} (Level: within two standard errors.)", *lines]
 
 
-def differences(block: Block, first: dict[str, str], routes: dict[str, str]) -> Block:
-    """The student's means less those of the task's teacher ("its teacher") and less those of the base."""
-    own = {}
-    for heading in block.get(STUDENT, {}):
-        row = teacher_of(heading.partition(":")[0], block, routes)
-        if heading != "mean" and row in block and heading in block[row]:
-            own[heading] = block[row][heading]
-    tasks = [own[task] for task in own if task in first]
-    if tasks and len(tasks) == len(first.keys() & block[STUDENT].keys()):
-        error = math.hypot(*(error for _, error in tasks)) / len(tasks)
-        own["mean"] = sum(mean for mean, _ in tasks) / len(tasks), error
-    others = {TEACHERS: own, THE_BASE: block.get(BASE, {})}
-    found = {whom: subtract(block.get(STUDENT, {}), row) for whom, row in others.items()}
+def differences(cells: list[Cell], split: str, first: dict[str, str], routes: dict[str, str]) -> Block:
+    """The student's means less those of the task's teacher ("its teacher") and less those of the base, with
+    the errors of such differences; of the mean over tasks where every task has one."""
+    block, found = blocks_of(cells, first).get(split, {}), {TEACHERS: {}, THE_BASE: {}}
+    mine = {heading: mean for heading, (mean, _) in block.get(STUDENT, {}).items() if heading != "mean"}
+    for cell in cells:
+        title, heading = place_of(cell, first)
+        if title == split and heading in mine:
+            less = mine[heading] - cell.mean, cell.apart
+            if cell.row == teacher_of(cell.task, block, routes):
+                found[TEACHERS][heading] = less
+            if cell.row == BASE:
+                found[THE_BASE][heading] = less
+    for row in found.values():
+        tasks = [row[task] for task in row if task in first]
+        if tasks and len(tasks) == len(first.keys() & mine.keys()):
+            error = math.hypot(*(error for _, error in tasks)) / len(tasks)
+            row["mean"] = sum(mean for mean, _ in tasks) / len(tasks), error
     return {whom: row for whom, row in found.items() if row}
 
 
 def subtract(row: Row, other: Row) -> Row:
-    """Differences under the headings that both rows have. Their errors are those of independent means, which
-    is too much where both have the same prompts."""
+    """Differences of two runs under the headings that both rows have. Their errors are those of independent
+    means, which is too much where both have the same prompts."""
     both = [heading for heading in row if heading in other]
     return {
         heading: (row[heading][0] - other[heading][0], math.hypot(row[heading][1], other[heading][1]))

@@ -13,6 +13,19 @@ MINI_REWARDS = {"compose": "opd.mini.rewards:compose", "text": "opd.mini.rewards
 # GRPO is rewarded for parts of a composition; scores count whole ones.
 MINI_SCORERS = MINI_REWARDS | {"compose": "opd.mini.rewards:compose_strict"}
 
+# What presets read and no checkout holds -> the command that makes it.
+MADE_BY = {
+    "runs/mini-pipeline": "python -m opd.mini.build pipeline runs/mini-pipeline",
+    "runs/mini-signs/pipeline": "python -m opd.mini.signs runs/mini-signs",
+    "runs/mini-signs/base": "python -m opd.mini.build base runs/mini-signs/pipeline "
+    "runs/mini-ocr-base/student runs/mini-signs/base, after python train.py mini-ocr-base",
+    "runs/mini/student": "python train.py mini",
+    "runs/mini-samples": "python sample.py --save latents --out runs/mini-samples",
+}
+DATA = "python -m opd.mini.build data runs/mini-data"
+MADE_BY["runs/mini-data/base"] = f"{DATA} runs/mini-pipeline base"
+MADE_BY |= {f"runs/mini-data/{task}": f"{DATA} opd/mini/weights/base {task}" for task in ENDINGS}
+
 # ---- blocks that presets share -----------------------------------------------------------------------------
 
 MINI = {"model": "opd/mini/weights/base"}
@@ -166,7 +179,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
         lr=4e-4,
         iterations=93,
     ),
-    # An SFT start for "mini": python sample.py --save latents --out runs/mini-samples makes its data.
+    # An SFT start for "mini".
     "mini-sft-start": SFTConfig(**FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200),
     # The base, fine-tuned on pictures of one task.
     "mini-sft-compose": SFTConfig(**FINETUNE, data="runs/mini-data/compose", iterations=1200, ema=0.99),

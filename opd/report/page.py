@@ -158,7 +158,7 @@ def scores(run: Run) -> list[str]:
     blocks = tables.blocks_of(run.cells, run.first)
     splits = sorted({cell.split for cell in run.cells})
     for split in splits:
-        apart = tables.differences(blocks[split], run.first, run.routes)
+        apart = tables.differences(run.cells, split, run.first, run.routes)
         less = {f"{STUDENT} − {whom}": row for whom, row in apart.items()}
         parts.append(number_table(f"{split} prompts", blocks[split], less, [STUDENT]))
     behind = [tables.aligned(title, block) for title, block in blocks.items() if title not in splits]

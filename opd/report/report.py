@@ -1,11 +1,13 @@
 """What a run shows of its student: scores on the way, sample grids, and the table at the end."""
 
 from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opd import ranks, routing
+from opd import ranks, routing, signals
 from opd.config import DistillationConfig, Rollout, RunConfig, SFTConfig
 from opd.data import Prompt, fair_sample
 from opd.evaluation import tables
@@ -15,7 +17,7 @@ from opd.evaluation.statistics import ALL, labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image
-from opd.formats.prompts import load_tasks
+from opd.formats.prompts import load_prompts, load_tasks
 from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due
@@ -27,6 +29,9 @@ from opd.report.tracker import Tracker
 from opd.rewards import Reward, specs_of
 from opd.runfolder import RunFolder
 from opd.teachers import load_teachers, route_of
+
+MOST = 16
+"""Prompts of --sample-prompts that a grid shows."""
 
 
 class Report:
@@ -43,19 +48,14 @@ class Report:
         self.cfg, self.model, self.data, self.folder = cfg, model, data, folder
         if folder.active:
             self.tracker = Tracker(cfg, folder.path)
-        self.shown, self.teachers = {}, {}
-        """Task -> the prompts of sample grids, and its teachers."""
-        if not isinstance(data, Images):
-            self.shown = shown_prompts(cfg, data)
+        self.shown = grid_prompts(cfg, data)
         self.texts = [prompt.text for pool in self.shown.values() for prompt in pool]
-        if isinstance(data, Images):
-            self.texts = shown_texts(cfg, data)
+        self.measured, self.teachers = {}, {}
+        """Task -> the prompts that distances are measured on; the teachers there, by name."""
         if isinstance(cfg, DistillationConfig):
-            self.teachers = load_teachers(
-                cfg, model, data | {f"{task}, shown": self.shown[task] for task in data}
-            )
-        self.above: dict[str, list[Tensor]] = {}
-        """The rows above the student's in every grid: label -> pictures."""
+            self.measured = shown_prompts(cfg, data)
+            pools = data | {f"{task}, shown": pool for task, pool in self.measured.items()}
+            self.teachers = load_teachers(cfg, model, pools)
         self.scores = ""
         """The table, once there is one."""
         if is_scored(cfg):
@@ -63,17 +63,44 @@ class Report:
             own = {task: [rewards[spec] for spec in specs_of(text)] for task, text in cfg.rewards.items()}
             self.scorers = Scorers(own, cfg.reward_timeout, strict=False)
 
+    def begin(self, trained: Trained, done: int) -> None:
+        """Say what will run, and show what it starts from: of step `done`, what a run that was stopped there
+        has not shown."""
+        for line in head(self.cfg, trained, self.data):
+            say(line)
+        known = {name for row in self.folder.metrics() if row["step"] == done for name in row}
+        if self.grid_file(done).is_file():
+            known.add("grid")
+        self.show(trained, done, ranks.gather(known)[0])
+
     def log(self, row: dict) -> None:
         """A line of metrics.jsonl; its numbers also go to the tracker."""
         self.folder.log(row)
         if self.folder.active:
             self.tracker.log(row)
 
+    def show(self, trained: Trained, done: int, known: set[str] = frozenset()) -> None:
+        """What is due after step `done` and not `known`: scores and distances in the log, the student with
+        the best scores, the grid, and as often as the run saves a card beside each student and the page."""
+        cfg, found = self.cfg, {}
+        if "watch" not in known:
+            found |= self.watch(trained, done)
+        if "distance" not in known:
+            found |= self.measure(trained, done)
+        if "watch" in found:
+            self.folder.save_best(trained, found["watch"])
+        if found and done > 0:
+            self.log({"step": done} | found)
+        if "grid" not in known and due(done, cfg.sample_every, cfg.iterations):
+            self.sample_grid(trained, done)
+        if done > 0 and due(done, cfg.save_every, cfg.iterations):
+            self.write(done)
+
     def watch(self, trained: Trained, done: int) -> dict:
         """{"watch": the student's score on held-out prompts of every task, trained on or not}, {} where it is
         not due. A scorer that fails costs its score, never the run."""
         cfg = self.cfg
-        if isinstance(cfg, SFTConfig) or not due(done, cfg.watch_every, cfg.iterations):
+        if isinstance(cfg, SFTConfig) or done == 0 or not due(done, cfg.watch_every, cfg.iterations):
             return {}
         rows = {STUDENT: Row(self.model.trained, sampling_of(cfg, cfg.deployed_guidance()))}
         held_out = self.splits["held-out"]
@@ -95,26 +122,11 @@ class Report:
         batches = planned(rows, splits, settings, count, batch=cfg.micro_batch)
         return score(batches, self.scorers, self.model)
 
-    def begin(self, trained: Trained, done: int) -> None:
-        """Say what will run, and show what it starts from. Where a run was killed between saving and showing
-        step `done`, show that."""
-        cfg = self.cfg
-        for line in head(cfg, trained, self.data):
-            say(line)
-        if cfg.sample_every > 0:
-            self.above = self.rows_above()
-            file = self.folder.path / "samples" / f"{done:06d}.png"
-            lacking = torch.tensor(float(self.folder.active and not file.is_file()), device=self.model.device)
-            shown = done == 0 or due(done, cfg.sample_every, cfg.iterations)
-            if shown and ranks.largest(lacking) > 0:
-                self.sample_grid(trained, done)
-            self.measure(trained, done)
-        if done > 0:
-            self.show(done)
-
-    def rows_above(self) -> dict[str, list[Tensor]]:
-        """The pictures of the base, and of each prompt's teacher (of several, the one that counts most) at
-        the guidance that it teaches with."""
+    @cached_property
+    def above(self) -> dict[str, tuple[list[Tensor], list[str]]]:
+        """The rows above the student's in every grid, made for the first one: label -> pictures and marks of
+        the base, and of each prompt's teacher (of several, the one that counts most) at the guidance that it
+        teaches with."""
         cfg, everything = self.cfg, range(len(self.texts))
         if cfg.full:
             return {}
@@ -123,18 +135,22 @@ class Report:
         if isinstance(cfg, DistillationConfig):
             taught = []
             for prompt in (prompt for pool in self.shown.values() for prompt in pool):
-                shares = routing.shares(route_of(cfg, prompt), "route")
+                shares = {"": 1.0}  # a prompt of no task has no teacher, and a white picture in its place
+                if prompt.task in cfg.prompts or "route" in prompt.metadata:
+                    shares = routing.shares(route_of(cfg, prompt), "route")
                 taught.append(max(shares, key=lambda name: shares[name]))
-            made = {}
-            for name in dict.fromkeys(taught):
+            made = dict.fromkeys(everything, torch.ones(3, *self.model.pixels))
+            names = dict.fromkeys(name for name in taught if name)
+            for name in names:
                 adapter = name if name in self.model.teachers else cfg.adapter_of(name)
                 columns = [column for column in everything if taught[column] == name]
                 pictures = self.pictures(adapter, cfg.guidance_of(name), columns)
                 made |= dict(zip(columns, pictures, strict=True))
-            scales = {f"{cfg.guidance_of(name):g}" for name in taught}
+            scales = {f"{cfg.guidance_of(name):g}" for name in names}
             label = f"guidance {scales.pop()}" if len(scales) == 1 else "its guidance"
-            rows[f"its teacher\n{label}"] = [made[column] for column in everything]
-        return rows
+            if names:
+                rows[f"its teacher\n{label}"] = list(made.values())
+        return {name: (pictures, self.marks(pictures)) for name, pictures in rows.items()}
 
     def pictures(self, adapter: str, guidance: float, columns: list[int]) -> list[Tensor]:
         """Of these columns of a sample grid, from noise that is the same for every adapter and step."""
@@ -145,41 +161,47 @@ class Report:
         return list(model.images(adapter, texts, columns, Sampling(self.cfg.eval_steps, 0, guidance)))
 
     def marks(self, images: list[Tensor]) -> list[str]:
-        """What the first scorer of each prompt's task says of its picture; "" where none is given."""
-        found = []
+        """What the first scorer of each prompt's task says of its picture, if rank 0 asks it; "" where none
+        is given (a collective)."""
+        marks, first, asked = [""] * len(images), 0, {}
         for task, pool in self.shown.items():
-            mine = torch.stack(images[len(found) : len(found) + len(pool)])
-            if not is_scored(self.cfg) or task not in self.scorers.of_task:
-                found += [""] * len(pool)
-                continue
-            metadata = [prompt.metadata for prompt in pool]
-            reward = self.scorers.of_task[task][0]
-            scores, _, _ = reward.start(
-                mine, [p.text for p in pool], metadata, self.cfg.reward_timeout
-            ).result()
-            found += [f"{score:.2f}" for score in scores.tolist()]
-        return found or [""] * len(images)
+            if self.folder.active and is_scored(self.cfg) and task in self.scorers.of_task:
+                mine = torch.stack(images[first : first + len(pool)])
+                texts, metadata = [prompt.text for prompt in pool], [prompt.metadata for prompt in pool]
+                reward = self.scorers.of_task[task][0]
+                asked[first] = reward.start(mine, texts, metadata, self.cfg.reward_timeout)
+            first += len(pool)
+        signals.wait_until(lambda: all(scoring.call.is_over() for scoring in asked.values()))
+        for first, scoring in asked.items():
+            scores = scoring.result()[0].tolist()
+            marks[first : first + len(scores)] = [f"{score:.2f}" for score in scores]
+        return marks
 
     def sample_grid(self, trained: Trained, done: int) -> None:
-        """samples/STEP.png: the student's pictures under those of the base and of the teachers."""
+        """The student's pictures under those of the base and of the teachers."""
         guidance = self.cfg.deployed_guidance()
         with trained.averaged():
             mine = self.pictures(trained.model.trained, guidance, list(range(len(self.texts))))
+        label = f"student, step {done}\nguidance {guidance:g}"
+        rows = self.above | {label: (mine, self.marks(mine))}
         if self.folder.active:
-            rows = self.above | {f"student, step {done}\nguidance {guidance:g}": mine}
-            notes = {name: self.marks(images) for name, images in rows.items()}
-            grid = labelled_grid(rows, self.texts, notes=notes)
-            save_image(grid, self.folder.path / "samples" / f"{done:06d}.png")
+            images = {name: pictures for name, (pictures, _) in rows.items()}
+            notes = {name: marks for name, (_, marks) in rows.items()}
+            grid = labelled_grid(images, self.texts, notes=notes)
+            save_image(grid, self.grid_file(done))
             self.tracker.picture("samples", grid, done)
+
+    def grid_file(self, done: int) -> Path:
+        return self.folder.path / "samples" / f"{done:06d}.png"
 
     def measure(self, trained: Trained, done: int) -> dict:
         """{"distance": task -> how far the student is from its teacher, in percent of the base}, {} where it
         is not due or there is no teacher."""
         cfg = self.cfg
-        if not self.teachers or not (done == 0 or due(done, cfg.sample_every, cfg.iterations)):
+        if not self.teachers or not due(done, cfg.sample_every, cfg.iterations):
             return {}
         with trained.averaged():
-            found = distances(cfg, self.model, self.teachers, self.shown)
+            found = distances(cfg, self.model, self.teachers, self.measured)
         if not found:
             return {}
         words = ", ".join(f"{task} {value:.0f}" for task, value in found.items())
@@ -211,11 +233,6 @@ class Report:
             write_json(path / "scores.json", tables.scores_of(cells, scorers.first))
             replace(path / "table.txt", lambda file: file.write_text(self.scores + "\n"))
         return list(dict.fromkeys(cell.task for cell in cells if cell.tag == ALL and cell.n == 0))
-
-    def show(self, done: int) -> None:
-        """As often as the run saves: a card beside each exported student, and report.html."""
-        if due(done, self.cfg.save_every, self.cfg.iterations):
-            self.write(done)
 
     def close(self) -> None:
         """Card and page with all that is known in the end; then the upload, if there is to be one."""
@@ -256,8 +273,21 @@ def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
 # ---- the prompts of a report -----------------------------------------------------------------------
 
 
+def grid_prompts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> dict[str, list[Prompt]]:
+    """What sample grids show, by task: --sample-prompts, or `shown_prompts`, or captions."""
+    if cfg.sample_prompts:
+        prompts = load_prompts(cfg.sample_prompts, "--sample-prompts", None)
+        prompts = prompts[:: max(1, len(prompts) // MOST)][:MOST]
+        tasks = dict.fromkeys(prompt.task for prompt in prompts)
+        return {task: [prompt for prompt in prompts if prompt.task == task] for task in tasks}
+    if isinstance(data, Images):
+        captions = list(dict.fromkeys(data.captions))[:SHOWN]
+        return {"captions": [Prompt(caption, "captions") for caption in captions]}
+    return shown_prompts(cfg, data)
+
+
 def shown_prompts(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
-    """What sample grids show of every task that is trained on, nine prompts in all: held-out ones where there
+    """What a report shows of every task that is trained on, nine prompts in all: held-out ones where there
     are some, at a fixed stride, so that files sorted by kind show every kind."""
     pools = data
     if isinstance(cfg, Rollout) and cfg.heldout:
@@ -281,9 +311,10 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
 
 def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
     """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
-    if isinstance(data, Images):
-        return list(dict.fromkeys(data.captions))[:SHOWN]
-    texts = [prompt.text for pool in shown_prompts(cfg, data).values() for prompt in pool]
+    pools = list(grid_prompts(cfg, data).values())
+    if isinstance(cfg, DistillationConfig):
+        pools += shown_prompts(cfg, data).values()
+    texts = [prompt.text for pool in pools for prompt in pool]
     if is_scored(cfg):
         count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
         for pools in splits(cfg, data).values():

@@ -2,7 +2,7 @@
 
 import torch
 
-from opd import lora, ranks, routing
+from opd import lora, ranks, routing, signals
 from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import Prompt, seed_of
 from opd.formats.latents import Images
@@ -76,6 +76,7 @@ def distances(
         weights_BK = routing.rows([route_of(cfg, prompt) for prompt in pool], names).to(model.device)
         near = far = 0.0
         for state in model.walk(path, seed_of("distances", task), list(range(len(prompts)))):
+            signals.boundary()
             targets = []
             for k, name in enumerate(names):
                 asked = bool((weights_BK[:, k] > 0).any())

@@ -229,7 +229,11 @@ def _import(module: str) -> ModuleType:
     found = importlib.util.spec_from_file_location(f"reward file {path}", path)
     loaded = importlib.util.module_from_spec(found)
     sys.modules[found.name] = loaded  # where dataclasses and pickle look for it
-    found.loader.exec_module(loaded)
+    sys.path.insert(0, str(path.parent))  # it may import its neighbours, as a script may
+    try:
+        found.loader.exec_module(loaded)
+    finally:
+        sys.path.remove(str(path.parent))
     return loaded
 
 
