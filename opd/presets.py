@@ -32,8 +32,8 @@ REAL = {**STUDENT, "decay": "constant", "evaluate": False, "save_every": 25, "sa
 REAL_OPD = {**REAL, "prompts_per_step": 40, "group": 4, "iterations": 1000, "lr": 1e-4, "warmup": 10}
 FROM_BASE = {"cold_start": "base", "anchor_weight": 0.0}
 # Many small updates instead: two states a trajectory, of all noise levels and weighed alike. In the miniature
-# they are at their teachers' level in a quarter of the time (opd/mini/study/RESULTS.md, "How soon"); at full
-# size they are not measured. Ten prompts are one micro-batch that fills a GPU.
+# they come near the teachers' level in half the time and end a little lower (opd/mini/study/RESULTS.md, "How
+# soon"); at full size they are not measured. Ten prompts are one micro-batch that fills a GPU.
 SMALL_STEPS = {"weight": "uniform", "queries": 2, "query_beta": (1.0, 1.5), "skip_last": True}
 SMALL_STEPS |= {"prompts_per_step": 10, "group": 1, "save_every": 100, "sample_every": 100}
 SD35 = {"model": "stabilityai/stable-diffusion-3.5-medium", "resolution": "512", "eval_steps": 40}
