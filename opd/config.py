@@ -44,7 +44,8 @@ Estimators = Literal[tuple(ESTIMATORS)]
 
 # No names for a teacher: what train.py logs beside the teachers', and the adapters that it makes itself.
 METRICS = "step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs seconds"
-METRICS = [*METRICS.split(), "watch", "reward", "reward_std", "groups", "failed_rewards", "distance"]
+METRICS = [*METRICS.split(), "watch", "distance"]
+METRICS += ["kl", "ratio", "reward", "reward_std", "groups", "failed_rewards"]
 ADAPTERS = ("student", "start")
 
 

@@ -70,7 +70,7 @@ def name_non_finite(
         words += [f"task {prompts_B[b].task!r}, prompt {prompts_B[b].text!r}" for b in bad_B.nonzero()]
     # The table is the same on all ranks, so all of them are here.
     prompts = [prompt for of_rank in ranks.gather(words) for prompt in of_rank]
-    where = f"step {step}: non-finite velocity difference to {[*names, 'anchor'][row]} at state {state}"
+    where = f"step {step + 1}: non-finite velocity difference to {[*names, 'anchor'][row]} at state {state}"
     say("; ".join([where, *prompts[:1]]))
 
 
@@ -107,7 +107,7 @@ def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
 
 def brief(row: dict) -> str:
     """What the progress bar shows of a row of the log: of stage grpo rewards and KL, else the loss."""
-    if "kl" in row:
+    if "ratio" in row:
         rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
         return f"reward {rewards}, kl={row['kl']:.2g}"
     return f"loss={row['loss']:.4g}"

@@ -102,7 +102,7 @@ class GRPO:
         if failures:
             metrics["failed_rewards"] = failures
             for failure in failures:
-                say(f"step {step}: no reward for {failure}; group dropped")
+                say(f"step {step + 1}: no reward for {failure}; group dropped")
         metrics["seconds"] = {
             "rollout": rolled - started,
             "reward": scored - rolled,

@@ -94,7 +94,7 @@ class RewardRouter:
             scores_N, failures, _ = gather_scores(scorings, len(prompts_N), model.device)
             columns.append(scores_N)
             for failure in failures:
-                ranks.say(f"step {step}: no reward for {failure}")
+                ranks.say(f"step {step + 1}: no reward for {failure}")
         scores_NJ = torch.stack(columns, dim=1)
         tasks, routes = list(self.reward_of), []
         for claim, route in zip(routing.claimed(scores_NJ), route_N, strict=True):

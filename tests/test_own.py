@@ -111,5 +111,8 @@ def test_a_run_begins_with_what_it_will_do_and_a_grid(world, tmp_path):
         "000002",
         "000003",
     ]
-    assert "step 0: distance to the teachers in percent of the base's: red 100, blue 100" in printed
+    assert (
+        "step 0: distance to the teachers in percent of the base's (0: as the teacher): red 100, blue 100"
+        in printed
+    )
     assert [set(row["distance"]) for row in forked.rows(tmp_path / "run")[1:]] == [{"red", "blue"}] * 2

@@ -315,9 +315,9 @@ def test_non_finite_steps_are_named_skipped_and_end_the_run(world, tmp_path, cap
     with pytest.raises(FloatingPointError, match="5 steps in a row with a non-finite gradient; lower --lr"):
         tiny.run(tiny.config(world, out=str(tmp_path), iterations=5), break_it)
     printed = capsys.readouterr().out
-    where = "step 0: non-finite velocity difference to red at state 3; task 'red', prompt '(.*)'"
+    where = "step 1: non-finite velocity difference to red at state 3; task 'red', prompt '(.*)'"
     named = re.search(where, printed)
-    assert named[1] in tiny.PROMPTS["red"] and "step 0: a non-finite gradient; step skipped" in printed
+    assert named[1] in tiny.PROMPTS["red"] and "step 1: a non-finite gradient; step skipped" in printed
     assert not (tmp_path / "student").exists()
 
 
@@ -342,6 +342,6 @@ def test_the_first_bad_state_is_named_with_its_own_teacher(capsys):
     prompts = [Prompt("a red dot", "red"), Prompt("a blue dot", "blue")]
     sums_RT = summed(distances_BTK, torch.eye(2), 0)
     name_non_finite(7, ["red", "blue"], sums_RT, [(prompts, distances_BTK)])
-    where = "step 7: non-finite velocity difference to blue at state 2; task 'blue', prompt 'a blue dot'"
+    where = "step 8: non-finite velocity difference to blue at state 2; task 'blue', prompt 'a blue dot'"
     assert where in capsys.readouterr().out
     assert sums_RT[0].isfinite().all()

@@ -76,9 +76,9 @@ def only_weights(what: str, source: str, folder: Path, neither: str) -> Path:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` can be owner/name or owner/name:subfolder, and no path."""
+    """Whether `source` can be owner/name or owner/name:subfolder, and no path, such as a file of weights."""
     repo = source.partition(":")[0]
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) is not None and not repo.endswith(".safetensors")
 
 
 def find_pipeline(source: str) -> Path:

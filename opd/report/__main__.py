@@ -14,10 +14,12 @@ from opd.report.page import write_page
 
 def main(arguments: list[str] | None = None) -> None:
     folders = [Path(name) for name in (sys.argv[1:] if arguments is None else arguments)]
-    different = len({folder.resolve() for folder in folders}) == len(folders)
-    runs = different and all((folder / "config.json").is_file() for folder in folders)
-    if not runs or len(folders) not in (1, 2):
-        sys.exit("error: usage: python -m opd.report RUN [OTHER_RUN], each a folder with a config.json")
+    usage = "usage: python -m opd.report RUN [OTHER_RUN]"
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            sys.exit(f"error: {folder} holds no config.json; {usage}")
+    if len({folder.resolve() for folder in folders}) != len(folders) or len(folders) not in (1, 2):
+        sys.exit(f"error: {usage}")
     with errors.in_one_line(ValueError, OSError):
         print(write_page(*folders) if len(folders) == 1 else write_comparison(*folders))
 

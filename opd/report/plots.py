@@ -134,13 +134,13 @@ def dress(panel: Axes, title: str, curves: Curves) -> None:
 
 def kl_figure(rows: list[dict]) -> Figure | None:
     """A map per teacher: its KL by noise level and step, colours by logarithm. None where a run logs none."""
-    logged = {}
+    names = {}
     for row in rows:
-        for name, value in row.items():
-            if isinstance(value, dict) and isinstance(value.get("kl"), dict):
-                logged.setdefault(name, []).append((row["step"], value["kl"]))
-    if not logged:
+        names |= {name: None for name, value in row.items() if is_map(value)}
+    if not names:
         return None
+    # A column for every step: a teacher need not have samples in it, nor the anchor a weight.
+    logged = {name: [(row["step"], row[name]["kl"] if name in row else {}) for row in rows] for name in names}
     grids = {name: kl_grid(columns) for name, columns in logged.items()}
     numbers = np.concatenate([grid[np.isfinite(grid) & (grid > 0)] for grid in grids.values()])
     low, high = (numbers.min(), numbers.max()) if numbers.size else (1.0, 1.0)
@@ -163,6 +163,10 @@ def kl_figure(rows: list[dict]) -> Figure | None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label="nats per dimension", aspect=30, pad=0.02)
     return figure
+
+
+def is_map(value) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("kl"), dict)
 
 
 def kl_grid(columns: list[tuple[int, dict[str, float]]]) -> np.ndarray:

@@ -205,7 +205,7 @@ class Report:
         if not found:
             return {}
         words = ", ".join(f"{task} {value:.0f}" for task, value in found.items())
-        say(f"step {done}: distance to the teachers in percent of the base's: {words}")
+        say(f"step {done}: distance to the teachers in percent of the base's (0: as the teacher): {words}")
         return {"distance": found}
 
     def table(self, trained: Trained) -> list[str]:

@@ -47,13 +47,14 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
         )
         if cfg.anchored():
             levels = "".join(
-                f", {weight:g} from noise {level} down" for level, weight in cfg.anchor_levels.items()
+                f", then {weight:g} from noise {level} down" for level, weight in cfg.anchor_levels.items()
             )
             facts["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{levels}"
     if isinstance(cfg, GRPOConfig):
         facts["rewards"] = ", ".join(f"{task} {spec}" for task, spec in cfg.training_rewards().items())
     pictures = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"
-    facts["pictures"] = f"{pictures}; {cfg.iterations} steps, saved every {cfg.save_every} and at the end"
+    facts["steps"] = f"{cfg.iterations}, saved every {cfg.save_every} and at the end"
+    facts["pictures"] = pictures
     facts["folder"] = cfg.out
     return [f"{name:9} {fact}" for name, fact in facts.items()]
 

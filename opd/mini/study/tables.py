@@ -34,7 +34,7 @@ OWN_COLUMNS = {
 # README's recipes: run -> its presets, its paper, what is different.
 PAPERS = {
     "asked": (
-        "`sd35-fold`, `mini`",
+        "`mini-fold`",
         "ours",
         "guidance folded in, states weighed alike, merged start",
     ),
