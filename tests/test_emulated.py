@@ -24,7 +24,8 @@ there = pytest.mark.skipif(not IN_THERE, reason="runs by tests/emulated.py")
 @pytest.mark.skipif(IN_THERE, reason="is that process")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU is built by g++, and there is none")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has a guard for CUDA of its own")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_on_the_emulated_gpu(which):
     """Its guard must be there before torch is, hence the separate process."""
     command = [sys.executable, "-m", "tests.emulated", "-m", which]
