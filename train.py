@@ -120,7 +120,7 @@ def train(
             fault = fault_of_step(cfg, metrics, norm)
             bad_steps = bad_steps + 1 if fault else 0
             if fault:
-                say(f"step {step + 1}: {fault}; step skipped")
+                say(f"step {done}: {fault}; step skipped")
             if bad_steps == MAX_BAD_STEPS or fault and done == cfg.iterations:
                 raise FloatingPointError(f"{bad_steps} steps in a row with {fault}; {WAYS_OUT[fault]}")
 
