@@ -63,8 +63,8 @@ SD35_GRPO = {**SD35, **REAL, **BATCHES, **WALK, **OPTIMIZER}
 
 REAL_PRESETS: dict[str, RunConfig] = {
     "sd35": DistillationConfig(**FLOW_OPD, micro_batch=8),  # the paper's, as sd35-flow-opd
-    # One GPU of 24 GB, in steps that it makes in time: a fiftieth of those of sd35. The four adapters share the
-    # base, samples go through in pairs, and activations are computed again where an 80 GB card keeps them.
+    # One GPU of 24 GB, in steps that it makes in time: a fiftieth of those of sd35. The four adapters share
+    # the base, samples go through in pairs, and activations are computed again, which an 80 GB card keeps.
     "sd35-24gb": DistillationConfig(**FLOW_OPD | SMALL_STEPS, micro_batch=2, checkpointing=True),
     "sd35-flow-opd": DistillationConfig(**FLOW_OPD, micro_batch=8),
     # DiffusionOPD (arXiv 2605.15055): deterministic walks, half the squared distance of their steps, from the

@@ -38,13 +38,18 @@ def load_transformer(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -
 def with_fused_norms(transformer: ModelMixin) -> ModelMixin:
     """PyTorch's RMSNorm in place of diffusers', in the same place with the same weight: on a GPU one kernel
     for eight, no float32 copy kept for backward, and in bfloat16 one rounding for two."""
-    for parent in list(transformer.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, RMSNorm) and norm.bias is None:
-                fused = torch.nn.RMSNorm(norm.dim, norm.eps, elementwise_affine=norm.weight is not None)
-                fused.weight = norm.weight
-                setattr(parent, name, fused)
+    for parent, name, norm in children_of(transformer, RMSNorm):
+        if norm.bias is None:
+            fused = torch.nn.RMSNorm(norm.dim, norm.eps, elementwise_affine=norm.weight is not None)
+            fused.weight = norm.weight
+            setattr(parent, name, fused)
     return transformer
+
+
+def children_of(root: torch.nn.Module, kind: type) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """(parent, its name for it, module) of every module of a class below `root`."""
+    pairs = [(parent, *child) for parent in root.modules() for child in parent.named_children()]
+    return [found for found in pairs if isinstance(found[2], kind)]
 
 
 def load_vae(kind: type[ModelMixin], folder: Path) -> ModelMixin:

@@ -22,6 +22,7 @@ from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.errors import require
 from opd.families import Condition
+from opd.families._parts import children_of
 from opd.files import read_json, resolve
 from opd.formats.teacher_files import Whole, read_teachers
 from opd.lora import BASE, EMA, STUDENT, Lora
@@ -258,11 +259,9 @@ def without_weights(
 def keep_of_norms_what_a_gpu_keeps(transformer: nn.Module) -> None:
     """A CPU computes an RMSNorm in pieces and keeps them. A GPU keeps what it keeps of a LayerNorm: its
     input, and a number or two per row."""
-    for parent in list(transformer.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, nn.RMSNorm):
-                fused = nn.LayerNorm(norm.normalized_shape, bias=False, dtype=transformer.dtype)
-                setattr(parent, name, fused.requires_grad_(False))
+    for parent, name, norm in children_of(transformer, nn.RMSNorm):
+        fused = nn.LayerNorm(norm.normalized_shape, bias=False, dtype=transformer.dtype)
+        setattr(parent, name, fused.requires_grad_(False))
 
 
 def velocity(fake: Model, samples: int, text: dict[str, tuple[int, ...]], guidance: float) -> Tensor:
