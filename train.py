@@ -1,5 +1,5 @@
 """Train: on-policy distillation of flow-matching teachers into one student; before it, the teachers by GRPO
-(opd/grpo.py) and flow-matching fine-tuning (opd/sft.py).
+(opd/grpo.py) or without likelihoods (opd/nft.py), and flow-matching fine-tuning (opd/sft.py).
 
     python train.py                                      # the miniature: three teachers, one student
     python train.py mini --seed 1 --out runs/seed1       # PRESET --field value; see opd/presets.py
@@ -31,12 +31,13 @@ from tqdm import tqdm
 
 from opd import compiled, errors, flow, lora, ranks, routing, signals
 from opd.cli import describe, given_fields, parse, starting_point
-from opd.config import DistillationConfig, GRPOConfig, RunConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RewardedConfig, RunConfig
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import brief, distance_metrics, name_non_finite, reward_metrics, summed
 from opd.estimators import ESTIMATORS
 from opd.grpo import GRPO
 from opd.model import Model
+from opd.nft import NFT
 from opd.optim import Trained, due, learning_rate
 from opd.own import step_aside
 from opd.presets import PRESETS
@@ -159,7 +160,7 @@ def fault_of_step(cfg: RunConfig, metrics: dict, norm: float) -> str:
     if not math.isfinite(norm):
         return "a non-finite gradient"
     # Distillation routed by rewards learns from its teachers even where no reward came.
-    if isinstance(cfg, GRPOConfig) and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
+    if isinstance(cfg, RewardedConfig) and metrics["groups"]["dropped"] == metrics["groups"]["all"]:
         return "no reward for any group"
     return ""
 
@@ -330,7 +331,7 @@ def queried_states(cfg: DistillationConfig, step: int) -> list[int]:
 
 # ---- the stages --------------------------------------------------------------------------------------------
 
-Stage = Distillation | GRPO | SFT
+Stage = Distillation | GRPO | NFT | SFT
 
 
 def choose_stage(
@@ -341,6 +342,8 @@ def choose_stage(
         return Distillation(cfg, model, data, rewards, trained)
     if isinstance(cfg, GRPOConfig):
         return GRPO(cfg, model, data, rewards, trained)
+    if isinstance(cfg, NFTConfig):
+        return NFT(cfg, model, data, rewards, trained)
     return SFT(cfg, model, data, trained)
 
 

@@ -74,7 +74,7 @@ def name_non_finite(
     say("; ".join([where, *prompts[:1]]))
 
 
-# ---- stage grpo --------------------------------------------------------------------------------------------
+# ---- stages grpo and nft -----------------------------------------------------------------------------------
 
 STATISTICS = ("policy", "kl", "drift", "square", "clipped", "count")
 """What GRPO sums over samples and states: both losses, ratio - 1, its square, whether it was clipped, 1."""
@@ -87,6 +87,20 @@ def policy_metrics(sums: Tensor, largest: Tensor, beta: float) -> dict:
     spread = math.sqrt(max(mean["square"] - mean["drift"] ** 2, 0.0))
     ratio = {"spread": spread, "largest": float(largest), "clipped": mean["clipped"]}
     return {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"], "ratio": ratio}
+
+
+MATCHING = ("policy", "kl", "size", "count")
+"""What stage nft sums over samples and noise levels: its loss, |v - v_base|^2, log |v| / |v_base|, 1."""
+
+
+def matching_metrics(sums: Tensor, beta: float) -> dict:
+    """From sums of MATCHING. `log_size` above 0: velocities have grown beyond the base's, as likelihood-free
+    losses let them. Without beta the base is not asked."""
+    mean = dict(zip(MATCHING, (sums / sums[-1].clamp(min=1)).tolist(), strict=True))
+    metrics = {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"]}
+    if beta > 0:
+        metrics["log_size"] = mean["size"]
+    return metrics
 
 
 def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
@@ -106,8 +120,9 @@ def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
 
 
 def brief(row: dict) -> str:
-    """What the progress bar shows of a row of the log: of stage grpo rewards and KL, else the loss."""
-    if "ratio" in row:
+    """What the progress bar shows of a row of the log: of stages grpo and nft rewards and KL, else the
+    loss."""
+    if "kl" in row:
         rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
         return f"reward {rewards}, kl={row['kl']:.2g}"
     return f"loss={row['loss']:.4g}"

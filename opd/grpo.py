@@ -3,7 +3,7 @@ on images.
 
 One iteration samples G images for each prompt, scores them, and updates on the stored transitions:
 
-    A = (r - mean of the group) / (std + 1e-4), clipped                             advantages
+    A = (r - mean of the group) / (std + 1e-4), clipped            advantages, in opd/rewards/groups.py
     loss = -min(A ratio, A clip(ratio, 1 - c, 1 + c)),  ratio = p / p_old           clipped_loss
            + beta KL(policy || base)                                      KL of the two transitions, eq. 12
 
@@ -22,31 +22,25 @@ from torch import Tensor
 
 from opd import kernels, lora, ranks, signals, trajectory
 from opd.config import GRPOConfig
-from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
-from opd.diagnostics import STATISTICS, policy_metrics, reward_metrics
+from opd.data import MicroBatch, Prompt, prompts_of_step, seed_of
+from opd.diagnostics import STATISTICS, policy_metrics
 from opd.families import Condition
 from opd.lora import BASE
 from opd.model import Model
 from opd.optim import Trained
-from opd.ranks import say
 from opd.rewards import Reward
-from opd.rewards.scoring import Scoring, gather_scores
+from opd.rewards.groups import Scorers, batches_of_part
 from opd.trajectory import State
-
-ADVANTAGE_CLIP = 5.0
-"""Largest advantage, as in Flow-GRPO."""
 
 
 @dataclass
 class Sampled:
-    """A micro-batch that was rolled out: its trained transitions, and its scores under way."""
+    """A micro-batch that was rolled out, and its trained transitions."""
 
     batch: MicroBatch
-    task: str
     states: list[State]
     old_v: list[Tensor]
     """Velocities of the old policy at these states; kept for --guard alone."""
-    scoring: Scoring | None
 
 
 @dataclass
@@ -73,7 +67,7 @@ class GRPO:
     ):
         self.cfg, self.model = cfg, model
         self.pools, self.trained = pools, trained
-        self.reward_of = {task: rewards[cfg.train_rewards[task]] for task in pools}
+        self.scorers = Scorers(cfg, model, rewards)
 
     def step(self, step: int) -> tuple[dict, float]:
         """One iteration: sample, score, update. Returns the metrics and the gradient norm of the last update
@@ -88,45 +82,26 @@ class GRPO:
             self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
         states = trained_states(cfg, step)
-        parts = [self.sample_part(prompts, part, step, states) for part in range(cfg.updates)]
+        parts = []
+        for part in range(cfg.updates):
+            batches = batches_of_part(cfg, prompts, part)
+            parts.append([self.sample(batch, task, prompts, step, states) for task, batch in batches])
         rolled = time.perf_counter()
 
-        rewards_PG, failures, scoring_seconds = self.rewards(parts, prompts)
+        scores = self.scorers.wait(prompts, step)
         scored = time.perf_counter()
 
-        tasks_P = [prompt.task for prompt in prompts]
-        advantage_PG = advantages(rewards_PG, tasks_P, cfg.advantage_std, ADVANTAGE_CLIP)
-        metrics, norm = self.update(parts, prompts, advantage_PG, step)
-
-        metrics |= reward_metrics(rewards_PG, tasks_P)
-        if failures:
-            metrics["failed_rewards"] = failures
-            for failure in failures:
-                say(f"step {step + 1}: no reward for {failure}; group dropped")
+        metrics, norm = self.update(parts, prompts, scores.advantage_PG, step)
+        metrics |= scores.metrics
         metrics["seconds"] = {
             "rollout": rolled - started,
             "reward": scored - rolled,
             "train": time.perf_counter() - scored,
-            "scoring": scoring_seconds,
+            "scoring": scores.busy,
         }
         return metrics, norm
 
     # ---- the rollout ----
-
-    def sample_part(self, prompts: list[Prompt], part: int, step: int, states: list[int]) -> list[Sampled]:
-        """Roll out one part of the step's prompts, task after task, in as many micro-batches on every
-        rank."""
-        cfg = self.cfg
-        samples = cfg.prompts_per_step * cfg.group // cfg.updates
-        by_task: dict[str, dict[int, str]] = {}
-        for n in range(part * samples, (part + 1) * samples):
-            task = prompts[n // cfg.group].task
-            by_task.setdefault(task, {})[n] = task
-        sampled = []
-        for task, mine in by_task.items():
-            for batch in micro_batches(mine, cfg.micro_batch, ranks.world(), ranks.rank()):
-                sampled.append(self.sample(batch, task, prompts, step, states))
-        return sampled
 
     @torch.no_grad()
     def sample(
@@ -140,7 +115,7 @@ class GRPO:
         starts = None
         if cfg.shared_start:
             starts = [n // cfg.group for n in batch.samples]
-        sampled = Sampled(batch, task, [], [], None)
+        sampled = Sampled(batch, [], [])
         with lora.use(model.transformer, model.trained):
             seed = seed_of(cfg.seed, step, "start")
             for state in model.walk(self.path(step, states), seed, batch.samples, starts):
@@ -152,10 +127,7 @@ class GRPO:
                 if state.i in states and cfg.guard:
                     sampled.old_v.append(v)
         if any(batch.real):
-            images = model.decode(state.x_next)
-            metadata = [prompt.metadata for prompt in mine]
-            texts = [prompt.text for prompt in mine]
-            sampled.scoring = self.reward_of[task].start(images, texts, metadata, cfg.reward_timeout)
+            self.scorers.start(task, batch.samples, state.x_next, mine)
         return sampled
 
     def path(self, step: int, states: list[int]) -> trajectory.Path:
@@ -194,19 +166,6 @@ class GRPO:
         v = self.model.velocity(x[first], sigma_B[first], text_of_first, guidance)
         return v[shared.back_index]
 
-    def rewards(self, parts: list[list[Sampled]], prompts: list[Prompt]) -> tuple[Tensor, list[str], float]:
-        """Wait for the scores. Returns rewards (P, G) float64 of all ranks, NaN where scoring failed, the
-        failures in words, and the seconds that this rank's scorers were busy."""
-        pending = []
-        for part in parts:
-            for sampled in part:
-                if sampled.scoring is not None:
-                    pending.append((sampled.batch.samples, sampled.scoring))
-                    sampled.scoring = None  # it holds the images
-        count = len(prompts) * self.cfg.group
-        rewards_N, failures, busy = gather_scores(pending, count, self.model.device)
-        return rewards_N.view(len(prompts), self.cfg.group), failures, busy
-
     # ---- the update ----
 
     def update(
@@ -214,7 +173,7 @@ class GRPO:
     ) -> tuple[dict, float]:
         """All optimizer steps of the iteration: (metrics, gradient norm)."""
         cfg = self.cfg
-        advantage_N = advantage_PG.float().flatten()
+        advantage_N = advantage_PG.flatten()
         sums, largest = torch.zeros(len(STATISTICS)), torch.zeros(())
         norm = 0.0
         turns = cfg.epochs * cfg.updates
@@ -269,7 +228,7 @@ class GRPO:
         largest = torch.zeros((), device=model.device)
         for j, state in enumerate(sampled.states):
             signals.boundary()
-            kl_weight = state.transition.kl_weight()
+            kl_weight = float(state.transition.kl_weight())
             reference_v = None
             if cfg.beta > 0:
                 with torch.no_grad(), lora.use(model.transformer, BASE):
@@ -297,33 +256,14 @@ class GRPO:
         return sums, largest
 
 
-def squared_difference(v: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """weight mean |v - other|^2 (B,): a distillation loss with one teacher."""
-    ones_B1 = torch.ones(len(v), 1, device=v.device)
-    w_B = torch.full((len(v),), float(weight), device=v.device)
-    loss_B, _ = kernels.velocity_mse(v, [other], ones_B1, w_B)
+def squared_difference(v: Tensor, other: Tensor, weight: float | Tensor) -> Tensor:
+    """weight mean |v - other|^2 (B,): a distillation loss with one teacher. One weight, or one a sample."""
+    ones_B1 = v.new_ones(len(v), 1)
+    loss_B, _ = kernels.velocity_mse(v, [other], ones_B1, ones_B1[:, 0] * weight)
     return loss_B
 
 
 # ---- equations ---------------------------------------------------------------------------------------------
-
-
-def advantages(rewards_PG: Tensor, tasks_P: list[str], scope: str, limit: float) -> Tensor:
-    """(r - mean of the group) / (std + 1e-4), clipped to +-limit: (P, G), NaN in groups that hold a NaN
-    reward.
-
-    The population std is taken over the group, or (scope "global", Flow-GRPO's default) over all groups of
-    the same task, because rewards of two tasks share no unit.
-    """
-    std_P = rewards_PG.std(1, correction=0)
-    if scope == "global":
-        whole_P = ~rewards_PG.isnan().any(1)
-        for task in set(tasks_P):
-            mine_P = torch.tensor([t == task for t in tasks_P])
-            if (mine_P & whole_P).any():
-                std_P = torch.where(mine_P, rewards_PG[mine_P & whole_P].std(correction=0), std_P)
-    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    return (centred_PG / (std_P[:, None] + 1e-4)).clamp(-limit, limit)
 
 
 def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, clip_range: float) -> Tensor:

@@ -15,6 +15,7 @@ from opd.formats.lora_files import Lora, is_target
 
 BASE = "base"  # the name that means: adapter off
 EMA = "ema"  # the moving average of the adapter that is trained, where it teaches
+OLD = "old"  # stage nft: what follows the adapter that is trained, and makes the images
 STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
 
 

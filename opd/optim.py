@@ -11,7 +11,7 @@ from torch import Tensor
 from opd import lora, ranks
 from opd.config import RunConfig
 from opd.formats.export import KEY, deployment_of, save_lora, save_transformer
-from opd.lora import BASE, EMA
+from opd.lora import BASE, EMA, OLD
 from opd.model import Model
 
 
@@ -43,7 +43,9 @@ class Trained:
         else:
             self.parameters = lora.parameters_of(model.transformer, model.trained)
         parameters = list(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, eps=cfg.adam_eps
+        )
         self.average = {}
         if cfg.ema > 0:
             self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -51,6 +53,11 @@ class Trained:
         taught = lora.parameters_of(model.transformer, EMA)
         if taught:
             self.average = dict(zip(self.parameters, taught.values(), strict=True))
+        # Stage nft's old policy, by the names of what it follows.
+        self.old = {}
+        olds = lora.parameters_of(model.transformer, OLD)
+        if olds:
+            self.old = dict(zip(self.parameters, olds.values(), strict=True))
         self.updates = 0
         """Calls of `update` in this process."""
         self.before: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -91,6 +98,11 @@ class Trained:
         decay = min(self.cfg.ema, (1 + count) / (10 + count))
         for name, average in self.average.items():
             average.lerp_(self.parameters[name].detach(), 1 - decay)
+
+    def move_old(self, share: float) -> None:
+        """Stage nft's old policy keeps `share` of itself and takes the rest from what is trained."""
+        for name, old in self.old.items():
+            old.data.lerp_(self.parameters[name].detach(), 1 - share)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -140,4 +152,6 @@ class Trained:
                 tensors[f"optimizer/{key}/{name}"] = value
         for name, average in self.average.items():
             tensors[f"average/{name}"] = average
+        for name, old in self.old.items():
+            tensors[f"old/{name}"] = old.detach()
         return tensors

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd import routing
-from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
+from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
 
 Change = tuple[str, object, str]
 """A field, its value, and why."""
@@ -67,7 +67,7 @@ def start(cfg: Rollout, given: set[str]) -> Iterator[Change]:
 
 
 def scorers(cfg: Rollout, given: set[str]) -> Iterator[Change]:
-    if isinstance(cfg, GRPOConfig) and (cfg.evaluate or cfg.watch_every > 0):
+    if isinstance(cfg, RewardedConfig) and (cfg.evaluate or cfg.watch_every > 0):
         lacking = {task: cfg.train_rewards[task] for task in cfg.train_rewards if task not in cfg.rewards}
         yield "rewards", cfg.rewards | lacking, "what trains a task also scores it"
 

@@ -5,7 +5,7 @@ The miniature's, which come first, are in opd/mini/presets.py.
 
 from dataclasses import replace
 
-from opd.config import DistillationConfig, GRPOConfig, RunConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RunConfig
 from opd.mini.presets import MINI_PRESETS
 
 SD35_TEACHERS = {
@@ -58,6 +58,14 @@ BATCHES = {"prompts_per_step": 48, "group": 24, "updates": 2, "micro_batch": 8, 
 WALK = {"steps": 10, "skip_last": True, "guidance": 4.5, "reward_timeout": 900.0}
 OPTIMIZER = {"iterations": 2000, "warmup": 0, "clip_range": 1e-4, "ema": 0.9, "ema_every": 8}
 SD35_GRPO = {**SD35, **REAL, **BATCHES, **WALK, **OPTIMIZER}
+
+# DiffusionNFT's numbers: deterministic walks without guidance, nine of their ten noise levels for each
+# picture, an old policy that follows ever more slowly. Their solver is of second order, ours Euler's. A
+# teacher grown so samples without guidance: distil it at --teacher-guidances NAME=1. Known not to suit:
+# guidance above 1 (rewards stay flat), and Z-Image's base (they fall); FLUX.2-klein learns.
+NFT = {"prompts_per_step": 48, "group": 24, "micro_batch": 8, "checkpointing": True, "reward_timeout": 900.0}
+NFT |= {"steps": 10, "levels": 9, "lr": 3e-4, "iterations": 2000, "warmup": 0, "ema": 0.9}
+SD35_NFT = {**SD35, **REAL, **NFT}
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 
@@ -166,6 +174,25 @@ REAL_PRESETS: dict[str, RunConfig] = {
         train_rewards={"pickscore": SD35_REWARDS["pickscore"]},
         beta=0.01,
         lr=3e-4,
+    ),
+    "sd35-nft-geneval": NFTConfig(
+        **SD35_NFT,
+        prompts={"geneval": SD35_PROMPTS["geneval"]},
+        train_rewards={"geneval": SD35_REWARDS["geneval"]},
+    ),
+    # An old policy that stays behind for longer, and a b of .1.
+    "sd35-nft-ocr": NFTConfig(
+        **SD35_NFT,
+        prompts={"ocr": SD35_PROMPTS["ocr"]},
+        train_rewards={"ocr": SD35_REWARDS["ocr"]},
+        strength=0.1,
+        old_decay=(75.0, 0.0075, 0.999),
+        updates=2,
+    ),
+    "sd35-nft-pickscore": NFTConfig(
+        **SD35_NFT,
+        prompts={"pickscore": SD35_PROMPTS["pickscore"]},
+        train_rewards={"pickscore": SD35_REWARDS["pickscore"]},
     ),
     # The anchor's teacher: it sees the prompts of all tasks, so that it has something to say about each.
     "sd35-grpo-quality": GRPOConfig(

@@ -6,7 +6,7 @@ import math
 import torch
 
 from opd import compiled, lora, ranks
-from opd.config import DistillationConfig, RunConfig, SFTConfig
+from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
 from opd.data import Prompt, prompts_of_step
 from opd.errors import require
 from opd.files import digest, resolve
@@ -16,7 +16,7 @@ from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
 from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import Whole, described, read_teachers
-from opd.lora import BASE, EMA, START, STUDENT
+from opd.lora import BASE, EMA, OLD, START, STUDENT
 from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
@@ -66,7 +66,9 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
         compiled.compile_blocks(blocks)
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
-        adapter = set(lora.parameters_of(model.transformer, STUDENT).values())
+        adapter = set()
+        for name in (STUDENT, OLD):
+            adapter |= set(lora.parameters_of(model.transformer, name).values())
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
             ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapter)
@@ -88,6 +90,8 @@ def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]
             lora.attach(model.transformer, name, teacher, model.dtype)
     if isinstance(cfg, DistillationConfig) and EMA in cfg.teachers.values():
         lora.attach(model.transformer, EMA, student, torch.float32)
+    if isinstance(cfg, NFTConfig):
+        lora.attach(model.transformer, OLD, student, torch.float32)
     lora.attach(model.transformer, START, student, model.dtype)
     lora.attach(model.transformer, STUDENT, student, torch.float32)
     for parameter in lora.parameters_of(model.transformer, STUDENT).values():

@@ -14,7 +14,7 @@ from opd.presets import DEFAULT, PRESETS
 from tests.test_config import DISTIL, SFT
 
 # One preset of every stage, to put flags on.
-PRESET_OF = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}
+PRESET_OF = {"opd": "mini", "grpo": "mini-text", "nft": "mini-nft-text", "sft": "mini-sft-text"}
 
 
 def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
@@ -166,7 +166,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(monkeypatch, capsys, tmp
     "arguments, message",
     [
         ("mimi", "error: unknown preset 'mimi'"),
-        ("mini --beta 1", "error: --beta belongs to stage grpo; this is stage opd"),
+        ("mini --beta 1", "error: --beta belongs to stage grpo and nft; this is stage opd"),
         ("--config nowhere.json", "error: config 'nowhere.json': no such file"),
         ("mini --config FILE", "error: --config FILE and preset 'mini': give one of them"),
         ("--config a --config=b", "error: --config a and --config b: give one of them"),

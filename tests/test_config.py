@@ -16,7 +16,7 @@ import tyro
 import sample
 from opd import config
 from opd.cli import Given, Range, bounds_of, check_bounds, dashed, field_names, parse
-from opd.config import DistillationConfig, GRPOConfig, SFTConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, SFTConfig
 from opd.evaluation import evaluate
 from opd.files import resolve
 from opd.formats.settings import to_json
@@ -30,8 +30,9 @@ SCORERS = {"red": "m:f", "green": "m:f", "blue": "m:f"}
 SCORED = {"prompts": COLOURS, "heldout": COLOURS, "rewards": SCORERS}
 DISTIL = DistillationConfig(out="run", model="model", teachers=COLOURS, anchor="blue", **SCORED)
 GRPO = GRPOConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
+NFT = NFTConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
 SFT = SFTConfig(out="run", model="model", data="images")
-EVERY, ON_POLICY = (DISTIL, GRPO, SFT), (DISTIL, GRPO)
+EVERY, ON_POLICY = (DISTIL, GRPO, NFT, SFT), (DISTIL, GRPO, NFT)
 PROGRAMS = (*EVERY, sample.Arguments(), evaluate.Arguments(), study.Arguments())
 
 
@@ -72,12 +73,12 @@ def test_what_is_out_of_bounds_is_refused_and_named(settings):
 
 @pytest.mark.parametrize("settings", PROGRAMS, ids=lambda settings: type(settings).__qualname__)
 def test_every_number_has_bounds(settings):
-    """But for two ranges of states, which the number of states bounds."""
+    """But for three ranges of states, which the number of states bounds."""
     bounded = {name for name, bound in bounds_of(type(settings))}
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         kinds = {hints[field.name], *get_args(hints[field.name])}
-        if kinds & {int, float} and field.name not in ("query_range", "window_range"):
+        if kinds & {int, float} and field.name not in ("query_range", "window_range", "level_range"):
             assert field.name in bounded, field.name
 
 
@@ -154,15 +155,18 @@ opd | --train-rewards dog=m:f | --train-rewards names 'dog', which is not among 
 opd | --routing reward | --routing reward: task 'red' has no reward; add --train-rewards red=module:function
 opd | --anchor nobody | --anchor 'nobody' is not among the teachers ['red', 'green', 'blue', 'base']; name one
 opd | --anchor-levels 0=1 | --anchor-levels 0=1.0: a noise level lies in (0, 1]
-grpo | --group 1 | --group 1: an advantage compares the images of one prompt, alone it is always 0; use
+grpo nft | --group 1 | --group 1: an advantage compares the images of one prompt, alone it is always 0; use
 grpo | --noise-level 0 | needs the likelihood of a noisy step: --rollout sde --noise-level 0.0; use --rollout
 grpo | --full --beta 0 | --full with --evaluate: the table compares adapters; add --no-evaluate
 grpo | --full --beta 0.5 | --beta 0.5 with --full: the reference is the base with the adapter off
-grpo | --updates 5 --prompts-per-step 12 | --updates 5 does not divide --prompts-per-step 12
-grpo | --train-rewards red=m:f | task 'green' has no reward to train on; add --train-rewards green=
+grpo nft | --updates 5 --prompts-per-step 12 | --updates 5 does not divide --prompts-per-step 12
+grpo nft | --train-rewards red=m:f | task 'green' has no reward to train on; add --train-rewards green=
 grpo | --rollout cps | --rollout cps: the last CPS step has no noise, hence no likelihood; add --skip-last
 grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | or end --window-range before it
 grpo | --steps 6 --window 1 --window-range 0 7 | --window 1 does not fit into --window-range 0 7 of the 6
+nft | --steps 6 --level-range 2 7 | --level-range 2 7 does not lie within the 6 noise levels of the rollout's
+nft | --steps 6 --skip-last --levels 6 | --levels 6 exceeds the 5 noise levels that may be drawn; lower it,
+nft | --old-decay 0 0.001 1 | --old-decay 0 0.001 1: the old policy would never move; use a last below 1
 """
 # The same, to be accepted.
 ACCEPTED = """
@@ -180,6 +184,7 @@ opd | --cold-start some/adapter --group 1 --walker teacher
 grpo | --group 2 --beta 0 --updates 12 --prompts-per-step 12
 grpo | --window 3 --window-range 7 10
 grpo | --rollout cps --window 3 --window-range 6 9
+nft | --rollout cps --level-range 9 10 --levels 1 --beta 0 --group 2
 """
 
 

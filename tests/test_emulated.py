@@ -115,6 +115,15 @@ def test_grpo(world, changes, most, gpu):
 
 
 @there
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["nft", "awm"])
+def test_nft(world, objective, gpu):
+    """Like stage grpo."""
+    found = waits(tiny.nft_config(world, objective=objective, **SMALL | {"beta": 0.1}))
+    assert found.total() <= 4, dict(found)
+
+
+@there
 def test_sft(world, latents, gpu):
     """Two micro-batches."""
     settings = {"data": str(latents), "micro_batch": 2, "prompts_per_step": 4, "caption_dropout": 0.5}

@@ -98,13 +98,30 @@ def drawn(model, adapter: str, guidance: float) -> torch.Tensor:
     return model.images(adapter, PROMPTS, [5, 0, 17], Sampling(3, 4, guidance))
 
 
-def test_grpo_moves_the_policy(own, tmp_path):
-    world, changes = settings(own, out=str(tmp_path / "run"), guidance=2.0, shared_start=True, beta=0.1)
-    folder, model, *_ = run(tiny.grpo_config(world, **changes))
+@pytest.mark.parametrize("stage, shared", [(tiny.grpo_config, {"shared_start": True}), (tiny.nft_config, {})])
+def test_rewards_move_the_policy(own, tmp_path, stage, shared):
+    world, changes = settings(own, out=str(tmp_path / "run"), guidance=2.0, beta=0.1, **shared)
+    folder, model, *_ = run(stage(world, **changes))
     rows = folder.metrics()
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert (drawn(model, model.trained, 2.0) - drawn(model, lora.BASE, 2.0)).abs().max() > 1e-3
+
+
+def test_a_step_of_nft_lowers_its_loss(own):
+    """On the same pictures and noise, the old policy held fast; at first the loss hangs on no reward."""
+    world, changes = settings(own, lr=1e-3, old_decay=(0.0, 1.0, 0.999))
+    *_, trained, stage = tiny.build(tiny.nft_config(world, **changes))
+    losses, original = [], stage.update
+
+    def twice(*given):
+        for _ in range(2):
+            losses.append(original(*given)[0]["loss"])
+        return original(*given)
+
+    stage.update = twice
+    stage.step(0)
+    assert losses[1] < losses[0] - 1e-6
 
 
 def test_memory_is_predicted(case):

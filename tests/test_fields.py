@@ -30,6 +30,7 @@ ROLLOUT = RUN | {"prompts": PROMPTS, "group": 2, "steps": 2, "evaluate": False}
 BASES = {
     "opd": ROLLOUT | {"teachers": COLOURS, "anchor": "blue", "anchor_weight": 0.1},
     "grpo": ROLLOUT | {"train_rewards": REWARDS, "beta": 0.0},
+    "nft": ROLLOUT | {"train_rewards": REWARDS, "beta": 0.0},
     "sft": RUN | {"data": "place/images"},
 }
 
@@ -102,6 +103,21 @@ CHANGES = {
         "shared_start": ([True], {}),
         "updates": ([2], {}),
         "epochs": ([2], {}),
+    },
+    "nft": LOOP
+    | {
+        "noise_level": ([0.3], {"rollout": "sde"}),
+        "objective": (["awm"], {}),
+        "strength": ([0.1], {}),
+        "levels": ([1], {}),
+        "level_range": ([(0, 1), (1, 2)], {}),
+        "old_decay": ([(0.0, 0.5, 0.9)], {}),
+        "proximal": ([0.1], {"objective": "awm", "updates": 2}),
+        "train_rewards": ([{"red": DARK, "blue": BRIGHT}], {}),
+        "beta": ([0.5], {}),
+        "adam_eps": ([1e-3], {}),
+        "advantage_std": (["group"], {"prompts_per_step": 4}),
+        "updates": ([2], {}),
     },
     "sft": {
         "prompts_per_step": ([4], {}),

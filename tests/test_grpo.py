@@ -9,6 +9,7 @@ import torch
 
 from opd import flow, grpo, kernels, lora
 from opd.data import prompts_of_step, seed_of
+from opd.rewards import groups
 from tests import tiny
 from tests.tiny import distance, gradient_of, grpo_config, step_by_hand
 from tests.tiny_grpo import build, recorded
@@ -109,7 +110,7 @@ def test_advantages_equal_a_brute_force_version(scope):
     rewards, tasks = rng.random((6, 5)) * [[1], [1], [10], [1], [10], [1]], ["a", "a", "b", "a", "b", "a"]
     rewards[3, 2] = math.nan  # a dropped group
     rewards[5] = 0.5  # a flat group
-    got = grpo.advantages(torch.tensor(rewards), tasks, scope, 1.2)
+    got = groups.advantages(torch.tensor(rewards), tasks, scope, 1.2)
     for p in range(6):
         whole = [rewards[q] for q in range(6) if tasks[q] == tasks[p] and not np.isnan(rewards[q]).any()]
         std = np.std(np.stack(whole)) if scope == "global" else np.std(rewards[p])

@@ -137,7 +137,7 @@ def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, tmp_path):
     *_, trained, stage = build(world, weight_decay=0.1)
     weights = []
     for step, spec in enumerate((BRIGHT, "tests.tiny_grpo:nothing", BRIGHT)):
-        stage.reward_of = dict.fromkeys(("red", "blue"), find_reward(spec))
+        stage.scorers.of_task = dict.fromkeys(("red", "blue"), [(1.0, find_reward(spec))])
         row, norm = stage.step(step)
         weights.append(torch.cat([ranks.full(p.detach()).flatten() for p in trained.parameters.values()]))
         assert row["groups"]["dropped"] == (0 if spec == BRIGHT else 4) and (norm > 0) == (spec == BRIGHT)

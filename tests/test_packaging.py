@@ -126,7 +126,8 @@ opd.flow opd.kernels
 opd.files opd.formats.settings opd.cli opd.errors opd.ranks opd.signals opd.data opd.routing opd.trajectory
 opd.families opd.formats opd.rewards
 opd opd.mini.presets
-opd.formats.export opd.formats.teacher_files opd.optim opd.sft opd.grpo opd.runfolder
+opd.formats.export opd.formats.teacher_files opd.rewards.groups opd.optim opd.sft opd.runfolder
+opd.grpo opd.nft
 opd.evaluation
 opd.report
 opd.setup train sample

@@ -86,6 +86,22 @@ def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, chang
         assert one["ratio"]["clipped"] > 0
 
 
+def test_nft_on_two_processes_is_nft_on_one(world, tmp_path):
+    """Sharded: the old policy, like the one that it follows, is whole on every rank."""
+    rows = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        settings = SHORT | {"micro_batch": 5, "beta": 0.1, "ema": 0.9, "shard_size": processes}
+        cfg = tiny.nft_config(world, out=str(out), old_decay=(0.0, 0.2, 0.5), **settings)
+        launch(out, processes, forked.command_line(cfg))
+        rows.append(forked.rows(out))
+    for one, two in zip(*rows, strict=True):
+        for key in ("loss", "kl", "grad_norm", "log_size"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7)
+        assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)
+    assert rows[0][-1]["kl"] > 0 and rows[0][-1]["log_size"] != 0
+
+
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_the_frozen_base_exists_once_and_gradients_are_reduced_once(world, tmp_path, shard_size):
     """Counted in the real command on two ranks: per step one reduction of the LoRA's gradients, one of the

@@ -244,6 +244,7 @@ OFTEN = {"iterations": 6, "save_every": 1, "sample_every": 2, "eval_steps": 2}
 STAGES = {
     "opd": lambda world, out, _: forked.command_line(tiny.config(world, out=str(out), ema=0.9, **OFTEN)),
     "grpo": lambda world, out, _: forked.command_line(tiny.grpo_config(world, out=str(out), **OFTEN)),
+    "nft": lambda world, out, _: forked.command_line(tiny.nft_config(world, out=str(out), **OFTEN)),
     "sft": lambda world, out, latents: finetuning(world, out, latents, **OFTEN),
 }
 

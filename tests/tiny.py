@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
 from opd import lora, ranks
-from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RunConfig, SFTConfig
 from opd.families import sd3
 from opd.formats import export, lora_files
 from opd.formats.settings import to_json
@@ -172,6 +172,11 @@ def grpo_config(world: Path, **changes) -> GRPOConfig:
     rewards = {"red": "tests.tiny_grpo:brightness", "blue": "tests.tiny_grpo:brightness"}
     base = replace(base, train_rewards=rewards, beta=0.0)
     return replace(base, **{"group": 4, "micro_batch": 8, "iterations": 2} | changes)
+
+
+def nft_config(world: Path, **changes) -> NFTConfig:
+    base = NFTConfig(**shared_with(grpo_config(world), NFTConfig))
+    return replace(base, **{"rollout": "ode", "levels": 2} | changes)
 
 
 def sft_config(world: Path, **changes) -> SFTConfig:

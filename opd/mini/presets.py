@@ -3,7 +3,7 @@
 Sources that start with opd/ lie in this package (`opd.files.resolve`).
 """
 
-from opd.config import DistillationConfig, GRPOConfig, RunConfig, SFTConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RunConfig, SFTConfig
 
 ENDINGS = {"compose": "jsonl", "text": "txt", "quality": "txt"}
 MINI_PROMPTS = {task: f"opd/mini/prompts/{task}.train.{ending}" for task, ending in ENDINGS.items()}
@@ -70,6 +70,10 @@ GRPO = {**WALK, **WATCHED, "beta": 0.002, "ema": 0.9}
 MINI_GRPO = {**MINI, **GRPO, "heldout": MINI_HELDOUT, "window_range": (0, 3)}
 TEACHER = {**MINI_GRPO, "rewards": MINI_SCORERS, "prompts_per_step": 12}
 MIX = {**MINI_GRPO, "prompts_per_step": 15}
+
+# The same without likelihoods (opd/nft.py).
+NFT = {"group": 8, "micro_batch": 48, "steps": 6, "levels": 2, **WATCHED, "ema": 0.9}
+NFT_TEACHER = {**MINI, **NFT, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS, "prompts_per_step": 12}
 
 # Flow matching: a base from nothing, and the base on further pictures.
 PRETRAIN = {"full": True, "weight_decay": 0.01}
@@ -156,6 +160,27 @@ MINI_PRESETS: dict[str, RunConfig] = {
         train_rewards={"compose": QUALITY, "text": QUALITY, "quality": QUALITY},
         lr=2e-3,
         iterations=80,
+    ),
+    "mini-nft-compose": NFTConfig(
+        **NFT_TEACHER,
+        prompts={"compose": MINI_PROMPTS["compose"]},
+        train_rewards={"compose": MINI_REWARDS["compose"]},
+        lr=1.3e-3,
+        iterations=150,
+    ),
+    "mini-nft-text": NFTConfig(
+        **NFT_TEACHER,
+        prompts={"text": MINI_PROMPTS["text"]},
+        train_rewards={"text": MINI_REWARDS["text"]},
+        lr=2e-3,
+        iterations=40,
+    ),
+    "mini-nft-quality": NFTConfig(
+        **NFT_TEACHER,
+        prompts=MINI_PROMPTS,
+        train_rewards={"compose": QUALITY, "text": QUALITY, "quality": QUALITY},
+        lr=2e-3,
+        iterations=40,
     ),
     "mini-grpo-mix": GRPOConfig(
         **MIX,

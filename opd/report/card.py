@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from opd.config import DistillationConfig, GRPOConfig, RunConfig
+from opd.config import DistillationConfig, RewardedConfig, RunConfig
 from opd.files import digest, replace, resolve
 from opd.formats.export import Deployment, deployment_of
 from opd.formats.lora_files import find_adapter
@@ -16,6 +16,7 @@ from opd.model import Model
 METHODS = {
     "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
     "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
+    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117, or AWM, 2509.25050)",
     "sft": "flow matching on images with captions",
 }
 
@@ -116,7 +117,7 @@ def origins(cfg: RunConfig) -> str:
         if cfg.anchored():
             levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
             lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}")
-    if isinstance(cfg, GRPOConfig):
+    if isinstance(cfg, RewardedConfig):
         lines += [f"- reward of {task}: `{spec}`" for task, spec in cfg.train_rewards.items()]
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd import lora, ranks
-from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.errors import require
 from opd.families import Condition
@@ -118,6 +118,8 @@ def predict(
     # The student, which every rank holds whole, and the memory of its start, which is frozen.
     trained = lora_numbers(cfg, model)
     base, loras = width * weights, 4 * trained + width * trained // share
+    if isinstance(cfg, NFTConfig):  # and the old policy
+        loras += 4 * trained
     if cfg.full:
         trained, base, loras = weights // share, 4 * weights, 0
     return {
@@ -194,6 +196,8 @@ def trajectories(cfg: RunConfig, model: Model, world: int) -> int:
     states = 0
     if isinstance(cfg, GRPOConfig):
         states = cfg.states_per_sample() + 1
+    if isinstance(cfg, NFTConfig):  # the pictures' latents
+        states = 1
     return 4 * states * sum(rows(cfg, world)) * prod(model.shape)
 
 

@@ -25,6 +25,7 @@ SHOWN = 12  # pictures of a page
 STAGES = {
     "opd": "distillation from teachers",
     "grpo": "reinforcement learning from rewards (GRPO)",
+    "nft": "reinforcement learning from rewards, without likelihoods",
     "sft": "flow matching on images",
 }
 STYLE = """

@@ -119,6 +119,11 @@ class Reward:
                     lines[term.name] += f"; reward: score / {term.function.divisor:g}"
         return lines
 
+    def apart(self) -> list[tuple[float, "Reward"]]:
+        """Its terms as rewards of their own, each with its weight."""
+        alone = [Reward(term.name, [Term(1.0, term.name, term.function)]) for term in self.terms]
+        return [(term.weight, reward) for term, reward in zip(self.terms, alone, strict=True)]
+
     @property
     def divisor(self) -> float:
         """Of its raw scores in the papers' averages; 1 for a sum, which has no scale."""

@@ -1,0 +1,269 @@
+"""Stage 1 without likelihoods: DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050), from rewards on
+images.
+
+One iteration samples G images for each prompt by any solver, scores them, and keeps the clean latents x0
+alone. They are noised afresh, x = (1 - sigma) x0 + sigma eps, so that u = eps - x0 is the velocity that leads
+back to the image. Images better than their group's mean pull to theirs, worse ones push away:
+
+    r = 1/2 + A / 10,  A = (r - mean) / std clipped to +-5      share_of_positive; opd/rewards/groups.py
+    nft   (5 / b) [r L(v+) + (1 - r) L(v-)],  L(v') = sigma^2 |v' - u|^2 / w,  w = sigma mean |v' - u|
+          v+ = v_old + b (v - v_old),  v- = v_old - b (v - v_old)                                  nft_loss
+    awm   A |v - u|^2 + c |v - v_old|^2                                                             awm_loss
+    both  + beta |v - v_base|^2,  v_base: the adapter off
+
+The old policy is an adapter that follows the trained one. It makes nft's images; awm's are the policy's own.
+On the policy (v = v_old) nft's gradient is -2 A sigma (u - v_old) / mean |u - v_old| whatever b is: AWM with
+that weight.
+
+Shapes: P prompts, G samples each, N = P G samples, L noise levels each; B samples of a micro-batch.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd import flow, kernels, lora, ranks, signals
+from opd.config import NFTConfig
+from opd.data import MicroBatch, Prompt, prompts_of_step, seed_of
+from opd.diagnostics import MATCHING, matching_metrics
+from opd.grpo import squared_difference
+from opd.lora import BASE, OLD, STUDENT
+from opd.model import Model
+from opd.optim import Trained
+from opd.ranks import say
+from opd.rewards import Reward
+from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, batches_of_part
+
+SMALLEST_WEIGHT = 1e-5
+"""Of w, as in the released code."""
+
+
+@dataclass
+class Sampled:
+    """A micro-batch of images, as clean latents (B, C, H, W) float32."""
+
+    batch: MicroBatch
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What a loss is made of: the images of a micro-batch at one noise level each."""
+
+    u: Tensor
+    """eps - x0 (B, C, H, W), the velocity that leads back to the image."""
+    v_old: Tensor
+    """Of the old policy, a constant."""
+    sigma_B: Tensor
+    advantage_B: Tensor
+
+
+class NFT:
+    """Stage nft: each step samples groups of images, scores them, and matches the velocity to them."""
+
+    def __init__(
+        self,
+        cfg: NFTConfig,
+        model: Model,
+        pools: dict[str, list[Prompt]],
+        rewards: dict[str, Reward],
+        trained: Trained,
+    ):
+        self.cfg, self.model = cfg, model
+        self.pools, self.trained = pools, trained
+        self.scorers = Scorers(cfg, model, rewards)
+        self.objective = OBJECTIVES[cfg.objective]
+        if cfg.guidance != 1.0:
+            say(f"--guidance {cfg.guidance:g}: stage nft is known to learn little with guidance; 1 has none")
+
+    def step(self, step: int) -> tuple[dict, float]:
+        """One iteration: sample, score, update, let the old policy follow. Returns the metrics and the
+        gradient norm of the last update (or the first that is not finite)."""
+        cfg = self.cfg
+        started = time.perf_counter()
+        prompts = prompts_of_step(
+            self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
+        )
+        parts = []
+        for part in range(cfg.updates):
+            batches = batches_of_part(cfg, prompts, part)
+            parts.append([self.sample(batch, task, prompts, step) for task, batch in batches])
+        rolled = time.perf_counter()
+
+        scores = self.scorers.wait(prompts, step)
+        scored = time.perf_counter()
+
+        metrics, norm = self.update(parts, prompts, scores.advantage_PG, step)
+        metrics |= scores.metrics
+        metrics["seconds"] = {
+            "rollout": rolled - started,
+            "reward": scored - rolled,
+            "train": time.perf_counter() - scored,
+            "scoring": scores.busy,
+        }
+        return metrics, norm
+
+    @torch.no_grad()
+    def sample(self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int) -> Sampled:
+        """Sample a micro-batch's images, and start to score them."""
+        cfg, model = self.cfg, self.model
+        mine = [prompts[n // cfg.group] for n in batch.samples]
+        text = model.text([prompt.text for prompt in mine])
+        path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, (cfg.seed, step, "noise"))
+        with lora.use(model.transformer, self.objective.sampler):
+            for state in model.walk(path, seed_of(cfg.seed, step, "start"), batch.samples):
+                signals.boundary()
+                state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
+        if any(batch.real):
+            self.scorers.start(task, batch.samples, state.x_next, mine)
+        return Sampled(batch, state.x_next)
+
+    # ---- the update ----
+
+    def update(
+        self, parts: list[list[Sampled]], prompts: list[Prompt], advantage_PG: Tensor, step: int
+    ) -> tuple[dict, float]:
+        """All optimizer steps of the iteration: (metrics, gradient norm)."""
+        cfg = self.cfg
+        advantage_N = advantage_PG.flatten()
+        sigma_NL = self.drawn_levels(step)
+        sums, norm = torch.zeros(len(MATCHING)), 0.0
+        for turn, part in enumerate(parts):
+            kept = int((~advantage_N.view(cfg.updates, -1)[turn].isnan()).sum())
+            if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
+                continue
+            of_part = torch.zeros(len(MATCHING), device=self.model.device)
+            scale = ranks.world() / (kept * sigma_NL.shape[1])
+            for sampled in part:
+                of_part += self.learn(sampled, prompts, advantage_N, sigma_NL, step, scale)
+            # Sent without waiting: the next line is the update's only wait for the device.
+            of_part = ranks.total(of_part).to("cpu", non_blocking=True)
+            of_update = self.trained.update(step, turn, cfg.updates)
+            self.trained.move_old(old_share(cfg, step * cfg.updates + turn + 1))
+            sums += of_part
+            if math.isfinite(norm):
+                norm = of_update
+        count = sum(parameter.numel() for parameter in self.trained.parameters.values())
+        return matching_metrics(sums, cfg.beta) | {"grad_rms": norm / count**0.5}, norm
+
+    def drawn_levels(self, step: int) -> Tensor:
+        """The noise levels that each sample is trained at (N, L) float32, in the order in which they come: a
+        function of (seed, step), the same on every rank."""
+        cfg = self.cfg
+        grid = torch.tensor([self.model.sigmas(cfg.steps)[i] for i in cfg.trainable_levels()])
+        generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, "levels"))
+        order_NL = torch.rand(cfg.samples_per_step(), len(grid), generator=generator).argsort(1)
+        return grid[order_NL[:, : cfg.states_per_sample()]]
+
+    def learn(
+        self,
+        sampled: Sampled,
+        prompts: list[Prompt],
+        advantage_N: Tensor,
+        sigma_NL: Tensor,
+        step: int,
+        scale: float,
+    ) -> Tensor:
+        """Gradient of one micro-batch. Returns sums over samples and levels, see MATCHING.
+
+        `advantage_N` is NaN for samples of dropped groups, which count for nothing. `scale` makes the sum
+        over samples and levels the update's mean.
+        """
+        cfg, model, batch = self.cfg, self.model, sampled.batch
+        text = model.text([prompts[n // cfg.group].text for n in batch.samples])
+        index = torch.tensor(batch.samples).to(model.device, non_blocking=True)
+        real_B, advantage_B = torch.tensor(batch.real, dtype=torch.float32), advantage_N[batch.samples]
+        rows_2B = torch.stack([real_B * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
+        kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
+        sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
+        sums = torch.zeros(len(MATCHING), device=model.device)
+        asked = [OLD]
+        if cfg.beta > 0:
+            asked.append(BASE)
+        for j, sigma_B in enumerate(sigma_LB):
+            signals.boundary()
+            seed = seed_of(cfg.seed, step, "level", j)
+            eps = kernels.normal(tuple(sampled.x0.shape), seed, index, device=model.device)
+            x, v_of = flow.noised(sampled.x0, eps, sigma_B), {}
+            for frozen in asked:
+                with torch.no_grad(), lora.use(model.transformer, frozen):
+                    v_of[frozen] = model.velocity(x, sigma_B, text, cfg.guidance)
+            noised = Noised(eps - sampled.x0, v_of[OLD], sigma_B, advantage_B)
+            # The adapter stays switched on around backward: recomputed activations must see that of their
+            # forward pass.
+            with lora.use(model.transformer, model.trained):
+                v = model.velocity(x, sigma_B, text, cfg.guidance)
+                policy_B = self.objective.loss(cfg, v, noised)
+                kl_B = size_B = torch.zeros_like(policy_B)
+                if cfg.beta > 0:
+                    kl_B = squared_difference(v, v_of[BASE], 1.0)
+                    size_B = log_size(v.detach()) - log_size(v_of[BASE])
+                (((policy_B + cfg.beta * kl_B) * kept_B).sum() * scale).backward()
+            rows = (policy_B.detach(), kl_B.detach(), size_B, torch.ones_like(kept_B))
+            sums += (torch.stack(rows) * kept_B).sum(1)
+        return sums
+
+
+# ---- equations ---------------------------------------------------------------------------------------------
+
+
+def share_of_positive(advantage_B: Tensor) -> Tensor:
+    """r = 1/2 + A / 10 in [0, 1] (B,): how much an image counts as one to go to, the rest as one to leave."""
+    return (0.5 + advantage_B / (2 * ADVANTAGE_CLIP)).clamp(0, 1)
+
+
+def nft_loss(cfg: NFTConfig, v: Tensor, noised: Noised) -> Tensor:
+    """(5 / b) [r L(v+) + (1 - r) L(v-)] (B,), differentiable in v; w is a constant.
+
+    It is a distillation loss with two teachers, v_old +- (u - v_old) / b, since
+    v+ - u = b (v - v_old - (u - v_old) / b) and v- - u = -b (v - v_old + (u - v_old) / b).
+    """
+    b, r_B, v_old = cfg.strength, share_of_positive(noised.advantage_B), noised.v_old
+    step = b * (v.detach() - v_old)
+    teachers = [v_old + (noised.u - v_old) / b, v_old - (noised.u - v_old) / b]
+    alpha_B2 = torch.stack(
+        [r_B / error_size(v_old + step, noised), (1 - r_B) / error_size(v_old - step, noised)], dim=1
+    )
+    loss_B, _ = kernels.velocity_mse(v, teachers, alpha_B2, ADVANTAGE_CLIP * b * noised.sigma_B**2)
+    return loss_B
+
+
+def error_size(v: Tensor, noised: Noised) -> Tensor:
+    """w = sigma mean |v - u| (B,), at least 1e-5: the mean distance of the predicted image from x0."""
+    error_B = noised.sigma_B * (v - noised.u).abs().flatten(1).mean(1)
+    return error_B.clamp(min=SMALLEST_WEIGHT)
+
+
+def awm_loss(cfg: NFTConfig, v: Tensor, noised: Noised) -> Tensor:
+    """A |v - u|^2 + c |v - v_old|^2 (B,): the policy gradient with -|v - u|^2 as log-likelihood."""
+    loss_B = squared_difference(v, noised.u, noised.advantage_B)
+    if cfg.proximal > 0:
+        loss_B = loss_B + squared_difference(v, noised.v_old, cfg.proximal)
+    return loss_B
+
+
+def log_size(v: Tensor) -> Tensor:
+    """log |v|, the root of the mean square (B,)."""
+    return v.square().flatten(1).mean(1).log() / 2
+
+
+def old_share(cfg: NFTConfig, updates: int) -> float:
+    """How much of itself the old policy keeps after so many updates: min(slope (n - n0), most), at least
+    0."""
+    begin, slope, most = cfg.old_decay
+    return max(0.0, min(slope * (updates - begin), most))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, (cfg, v, Noised) -> (B,), and the adapter that makes its images."""
+
+    loss: Callable[[NFTConfig, Tensor, Noised], Tensor]
+    sampler: str
+
+
+OBJECTIVES = {"nft": Objective(nft_loss, OLD), "awm": Objective(awm_loss, STUDENT)}

@@ -1,0 +1,258 @@
+"""Stage nft: the identities of both losses in float64, the gradient of an iteration written out, GDPO's
+advantages by brute force, a reward that rises."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from opd import flow, kernels, lora
+from opd.config import NFTConfig
+from opd.data import prompts_of_step, seed_of
+from opd.nft import Noised, awm_loss, nft_loss, old_share
+from opd.rewards import find_reward
+from opd.rewards.groups import advantages_of_each
+from tests import tiny
+from tests.tiny import distance, gradient_of
+
+CFG = NFTConfig()
+
+
+def drawn(advantage=None, samples=5):
+    """(x0, eps, v, what a loss is made of) of a few samples in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, v, v_old = torch.randn(4, samples, 2, 3, 3, generator=generator, dtype=torch.float64)
+    sigma = torch.linspace(0.1, 1.0, samples, dtype=torch.float64)
+    if advantage is None:
+        advantage = torch.linspace(-6, 6, samples, dtype=torch.float64)
+    return x0, eps, v.requires_grad_(), Noised(eps - x0, v_old, sigma, advantage)
+
+
+def gradient(loss_B, v):
+    return torch.autograd.grad(loss_B.sum(), v)[0]
+
+
+def per_sample(value_B):
+    return value_B.view(-1, 1, 1, 1)
+
+
+def mean(x):
+    return x.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("b", [1.0, 0.1])
+def test_nft_is_the_released_loss(b):
+    """On predicted images x0' = x - sigma v': mean (x0' - x0)^2 / mean |x0' - x0|, the latter constant."""
+    x0, eps, v, noised = drawn()
+    sigma, r = per_sample(noised.sigma_B), (noised.advantage_B / 10 + 0.5).clamp(0, 1)
+    x = (1 - sigma) * x0 + sigma * eps
+    terms = []
+    for policy in (b * v + (1 - b) * noised.v_old, (1 + b) * noised.v_old - b * v):
+        error = x - sigma * policy - x0
+        terms.append(mean(error**2) / mean(error.detach().abs()))
+    wanted = 5 * (r * terms[0] + (1 - r) * terms[1]) / b
+    loss = nft_loss(replace(CFG, strength=b), v, noised)
+    assert torch.allclose(loss, wanted, rtol=1e-12)
+    assert distance(gradient(loss, v), gradient(wanted, v)) < 1e-12
+
+
+@pytest.mark.parametrize("b", [1.0, 0.1])
+def test_on_the_policy_nft_is_awm_with_a_weight(b):
+    """Whatever b, and though the loss itself does not depend on the reward there."""
+    advantage = torch.linspace(-4.5, 4.5, 5, dtype=torch.float64)
+    cfg = replace(CFG, strength=b, proximal=0.0)
+    losses, gradients = [], []
+    for sign in (1, -1):
+        _, _, _, noised = drawn(sign * advantage)
+        v = noised.v_old.clone().requires_grad_()
+        losses.append(nft_loss(cfg, v, noised))
+        gradients.append(gradient(losses[-1], v))
+        weight = noised.sigma_B / mean((noised.u - noised.v_old).abs())
+        of_awm = gradient(awm_loss(cfg, v, noised) * weight, v)
+        assert distance(gradients[-1], of_awm) < 1e-12
+    assert torch.allclose(*losses, rtol=1e-12) and distance(gradients[0], -gradients[1]) < 1e-12
+
+
+def test_with_the_best_reward_nft_is_flow_matching():
+    """r = 1 and b = 1, without its weight: five times eq. 1."""
+    x0, eps, v, noised = drawn(torch.full((5,), 5.0, dtype=torch.float64))
+    weight = noised.sigma_B**2 / (noised.sigma_B * mean((v - noised.u).detach().abs()))
+    wanted = 5 * weight * flow.flow_matching_loss(v, x0, eps)
+    assert torch.allclose(nft_loss(CFG, v, noised), wanted, rtol=1e-12)
+
+
+def test_awm_is_the_policy_gradient_and_the_proximal_term_by_hand():
+    """-A exp(logp - its constant), logp = -mean |v - u|^2."""
+    _, _, v, noised = drawn()
+    log_p = -mean((v - noised.u) ** 2)
+    wanted = -noised.advantage_B * (log_p - log_p.detach()).exp() + 0.3 * mean((v - noised.v_old) ** 2)
+    assert distance(gradient(awm_loss(replace(CFG, proximal=0.3), v, noised), v), gradient(wanted, v)) < 1e-12
+
+
+def test_the_old_policy_follows_by_the_released_schedules():
+    """DiffusionNFT's own: min(.001 n, .5); for OCR 0 until 75, then min(.0075 (n - 75), .999)."""
+    slow, ocr = replace(CFG, old_decay=(0.0, 0.001, 0.5)), replace(CFG, old_decay=(75.0, 0.0075, 0.999))
+    assert [old_share(slow, n) for n in (0, 100, 500, 9000)] == pytest.approx([0.0, 0.1, 0.5, 0.5])
+    assert [old_share(ocr, n) for n in (0, 75, 175, 9000)] == pytest.approx([0.0, 0.0, 0.75, 0.999])
+
+
+def build(world, **changes):
+    return tiny.build(tiny.nft_config(world, **changes))
+
+
+def recorded(world, **changes):
+    """(gradient of an iteration's first optimizer step, its metrics)."""
+    *_, trained, stage = build(world, **changes)
+    gradients, original = [], trained.update
+
+    def update(*arguments):
+        gradients.append(gradient_of(trained))
+        return original(*arguments)
+
+    trained.update = update
+    metrics, _ = stage.step(0)
+    return gradients[0], metrics
+
+
+SETTINGS = [{}, {"guidance": 2.0}, {"micro_batch": 3}, {"beta": 0.0, "levels": 1, "level_range": (1, 3)}]
+SETTINGS += [{"objective": "awm", "beta": 0.5}, {"strength": 0.1, "levels": 0, "rollout": "sde"}]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_the_first_update_written_out(world, changes):
+    """Roll out sample by sample, score, noise each picture afresh, take the loss by autograd."""
+    cfg, model, data, trained, stage = build(world, cold_start=str(world / "red"), **changes)
+    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    grid, count = model.sigmas(cfg.steps), cfg.prompts_per_step * cfg.group
+
+    def velocity(adapter, x, sigma, text):
+        with lora.use(model.transformer, adapter):
+            v, u = (model.velocity(x, sigma, model.text([t]), 1.0) for t in (text, ""))
+        return u + cfg.guidance * (v - u)
+
+    latents = []
+    for n in range(count):
+        index = torch.tensor([n])
+        x = kernels.normal((1, *model.shape), seed_of(0, 0, "start"), index)
+        for i in range(cfg.steps):
+            v = velocity("student", x, torch.tensor([grid[i]]), prompts[n // cfg.group].text).detach()
+            transition = flow.TRANSITIONS[cfg.rollout](
+                *torch.tensor(grid[i : i + 2]).double(), cfg.noise_level
+            )
+            z = kernels.normal(x.shape, seed_of(0, 0, "noise", i), index)
+            x = (transition.keep * x - transition.move * v + transition.std * z).float()
+        latents.append(x)
+    rewards = torch.stack([model.decode(x).mean() for x in latents]).double().view(-1, cfg.group)
+    tasks, advantage = [p.task for p in prompts], torch.zeros_like(rewards)
+    for p, task in enumerate(tasks):
+        same = rewards[[q for q, t in enumerate(tasks) if t == task]]
+        advantage[p] = (rewards[p] - rewards[p].mean()) / (same.numpy().std() + 1e-4)
+
+    levels_NL, total = stage.drawn_levels(0), 0.0
+    for n, x0 in enumerate(latents):
+        for j, sigma in enumerate(levels_NL[n].tolist()):
+            eps = kernels.normal(x0.shape, seed_of(0, 0, "level", j), torch.tensor([n]))
+            x, at, text = (1 - sigma) * x0 + sigma * eps, torch.tensor([sigma]), prompts[n // cfg.group].text
+            v, base, u = velocity("student", x, at, text), velocity("base", x, at, text).detach(), eps - x0
+            a = float(advantage.flatten()[n])
+            if cfg.objective == "awm":
+                loss = a * (v - u).square().mean() + 1.0 * (v - v.detach()).square().mean()
+            else:
+                r, b, old = 0.5 + a / 10, cfg.strength, v.detach()
+                pair = (old + b * (v - old), old - b * (v - old))
+                good, bad = (sigma * (p - u).square().mean() / (old - u).abs().mean() for p in pair)
+                loss = 5 / b * (r * good + (1 - r) * bad)
+            total = total + (loss + cfg.beta * (v - base).square().mean()) / levels_NL.numel()
+    total.backward()
+    wanted = gradient_of(trained)
+    assert wanted.norm() > 1e-4
+    assert distance(recorded(world, cold_start=str(world / "red"), **changes)[0], wanted) < 1e-4
+
+
+def test_every_picture_draws_its_own_levels_once(world):
+    cfg, model, *_, stage = build(world, steps=4, levels=3, level_range=(1, 4))
+    drawn_NL = stage.drawn_levels(0)
+    allowed = sorted(np.float32(model.sigmas(4)[1:4]).tolist())
+    assert all(sorted(row) == allowed for row in drawn_NL.tolist())  # three of three, none twice
+    assert len({tuple(row) for row in drawn_NL.tolist()}) > 3
+    assert torch.equal(drawn_NL, stage.drawn_levels(0)) and not torch.equal(drawn_NL, stage.drawn_levels(1))
+
+
+@pytest.mark.parametrize("objective", ["nft", "awm"])
+def test_the_old_policy_makes_nfts_pictures_and_not_awms(world, objective):
+    """It keeps a tenth of itself, after each of two updates."""
+    settings = {"objective": objective, "updates": 2, "old_decay": (0.0, 1.0, 0.1), "proximal": 0.0}
+    *_, model, _, trained, stage = build(world, **settings)
+    names, used = list(trained.parameters), set()
+    before = {name: trained.old[name].detach().clone() for name in names}
+    original, moves = trained.move_old, []
+
+    def move(share):
+        original(share)
+        for name in names:
+            before[name] = share * before[name] + (1 - share) * trained.parameters[name].detach()
+        moves.append(share)
+
+    trained.move_old = move
+    walk, layer = model.walk, lora.lora_layers(model.transformer)[0]
+    model.walk = lambda *given: used.add(layer.slot) or walk(*given)
+    stage.step(0)
+    assert moves == [0.1, 0.1] and used == {"old" if objective == "nft" else "student"}
+    assert all(torch.allclose(trained.old[name], before[name], atol=1e-7) for name in names)
+    assert any(not torch.equal(trained.old[name], trained.parameters[name]) for name in names)
+
+
+def test_terms_of_a_reward_are_normalised_one_by_one():
+    """GDPO: a term of a thousandth of the other's spread counts as much as it."""
+    rng = np.random.default_rng(0)
+    terms, tasks = rng.random((2, 5, 6)) * [[[1]], [[1e-3]]] * 50, ["a", "a", "b", "a", "b"]
+    weights = np.array([[0.7] * 5, [0.3, 0.3, 0, 0.3, 0]])[..., None]  # task b has one term
+    terms[1, [2, 4]] = math.nan
+    terms[0, 3, 1] = math.nan  # a dropped group
+    whole = {"a": [0, 1], "b": [2, 4]}
+    got = advantages_of_each(torch.tensor(terms), torch.tensor(weights), tasks, 1.2).numpy()
+    for task, groups in whole.items():
+        own = terms[: 2 if task == "a" else 1, groups]
+        spread = own.std(2, keepdims=True) + 1e-4
+        total = (weights[: len(own), groups] * (own - own.mean(2, keepdims=True)) / spread).sum(0)
+        wanted = np.clip((total - total.mean()) / (total.std() + 1e-4), -1.2, 1.2)
+        assert np.allclose(got[groups], wanted)
+    assert np.isnan(got[3]).all()
+    apart = find_reward("0.7*tests.tiny_grpo:brightness+0.3*opd.mini.rewards:quality").apart()
+    assert [(weight, reward.spec) for weight, reward in apart] == [
+        (0.7, "tests.tiny_grpo:brightness"),
+        (0.3, "opd.mini.rewards:quality"),
+    ]
+
+
+def test_a_step_without_any_reward_changes_nothing(world):
+    """Neither the policy nor the old one."""
+    nothing = dict.fromkeys(("red", "blue"), "tests.tiny_grpo:nothing")
+    *_, trained, stage = build(world)
+    stage.step(0)
+    before = {name: value.clone() for name, value in trained.state().items()}
+    stage.scorers.of_task = {task: [(1.0, find_reward(spec))] for task, spec in nothing.items()}
+    row, norm = stage.step(1)
+    assert row["groups"]["dropped"] == 4 and norm == 0
+    assert all(torch.equal(value, before[name]) for name, value in trained.state().items())
+
+
+@pytest.mark.parametrize("objective, lr", [("nft", 1e-2), ("awm", 2e-2)])
+def test_reward_rises_on_the_tiny_model(world, tmp_path, objective, lr):
+    settings = {"group": 8, "prompts_per_step": 4, "micro_batch": 32, "iterations": 25, "lr": lr}
+    cfg = tiny.nft_config(world, out=str(tmp_path), objective=objective, beta=1e-4, **settings)
+    folder, _, trained, _ = tiny.run(cfg)
+    rows = folder.metrics()
+    means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
+    spread = rows[0]["reward_std"]["red"]
+    assert np.mean(means[-5:]) > np.mean(means[:3]) + spread, (means, spread)
+    assert rows[0]["log_size"] == pytest.approx(0, abs=1e-6) and abs(rows[-1]["log_size"]) > 1e-3
+    count = sum(parameter.numel() for parameter in trained.parameters.values())
+    assert rows[-1]["grad_rms"] == pytest.approx(rows[-1]["grad_norm"] / count**0.5)
+
+
+def test_guidance_is_warned_of(world, capsys):
+    build(world, guidance=2.0)
+    assert "--guidance 2: stage nft is known to learn little with guidance" in capsys.readouterr().out
