@@ -613,7 +613,8 @@ class NFTConfig(RewardedConfig):
     """Those that may be drawn: first, and one past the last, 0 being pure noise. 0 0 = all."""
     old_decay: Annotated[tuple[float, float, float], NotNegative] = (0.0, 0.001, 0.5)
     """n0, slope, most: after update n the old policy, which makes nft's pictures and holds awm back, keeps
-    min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the rest."""
+    min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the rest. 0 0 0 = the
+    old policy is the new one, and costs no forward pass."""
     proximal: Annotated[float, NotNegative] = 1.0
     """awm: weight of |v - v_old|^2, which keeps a step small."""
     beta: Annotated[float, NotNegative] = 1e-4

@@ -181,7 +181,9 @@ class NFT:
         kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
         sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
         sums = torch.zeros(len(MATCHING), device=model.device)
-        asked = [OLD]
+        asked = []
+        if cfg.old_decay[-1] > 0:  # else the old policy is the policy
+            asked.append(OLD)
         if cfg.beta > 0:
             asked.append(BASE)
         for j, sigma_B in enumerate(sigma_LB):
@@ -192,11 +194,12 @@ class NFT:
             for frozen in asked:
                 with torch.no_grad(), lora.use(model.transformer, frozen):
                     v_of[frozen] = model.velocity(x, sigma_B, text, cfg.guidance)
-            noised = Noised(eps - sampled.x0, v_of[OLD], sigma_B, advantage_B)
             # The adapter stays switched on around backward: recomputed activations must see that of their
             # forward pass.
             with lora.use(model.transformer, model.trained):
                 v = model.velocity(x, sigma_B, text, cfg.guidance)
+                v_old = v_of[OLD] if OLD in v_of else v.detach()
+                noised = Noised(eps - sampled.x0, v_old, sigma_B, advantage_B)
                 policy_B = self.objective.loss(cfg, v, noised)
                 kl_B = size_B = torch.zeros_like(policy_B)
                 if cfg.beta > 0:

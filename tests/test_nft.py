@@ -118,6 +118,7 @@ def recorded(world, **changes):
 
 SETTINGS = [{}, {"guidance": 2.0}, {"micro_batch": 3}, {"beta": 0.0, "levels": 1, "level_range": (1, 3)}]
 SETTINGS += [{"objective": "awm", "beta": 0.5}, {"strength": 0.1, "levels": 0, "rollout": "sde"}]
+SETTINGS += [{"old_decay": (0.0, 0.0, 0.0)}]
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
@@ -202,6 +203,19 @@ def test_the_old_policy_makes_nfts_pictures_and_not_awms(world, objective):
     assert moves == [0.1, 0.1] and used == {"old" if objective == "nft" else "student"}
     assert all(torch.allclose(trained.old[name], before[name], atol=1e-7) for name in names)
     assert any(not torch.equal(trained.old[name], trained.parameters[name]) for name in names)
+
+
+PASSES = [({"beta": 0.0, "old_decay": (0.0, 0.0, 0.0)}, 1), ({"beta": 0.0}, 2), ({"beta": 0.1}, 3)]
+
+
+@pytest.mark.parametrize("changes, passes", PASSES)
+def test_a_level_costs_a_pass_of_the_policy_and_of_each_that_is_asked(world, changes, passes):
+    """Beside the rollout's steps."""
+    cfg, model, *_, stage = build(world, steps=3, **changes)
+    rows = []
+    model.transformer.register_forward_hook(lambda *given: rows.append(len(given[-1][0])))
+    stage.step(0)
+    assert sum(rows) == cfg.prompts_per_step * cfg.group * (3 + 2 * passes)
 
 
 def test_terms_of_a_reward_are_normalised_one_by_one():
