@@ -178,7 +178,7 @@ def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
 def content_of(source: str, most: float = LARGE) -> str:
     """sha256 of a file, of all files below a directory, or of an adapter on the Hub; what is no file, such as
     "base", stands for itself."""
-    if source in ("base", "ema", "merge"):
+    if source in (*lora.WITHOUT_WEIGHTS, "merge"):
         return source
     path = resolve(source)
     if path.is_dir():
