@@ -6,12 +6,13 @@ import math
 import torch
 
 from opd import compiled, lora, ranks
+from opd.cli import flag_words
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, prompts_of_step
 from opd.errors import require
 from opd.files import digest, resolve
 from opd.formats import merging
-from opd.formats.hub import weight_files
+from opd.formats.hub import is_hub_id, weight_files
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
 from opd.formats.prompts import load_tasks
@@ -27,6 +28,9 @@ from opd.teachers import teacher_names
 
 Data = dict[str, list[Prompt]] | Images
 """What a stage trains on: prompts per task, or images with captions."""
+READ = {"prompts": False, "heldout": False, "sample_prompts": False, "data": False}
+READ |= {"model": True, "cold_start": True, "merge_from": True, "teachers": True}
+"""Fields that name what a run reads -> whether the Hub may have it."""
 LARGE = 2**30  # bytes of a file of weights of which the ends tell enough: to hash 24 GB takes a minute
 
 
@@ -40,6 +44,9 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     for source, command in MADE_BY.items():
         made = source not in vars(cfg).values() or resolve(source).exists()
         require(made, f"{source} is not there yet; make it by: {command}")
+    lost = absent(cfg)
+    way_out = "give paths that exist; models and adapters may be Hub ids, owner/name or owner/name:PART"
+    require(not lost, f"not on this disk: {', '.join(lost)}; {way_out}")
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
     teachers = {}
     if isinstance(cfg, DistillationConfig):
@@ -71,6 +78,23 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
             blocks = each.family.blocks(each.transformer)
             ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapter)
     return model, data, rewards
+
+
+def absent(cfg: RunConfig) -> list[str]:
+    """What the run would read and is neither on this disk nor a Hub id, as `--flag value`."""
+    lost = []
+    for name, on_hub in READ.items():
+        if not hasattr(cfg, name):
+            continue
+        given = getattr(cfg, name)
+        words = flag_words(name, given)
+        sources = given.values() if isinstance(given, dict) else [given]
+        for word, source in zip(words[1:], sources, strict=True):
+            path = source.partition(":alpha=")[0]
+            there = source in ("", "merge", *lora.WITHOUT_WEIGHTS) or resolve(path).exists()
+            if not there and not (on_hub and is_hub_id(path)):
+                lost.append(f"{words[0]} {word}")
+    return lost
 
 
 def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
