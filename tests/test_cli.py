@@ -20,8 +20,24 @@ PRESET_OF = {"opd": "mini", "grpo": "mini-text", "sft": "mini-sft-text"}
 def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
     assert DEFAULT == PRESETS["mini"]
     assert parse([], PRESETS) == DEFAULT and parse(["--lr", "0.5"], PRESETS) == replace(DEFAULT, lr=0.5)
-    with pytest.raises(ValueError, match="unknown preset 'mimi'; choose from mini, mini-fold, mini-flow-opd"):
-        parse(["mimi", "--seed", "1"], PRESETS)
+    with pytest.raises(ValueError, match="unknown preset '2'; choose from mini, mini-fold, mini-flow-opd"):
+        parse(["2", "--seed", "1"], PRESETS)
+
+
+@pytest.mark.parametrize(
+    "slip, meant",
+    [("mimi", "mini"), ("sd35_24gb", "sd35-24gb"), ("qwen-image", "qwen_image"), ("FLUX2", "flux2")],
+)
+def test_a_slip_of_the_keyboard_gets_the_nearest_preset(slip, meant):
+    with pytest.raises(ValueError) as caught:
+        parse([slip], PRESETS)
+    assert re.match(rf"unknown preset '{slip}', did you mean {meant}( or [\w-]+)?\? ", str(caught.value))
+
+
+def test_a_slip_of_the_keyboard_gets_the_nearest_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(["mini", "--micro-batchs", "2"], PRESETS)
+    assert re.search(r"Perhaps you meant:\W+--micro-batch ", capsys.readouterr().err)
 
 
 def test_pairs_replace_the_default_as_a_whole():
