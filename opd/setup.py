@@ -10,7 +10,7 @@ from opd.cli import flag_words
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Prompt, prompts_of_step
 from opd.errors import require
-from opd.files import digest, resolve
+from opd.files import LARGE, digest, resolve
 from opd.formats import merging
 from opd.formats.hub import is_hub_id, weight_files
 from opd.formats.latents import Images, load_images
@@ -31,7 +31,6 @@ Data = dict[str, list[Prompt]] | Images
 READ = {"prompts": False, "heldout": False, "sample_prompts": False, "data": False}
 READ |= {"model": True, "cold_start": True, "merge_from": True, "teachers": True}
 """Fields that name what a run reads -> whether the Hub may have it."""
-LARGE = 2**30  # bytes of a file of weights of which the ends tell enough: to hash 24 GB takes a minute
 
 
 def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
