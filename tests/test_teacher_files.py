@@ -258,7 +258,8 @@ def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, pref
 
 
 def test_flux1_by_its_authors_names_has_diffusers_layers():
-    """Its converter knows no other width than its own: names and shapes alone."""
+    """At its full width, which its converter wants: names and shapes; values are compared in
+    tests/test_lora_field.py."""
     wide = {"img_in": 64, "txt_in": 4096, "time_in.in_layer": 256, "time_in.out_layer": 3072}
     wide |= {"guidance_in.in_layer": 256, "guidance_in.out_layer": 3072}
     wide |= {"vector_in.in_layer": 768, "vector_in.out_layer": 3072}
