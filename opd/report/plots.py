@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from opd.report.tracker import flatten
 
@@ -101,8 +101,12 @@ def figure_of(panels: dict[str, Curves], levels: dict[str, float], columns: int 
         if watched and levels.keys() & curves.keys():
             panel.plot([], [], color="#888888", linestyle="--", linewidth=1, label="teacher at the end")
         dress(panel, textwrap.fill(title, 90 // columns), curves)
+        panel.xaxis.set_major_locator(MaxNLocator(14 // columns, integer=True))
         if columns == 2 and list(curves) != [ALL]:
-            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **LEGEND)
+            drawn = len(panel.get_legend_handles_labels()[0])
+            lines = math.ceil(drawn / LEGEND["ncols"])
+            even = LEGEND | {"ncols": math.ceil(drawn / lines)}
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **even)
     return figure
 
 
@@ -123,10 +127,15 @@ def dress(panel: Axes, title: str, curves: Curves) -> None:
     panel.set_xlabel("step")
     panel.grid(color="#e4e4e4")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlim(left=0)
     numbers = [value for values in curves.values() for value in values.values()]
-    if not title.startswith((WATCHED, "reward")) and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+    low, high = min(numbers), max(numbers)
+    if not title.startswith((WATCHED, "reward")) and low > 0 and high > 10 * low:
         panel.set_yscale("log")
+        # 0.2, 0.5, 1 and not 6 x 10^-1.
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 # ---- maps of the KL --------------------------------------------------------------------------------
