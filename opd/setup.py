@@ -51,7 +51,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
     memory.check(cfg, model, teachers)
-    student = student_start(cfg, model)
+    student = student_start(cfg, model, teachers)
     data, shown, steps = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)
     for name, teacher in teachers.items():
@@ -117,13 +117,15 @@ def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]
         parameter.requires_grad_(True)
 
 
-def student_start(cfg: RunConfig, model: Model) -> Lora:
+def student_start(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> Lora:
     """The student's first adapter: fresh (= base), several merged, or one from disk."""
     if cfg.cold_start == "base":
         targets = model.family.LORA_TARGETS
         return lora.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
     if cfg.cold_start == "merge":
-        loras = [model.read_lora(source) for source in cfg.merged().values() if source != BASE]
+        read = {} if cfg.merge_from else teachers
+        sources = {name: source for name, source in cfg.merged().items() if source != BASE}
+        loras = [read[name] if name in read else model.read_lora(sources[name]) for name in sources]
         share = 1 / len(cfg.merged())  # the base counts too: its update is zero
         return merging.merge(cfg.merge, loras, share, cfg.rank, cfg.alpha)
     adapter = model.read_lora(cfg.cold_start)

@@ -287,6 +287,14 @@ def test_places_that_cannot_be_are_refused(world, place, tmp_path, no_weights):
     refused(world, tmp_path, place / "larger", "--teacher-devices 'nowhere': .*nowhere", **nowhere)
 
 
+def test_what_is_said_of_a_teacher_that_is_merged_is_said_once(world, tmp_path, capsys):
+    file = tmp_path / "x.safetensors"
+    tensors = load_file(world / "red/adapter_model.safetensors")
+    save_file({name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}, file)
+    built(world, tmp_path, file, cold_start="merge")
+    assert capsys.readouterr().out.count("states no alpha") == 1
+
+
 def test_whole_teachers_cannot_be_merged(world, place, tmp_path):
     message = r"the teachers \['red'\] are no adapters.*--merge-from, or use --cold-start base"
     with pytest.raises(ValueError, match=message):
