@@ -196,7 +196,7 @@ def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
     if isinstance(cfg, SFTConfig):
         return found | {"data": content_of(cfg.data, most=math.inf)}
     for number, (task, source) in enumerate(cfg.prompts.items(), 1):
-        found[f"prompts {number}: {task}"] = digest(resolve(source))
+        found[f"prompt file of {task} (task {number})"] = digest(resolve(source))
     return found
 
 

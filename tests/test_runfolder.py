@@ -325,7 +325,9 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
     changed = contents(moved, planned(replace(moved, dtype="bfloat16")))
     kept = snapshot(tmp_path / "run")
-    message = "began with another dtype, base, teacher blue, prompts 1: red; restore that, choose another"
+    message = (
+        "began with another dtype, base, teacher blue, prompt file of red .task 1.; restore that, choose"
+    )
     with pytest.raises(ValueError, match=message):
         RunFolder(moved, active=True).check_contents(changed)
     assert snapshot(tmp_path / "run") == kept
