@@ -48,7 +48,7 @@ from opd.report.report import Report
 from opd.report.tracker import check_tracker
 from opd.rewards import Reward
 from opd.runfolder import RunFolder
-from opd.setup import Data, contents, set_up
+from opd.setup import Data, absent, contents, set_up
 from opd.sft import SFT
 from opd.teachers import RewardRouter, ask, load_teachers, mean_velocity, route_of, teacher_queries
 from opd.trajectory import State
@@ -65,6 +65,8 @@ def main() -> None:
         if cfg.dry_run:
             source, *_ = starting_point(sys.argv[1:], PRESETS)
             print("\n".join([*(f"# {line}" for line in changes), describe(cfg, source)]), flush=True)
+            for lost in absent(cfg):
+                print(f"# not on this disk: {lost}", flush=True)
             print(forecast(cfg))
             return
     with signals.handled():

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -188,7 +189,9 @@ def starting_point(arguments: list[str], presets: dict[str, Settings]) -> tuple[
     if files.config:
         return sources[0], read_config(files.config[0], stages_of(presets)), rest
     if name not in presets:
-        raise ValueError(f"unknown preset {name!r}; choose from {', '.join(presets)}")
+        near = " or ".join(get_close_matches(name.lower(), presets, n=2))
+        meant = f", did you mean {near}?" if near else ";"
+        raise ValueError(f"unknown preset {name!r}{meant} choose from {', '.join(presets)}")
     return name, presets[name], rest
 
 

@@ -362,7 +362,7 @@ class DistillationConfig(Rollout):
             if self.adapter_of(name) == "base":
                 flag = f"--extrapolate {name}={factor}"
                 raise ValueError(f"{flag}: a target leads away from the base, which cannot lead from itself")
-        own = [name for name, source in self.teachers.items() if source not in ("base", "ema")]
+        own = [name for name, source in self.teachers.items() if source not in lora.WITHOUT_WEIGHTS]
         known_names("--teacher-devices", self.teacher_devices, "teachers with weights of their own", own)
         for name, place in self.teacher_devices.items():
             flag = f"--teacher-devices {name}={place}"
@@ -459,7 +459,8 @@ class DistillationConfig(Rollout):
         merged = {}
         for name, source in self.teachers.items():
             # At the start the average is the start itself; a teacher that only anchors is no task's expert.
-            if source != "ema" and (name in taught or name != self.anchor):
+            of_student = source in lora.WITHOUT_WEIGHTS and source != lora.BASE
+            if not of_student and (name in taught or name != self.anchor):
                 merged[name] = source
         return merged
 
@@ -470,11 +471,10 @@ class DistillationConfig(Rollout):
 
     def adapter_of(self, teacher: str) -> str:
         """The adapter on the student's base that the teacher is, "base" for none."""
-        if teacher not in self.teachers or self.teachers[teacher] == "base":
-            return "base"
-        if self.teachers[teacher] == "ema":
-            return "ema"
-        return teacher
+        if teacher not in self.teachers:
+            return lora.BASE
+        source = self.teachers[teacher]
+        return source if source in lora.WITHOUT_WEIGHTS else teacher
 
     def teacher_device(self, teacher: str) -> str:
         """Where it is put; "" = where the student is."""

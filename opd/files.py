@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+LARGE = 2**30  # bytes of a file of weights of which the ends tell enough: to hash 24 GB takes a minute
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
 

@@ -1,6 +1,6 @@
 """The equations of flow matching and of on-policy distillation, one small pure function each.
 
-Conventions (README, "Notation"):
+Conventions:
     sigma   noise level in [0, 1]; 1 = pure noise, 0 = data
     x       state, x = (1 - sigma) data + sigma eps, eps ~ N(0, I)
     v       velocity dx/dsigma = eps - data

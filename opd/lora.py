@@ -16,6 +16,7 @@ from opd.formats.lora_files import Lora, is_target
 BASE = "base"  # the name that means: adapter off
 EMA = "ema"  # the moving average of the adapter that is trained, where it teaches
 OLD = "old"  # stage nft: what follows the adapter that is trained, and makes the images
+WITHOUT_WEIGHTS = (BASE, EMA)  # sources of a teacher that the model holds anyway, as the adapter of that name
 STUDENT, START = "student", "start"  # the adapter being trained, and a frozen copy of where it started
 
 

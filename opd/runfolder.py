@@ -144,7 +144,8 @@ class RunFolder:
         if file.is_file() and latest_state(self.path) > 0:
             old = read_json(file)
             changes = [name for name in {**old, **contents} if old.get(name) != contents.get(name)]
-            way_out = "restore that, choose another --out, or add --force-resume to go on all the same"
+            way_out = f"restore that, choose another --out (--cold-start {self.path / 'student'} takes the "
+            way_out += "student along), or add --force-resume to go on all the same"
             what = f"{self.path} holds a run that began with another {', '.join(changes)}; {way_out}"
             refuse_changes(what, changes, self.cfg.force_resume)
         write_json(file, contents)

@@ -6,12 +6,13 @@ import math
 import torch
 
 from opd import compiled, lora, ranks
+from opd.cli import flag_words
 from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
 from opd.data import Prompt, prompts_of_step
 from opd.errors import require
-from opd.files import digest, resolve
+from opd.files import LARGE, digest, resolve
 from opd.formats import merging
-from opd.formats.hub import weight_files
+from opd.formats.hub import is_hub_id, weight_files
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
 from opd.formats.prompts import load_tasks
@@ -27,7 +28,9 @@ from opd.teachers import teacher_names
 
 Data = dict[str, list[Prompt]] | Images
 """What a stage trains on: prompts per task, or images with captions."""
-LARGE = 2**30  # bytes of a file of weights of which the ends tell enough: to hash 24 GB takes a minute
+READ = {"prompts": False, "heldout": False, "sample_prompts": False, "data": False}
+READ |= {"model": True, "cold_start": True, "merge_from": True, "teachers": True}
+"""Fields that name what a run reads -> whether the Hub may have it."""
 
 
 def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
@@ -40,12 +43,15 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     for source, command in MADE_BY.items():
         made = source not in vars(cfg).values() or resolve(source).exists()
         require(made, f"{source} is not there yet; make it by: {command}")
+    lost = absent(cfg)
+    way_out = "give paths that exist; models and adapters may be Hub ids, owner/name or owner/name:PART"
+    require(not lost, f"not on this disk: {', '.join(lost)}; {way_out}")
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
     teachers = {}
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
     memory.check(cfg, model, teachers)
-    student = student_start(cfg, model)
+    student = student_start(cfg, model, teachers)
     data, shown, steps = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)
     for name, teacher in teachers.items():
@@ -75,6 +81,23 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     return model, data, rewards
 
 
+def absent(cfg: RunConfig) -> list[str]:
+    """What the run would read and is neither on this disk nor a Hub id, as `--flag value`."""
+    lost = []
+    for name, on_hub in READ.items():
+        if not hasattr(cfg, name):
+            continue
+        given = getattr(cfg, name)
+        words = flag_words(name, given)
+        sources = given.values() if isinstance(given, dict) else [given]
+        for word, source in zip(words[1:], sources, strict=True):
+            path = source.partition(":alpha=")[0]
+            there = source in ("", "merge", *lora.WITHOUT_WEIGHTS) or resolve(path).exists()
+            if not there and not (on_hub and is_hub_id(path)):
+                lost.append(f"{words[0]} {word}")
+    return lost
+
+
 def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:
     """Load the base and the teachers, put all adapters on it, and let what is trained require a gradient."""
     if cfg.full:
@@ -98,13 +121,15 @@ def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]
         parameter.requires_grad_(True)
 
 
-def student_start(cfg: RunConfig, model: Model) -> Lora:
+def student_start(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> Lora:
     """The student's first adapter: fresh (= base), several merged, or one from disk."""
     if cfg.cold_start == "base":
         targets = model.family.LORA_TARGETS
         return lora.fresh_lora(model.skeleton, targets, cfg.rank, cfg.alpha, cfg.seed)
     if cfg.cold_start == "merge":
-        loras = [model.read_lora(source) for source in cfg.merged().values() if source != BASE]
+        read = {} if cfg.merge_from else teachers
+        sources = {name: source for name, source in cfg.merged().items() if source != BASE}
+        loras = [read[name] if name in read else model.read_lora(sources[name]) for name in sources]
         share = 1 / len(cfg.merged())  # the base counts too: its update is zero
         return merging.merge(cfg.merge, loras, share, cfg.rank, cfg.alpha)
     adapter = model.read_lora(cfg.cold_start)
@@ -175,14 +200,14 @@ def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
     if isinstance(cfg, SFTConfig):
         return found | {"data": content_of(cfg.data, most=math.inf)}
     for number, (task, source) in enumerate(cfg.prompts.items(), 1):
-        found[f"prompts {number}: {task}"] = digest(resolve(source))
+        found[f"prompt file of {task} (task {number})"] = digest(resolve(source))
     return found
 
 
 def content_of(source: str, most: float = LARGE) -> str:
     """sha256 of a file, of all files below a directory, or of an adapter on the Hub; what is no file, such as
     "base", stands for itself."""
-    if source in ("base", "ema", "merge"):
+    if source in (*lora.WITHOUT_WEIGHTS, "merge"):
         return source
     path = resolve(source)
     if path.is_dir():

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -222,8 +223,8 @@ def pretended():
         begin = torch.distributed.init_process_group
         put(torch.distributed, "init_process_group", lambda _, device_id=None, **rest: begin("gloo", **rest))
         put(torch.cuda, "_initialized", True)
-        put(ranks, "total", on_gpu)
-        put(ranks, "largest", on_gpu)
+        put(ranks, "total", on_gpu(ranks.total))
+        put(ranks, "largest", on_gpu(ranks.largest))
         # `.to` cannot pour a Gpu into a parameter on the CPU; a new parameter takes its place.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)
@@ -233,11 +234,16 @@ def pretended():
         yield
 
 
-def on_gpu(tensor: Tensor) -> Tensor:
-    """A collective: NCCL has none for tensors on the CPU."""
-    if not tensor.is_cuda:
-        raise RuntimeError("a collective of a tensor on the CPU")
-    return tensor
+def on_gpu(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A collective: NCCL has none for tensors on the CPU. The numbers travel by gloo."""
+
+    def collective(tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            raise RuntimeError("a collective of a tensor on the CPU")
+        reduce(tensor.held)
+        return tensor
+
+    return collective
 
 
 if __name__ == "__main__":

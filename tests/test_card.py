@@ -5,8 +5,10 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -48,15 +50,31 @@ HOW = {"resolution": "16x8", "guidance": 3.0, "eval_steps": 4}
 @pytest.mark.parametrize("row, t5", [*((row, True) for row in FIXTURES), ("sd3 with T5", False)])
 def test_diffusers_makes_the_picture_that_sample_makes(row, t5, world, tmp_path):
     for case in made(row, tmp_path):
-        cfg = tiny.config(world, model=str(case.pipeline), t5=t5, **HOW)
-        model = planned(cfg)
-        folder = tiny.save(tiny.random_lora(case.pipeline, 7, family=case.family), tmp_path / "student")
-        card = carded(folder, cfg, model)
-        [command] = re.findall("^    python sample.py (.*)$", card, re.MULTILINE)
-        mine = by_sample(shlex.split(command), tmp_path / "images")
-        theirs = by_snippet(card, case.fixture.pack(noise(model, 0, (0,))))
-        assert mine.shape == theirs.shape == (16, 8, 3) and mine.std() > 1
-        assert np.abs(mine - theirs).max() <= 1
+        same_pictures(case, tiny.config(world, model=str(case.pipeline), t5=t5, **HOW), tmp_path)
+
+
+@pytest.mark.parametrize("row, shard", [("sd3 with T5", "1GB"), ("z_image", "40KB")])
+def test_the_same_of_a_pipeline_that_is_there_in_float16_alone(row, shard, world, tmp_path):
+    """With one file a part, or with shards."""
+    for case in made(row, tmp_path):
+        kind = getattr(diffusers, case.family.PIPELINE)
+        whole = kind.from_pretrained(case.pipeline, dtype=torch.float16)
+        whole.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shard)
+        assert all("fp16" in file.name for file in (tmp_path / "half").rglob("*.safetensors"))
+        files = list((tmp_path / "half/transformer").glob("*.safetensors"))
+        assert (len(files) > 1) == (shard == "40KB")
+        same_pictures(case, tiny.config(world, model=str(tmp_path / "half"), **HOW), tmp_path)
+
+
+def same_pictures(case, cfg, place: Path) -> None:
+    model = planned(cfg)
+    folder = tiny.save(tiny.random_lora(case.pipeline, 7, family=case.family), place / "student")
+    card = carded(folder, cfg, model)
+    [command] = re.findall("^    python sample.py (.*)$", card, re.MULTILINE)
+    mine = by_sample(shlex.split(command), place / "images")
+    theirs = by_snippet(card, case.fixture.pack(noise(model, 0, (0,))))
+    assert mine.shape == theirs.shape == (16, 8, 3) and mine.std() > 1
+    assert np.abs(mine - theirs).max() <= 1
 
 
 def test_so_does_a_student_of_all_weights(world, tmp_path):

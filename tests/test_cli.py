@@ -20,8 +20,24 @@ PRESET_OF = {"opd": "mini", "grpo": "mini-text", "nft": "mini-nft-text", "sft": 
 def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
     assert DEFAULT == PRESETS["mini"]
     assert parse([], PRESETS) == DEFAULT and parse(["--lr", "0.5"], PRESETS) == replace(DEFAULT, lr=0.5)
-    with pytest.raises(ValueError, match="unknown preset 'mimi'; choose from mini, mini-fold, mini-flow-opd"):
-        parse(["mimi", "--seed", "1"], PRESETS)
+    with pytest.raises(ValueError, match="unknown preset '2'; choose from mini, mini-fold, mini-flow-opd"):
+        parse(["2", "--seed", "1"], PRESETS)
+
+
+@pytest.mark.parametrize(
+    "slip, meant",
+    [("mimi", "mini"), ("sd35_24gb", "sd35-24gb"), ("qwen-image", "qwen_image"), ("FLUX2", "flux2")],
+)
+def test_a_slip_of_the_keyboard_gets_the_nearest_preset(slip, meant):
+    with pytest.raises(ValueError) as caught:
+        parse([slip], PRESETS)
+    assert re.match(rf"unknown preset '{slip}', did you mean {meant}( or [\w-]+)?\? ", str(caught.value))
+
+
+def test_a_slip_of_the_keyboard_gets_the_nearest_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(["mini", "--micro-batchs", "2"], PRESETS)
+    assert re.search(r"Perhaps you meant:\W+--micro-batch ", capsys.readouterr().err)
 
 
 def test_pairs_replace_the_default_as_a_whole():
@@ -176,3 +192,39 @@ def test_bad_settings_end_in_one_line(arguments, message, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, *arguments.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+# Preset and flags -> those whose files are nowhere. A model or an adapter may be on the Hub.
+LOST = {
+    "sd35 --prompts a=no.txt b=no.jsonl --sample-prompts no.csv --teachers a=owner/name b=base": [
+        "--prompts a=no.txt",
+        "--prompts b=no.jsonl",
+        "--sample-prompts no.csv",
+    ],
+    "mini --prompts a=here.txt --teachers a=./no b=no.safetensors:alpha=8 --merge-from a=no/such/file": [
+        "--merge-from a=no/such/file",
+        "--teachers a=./no",
+        "--teachers b=no.safetensors:alpha=8",
+    ],
+    "mini-text --heldout text=no.txt --cold-start no/such/file": [
+        "--heldout text=no.txt",
+        "--cold-start no/such/file",
+    ],
+    "mini-sft-text --model ./no --data no/data": ["--data no/data", "--model ./no"],
+}
+
+
+@pytest.mark.parametrize("arguments, lost", LOST.items())
+def test_files_that_are_missing_are_named_before_anything_is_fetched(
+    arguments, lost, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opd.setup.Model.plan", None)  # finds the model, on the Hub if need be
+    monkeypatch.setattr("train.forecast", lambda cfg: "")
+    (tmp_path / "here.txt").write_text("a prompt\n")
+    run_main(monkeypatch, *arguments.split(), "--dry-run")
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if "not on" in line] == [f"# not on this disk: {one}" for one in lost]
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, *arguments.split(), "--out", str(tmp_path / "run"))
+    assert str(caught.value).startswith(f"error: not on this disk: {', '.join(lost)}; give paths that exist")

@@ -283,13 +283,15 @@ def test_what_diffusers_left_in_the_cache_is_enough_off_the_network(world, tmp_p
         moved.rename(snapshot / name)
 
 
-def test_a_repository_of_a_variant_alone_is_told_to_be_saved_anew(world, tmp_path, monkeypatch):
+def test_a_repository_of_a_variant_alone_is_fetched_as_that(world, tmp_path, monkeypatch):
     pipeline = shutil.copytree(world / "pipeline", tmp_path / "pipeline")
     for file in pipeline.rglob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
-    cached(pipeline, tmp_path, monkeypatch, [])
+    snapshot = cached(pipeline, tmp_path, monkeypatch, ["README.md"])
+    assert find_pipeline("owner/name") == snapshot
+    (snapshot / "transformer/diffusion_pytorch_model.fp16.safetensors").unlink()
     with pytest.raises(
-        FileNotFoundError, match="if it has fp16 files alone, save a plain copy .*safetensors"
+        FileNotFoundError, match="model 'owner/name': .*diffusion_pytorch_model.fp16.safetens"
     ):
         find_pipeline("owner/name")
 

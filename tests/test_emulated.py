@@ -1,10 +1,12 @@
 """Every stage and family on a pretended GPU (tests/emulated.py): no operation mixes devices, and a step waits
 for the device no more often than said here."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 import sample
 from opd import ranks
 from tests import emulated, tiny
-from tests.forked import rows
+from tests.forked import free_port, rows
 from tests.test_evaluate import command as evaluate
 from tests.test_families import made
 from tests.tiny_grpo import BRIGHT
@@ -21,16 +23,52 @@ IN_THERE = os.environ.get(emulated.LOADED) == "1"
 there = pytest.mark.skipif(not IN_THERE, reason="runs by tests/emulated.py")
 
 
-@pytest.mark.skipif(IN_THERE, reason="is that process")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated GPU is built by g++, and there is none")
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has a guard for CUDA of its own")
+REASONS = {
+    "is that process": IN_THERE,
+    "the emulated GPU is built by g++, and there is none": shutil.which("g++") is None,
+    "this PyTorch has a guard for CUDA of its own": torch.version.cuda is not None,
+}
+REASON = next((reason for reason, holds in REASONS.items() if holds), "")
+outside = pytest.mark.skipif(REASON != "", reason=REASON)
+
+
+def begun(*arguments, **environment):
+    """Its guard must be there before torch is, hence the separate process."""
+    command = [sys.executable, "-m", "tests.emulated", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"} | environment
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@outside
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_on_the_emulated_gpu(which):
-    """Its guard must be there before torch is, hence the separate process."""
-    command = [sys.executable, "-m", "tests.emulated", "-m", which]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    process = begun("-m", which)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-7000:]
+
+
+def shared(world):
+    """Settings whose step has a turn with padding on two ranks."""
+    return tiny.config(
+        world, **SMALL | {"dtype": "float32", "prompts_per_step": 3, "group": 1, "micro_batch": 1}
+    )
+
+
+@outside
+@pytest.mark.slow
+def test_two_ranks_with_a_gpu_each_have_the_losses_of_a_cpu(world, tmp_path):
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    together["OPD_LOSSES"] = str(tmp_path / "losses")
+    processes = [begun("-k", "one_of_two", RANK=rank, LOCAL_RANK=rank, **together) for rank in "01"]
+    for process in processes:
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed[-7000:]
+    *_, stage = tiny.build(shared(world))
+    expected = [stage.step(step)[0]["loss"] for step in range(2)]
+    assert json.loads((tmp_path / "losses").read_text()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture
@@ -121,6 +159,18 @@ def test_nft(world, objective, gpu):
     """Like stage grpo."""
     found = waits(tiny.nft_config(world, objective=objective, **SMALL | {"beta": 0.1}))
     assert found.total() <= 4, dict(found)
+
+
+@there
+@pytest.mark.skipif("OPD_LOSSES" not in os.environ, reason="runs on two ranks alone")
+def test_one_of_two_ranks(world, gpu):
+    *_, stage = tiny.build(shared(world))
+    losses = [stage.step(0)[0]["loss"]]
+    emulated.waits.clear()
+    losses.append(stage.step(1)[0]["loss"])
+    assert emulated.waits.total() <= 1, dict(emulated.waits)
+    if ranks.rank() == 0:
+        Path(os.environ["OPD_LOSSES"]).write_text(json.dumps(losses))
 
 
 @there

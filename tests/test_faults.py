@@ -38,7 +38,8 @@ def drop_a_layer(file):
     save_file({name: t for name, t in tensors.items() if "transformer_blocks.1.attn.to_q" not in name}, file)
 
 
-def as_a_variant(file):
+def as_two_variants(file):
+    shutil.copy(file, file.with_suffix(".bf16.safetensors"))
     file.rename(file.with_suffix(".fp16.safetensors"))
 
 
@@ -66,7 +67,7 @@ BREAKS = [
     (cut, TRANSFORMER, "pipeline'.*SafetensorError"),
     (spoil, TRANSFORMER, "transformer: 1 of .* numbers of .* are NaN or infinite"),
     (drop_a_layer, TRANSFORMER, "2 weights are missing: .*transformer_blocks.1.attn.to_q"),
-    (as_a_variant, TRANSFORMER, "has no .*safetensors; load it with diffusers .variant=.*model.fp16.safe"),
+    (as_two_variants, TRANSFORMER, "has no .*safetensors; load it with diffusers .variant=.*model.bf16.safe"),
     (scribble, "transformer/config.json", "pipeline"),
     (setting("num_layers", 10**9), "transformer/config.json", "config.json.*num_layers.*1000000000"),
     (cut, "vae/diffusion_pytorch_model.safetensors", "vae"),

@@ -273,5 +273,5 @@ def test_grpo_starts_from_a_merge_of_named_adapters_in_which_the_base_counts(wor
     sources = {"red": str(world / "red"), "base": "base", "blue": str(world / "blue")}
     cfg = tiny.grpo_config(world, cold_start="merge", merge_from=sources, rank=8)
     cfg.check(1)
-    start = student_start(cfg, tiny.build(cfg)[1])
+    start = student_start(cfg, tiny.build(cfg)[1], {})
     assert furthest(start, lambda m: 2 / 3 * dense_mean(loras, m)) < 1e-5

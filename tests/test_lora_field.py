@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    FluxTransformer2DModel,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from opd import lora
 from opd.families import flux, flux2, qwen_image, sd3, z_image
 from opd.formats import lora_files
+from opd.formats.teacher_files import by_own_names
 from opd.model import Model
 from tests.test_teachers import built
 from tests.tiny_lora import MODULES, TARGETS, keyed, pairs, peft_dir, single_file, under, velocity
@@ -326,15 +328,43 @@ def sd3_checkpoint(updates):
     return {n: t for n, t in whole.items() if n.endswith(".weight") and not n.startswith("pos_embed")}
 
 
+# FLUX.1's; its reader of checkpoints knows no other width than 3072 of what linear1 brings forth.
+FLUX1 = {"img_in": (32, 16), "txt_in": (32, 48), "time_in.in_layer": (32, 256), "time_in.out_layer": (32, 32)}
+FLUX1 |= {"vector_in.in_layer": (32, 24), "vector_in.out_layer": (32, 32)}
+FLUX1 |= {"guidance_in.in_layer": (32, 256), "guidance_in.out_layer": (32, 32)}
+FLUX1 |= {"final_layer.linear": (16, 32), "final_layer.adaLN_modulation.1": (64, 32)}
+FLUX1 |= {"single_blocks.0.linear1": (7 * 3072, 32), "single_blocks.0.linear2": (32, 160)}
+FLUX1 |= {"single_blocks.0.modulation.lin": (96, 32)}
+for stream in ("img", "txt"):
+    parts = {"mod.lin": (6, 1), "attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4)}
+    FLUX1 |= {f"double_blocks.0.{stream}_{part}": (32 * a, 32 * b) for part, (a, b) in parts.items()}
+
+
+def flux1_checkpoint(updates):
+    """What a teacher by these names becomes; as SD3's it wants biases, and norms, which no adapter has."""
+    blocks = ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0")
+    norms = [f"{block}.norm.{part}_norm.scale" for block in blocks for part in ("query", "key")]
+    biases = {name.replace(".weight", ".bias"): update[:, 0] for name, update in updates.items()}
+    with torch.device("meta"):
+        skeleton = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    whole = by_own_names(updates | biases | dict.fromkeys(norms, torch.zeros(1)), skeleton)
+    return {n: t for n, t in whole.items() if n.endswith(".weight") and ".norm_" not in n}
+
+
 CHECKPOINTS = {
     "SD3": (sd3, stabilitys_layers(), sd3_checkpoint),
+    "FLUX.1": (flux, FLUX1, flux1_checkpoint),
     "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers),
     "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers),
 }
 
 
 @pytest.mark.parametrize(
-    "name, tool", [("SD3", "kohya"), ("Z-Image", "kohya"), *((name, "ComfyUI") for name in CHECKPOINTS)]
+    "name, tool",
+    [
+        *((name, "kohya") for name in ("SD3", "FLUX.1", "Z-Image")),
+        *((name, "ComfyUI") for name in CHECKPOINTS),
+    ],
 )
 def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tool, tmp_path):
     """Every layer against diffusers' reader of checkpoints, which turns the last modulations. kohya's file

@@ -101,6 +101,11 @@ def saved_by_peft(folder, model):
     model.save_pretrained(folder)
 
 
+def saved_as_a_variant(folder, model):
+    model.save_pretrained(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.fp16.safetensors")
+
+
 def saved_by_diffusers(folder, model):
     tensors = get_peft_model_state_dict(model.base_model.model, adapter_name="default")
     metadata = _collate_lora_metadata({"transformer": model.base_model.model})
@@ -117,6 +122,7 @@ def saved_without_metadata(folder, model):
         (saved_by_peft, {"r": 3, "lora_alpha": 7, "target_modules": list(TARGETS)} | PATTERNS),
         # As Flow-GRPO saves the published teachers: without a hint at the task or at the base.
         (saved_by_peft, {"r": 32, "lora_alpha": 64, "target_modules": PUBLISHED}),
+        (saved_as_a_variant, {"r": 3, "lora_alpha": 7, "target_modules": list(TARGETS)}),
         (saved_by_diffusers, {"r": 3, "lora_alpha": 7, "target_modules": list(TARGETS)}),
         (saved_without_metadata, {"r": 3, "lora_alpha": 3, "target_modules": list(TARGETS)}),
     ],

@@ -123,6 +123,18 @@ def by_hand(folder, rows, pictures=0):
     return (folder / "report.html").read_text()
 
 
+def test_without_scores_the_verdict_is_the_distance_to_the_teachers(tmp_path):
+    rows = [{"step": 1}, {"step": 2, "distance": {"a": 64.4, "b": 9.0}}]
+    rows.append({"step": 4, "distance": {"a": 30.6, "b": 4.0}})
+    text = by_hand(tmp_path / "run", rows)
+    assert "<li>a: 31 after step 4 (64 after step 2)</li><li>b: 4 after step 4 (9 after" in text
+    [panel] = plots.curve_figure(rows).axes
+    assert panel.get_title("left").startswith("distance") and panel.get_yscale() == "linear"
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn == {"a": [[2, 64.4], [4, 30.6]], "b": [[2, 9], [4, 4]]}
+    assert 'class="verdict"' not in by_hand(tmp_path / "other", rows[:1])
+
+
 def test_a_page_by_hand(tmp_path):
     """The newest picture, then a strip of earlier ones; a cut line; folders without a run."""
     folder = tmp_path / "run"

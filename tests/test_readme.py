@@ -64,5 +64,6 @@ def test_a_teacher_grows_from_a_reward_in_a_file(place):
 
 
 def test_own_loras_come_early():
-    """Fewer than 500 words stand before the first command for them."""
+    """Fewer than 500 words stand before the first command for them, and 1,000 are read to the end."""
+    assert len(README.split()) <= 1000 and README.count("\n") <= 110
     assert len(README[: README.index("python train.py sd35-24gb \\")].split()) < 500

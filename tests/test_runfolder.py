@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -245,7 +246,20 @@ def spoilt(file):
     file.write_bytes(file.read_bytes()[:-4] + struct.pack("f", math.nan))
 
 
-@pytest.mark.parametrize("damage", [cut, lacking, spoilt, Path.unlink])
+def edited(file):
+    """Whole and finite, but with other numbers of optimizer steps than were made."""
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    tensors = load_file(file)
+    for name in tensors:
+        if name.startswith("optimizer/step/"):
+            tensors[name] += 1000
+    size = file.stat().st_size
+    save_file(tensors, file, metadata)
+    assert file.stat().st_size == size
+
+
+@pytest.mark.parametrize("damage", [cut, lacking, spoilt, edited, Path.unlink])
 def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, damage):
     cfg, _, _, trained, _ = tiny.build(tiny.config(world, out=str(tmp_path)))
     RunFolder(cfg, active=True).save_to_go_on(trained, 3)
@@ -311,7 +325,9 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
     changed = contents(moved, planned(replace(moved, dtype="bfloat16")))
     kept = snapshot(tmp_path / "run")
-    message = "began with another dtype, base, teacher blue, prompts 1: red; restore that, choose another"
+    message = (
+        "began with another dtype, base, teacher blue, prompt file of red .task 1.; restore that, choose"
+    )
     with pytest.raises(ValueError, match=message):
         RunFolder(moved, active=True).check_contents(changed)
     assert snapshot(tmp_path / "run") == kept

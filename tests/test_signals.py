@@ -253,7 +253,7 @@ def contents(run):
     """Every file by content, without the run's own place, and what the clock makes."""
     found = {}
     for file in run.rglob("*"):
-        if file.name == "sizes.json" or not file.is_file():
+        if file.name == "digests.json" or not file.is_file():
             continue
         name = str(file.relative_to(run))
         found[name] = file.read_bytes().replace(str(run).encode(), b"RUN")

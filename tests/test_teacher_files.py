@@ -258,7 +258,8 @@ def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, pref
 
 
 def test_flux1_by_its_authors_names_has_diffusers_layers():
-    """Its converter knows no other width than its own: names and shapes alone."""
+    """At its full width, which its converter wants: names and shapes; values are compared in
+    tests/test_lora_field.py."""
     wide = {"img_in": 64, "txt_in": 4096, "time_in.in_layer": 256, "time_in.out_layer": 3072}
     wide |= {"guidance_in.in_layer": 256, "guidance_in.out_layer": 3072}
     wide |= {"vector_in.in_layer": 768, "vector_in.out_layer": 3072}
@@ -284,6 +285,14 @@ def test_places_that_cannot_be_are_refused(world, place, tmp_path, no_weights):
     refused(world, tmp_path, world / "red", message, **adapter)
     nowhere = {"teacher_devices": {"red": "nowhere"}}
     refused(world, tmp_path, place / "larger", "--teacher-devices 'nowhere': .*nowhere", **nowhere)
+
+
+def test_what_is_said_of_a_teacher_that_is_merged_is_said_once(world, tmp_path, capsys):
+    file = tmp_path / "x.safetensors"
+    tensors = load_file(world / "red/adapter_model.safetensors")
+    save_file({name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}, file)
+    built(world, tmp_path, file, cold_start="merge")
+    assert capsys.readouterr().out.count("states no alpha") == 1
 
 
 def test_whole_teachers_cannot_be_merged(world, place, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from opd import lora, ranks
 from opd.evaluation import evaluate
 from opd.families import sd3
+from opd.formats.teacher_files import read_teachers
 from opd.optim import Trained
 from opd.report.report import Report
 from opd.runfolder import RunFolder
@@ -132,6 +133,22 @@ def test_every_teacher_has_the_guidance_that_it_is_given(world, tmp_path):
         with lora.use(model.transformer, adapter), torch.no_grad():
             expected = model.velocity(*states(), text, guidance)
         assert torch.equal(answer(cfg, model, name), expected), name
+
+
+@pytest.mark.parametrize("source", [*lora.WITHOUT_WEIGHTS, "start"])
+def test_a_teacher_without_weights_is_the_adapter_of_its_source(source, world, tmp_path, monkeypatch):
+    """A row of lora.WITHOUT_WEIGHTS is all that a new kind takes whose adapter the model holds anyway, as it
+    holds the student's start, which is no kind of teacher yet."""
+    monkeypatch.setattr(lora, "WITHOUT_WEIGHTS", (*lora.WITHOUT_WEIGHTS, "start"))
+    cfg, model, *_, stage = built(world, tmp_path, source, ema=0.5, cold_start=str(world / "red"))
+    assert list(read_teachers(cfg, model)) == ["blue"]
+    for step in range(3):
+        stage.step(step)
+    with lora.use(model.transformer, source), torch.no_grad():
+        expected = model.velocity(*states(), model.text(PROMPTS), 1.0)
+    torch.testing.assert_close(answer(cfg, model, "red"), expected, rtol=0, atol=0)
+    with lora.use(model.transformer, "student"), torch.no_grad():
+        assert (model.velocity(*states(), model.text(PROMPTS), 1.0) - expected).abs().max() > 1e-3
 
 
 def test_the_moving_average_of_the_student_teaches(world, tmp_path):

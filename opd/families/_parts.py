@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from opd.files import read_json
+from opd.formats.hub import variant_of
 
 # ---- loading: `kind` is the class of diffusers -------------------------------------------------------------
 
@@ -31,7 +32,8 @@ def skeleton(kind: type[ModelMixin], folder: Path) -> ModelMixin:
 
 def load_transformer(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
     """The frozen transformer on the CPU."""
-    transformer = kind.from_pretrained(folder / "transformer", dtype=dtype)
+    part = folder / "transformer"
+    transformer = kind.from_pretrained(part, variant=variant_of(part), dtype=dtype)
     return with_fused_norms(transformer).requires_grad_(False).eval()
 
 
@@ -54,14 +56,17 @@ def children_of(root: torch.nn.Module, kind: type) -> list[tuple[torch.nn.Module
 
 def load_vae(kind: type[ModelMixin], folder: Path) -> ModelMixin:
     """The frozen VAE in float32."""
-    return kind.from_pretrained(folder / "vae", dtype=torch.float32).requires_grad_(False).eval()
+    part = folder / "vae"
+    vae = kind.from_pretrained(part, variant=variant_of(part), dtype=torch.float32)
+    return vae.requires_grad_(False).eval()
 
 
 def load_text(
     kind: type[DiffusionPipeline], folder: Path, dtype: torch.dtype, device: torch.device, t5: bool
 ) -> DiffusionPipeline:
     """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
-    return kind.from_pretrained(folder, transformer=None, vae=None, dtype=dtype).to(device)
+    variant = variant_of(folder / "text_encoder", "model")
+    return kind.from_pretrained(folder, transformer=None, vae=None, variant=variant, dtype=dtype).to(device)
 
 
 def transformer_config(folder: Path) -> dict:

@@ -25,6 +25,7 @@ from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
 from opd.families._sd3_attention import attend_to_copies
 from opd.families._sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.files import read_json
+from opd.formats.hub import variant_of
 
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
@@ -58,7 +59,12 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
     """A pipeline that can only encode prompts. `t5=False` leaves out the third, largest encoder."""
     absent, _ = arguments(folder, t5, 1.0)
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        folder, transformer=skeleton(folder), vae=None, dtype=dtype, **absent
+        folder,
+        transformer=skeleton(folder),
+        vae=None,
+        variant=variant_of(folder / "text_encoder", "model"),
+        dtype=dtype,
+        **absent,
     )
     for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if encoder is not None:

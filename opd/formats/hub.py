@@ -26,7 +26,7 @@ def locate(what: str, source: str, patterns: list[str] | None = None) -> Path:
 
 
 @contextmanager
-def fetching(what: str, source: str, also: str = "") -> Iterator[None]:
+def fetching(what: str, source: str) -> Iterator[None]:
     """FileNotFoundError for a source that is no Hub id, and for whatever keeps the Hub's client from it, such
     as a file that is neither in its cache nor to be had."""
     if not is_hub_id(source):
@@ -36,7 +36,7 @@ def fetching(what: str, source: str, also: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         kind, reason = type(error).__name__, " ".join(str(error).split())[:400]
-        way_out = f"check the spelling, the network, or log in if it is gated{also}"
+        way_out = "check the spelling, the network, or log in if it is gated"
         nowhere = f"{what} {source!r}: neither a local path nor to be had from the Hub"
         raise FileNotFoundError(f"{nowhere}; {way_out} ({kind}: {reason})") from error
 
@@ -90,8 +90,14 @@ def find_pipeline(source: str) -> Path:
         from diffusers import DiffusionPipeline  # heavy, and the settings import this module
         from huggingface_hub import hf_hub_download
 
-        with fetching("model", source, "; if it has fp16 files alone, save a plain copy with diffusers"):
-            folder = Path(DiffusionPipeline.download(source, use_safetensors=True))
+        with fetching("model", source):
+            try:
+                folder = Path(DiffusionPipeline.download(source, use_safetensors=True))
+            except OSError as error:  # names the files that are there
+                variants = re.findall(r"transformer/diffusion_pytorch_model\.(\w+)\.", str(error))
+                if not variants:
+                    raise
+                folder = Path(DiffusionPipeline.download(source, use_safetensors=True, variant=min(variants)))
             with suppress(Exception):  # a cache that diffusers filled lacks it
                 hf_hub_download(source, "README.md")
     if not (folder / "model_index.json").is_file():
@@ -129,11 +135,22 @@ def check_scale(folder: Path) -> None:
             raise ValueError(f"{folder}/vae/config.json: {name} is {config[name]!r}; {wanted}")
 
 
+def variant_of(folder: Path, name: str = "diffusion_pytorch_model") -> str | None:
+    """The variant, such as fp16, that a model's weights are there in; None where they are there plain, or in
+    several. diffusers loads a variant when it is told so alone."""
+    kinds = rf"{name}(?:\.(\w+))?\.safetensors|{name}\.safetensors\.index(?:\.(\w+))?\.json"
+    matches = [re.fullmatch(kinds, file.name) for file in folder.glob(f"{name}.*")]
+    found = {match[1] or match[2] for match in matches if match}
+    return found.pop() if len(found) == 1 else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a model's folder that diffusers loads: the shards that its index names, or its one
-    file. FileNotFoundError where there are others alone: of a variant, such as fp16, or pickles."""
-    name = "diffusion_pytorch_model.safetensors"
-    index = folder / f"{name}.index.json"
+    file. FileNotFoundError where there are pickles alone, or several variants."""
+    variant = variant_of(folder)
+    dot = f".{variant}" if variant else ""
+    name = f"diffusion_pytorch_model{dot}.safetensors"
+    index = folder / f"diffusion_pytorch_model.safetensors.index{dot}.json"
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     if not (folder / name).is_file():

@@ -276,7 +276,7 @@ def peft_config(path: Path, metadata: dict[str, str]) -> dict:
     """The LoRA's settings from the adapter_config.json beside it, or from diffusers' metadata inside it;
     empty where neither is."""
     beside = path.parent / "adapter_config.json"
-    if path.name == "adapter_model.safetensors" and beside.is_file():
+    if re.fullmatch(r"adapter_model(\.\w+)?\.safetensors", path.name) and beside.is_file():
         return read_json(beside)
     if "lora_adapter_metadata" not in metadata:
         return {}

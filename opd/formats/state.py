@@ -19,10 +19,10 @@ from torch.distributed.checkpoint import (
 
 from opd import ranks
 from opd.errors import require
-from opd.files import read_json, write_json
+from opd.files import LARGE, digest, read_json, write_json
 
 STATE = "state"
-SIZES = "sizes.json"  # of the files of a state: a part that is missing would leave numbers as they are
+DIGESTS = "digests.json"  # of the files of a state: what is missing or changed would go unseen
 
 
 def latest_state(path: Path) -> int:
@@ -54,12 +54,12 @@ def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{whole} cannot be written ({reason}); the state before is whole") from error
     ranks.barrier()
     if ranks.rank() == 0:
-        sizes = {}
+        digests = {}
         for file in sorted(half.iterdir()):
-            sizes[file.name] = file.stat().st_size
+            digests[file.name] = digest(file, most=LARGE)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        write_json(half / SIZES, sizes)
+        write_json(half / DIGESTS, digests)
         half.rename(whole)
         for folder in whole_states(path):
             if folder != whole:
@@ -71,8 +71,8 @@ def load_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors`, sharded in any way, from state/DONE (collectives). OSError naming a damaged state."""
     place = path / STATE / f"{done:06d}"
     try:
-        for name, size in read_json(place / SIZES).items():
-            require((place / name).stat().st_size == size, f"{name} is not whole")
+        for name, known in read_json(place / DIGESTS).items():
+            require(digest(place / name, most=LARGE) == known, f"{name} is not as it was written")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(place)))
         require(not not_finite(tensors), "NaN or infinite numbers")
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:

@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opd import lora
 from opd.config import DistillationConfig
 from opd.files import read_json, reading
 from opd.formats.hub import check_weights, locate_part, stored, weight_files
 from opd.formats.lora_files import FILES, NATIVE, Lora
-from opd.lora import BASE, EMA
 from opd.model import Model, check_finite
 
 OFFLOAD = "offload"
@@ -79,7 +79,7 @@ def read_teachers(cfg: DistillationConfig, model: Model) -> dict[str, Lora | Who
     teacher, for one that cannot teach this student."""
     teachers = {}
     for name, source in cfg.teachers.items():
-        if source not in (BASE, EMA):
+        if source not in lora.WITHOUT_WEIGHTS:
             teachers[name] = read_teacher(cfg, name, source, model)
     if cfg.cold_start == "merge":
         whole = [name for name in cfg.merged() if isinstance(teachers.get(name), Whole)]

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from opd.config import DistillationConfig, RewardedConfig, RunConfig
 from opd.files import digest, replace, resolve
 from opd.formats.export import Deployment, deployment_of
+from opd.formats.hub import variant_of
 from opd.formats.lora_files import find_adapter
 from opd.lora import BASE
 from opd.model import Model
@@ -93,6 +94,9 @@ def snippet(cfg: RunConfig, model: Model, deployment: Deployment) -> str:
     height, width = model.pixels
     size = f"num_inference_steps={deployment.steps}, height={height}, width={width}"
     lines = ["import torch", f"from diffusers import {pipeline}", ""]
+    variant = variant_of(model.folder / "transformer")
+    if variant:
+        given += f', variant="{variant}"'
     if cfg.full:
         lines[1] = f"from diffusers import {transformer}, {pipeline}"
         lines.append(f'student = {transformer}.from_pretrained("THIS_FOLDER", dtype={model.dtype})')

@@ -25,7 +25,7 @@ from opd.families import Condition
 from opd.families._parts import children_of
 from opd.files import read_json, resolve
 from opd.formats.teacher_files import Whole, read_teachers
-from opd.lora import BASE, EMA, STUDENT, Lora
+from opd.lora import STUDENT, Lora
 from opd.model import Model
 from opd.report.start import SHOWN
 
@@ -58,7 +58,7 @@ def forecast(cfg: RunConfig) -> str:
         away = {name: source for name, source in cfg.teachers.items() if name not in here}
         teachers = held_by_teachers(model, read_teachers(replace(cfg, teachers=here), model))
         teachers += assumed_teachers(replace(cfg, teachers=away), model)
-        absent = [name for name, source in away.items() if source not in (BASE, EMA)]
+        absent = [name for name, source in away.items() if source not in lora.WITHOUT_WEIGHTS]
         if absent:
             assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent)}"
     parts = predict_run(cfg, model, teachers)
@@ -144,7 +144,7 @@ def assumed_teachers(cfg: RunConfig, model: Model) -> int:
     """Bytes of the teachers if each that is not made of base and student is a LoRA of --rank."""
     if not isinstance(cfg, DistillationConfig):
         return 0
-    own = [source for source in cfg.teachers.values() if source not in (BASE, EMA)]
+    own = [source for source in cfg.teachers.values() if source not in lora.WITHOUT_WEIGHTS]
     return len(own) * model.dtype.itemsize * lora_numbers(cfg, model)
 
 

@@ -120,11 +120,24 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def verdict(run: Run) -> list[str]:
-    said = tables.verdict(run.cells, run.first, run.routes)
+    said = tables.verdict(run.cells, run.first, run.routes) or distances_said(run.rows)
     if not said:
         return []
     items = "".join(f"<li>{escape(line)}</li>" for line in said[1:])
     return [f'<div class="verdict"><b>{escape(said[0])}</b><ul>{items}</ul></div>']
+
+
+def distances_said(rows: list[dict]) -> list[str]:
+    """What a run without scores has of success: how near its student came to each task's teacher."""
+    measured = [row for row in rows if "distance" in row]
+    if not measured:
+        return []
+    first, last = measured[0], measured[-1]
+    said = ["Distance to the teachers in percent of the base's (0: as the teacher)"]
+    for task, now in last["distance"].items():
+        before = f"{first['distance'][task]:.0f} after step {first['step']}"
+        said.append(f"{task}: {now:.0f} after step {last['step']} ({before})")
+    return said
 
 
 def pictures(folder: Path) -> list[str]:

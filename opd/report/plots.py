@@ -9,14 +9,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from opd.report.tracker import flatten
 
 COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#66aadd", "#dd99aa")
 WIDTH = 9  # inches of a figure: two panels, whose letters can be read on a small screen
 LEGEND = {"frameon": False, "ncols": 4, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
-ALL, WATCHED = "all", "held-out score"
+ALL, WATCHED, FAR = "all", "held-out score", "distance to the teacher, % of the base's"
 NOTE = "Thick: the running mean. Thin: the numbers themselves."
 COLUMNS = 80  # of a map: more cannot be told apart
 LABELS = 12  # noise levels that are written beside a map
@@ -64,6 +64,7 @@ def curves_of(rows: list[dict]) -> dict[str, Curves]:
         "reward": {name.removeprefix("reward/"): name for name in names if name.startswith("reward/")},
         "KL to the base, nats per dimension": {ALL: "kl"},
         WATCHED: {name.removeprefix("watch/"): name for name in names if name.startswith("watch/")},
+        FAR: {name.removeprefix("distance/"): name for name in names if name.startswith("distance/")},
         "loss, nats per dimension": {
             ALL: "loss",
             **{name.removesuffix("/loss"): name for name in names if name.endswith("/loss")},
@@ -100,9 +101,12 @@ def figure_of(panels: dict[str, Curves], levels: dict[str, float], columns: int 
                 panel.axhline(levels[label], color=colours[label], linestyle="--", linewidth=1)
         if watched and levels.keys() & curves.keys():
             panel.plot([], [], color="#888888", linestyle="--", linewidth=1, label="teacher at the end")
-        dress(panel, textwrap.fill(title, 90 // columns), curves)
+        dress(panel, title, curves, columns)
         if columns == 2 and list(curves) != [ALL]:
-            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **LEGEND)
+            drawn = len(panel.get_legend_handles_labels()[0])
+            lines = math.ceil(drawn / LEGEND["ncols"])
+            even = LEGEND | {"ncols": math.ceil(drawn / lines)}
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **even)
     return figure
 
 
@@ -118,15 +122,21 @@ def draw_curve(panel: Axes, label: str, values: dict[int, float], colour: str, s
     panel.plot(steps, numbers, label=label, linewidth=1.8, **style)
 
 
-def dress(panel: Axes, title: str, curves: Curves) -> None:
-    panel.set_title(title, fontsize=11, loc="left")
+def dress(panel: Axes, title: str, curves: Curves, columns: int) -> None:
+    panel.set_title(textwrap.fill(title, 90 // columns), fontsize=11, loc="left")
     panel.set_xlabel("step")
+    panel.xaxis.set_major_locator(MaxNLocator(14 // columns, integer=True))
     panel.grid(color="#e4e4e4")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlim(left=0)
     numbers = [value for values in curves.values() for value in values.values()]
-    if not title.startswith((WATCHED, "reward")) and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+    low, high = min(numbers), max(numbers)
+    if not title.startswith((WATCHED, FAR, "reward")) and low > 0 and high > 10 * low:
         panel.set_yscale("log")
+        # 0.2, 0.5, 1 and not 6 x 10^-1.
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 # ---- maps of the KL --------------------------------------------------------------------------------

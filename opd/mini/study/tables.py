@@ -43,12 +43,12 @@ PAPERS = {
     "dance-opd": (
         "`sd35-dance-opd`",
         "[DanceOPD](https://arxiv.org/abs/2606.27377)",
-        "one state per trajectory, near the data, all weighed alike",
+        "one state per trajectory, near the data",
     ),
     "gfd-opd": (
         "`sd35-gfd-opd`",
         "[GFD-OPD](https://arxiv.org/abs/2609.39692)",
-        "guidance folded in, targets past the teachers, two early states",
+        "guidance folded in, targets past the teachers",
     ),
 }
 LEVELS = (0.8, 0.9, 0.95)
