@@ -180,7 +180,7 @@ ABSENT = {
     "opd.trajectory, opd.routing, opd.data, opd.families": MODELS,
     "opd.presets, opd.cli, opd.config": [*MODELS, "huggingface_hub"],
     "opd.rewards": [*MODELS, "rapidocr", "onnxruntime", "opd.rewards.ocr"],
-    "opd.rewards.ocr, opd.rewards.prompts": [*MODELS, "rapidocr", "onnxruntime"],
+    "opd.rewards.ocr": [*MODELS, "rapidocr", "onnxruntime"],
     "opd.rewards.geneval, opd.rewards.judge": MODELS,
 }
 
