@@ -5,15 +5,12 @@ import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from diffusers import SD3Transformer2DModel
 
 from opd import compiled, lora
 from opd.bench.released import Released
-from opd.cli import Few, check_bounds
 from opd.conditioning import Conditioning
 from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
@@ -77,7 +74,6 @@ class Size:
 SIZES = {
     # The order of `Size`'s fields.
     "tiny": Size(2, 2, 32, 64, 64, 4, 16, 8, 0, factor=8, shift=3.0, tokens=4, t5=False),
-    "mini": Size(4, 4, 48, 128, 128, 8, 12, 12, 0, factor=2, shift=2.0, tokens=12, t5=False),
     "sd35-medium": Size(24, 24, 64, 4096, 2048, 16, 384, 128, 13, factor=8, shift=3.0, tokens=205, t5=True),
 }
 
@@ -86,9 +82,9 @@ SIZES = {
 class Work:
     """What one update does. Fields that DistillationConfig has are its own."""
 
-    size: tyro.conf.Suppress[str]
+    size: str
     """A name in SIZES."""
-    pixels: Few
+    pixels: int
     """Per side of the image."""
     prompts_per_step: int
     group: int
@@ -99,28 +95,15 @@ class Work:
     """Of a trajectory."""
     rank: int
     """Of every LoRA."""
-    teachers: Few = 3
+    teachers: int = 3
     """Tasks, each with a teacher; a further one is the anchor."""
     guidance: float = 1.0
     """Of the student; 1 is one forward row."""
-    queries: int = 0
-    """States that are trained on. 0: all."""
-    query_range: tuple[int, int] = (0, 0)
-    """The states to draw from."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: str = "auto"
     checkpointing: bool = False
     """Recompute activations in backward."""
     compile: bool = False
     """Our structure, compiled."""
-
-    def check(self) -> None:
-        """ValueError that names the flag, its value and what to change."""
-        check_bounds(self)
-        size = SIZES[self.size]
-        parts.patches_along(self.pixels, size.factor * PATCH, size.positions)
-        self.config().check(1)
-        if self.compile:
-            compiled.check_compiler()
 
     def config(self) -> DistillationConfig:
         """The settings of a run with this work."""
@@ -144,10 +127,9 @@ class Work:
         )
 
 
-# What is measured on each size unless flags say otherwise.
+# What is measured on each size, with changes.
 WORKS = {
     "tiny": Work("tiny", pixels=64, prompts_per_step=6, group=2, micro_batch=4, steps=3, rank=4),
-    "mini": Work("mini", pixels=24, prompts_per_step=30, group=1, micro_batch=30, steps=10, rank=32),
     "sd35-medium": Work(
         "sd35-medium", pixels=512, prompts_per_step=12, group=2, micro_batch=8, steps=10, rank=32
     ),
