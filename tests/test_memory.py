@@ -124,13 +124,3 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     skeleton, left_out = model.skeleton, model.skeleton.transformer_blocks[2:]
     held = {*skeleton.parameters(), *skeleton.buffers()} - {*left_out.parameters()}
     assert memory.held_by_teachers(model, read_teachers(away, model)) == 4 * memory.numbers(held)
-
-
-def test_what_cannot_fit_is_refused_before_weights_load(world, monkeypatch):
-    """The words name the largest parts. Loading would be another error."""
-    monkeypatch.setattr(Model, "load", None)
-    refusal = r"--gpu-memory 1e-05 GiB is too small: .* are predicted \(.* MiB, .*\).*lower --micro-batch"
-    with pytest.raises(ValueError, match=refusal):
-        tiny.build(tiny.config(world, gpu_memory=1e-5))
-    with pytest.raises(ValueError, match=refusal):
-        memory.forecast(tiny.config(world, gpu_memory=1e-5))
