@@ -161,6 +161,7 @@ def test_a_graph_too_many_is_told_and_runs_eagerly(world, captured, monkeypatch,
     assert capsys.readouterr().out.count("the rest is eager") == 1
 
 
+@pytest.mark.slow
 def test_real_kernels_compute_what_the_block_computes():
     torch._dynamo.reset()
     block = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(approximate="tanh"))

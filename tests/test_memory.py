@@ -29,6 +29,7 @@ def planned_run(cfg):
     return Model.plan(cfg.model, cfg.dtype, cfg.resolution, CPU, cfg.t5)
 
 
+@pytest.mark.slow
 def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
     """opd/bench/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
     one = {"steps": 1, "prompts_per_step": 1, "group": 1, "micro_batch": 1, "teachers": 1}
