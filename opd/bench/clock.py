@@ -1,4 +1,4 @@
-"""How `opd.bench` measures a stage: seconds without instruments first, then counts and memory, in updates of
+"""How `opd.bench` measures a stage: seconds without instruments first, then FLOPs and memory, in updates of
 their own, so that no instrument slows what is timed."""
 
 import datetime
@@ -8,15 +8,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from opd import compiled, lora
+from opd import compiled
 from opd.bench.model import Work, make_stage, predicted
 from opd.model import Model
 from opd.report.memory import LiveTensors
@@ -51,7 +49,7 @@ def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) - before
     graphs = compiled.graphs() - graphs
-    passes, flops = count(stage, updates)
+    flops = flops_of(stage, updates)
     if device.type == "cpu":
         peak = live_peak(stage, updates + 1)
     return {
@@ -61,7 +59,6 @@ def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -
         "seconds_per_update": usual,
         "trajectories_per_second": stage.cfg.samples_per_step() / usual,
         "graphs": graphs,
-        "passes": passes,
         "flops_per_update": flops,
         "matmul_share": flops / usual / rate,
         "memory": parts(stage, peak),
@@ -106,52 +103,12 @@ def about(device: torch.device, dtype: torch.dtype) -> dict:
     }
 
 
-# ---- counts ------------------------------------------------------------------------------------------------
-
-
-def count(stage: Distillation, step: int) -> tuple[dict, int]:
-    """Of one update: passes by adapter, FLOPs of matrix products and attention."""
-    passes, flops = {}, flop_counter()
-    with ExitStack() as stack:
-        for name, model in {lora.STUDENT: stage.model, **stage.model.teachers}.items():
-            hook = model.transformer.register_forward_hook(counting(passes, name), with_kwargs=True)
-            stack.callback(hook.remove)
-        stack.enter_context(flops)
-        # The counter sees operators, which a compiled kernel has none of.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+def flops_of(stage: Distillation, step: int) -> int:
+    """Of matrix products and attention in one update."""
+    # The counter sees operators, which a compiled kernel has none of.
+    with flop_counter() as flops, torch.compiler.set_stance("force_eager"):
         stage.step(step)
-    return passes, flops.get_total_flops()
-
-
-def counting(passes: dict, owner: str) -> Callable:
-    """A hook that counts calls and rows, those with a gradient apart. A guided sample is two rows."""
-
-    def add(name: str, rows: int) -> None:
-        entry = passes.setdefault(name, {"calls": 0, "rows": 0})
-        entry["calls"] += 1
-        entry["rows"] += rows
-
-    def hook(transformer, arguments, keywords, output) -> None:
-        name = owner
-        if owner == lora.STUDENT:
-            name = adapter_in_use(transformer)
-        rows = len(keywords["hidden_states"])
-        if output[0].requires_grad:
-            add(f"{name}, forward", rows)
-            output[0].register_hook(lambda gradient: add(f"{name}, backward", rows))
-        elif name == lora.STUDENT:
-            add(f"{name}, no gradient", rows)
-        else:
-            add(name, rows)
-
-    return hook
-
-
-def adapter_in_use(transformer: torch.nn.Module) -> str:
-    layers = lora.lora_layers(transformer)
-    if not layers or layers[0].slot is None:
-        return lora.BASE
-    return layers[0].slot
+    return flops.get_total_flops()
 
 
 def flop_counter() -> FlopCounterMode:
