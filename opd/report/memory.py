@@ -5,13 +5,13 @@ backward, and one decoding, on tensors without storage and adding up what is ali
 on many small decisions of the model, which no formula would follow.
 """
 
-import copy
 import weakref
 from dataclasses import replace
 from math import prod
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,7 @@ from opd import lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.families import Condition
-from opd.families._parts import children_of
+from opd.families._parts import children_of, with_fused_norms
 from opd.files import read_json, resolve
 from opd.formats.teacher_files import Whole, read_teachers
 from opd.lora import BASE, EMA, STUDENT, Lora
@@ -259,27 +259,15 @@ def decoding(model: Model, vae: nn.Module, images: int) -> int:
         return live.peak - before
 
 
-def without_storage(skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy that computes shapes only, as a CPU would. Call it under FakeTensorMode."""
-    modules = list(skeleton.modules())
-    # Tables that a module keeps as mere attributes.
-    tables = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
-    # Not copied, as they are replaced anyway.
-    shared = {id(tensor): tensor for tensor in (*skeleton.parameters(), *skeleton.buffers(), *tables)}
-    copied = copy.deepcopy(skeleton, shared).eval()
-    for module in copied.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            empty = torch.empty(weight.shape, dtype=dtype)
-            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            kind = buffer.dtype
-            if buffer.is_floating_point():
-                kind = dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=kind))
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
-    return copied
+def without_storage(skeleton: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A frozen one of the same shapes, which computes shapes only, as a CPU would. Call it under
+    FakeTensorMode."""
+    torch.set_default_dtype(dtype)
+    try:
+        fake = type(skeleton).from_config(skeleton.config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return with_fused_norms(fake).requires_grad_(False).eval()
 
 
 class LiveTensors(TorchDispatchMode):
