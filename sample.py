@@ -23,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import errors, lora
-from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
-from opd.config import Rollouts
+from opd.cli import Count, Few, Finite, Seed, Texts, check_bounds, dashed, plain_names
 from opd.data import fair_sample
 from opd.files import check_folder, path_of, reading
 from opd.formats.export import KEY, completed, guidance_of
@@ -68,10 +67,6 @@ class Arguments:
     where nothing is; with --save latents each adapter's own."""
     seed: Seed = 0
     """Seed of the noise; every row uses the same."""
-    sampler: Rollouts = "ode"
-    """Deterministic, or with the noise of training rollouts."""
-    noise_level: Annotated[float, NotNegative] = 0.7
-    """a, for sde and cps."""
     resolution: str = ""
     """Pixels per side, or HEIGHTxWIDTH. Not given: what is recorded with the adapters, or the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -140,7 +135,7 @@ def write_latents(args: Arguments, words: list[str] | None) -> None:
         index, prompts = zip(*fair_sample(pool, args.count), strict=True)
         texts = [prompt.text for prompt in prompts]
         rows += [{"prompt": text, "task": task} for text in texts]
-        sampling = sampling_of(args, scales[task])
+        sampling = Sampling(args.steps, args.seed, scales[task])
         for piece in batches(args, len(texts), task):
             latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
         print(f"{task}: {len(texts)} samples")
@@ -156,11 +151,6 @@ def check(args: Arguments) -> None:
     check_bounds(args)
     plain_names("--adapters", args.adapters)
     lora.check_names("--adapters", args.adapters)
-    noise = args.noise_level
-    if args.sampler != "ode" and noise <= 0:
-        raise ValueError(f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
-    if args.sampler == "cps" and noise > 1:
-        raise ValueError(f"--sampler cps needs --noise-level in (0, 1], got {noise}")
     for name in UNREAD[args.save]:
         if getattr(args, name) != getattr(Arguments(), name):
             unread = f"--{dashed(name)} does nothing with --save {args.save}"
@@ -188,15 +178,11 @@ def load(args: Arguments, prompts: list[str]) -> Model:
 # ---- making ----------------------------------------------------------------------------------------
 
 
-def sampling_of(args: Arguments, guidance: float) -> Sampling:
-    return Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level)
-
-
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
-    images = []
+    images, sampling = [], Sampling(args.steps, args.seed, args.guidance)
     for piece in batches(args, len(prompts), adapter):
-        images += model.images(adapter, prompts[piece], index[piece], sampling_of(args, args.guidance))
+        images += model.images(adapter, prompts[piece], index[piece], sampling)
     return images
 
 

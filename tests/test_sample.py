@@ -69,7 +69,7 @@ class Terminal(io.StringIO):
         return True
 
 
-CHANGES = ["seed 1", "steps 4", "guidance 3.0", "sampler sde", "resolution 16", "dtype bfloat16"]
+CHANGES = ["seed 1", "steps 4", "guidance 3.0", "resolution 16", "dtype bfloat16"]
 
 
 @pytest.mark.parametrize("flag, value", [change.split() for change in CHANGES])
@@ -77,15 +77,6 @@ def test_every_setting_changes_every_image(flag, value, reference, world, tmp_pa
     images = run(world, tmp_path, **{flag: value})
     assert set(images) == set(reference)
     assert not any(np.array_equal(images[name], reference[name]) for name in NAMES)
-
-
-def test_the_noise_level_is_that_of_the_sampler(world, tmp_path):
-    images = []
-    for level in ("0.7", "0.2", "1e-6"):
-        folder = tmp_path / level
-        images.append(run(world, folder, "--noise-level", level, sampler="sde")["a-red-circle.0.base.png"])
-    more, less, none = (image.astype(int) for image in images)
-    assert 0 < np.abs(less - none).mean() < np.abs(more - none).mean()
 
 
 def test_several_images_of_a_prompt_differ_and_each_says_how_it_was_made(world, tmp_path):
@@ -101,7 +92,6 @@ def test_several_images_of_a_prompt_differ_and_each_says_how_it_was_made(world, 
 
 # (flags, what the one line must contain)
 REFUSED = [
-    (["--sampler", "cps", "--noise-level", "3"], "--sampler cps needs --noise-level in (0, 1], got 3.0"),
     (["--model", "./nowhere"], "model './nowhere': no such file or directory"),
     (["--adapters", "v1.0=RED"], "--adapters: the name 'v1.0' is empty or has a dot"),
     (["--adapters", "base=RED"], "--adapters: the name 'base' is taken; choose another"),
