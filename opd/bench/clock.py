@@ -43,7 +43,7 @@ def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -
     graphs, device = compiled.graphs(), stage.model.device
     first, norm = stage.step(0)
     if not math.isfinite(norm):
-        raise ValueError(f"the first update's gradient norm is {norm}: try --dtype float32")
+        raise ValueError(f"the first update's gradient norm is {norm}")
     seconds = [timed_step(stage, step) for step in range(1, updates)]
     usual = statistics.median(seconds)
     if device.type == "cuda":
