@@ -120,6 +120,7 @@ def test_more_blocks_need_no_more_graphs(tmp_path, captured):
     assert 0 < counts[0] <= 5 and counts[1] == 0
 
 
+@pytest.mark.slow
 def test_z_image_compiles(tmp_path, captured):
     """Masks, rotary embeddings in complex numbers, texts of several lengths."""
     tiny_families.make_z_image(tmp_path / "pipeline")
