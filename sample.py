@@ -6,12 +6,10 @@ guidance and steps: those recorded with the adapters (a student's deployment.jso
     python sample.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt \\
         --adapters ocr=jieliu/SD3.5M-FlowGRPO-Text --steps 40 --guidance 4.5 --resolution 512
     python sample.py --save latents --out runs/mini-samples       # teachers' samples: data of an SFT start
-    python sample.py --again images/two-red-circles.0.student.png   # the same image, from its metadata
 """
 
 import opd  # isort: skip  # noqa: F401 (before torch: see there)
 import json
-import operator
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,22 +18,18 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from opd import errors, lora
-from opd.cli import Count, Few, Finite, NotNegative, Seed, Texts, check_bounds, dashed, plain_names
-from opd.config import Rollouts
+from opd.cli import Count, Few, Finite, Seed, Texts, check_bounds, dashed, plain_names
 from opd.data import fair_sample
-from opd.files import check_folder, path_of, reading, resolve
+from opd.files import check_folder, path_of, reading
 from opd.formats.export import KEY, completed, guidance_of
-from opd.formats.hub import is_hub_id
 from opd.formats.latents import write_samples
 from opd.formats.pictures import labelled_grid, save_image, to_pil
 from opd.formats.prompts import load_prompts, load_tasks
-from opd.formats.settings import restored
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
 
@@ -73,10 +67,6 @@ class Arguments:
     where nothing is; with --save latents each adapter's own."""
     seed: Seed = 0
     """Seed of the noise; every row uses the same."""
-    sampler: Rollouts = "ode"
-    """Deterministic, or with the noise of training rollouts."""
-    noise_level: Annotated[float, NotNegative] = 0.7
-    """a, for sde and cps."""
     resolution: str = ""
     """Pixels per side, or HEIGHTxWIDTH. Not given: what is recorded with the adapters, or the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -87,11 +77,6 @@ class Arguments:
     """Images per forward pass. Images do not depend on it beyond rounding."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
-    again: str = ""
-    """A PNG made by this program: repeat it with the settings in its metadata (only --out and
-    --device apply)."""
-    trust_png: bool = False
-    """With --again: fetch the model and the adapter that the PNG names from the Hub if they are not here."""
 
 
 UNREAD = {"images": ("tasks", "count"), "latents": ("prompts", "images")}
@@ -103,9 +88,7 @@ HOW = ("steps", "resolution", "t5")
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     with errors.in_one_line(ValueError, OSError):
-        if args.again:
-            repeat(args)
-        elif args.save == "latents":
+        if args.save == "latents":
             write_latents(args, arguments)
         else:
             write_images(args, arguments)
@@ -116,16 +99,16 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
     scales would not compare adapters."""
     check(args)
     prompts = read_prompts(args)
-    args = guided(completed(args, words, ("guidance", *HOW)))
+    args = completed(args, words, ("guidance", *HOW))
+    if args.guidance is None:
+        args = replace(args, guidance=1.0)
     model = load(args, prompts)
     columns = [prompt for prompt in prompts for _ in range(args.images)]
     rows = {}
     for adapter in dict.fromkeys([lora.BASE, *args.adapters]):
         images = make(args, model, adapter, columns, list(range(len(columns))))
         for index, image in enumerate(images):
-            place = index % args.batch
-            size = min(args.batch, len(columns) - index + place)  # of its forward pass
-            write(replace(args, prompts=(columns[index],), batch=size), image, adapter, index, place)
+            write(replace(args, prompts=(columns[index],)), image, adapter, index)
         rows[f"{adapter}\nguidance {args.guidance:g}"] = images
     save_image(labelled_grid(rows, columns), path_of(args.out) / "grid.png")
     print(f"{path_of(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
@@ -152,7 +135,7 @@ def write_latents(args: Arguments, words: list[str] | None) -> None:
         index, prompts = zip(*fair_sample(pool, args.count), strict=True)
         texts = [prompt.text for prompt in prompts]
         rows += [{"prompt": text, "task": task} for text in texts]
-        sampling = sampling_of(args, scales[task])
+        sampling = Sampling(args.steps, args.seed, scales[task])
         for piece in batches(args, len(texts), task):
             latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
         print(f"{task}: {len(texts)} samples")
@@ -168,11 +151,6 @@ def check(args: Arguments) -> None:
     check_bounds(args)
     plain_names("--adapters", args.adapters)
     lora.check_names("--adapters", args.adapters)
-    noise = args.noise_level
-    if args.sampler != "ode" and noise <= 0:
-        raise ValueError(f"--sampler {args.sampler} needs --noise-level above 0, got {noise}")
-    if args.sampler == "cps" and noise > 1:
-        raise ValueError(f"--sampler cps needs --noise-level in (0, 1], got {noise}")
     for name in UNREAD[args.save]:
         if getattr(args, name) != getattr(Arguments(), name):
             unread = f"--{dashed(name)} does nothing with --save {args.save}"
@@ -200,22 +178,11 @@ def load(args: Arguments, prompts: list[str]) -> Model:
 # ---- making ----------------------------------------------------------------------------------------
 
 
-def sampling_of(args: Arguments, guidance: float) -> Sampling:
-    return Sampling(args.steps, args.seed, guidance, args.sampler, args.noise_level)
-
-
-def guided(args: Arguments) -> Arguments:
-    """Without guidance where neither a flag nor a record says any."""
-    if args.guidance is None:
-        return replace(args, guidance=1.0)
-    return args
-
-
 def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
-    images = []
+    images, sampling = [], Sampling(args.steps, args.seed, args.guidance)
     for piece in batches(args, len(prompts), adapter):
-        images += model.images(adapter, prompts[piece], index[piece], sampling_of(args, args.guidance))
+        images += model.images(adapter, prompts[piece], index[piece], sampling)
     return images
 
 
@@ -225,60 +192,17 @@ def batches(args: Arguments, count: int, what: str) -> Iterable[slice]:
     return tqdm(pieces, desc=what, disable=True if len(pieces) < 3 else None)
 
 
-def write(args: Arguments, image: Tensor, adapter: str, index: int, place: int) -> Path:
-    """One PNG with everything that is needed to make it again: even its place among the `args.batch` images
-    of its forward pass, since rounding depends on both."""
+def write(args: Arguments, image: Tensor, adapter: str, index: int) -> None:
+    """One PNG, in whose metadata stands how it was made."""
     own = {name: source for name, source in args.adapters.items() if name == adapter}
-    settings = asdict(replace(args, adapters=own)) | {"adapter": adapter, "index": index, "place": place}
+    settings = asdict(replace(args, adapters=own)) | {"adapter": adapter, "index": index}
     info = PngInfo()
     info.add_text(KEY, json.dumps(settings))
-    path = path_of(args.out) / f"{slug(args.prompts[0])}.{index}.{adapter}.png"
-    save_image(to_pil(image, 1), path, info)
-    return path
+    save_image(to_pil(image, 1), path_of(args.out) / f"{slug(args.prompts[0])}.{index}.{adapter}.png", info)
 
 
 def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-
-
-# ---- making again ----------------------------------------------------------------------------------
-
-
-def repeat(args: Arguments) -> None:
-    """--again: one image, from its own metadata. It fills a forward pass as large as the first time, to the
-    same bits."""
-    with reading(f"--again {args.again!r}"):
-        settings = read_settings(args.again)
-        adapter, index, place = (settings.pop(name) for name in ("adapter", "index", "place"))
-        used = trusted(args, settings)
-        possible = 0 <= operator.index(place) < used.batch and 0 <= operator.index(index) < 2**31
-        if not possible or len(used.prompts) != 1 or adapter not in (lora.BASE, *used.adapters):
-            numbers = f"number {place} and {index} in all"
-            raise ValueError(f"no image of {used.prompts} by {adapter!r} is {numbers}")
-    used = guided(used)
-    model = load(used, list(used.prompts))
-    images = make(used, model, adapter, list(used.prompts) * used.batch, [index] * used.batch)
-    print(write(used, images[place], adapter, index, place))
-
-
-def read_settings(file: str) -> dict:
-    info = Image.open(file).info
-    if KEY not in info:
-        raise ValueError("this image carries no settings of sample.py")
-    return json.loads(info[KEY])
-
-
-def trusted(args: Arguments, settings: dict) -> Arguments:
-    """The settings of a PNG, with this call's own places. A stranger may have written them: ValueError for
-    wrong ones, and for sources that are not here, unless the user trusts the PNG."""
-    own = {"out": args.out, "device": args.device, "again": "", "trust_png": False}
-    used = restored(Arguments, asdict(args) | settings | own, "sample.py")
-    check(used)
-    for source in (used.model, *used.adapters.values()):
-        print(f"{args.again} was made with {source!r}")
-        if is_hub_id(source) and not resolve(source).exists() and not args.trust_png:
-            raise ValueError(f"{source!r} is not on this machine; add --trust-png to fetch it from the Hub")
-    return used
 
 
 if __name__ == "__main__":

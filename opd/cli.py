@@ -163,10 +163,9 @@ def in_pixels(height: int, width: int) -> str:
 def parse(arguments: list[str], presets: dict[str, Settings]) -> Settings:
     """The settings; with neither PRESET nor FILE, the first of `presets` and what overrides it.
 
-    ValueError for an unknown preset, a bad FILE or a flag of another stage; tyro exits on other bad flags.
+    ValueError for an unknown preset or a bad FILE; tyro exits on bad flags, those of other stages among them.
     """
     source, start, flags = starting_point(arguments, presets)
-    refuse_flags_of_other_stages(flags, start, stages_of(presets))
     first = " ".join(f"--{dashed(name)}" for name in start.first)
     about = (
         f"What to set first: {first}. Presets: {', '.join(presets)}; or --config FILE, a saved config.json."
@@ -198,18 +197,6 @@ def starting_point(arguments: list[str], presets: dict[str, Settings]) -> tuple[
 def stages_of(presets: dict[str, Settings]) -> dict[str, type]:
     """Name of a stage -> the class of its settings."""
     return {cfg.stage: type(cfg) for cfg in presets.values()}
-
-
-def refuse_flags_of_other_stages(flags: list[str], start: Settings, stages: dict[str, type]) -> None:
-    """ValueError that says where a flag belongs. tyro would call it unknown, or guess at a similar one."""
-    for flag in flags:
-        if not flag.startswith("--"):
-            continue
-        flag = flag.partition("=")[0]
-        name = flag[2:].replace("-", "_").removeprefix("no_")
-        owners = sorted(stage for stage, kind in stages.items() if name in field_names(kind))
-        if owners and start.stage not in owners:
-            raise ValueError(f"{flag} belongs to stage {' and '.join(owners)}; this is stage {start.stage}")
 
 
 def given_fields(arguments: list[str]) -> set[str]:

@@ -95,10 +95,8 @@ class Logistics:
     """Where metrics go besides metrics.jsonl."""
     push: str = ""
     """Hub repository OWNER/NAME that gets the student's folder when the run ends; private if it is new."""
-    gpu_memory: Annotated[float, NotNegative] = 0.0
-    """GiB of a GPU: a run that is predicted not to fit is refused before weights load. 0 = do not ask."""
     dry_run: bool = False
-    """Print the resolved configuration and the predicted memory, and stop."""
+    """Print the resolved configuration and the memory predicted on a GPU, and stop."""
 
 
 @dataclass(frozen=True)

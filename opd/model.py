@@ -33,14 +33,11 @@ transformers_logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made from noise."""
+    """How pictures are made from noise: along the ODE."""
 
     steps: int
     seed: int
     guidance: float
-    rollout: str = "ode"
-    """A name from flow.TRANSITIONS."""
-    noise_level: float = 0.7
 
 
 @dataclass
@@ -215,8 +212,7 @@ class Model:
     def latents(self, adapter: str, prompts: list[str], index: list[int], sampling: Sampling) -> Tensor:
         """(B, C, H, W) float32 sampled by an adapter; sample b depends on (seed, index[b]) and its prompt."""
         text = self.text(prompts)
-        key = (sampling.seed, "step")
-        path = self.path(sampling.steps, sampling.rollout, sampling.noise_level, key)
+        path = self.path(sampling.steps, "ode", 0.0, (sampling.seed, "step"))
         with lora.use(self.transformer, adapter):
             for state in self.walk(path, seed_of(sampling.seed, "start"), index):
                 signals.boundary()

@@ -21,7 +21,6 @@ from opd.lora import BASE, EMA, OLD, START, STUDENT
 from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
-from opd.report import memory
 from opd.report.report import grid_prompts, is_scored, shown_texts, splits
 from opd.rewards import Reward, find_reward, specs_of
 from opd.teachers import teacher_names
@@ -50,7 +49,6 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     teachers = {}
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
-    memory.check(cfg, model, teachers)
     student = student_start(cfg, model, teachers)
     data, shown, steps = load_data(cfg, model)
     rewards = load_rewards(cfg, model, data)

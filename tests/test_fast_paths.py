@@ -120,6 +120,7 @@ def test_more_blocks_need_no_more_graphs(tmp_path, captured):
     assert 0 < counts[0] <= 5 and counts[1] == 0
 
 
+@pytest.mark.slow
 def test_z_image_compiles(tmp_path, captured):
     """Masks, rotary embeddings in complex numbers, texts of several lengths."""
     tiny_families.make_z_image(tmp_path / "pipeline")
@@ -161,6 +162,7 @@ def test_a_graph_too_many_is_told_and_runs_eagerly(world, captured, monkeypatch,
     assert capsys.readouterr().out.count("the rest is eager") == 1
 
 
+@pytest.mark.slow
 def test_real_kernels_compute_what_the_block_computes():
     torch._dynamo.reset()
     block = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(approximate="tanh"))

@@ -137,11 +137,7 @@ def test_deterministic_runs_refuse_what_is_not(world, tmp_path):
         train.run(tiny.grpo_config(world, **settings))
 
 
-FULL, READ_ONLY = (errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")
-
-
-@pytest.mark.parametrize("number, reason", [FULL, READ_ONLY])
-def test_a_disk_that_refuses_costs_the_last_steps_alone(world, tmp_path, monkeypatch, capsys, number, reason):
+def test_a_disk_that_refuses_costs_the_last_steps_alone(world, tmp_path, monkeypatch, capsys):
     """The third state is not written: one line, exit status 1, the second whole; once it can be, it ends
     with the files of a run that never stopped. The clock, meanwhile, jumps a day back at every look."""
     settings = {"iterations": 4, "save_every": 1, "sample_every": 0}
@@ -154,13 +150,13 @@ def test_a_disk_that_refuses_costs_the_last_steps_alone(world, tmp_path, monkeyp
         if len(written) == 3:
             Path(storage_writer.path).mkdir()
             (Path(storage_writer.path) / "half").write_bytes(b"half of it")
-            raise OSError(number, reason)
+            raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, storage_writer=storage_writer)
 
     days, write = itertools.count(), state.dcp.save
     monkeypatch.setattr(time, "time", lambda: 1.8e9 - 86400 * next(days))
     monkeypatch.setattr(state.dcp, "save", full)
-    with pytest.raises(SystemExit, match=f"error: .*{reason}"):
+    with pytest.raises(SystemExit, match="error: .*No space left on device"):
         train.run(cfg)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     monkeypatch.setattr(state.dcp, "save", write)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import sample
 from opd.config import STAGES
 from opd.families import sd3
 from opd.formats import lora_files
@@ -85,17 +84,6 @@ def broken(file: Path, content: bytes):
 def test_values_of_every_field(cfg, data):
     values = json.loads(with_junk(json.dumps(to_json(cfg)).encode(), data))
     refused(lambda: from_json(values, STAGES).check(1))
-
-
-def test_a_png_fetches_nothing_unless_it_is_trusted(world, capsys):
-    """What it refuses: tests/test_sample.py."""
-    settings = json.loads(json.dumps(vars(sample.Arguments())))
-    settings |= {"prompts": ["a"], "model": "stranger/model", "adapters": {"x": "stranger/lora:sub"}}
-    with pytest.raises(ValueError, match="'stranger/lora:sub' is not on this machine; add --trust-png"):
-        sample.trusted(sample.Arguments(again="a.png"), settings | {"model": str(world / "pipeline")})
-    assert f"a.png was made with {str(world / 'pipeline')!r}" in capsys.readouterr().out
-    used = sample.trusted(sample.Arguments(again="a.png", trust_png=True), settings)
-    assert used.model == "stranger/model" and not used.trust_png
 
 
 @pytest.mark.parametrize(

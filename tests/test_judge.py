@@ -140,7 +140,7 @@ def test_a_judge_gets_picture_text_and_key_and_its_grade_is_read(serve, monkeypa
         assert picture.getpixel((0, 0)) == (level,) * 3
         assert picture.size == ((512, 512) if kind is judge.UnifiedReward else (8, 8))
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
-    assert reward.divisor == 5 and "runs judge-7b" in reward.about[spec]
+    assert "runs judge-7b" in reward.about[spec]
 
 
 def test_each_picture_gets_its_own_grade(serve):
@@ -226,7 +226,7 @@ def test_a_worker_gets_png_prompts_and_metadata_in_batches(serve):
     assert [len(body["images"]) for body in bodies] == [16, 4]
     assert bodies[1]["prompts"] == ["p16", "p17", "p18", "p19"] and bodies[1]["metadata"][0] == {"n": 16}
     about = f"{ABOUT['about']}, at {server.url}; reward: score / 5"
-    assert reward.about == {f"deqa@{server.url}": about} and reward.divisor == 5
+    assert reward.about == {f"deqa@{server.url}": about}
 
 
 BAD_WORKERS = [

@@ -258,17 +258,6 @@ def test_noise_does_not_depend_on_the_batch():
     assert torch.equal(kernels.normal((5, 4), 8), whole.flatten(1)[:, :4])
 
 
-def test_split_batch_same_bits():
-    a = arguments((6, 3, 33), dtype=torch.float32)
-    whole = kernels.sde_step(a["x"], a["v"], a["transition"], seed=5)
-    halves = []
-    for rows in (slice(0, 2), slice(2, 6)):
-        part = flow.Transition(*(t[rows] for t in a["transition"]))
-        halves.append(kernels.sde_step(a["x"][rows], a["v"][rows], part, seed=5, index=torch.arange(6)[rows]))
-    for output, parts in zip(whole, zip(*halves, strict=True), strict=True):
-        assert torch.equal(output, torch.cat(parts))
-
-
 # ---------------------------------------------------------------- bad input
 def coefficients(**changes):
     return {"transition": arguments(dtype=torch.float32)["transition"]._replace(**changes)}

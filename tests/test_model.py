@@ -49,13 +49,10 @@ def test_a_path_joins_levels_coefficients_and_seeds(rollout, model):
     assert (stds[0] == stds[1]) == (rollout == "ode")  # each noise level has its own coefficients
 
 
-@pytest.mark.parametrize(
-    "settings", [{"guidance": 3.0}, {"guidance": 1.0, "rollout": "sde"}, {"guidance": 1.0, "rollout": "cps"}]
-)
-def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(settings, model):
+def test_images_depend_on_seed_and_index_and_not_on_their_neighbours(model):
     def draw(seed, *which):
         prompts, index = [PROMPTS[i] for i in which], [10 + i for i in which]
-        return model.images(lora.BASE, prompts, index, Sampling(3, seed, **settings))
+        return model.images(lora.BASE, prompts, index, Sampling(3, seed, 3.0))
 
     together = draw(0, 0, 1, 2)
     assert together.shape == (3, 3, 8, 8) and together.dtype == torch.float32

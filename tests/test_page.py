@@ -20,7 +20,7 @@ from opd.evaluation import tables
 from opd.report import card, plots
 from opd.report.__main__ import main
 from opd.report.plots import png
-from tests import tiny
+from tests import forked, tiny
 from tests.tiny_grpo import BRIGHT
 
 HUB = mock.MagicMock()  # in the place of huggingface_hub.HfApi()
@@ -231,8 +231,15 @@ def test_who_cannot_push_learns_it_first_and_a_failed_push_loses_nothing(monkeyp
     assert "the network is down" in said and f"hf upload a/b {tmp_path}" in said
 
 
-def test_tensorboard_gets_the_grids(folder):
+def test_tensorboard_gets_the_flat_numbers_and_the_grids(folder):
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+    logged = forked.rows(folder)
+    assert {"step", "loss", "red/loss", "red/kl/1.000", "distance/red"} <= set(events.Tags()["scalars"])
+    for name, values in {
+        "grad_norm": [row["grad_norm"] for row in logged],
+        "red/loss": [row["red"]["loss"] for row in logged],
+    }.items():
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(values)
     assert [event.step for event in events.Images("samples")] == [0, 2, 3]
     saved = Image.open(folder / "samples" / "000003.png")
     assert (events.Images("samples")[1].width, events.Images("samples")[1].height) == saved.size

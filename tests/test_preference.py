@@ -201,6 +201,7 @@ def test_missing_weights_are_named(folder, tmp_path):
 
 
 def test_each_says_what_it_is_and_its_divisor():
-    for name, divisor in {"pickscore": 26, "clipscore": 0.3, "aesthetic": 10, "hpsv2": 1}.items():
-        reward = rewards.find_reward(name)
-        assert "transformers" in reward.about[name] and reward.divisor == divisor
+    for name, divisor in {"pickscore": 26, "clipscore": 0.3, "aesthetic": 10}.items():
+        about = rewards.find_reward(name).about[name]
+        assert "transformers" in about and about.endswith(f"reward: score / {divisor}")
+    assert "reward:" not in rewards.find_reward("hpsv2").about["hpsv2"]

@@ -144,6 +144,7 @@ def test_segments_of_gpu_memory_can_grow_unless_the_user_says_otherwise(name, gi
 SLURM = {"srun": '"$@" & other=$!; "$@" && wait $other', "scontrol": "echo localhost"}
 
 
+@pytest.mark.slow
 def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(world, tmp_path, alone):
     """Each node holds the weights once, sharded over its two ranks, as --shard-size 2 of four ranks says."""
     for name, body in SLURM.items():

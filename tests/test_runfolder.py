@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from opd import errors, files
@@ -27,7 +26,6 @@ from opd.formats.settings import read_config
 from opd.formats.state import save_state
 from opd.model import Model
 from opd.report.__main__ import main as report
-from opd.report.tracker import Tracker
 from opd.runfolder import FREE, RunFolder, check_same_run
 from opd.setup import contents
 from tests import forked, tiny
@@ -109,17 +107,6 @@ def test_a_run_of_another_stage_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             RunFolder(kind(out=out), active=True)
     assert read_config(tmp_path / "run" / "config.json", STAGES) == cfg
-
-
-def test_tensorboard_gets_the_flat_numbers(tmp_path):
-    tracker = Tracker(config(tmp_path, tracker="tensorboard"), tmp_path)
-    for row in rows(1, 2):
-        tracker.log(row)
-    tracker.board.flush()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == {"step", "loss", "red/loss", "red/kl/1.000", "grad_norm"}
-    assert [(e.step, e.value) for e in events.Scalars("grad_norm")] == [(1, 2.0), (2, 4.0)]
 
 
 # ---- files -------------------------------------------------------------------------------------------------

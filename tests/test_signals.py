@@ -217,6 +217,7 @@ def test_a_rank_that_is_lost_ends_the_others_in_a_line(world, tmp_path, number):
     second.ended(0)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
     """`--max-restarts 1`, and a rank is killed: the run ends as if nothing had been, with the losses of one
     process."""

@@ -60,6 +60,7 @@ def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_p
         return str(folders[repo])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # of a README that is not there
     monkeypatch.setattr(DiffusionPipeline, "download", lambda repo, use_safetensors: folders[repo])
     for source in ("owner/lora", "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))

@@ -1,5 +1,5 @@
-"""How `opd.bench` measures a stage: seconds without instruments first, then phases, then counts, each in an
-update of its own, so that no instrument slows what another one reads."""
+"""How `opd.bench` measures a stage: seconds without instruments first, then FLOPs and memory, in updates of
+their own, so that no instrument slows what is timed."""
 
 import datetime
 import gc
@@ -8,22 +8,17 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from opd import compiled, kernels, lora
+from opd import compiled
 from opd.bench.model import Work, make_stage, predicted
 from opd.model import Model
 from opd.report.memory import LiveTensors
 from train import Distillation
-
-PHASES = ("student forward", "student backward", "teachers", "kernels", "optimizer", "rest")
 
 
 def measure(structure: str, work: Work, device: torch.device, updates: int, rate: float) -> dict:
@@ -48,16 +43,15 @@ def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -
     graphs, device = compiled.graphs(), stage.model.device
     first, norm = stage.step(0)
     if not math.isfinite(norm):
-        raise ValueError(f"the first update's gradient norm is {norm}: try --dtype float32")
+        raise ValueError(f"the first update's gradient norm is {norm}")
     seconds = [timed_step(stage, step) for step in range(1, updates)]
     usual = statistics.median(seconds)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) - before
-    phases = measure_phases(stage, updates)
     graphs = compiled.graphs() - graphs
-    passes, flops = count(stage, updates + 1)
+    flops = flops_of(stage, updates)
     if device.type == "cpu":
-        peak = live_peak(stage, updates + 2)
+        peak = live_peak(stage, updates + 1)
     return {
         "loss": first["loss"],
         "grad_norm": norm,
@@ -65,8 +59,6 @@ def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -
         "seconds_per_update": usual,
         "trajectories_per_second": stage.cfg.samples_per_step() / usual,
         "graphs": graphs,
-        "phases": phases,
-        "passes": passes,
         "flops_per_update": flops,
         "matmul_share": flops / usual / rate,
         "memory": parts(stage, peak),
@@ -111,88 +103,12 @@ def about(device: torch.device, dtype: torch.dtype) -> dict:
     }
 
 
-# ---- phases ------------------------------------------------------------------------------------------------
-
-
-def measure_phases(stage: Distillation, step: int) -> dict[str, float]:
-    """Seconds of one update by phase, waiting for the device around every timed call. Where one makes
-    another, the outer one gets the time."""
-    seconds, running = dict.fromkeys(PHASES, 0.0), []
-
-    def timed(function: Callable, phase: str) -> Callable:
-        def call(*arguments, **keywords):
-            if running:
-                return function(*arguments, **keywords)
-            running.append(phase)
-            if phase == "student forward" and adapter_in_use(stage.model.transformer) != stage.model.trained:
-                running[0] = "teachers"  # an adapter on the same transformer
-            wait(stage.model.device)
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                wait(stage.model.device)
-                seconds[running.pop()] += time.perf_counter() - started
-
-        return call
-
-    calls = [(stage.model, "velocity", "student forward")]
-    calls += [(model, "velocity", "teachers") for model in stage.model.teachers.values()]
-    calls += [(kernels, name, "kernels") for name in kernels.__all__]
-    calls += [(stage.trained, "update", "optimizer"), (Tensor, "backward", "student backward")]
-    with ExitStack() as stack:
-        for owner, name, phase in calls:
-            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), phase)))
-        total = timed_step(stage, step)
-    return seconds | {"rest": total - sum(seconds.values())}
-
-
-def adapter_in_use(transformer: torch.nn.Module) -> str:
-    layers = lora.lora_layers(transformer)
-    if not layers or layers[0].slot is None:
-        return lora.BASE
-    return layers[0].slot
-
-
-# ---- counts ------------------------------------------------------------------------------------------------
-
-
-def count(stage: Distillation, step: int) -> tuple[dict, int]:
-    """Of one update: passes by adapter, FLOPs of matrix products and attention."""
-    passes, flops = {}, flop_counter()
-    with ExitStack() as stack:
-        for name, model in {lora.STUDENT: stage.model, **stage.model.teachers}.items():
-            hook = model.transformer.register_forward_hook(counting(passes, name), with_kwargs=True)
-            stack.callback(hook.remove)
-        stack.enter_context(flops)
-        # The counter sees operators, which a compiled kernel has none of.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+def flops_of(stage: Distillation, step: int) -> int:
+    """Of matrix products and attention in one update."""
+    # The counter sees operators, which a compiled kernel has none of.
+    with flop_counter() as flops, torch.compiler.set_stance("force_eager"):
         stage.step(step)
-    return passes, flops.get_total_flops()
-
-
-def counting(passes: dict, owner: str) -> Callable:
-    """A hook that counts calls and rows, those with a gradient apart. A guided sample is two rows."""
-
-    def add(name: str, rows: int) -> None:
-        entry = passes.setdefault(name, {"calls": 0, "rows": 0})
-        entry["calls"] += 1
-        entry["rows"] += rows
-
-    def hook(transformer, arguments, keywords, output) -> None:
-        name = owner
-        if owner == lora.STUDENT:
-            name = adapter_in_use(transformer)
-        rows = len(keywords["hidden_states"])
-        if output[0].requires_grad:
-            add(f"{name}, forward", rows)
-            output[0].register_hook(lambda gradient: add(f"{name}, backward", rows))
-        elif name == lora.STUDENT:
-            add(f"{name}, no gradient", rows)
-        else:
-            add(name, rows)
-
-    return hook
+    return flops.get_total_flops()
 
 
 def flop_counter() -> FlopCounterMode:

@@ -5,15 +5,12 @@ import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from diffusers import SD3Transformer2DModel
 
 from opd import compiled, lora
 from opd.bench.released import Released
-from opd.cli import Few, check_bounds
 from opd.conditioning import Conditioning
 from opd.config import DistillationConfig
 from opd.data import Prompt, seed_of
@@ -27,58 +24,42 @@ from opd.report import memory
 from train import Distillation
 
 FURTHER = "further"  # the teacher that is nothing but the anchor
-PATCH = 2
 PROMPTS = 10  # of each task
+FACTOR = 8  # pixels of the image per pixel of the latents, along a side
+SHIFT = 3.0  # of the noise levels, towards noise
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of an SD3 model."""
+    """An SD3 model."""
 
-    layers: int
-    heads: int
-    head_width: int
-    text_width: int
-    pooled_width: int
-    channels: int  # of the latents
-    positions: int  # patches along the largest side
-    usual_side: int  # latents along a side, at the size that positions count from
-    dual_layers: int  # blocks with a second attention, the first ones
-    factor: int  # pixels of the image per pixel of the latents, along a side
-    shift: float  # of the noise levels, towards noise
+    config: dict
+    """Of its transformer, as diffusers has it."""
     tokens: int  # of a prompt: 77 are CLIP's, 128 T5's
     t5: bool
 
     def transformer(self) -> SD3Transformer2DModel:
-        return SD3Transformer2DModel(
-            patch_size=PATCH,
-            num_layers=self.layers,
-            attention_head_dim=self.head_width,
-            num_attention_heads=self.heads,
-            caption_projection_dim=self.head_width * self.heads,
-            joint_attention_dim=self.text_width,
-            pooled_projection_dim=self.pooled_width,
-            pos_embed_max_size=self.positions,
-            sample_size=self.usual_side,
-            in_channels=self.channels,
-            out_channels=self.channels,
-            qk_norm="rms_norm",
-            dual_attention_layers=tuple(range(self.dual_layers)),
-        )
+        return SD3Transformer2DModel(**self.config, patch_size=2, qk_norm="rms_norm")
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a Condition's tensors."""
-        shapes = {"embeds": (self.tokens, self.text_width), "pooled": (self.pooled_width,)}
+        width = self.config["joint_attention_dim"]
+        shapes = {"embeds": (self.tokens, width), "pooled": (self.config["pooled_projection_dim"],)}
         if not self.t5:
-            shapes["blank"] = (1, self.text_width)
+            shapes["blank"] = (1, width)
         return shapes
 
 
+TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "caption_projection_dim": 64}
+TINY |= {"joint_attention_dim": 64, "pooled_projection_dim": 64, "in_channels": 4, "out_channels": 4}
+TINY |= {"sample_size": 8, "pos_embed_max_size": 16}
+MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64}
+MEDIUM |= {"caption_projection_dim": 1536, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
+MEDIUM |= {"in_channels": 16, "out_channels": 16, "sample_size": 128, "pos_embed_max_size": 384}
+MEDIUM |= {"dual_attention_layers": tuple(range(13))}
 SIZES = {
-    # The order of `Size`'s fields.
-    "tiny": Size(2, 2, 32, 64, 64, 4, 16, 8, 0, factor=8, shift=3.0, tokens=4, t5=False),
-    "mini": Size(4, 4, 48, 128, 128, 8, 12, 12, 0, factor=2, shift=2.0, tokens=12, t5=False),
-    "sd35-medium": Size(24, 24, 64, 4096, 2048, 16, 384, 128, 13, factor=8, shift=3.0, tokens=205, t5=True),
+    "tiny": Size(TINY, tokens=4, t5=False),
+    "sd35-medium": Size(MEDIUM, tokens=205, t5=True),
 }
 
 
@@ -86,9 +67,9 @@ SIZES = {
 class Work:
     """What one update does. Fields that DistillationConfig has are its own."""
 
-    size: tyro.conf.Suppress[str]
+    size: str
     """A name in SIZES."""
-    pixels: Few
+    pixels: int
     """Per side of the image."""
     prompts_per_step: int
     group: int
@@ -99,28 +80,15 @@ class Work:
     """Of a trajectory."""
     rank: int
     """Of every LoRA."""
-    teachers: Few = 3
+    teachers: int = 3
     """Tasks, each with a teacher; a further one is the anchor."""
     guidance: float = 1.0
     """Of the student; 1 is one forward row."""
-    queries: int = 0
-    """States that are trained on. 0: all."""
-    query_range: tuple[int, int] = (0, 0)
-    """The states to draw from."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: str = "auto"
     checkpointing: bool = False
     """Recompute activations in backward."""
     compile: bool = False
     """Our structure, compiled."""
-
-    def check(self) -> None:
-        """ValueError that names the flag, its value and what to change."""
-        check_bounds(self)
-        size = SIZES[self.size]
-        parts.patches_along(self.pixels, size.factor * PATCH, size.positions)
-        self.config().check(1)
-        if self.compile:
-            compiled.check_compiler()
 
     def config(self) -> DistillationConfig:
         """The settings of a run with this work."""
@@ -144,10 +112,9 @@ class Work:
         )
 
 
-# What is measured on each size unless flags say otherwise.
+# What is measured on each size, with changes.
 WORKS = {
     "tiny": Work("tiny", pixels=64, prompts_per_step=6, group=2, micro_batch=4, steps=3, rank=4),
-    "mini": Work("mini", pixels=24, prompts_per_step=30, group=1, micro_batch=30, steps=10, rank=32),
     "sd35-medium": Work(
         "sd35-medium", pixels=512, prompts_per_step=12, group=2, micro_batch=8, steps=10, rank=32
     ),
@@ -162,7 +129,7 @@ def make_stage(structure: str, work: Work, device: torch.device) -> Distillation
     cfg, model, size = work.config(), planned(work, device), SIZES[work.size]
     # Equal steps, shifted: s -> shift s / (1 + (shift - 1) s).
     equal = [1 - i / cfg.steps for i in range(cfg.steps + 1)]
-    model.grids[cfg.steps] = [size.shift * s / (1 + (size.shift - 1) * s) for s in equal]
+    model.grids[cfg.steps] = [SHIFT * s / (1 + (SHIFT - 1) * s) for s in equal]
     pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(PROMPTS)] for task in cfg.prompts}
     prompts = [prompt.text for pool in pools.values() for prompt in pool]
     model.conditioning.kept = random_conditions([*prompts, sd3.NEGATIVE], size.text_shapes(), model.dtype)
@@ -194,10 +161,10 @@ def make_stage(structure: str, work: Work, device: torch.device) -> Distillation
 def planned(work: Work, device: torch.device) -> Model:
     """The model before its weights."""
     size, dtype, folder = SIZES[work.size], compute_dtype(work.dtype, device), Path("no-folder")
-    side = work.pixels // size.factor
+    side = work.pixels // FACTOR
     conditioning = Conditioning(sd3, folder, dtype, device)
     skeleton = skeleton_of(work.size)
-    return Model(sd3, folder, skeleton, (size.channels, side, side), conditioning, dtype, device)
+    return Model(sd3, folder, skeleton, (size.config["in_channels"], side, side), conditioning, dtype, device)
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from opd.evaluation.records import Record
 from opd.lora import STUDENT
@@ -171,12 +172,10 @@ def diversity_across(place: tuple[str, str, str], group: list[Record]) -> list[C
 def distances(records: list[Record]) -> np.ndarray:
     """(N, N): the root mean squared difference of every two pictures, reduced to 8 x 8 pixels in [0, 1].
     0 = all alike; pixels that are independent and uniform would have .41."""
-    pixels_ND = np.stack([pixels_of(record.thumbnail) for record in records])
-    squares_N = (pixels_ND**2).mean(1)
-    squares_NN = squares_N[:, None] + squares_N - 2 * pixels_ND @ pixels_ND.T / pixels_ND.shape[1]
-    # The square root of rounding errors below 0 would be NaN; those of a picture with itself are no distance.
-    np.fill_diagonal(squares_NN, 0)
-    return np.sqrt(squares_NN.clip(min=0))
+    pixels_ND = torch.from_numpy(np.stack([pixels_of(record.thumbnail) for record in records]))
+    # By differences: the product of all pairs would leave a picture a distance from itself.
+    apart_NN = torch.cdist(pixels_ND, pixels_ND, compute_mode="donot_use_mm_for_euclid_dist")
+    return apart_NN.numpy() / math.sqrt(pixels_ND.shape[1])
 
 
 def pixels_of(thumbnail: str) -> np.ndarray:

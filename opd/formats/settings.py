@@ -1,4 +1,4 @@
-"""Settings as JSON: config.json of a run, and what a picture says of how it was made."""
+"""Settings as JSON: config.json of a run."""
 
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -29,27 +29,23 @@ def read_config(file: str | Path, stages: dict[str, type]) -> Settings:
 
 
 def from_json(values: dict, stages: dict[str, type]) -> Settings:
-    """The inverse of `to_json`, also where JSON made lists of tuples."""
+    """The inverse of `to_json`, also where JSON made lists of tuples: of each field what tyro would make of
+    it as a flag. ValueError naming a wrong field."""
     own = dict(values)
     stage = own.pop("stage", None)
     if stage not in list(stages):
         raise ValueError(f'"stage" is {stage!r:.200}; expected one of {", ".join(stages)}')
-    return restored(stages[stage], own, f"stage {stage}")
-
-
-def restored(kind: type, values: dict, what: str) -> Settings:
-    """An instance of a dataclass of settings from what JSON made of all its fields: of each what tyro would
-    make of it as a flag. ValueError naming a wrong field; `what` has those fields."""
+    kind = stages[stage]
     hints = get_type_hints(kind, include_extras=True)
     known = [setting.name for setting in fields(kind)]
-    unknown = [name for name in values if name not in known]
+    unknown = [name for name in own if name not in known]
     if unknown:
         names = ", ".join(map(repr, unknown))
-        raise ValueError(f"{what} has no field {names} (another version's, or misspelt)")
-    missing = [name for name in known if name not in values]
+        raise ValueError(f"stage {stage} has no field {names} (another version's, or misspelt)")
+    missing = [name for name in known if name not in own]
     if missing:
         raise ValueError(f"field {', '.join(map(repr, missing))} is missing")
-    return kind(**{name: restored_value(name, values[name], hints[name]) for name in known})
+    return kind(**{name: restored_value(name, own[name], hints[name]) for name in known})
 
 
 def restored_value(name: str, value: Any, hint: Any) -> Any:

@@ -5,13 +5,13 @@ backward, and one decoding, on tensors without storage and adding up what is ali
 on many small decisions of the model, which no formula would follow.
 """
 
-import copy
 import weakref
 from dataclasses import replace
 from math import prod
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 from opd import lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, Rollout, RunConfig
 from opd.data import micro_batches
-from opd.errors import require
 from opd.families import Condition
-from opd.families._parts import children_of
+from opd.families._parts import children_of, with_fused_norms
 from opd.files import read_json, resolve
 from opd.formats.teacher_files import Whole, read_teachers
 from opd.lora import STUDENT, Lora
@@ -31,8 +30,6 @@ from opd.report.start import SHOWN
 
 IN_TURN = ("activations", "decoding")
 """Parts of which only the larger counts: pictures are decoded between the passes of training."""
-SPARE = 0.1
-"""Share of a GPU that is left for its own context, the libraries' scratch memory and fragmentation."""
 GIB = 2**30
 
 
@@ -40,18 +37,13 @@ GIB = 2**30
 
 
 def forecast(cfg: RunConfig) -> str:
-    """The prediction for one rank in words, as comment lines under the printed settings. Nothing is
-    downloaded for it: a teacher that is not on this disk is taken for a LoRA of --rank.
-
-    --gpu-memory speaks of a GPU, where --dtype auto is bfloat16, whatever this machine has.
-    ValueError where the run would be refused as too large, or a teacher cannot teach it.
-    """
+    """The prediction for one rank on a GPU in words, as comment lines under the printed settings. Nothing is
+    downloaded for it: a teacher that is not on this disk is taken for a LoRA of --rank. ValueError where a
+    teacher cannot teach the run."""
     if not resolve(cfg.model).exists():
         return f"# memory: not predicted, as model {cfg.model!r} is not on this disk"
-    device = torch.device("cpu")
-    if cfg.gpu_memory > 0 or torch.cuda.is_available():
-        device = torch.device("cuda")
-    model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, device, cfg.t5)
+    # Whatever this machine has: memory is what a GPU is short of, and there --dtype auto is bfloat16.
+    model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, torch.device("cuda"), cfg.t5)
     teachers, assumed = 0, ""
     if isinstance(cfg, DistillationConfig):
         here = {name: source for name, source in cfg.teachers.items() if resolve(source).exists()}
@@ -63,29 +55,11 @@ def forecast(cfg: RunConfig) -> str:
             assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent)}"
     parts = predict_run(cfg, model, teachers)
     dtype = str(model.dtype).removeprefix("torch.")
-    lines = [f"# predicted memory of one of {ranks.declared_world()} ranks, {dtype}{assumed}:"]
+    lines = [f"# predicted memory of one of {ranks.declared_world()} GPUs, {dtype}{assumed}:"]
     for name, size in {**parts, "peak": peak(parts)}.items():
         if size > 0:
             lines.append(f"#   {name:13}{in_words(size):>12}")
-    if cfg.gpu_memory > 0:
-        check_fits(cfg, parts)
-        lines.append(f"# fits into --gpu-memory {cfg.gpu_memory} GiB, of which a tenth stays spare")
     return "\n".join(lines)
-
-
-def check(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> None:
-    """ValueError, before weights load, where the run is predicted not to fit into --gpu-memory."""
-    if cfg.gpu_memory > 0:
-        check_fits(cfg, predict_run(cfg, model, held_by_teachers(model, teachers)))
-
-
-def check_fits(cfg: RunConfig, parts: dict[str, int]) -> None:
-    largest = sorted((size, name) for name, size in parts.items())[-3:]
-    named = ", ".join(f"{name} {in_words(size)}" for size, name in reversed(largest))
-    need = f"{in_words(peak(parts))} are predicted ({named}) and a tenth stays spare"
-    way_out = "lower --micro-batch, add --checkpointing or raise --shard-size"
-    fits = peak(parts) <= (1 - SPARE) * cfg.gpu_memory * GIB
-    require(fits, f"--gpu-memory {cfg.gpu_memory} GiB is too small: {need}; {way_out}")
 
 
 def in_words(size: int) -> str:
@@ -289,27 +263,15 @@ def decoding(model: Model, vae: nn.Module, images: int) -> int:
         return live.peak - before
 
 
-def without_storage(skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy that computes shapes only, as a CPU would. Call it under FakeTensorMode."""
-    modules = list(skeleton.modules())
-    # Tables that a module keeps as mere attributes.
-    tables = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
-    # Not copied, as they are replaced anyway.
-    shared = {id(tensor): tensor for tensor in (*skeleton.parameters(), *skeleton.buffers(), *tables)}
-    copied = copy.deepcopy(skeleton, shared).eval()
-    for module in copied.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            empty = torch.empty(weight.shape, dtype=dtype)
-            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            kind = buffer.dtype
-            if buffer.is_floating_point():
-                kind = dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=kind))
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
-    return copied
+def without_storage(skeleton: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A frozen one of the same shapes, which computes shapes only, as a CPU would. Call it under
+    FakeTensorMode."""
+    torch.set_default_dtype(dtype)
+    try:
+        fake = type(skeleton).from_config(skeleton.config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return with_fused_norms(fake).requires_grad_(False).eval()
 
 
 class LiveTensors(TorchDispatchMode):

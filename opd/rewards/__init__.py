@@ -124,11 +124,6 @@ class Reward:
         alone = [Reward(term.name, [Term(1.0, term.name, term.function)]) for term in self.terms]
         return [(term.weight, reward) for term, reward in zip(self.terms, alone, strict=True)]
 
-    @property
-    def divisor(self) -> float:
-        """Of its raw scores in the papers' averages; 1 for a sum, which has no scale."""
-        return getattr(self.terms[0].function, "divisor", 1.0) if len(self.terms) == 1 else 1.0
-
     def load(self, device: torch.device) -> None:
         """Load the models of every term that has some, unless this process has loaded them before."""
         for term in self.terms:
