@@ -161,7 +161,7 @@ def fields_read() -> set[str]:
         for node in unchecked(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
-                if owner in ("cfg", "self.cfg") or (owner == "self" and module == "opd.config"):
+                if owner in ("cfg", "self.cfg") or (owner == "self" and module.startswith("opd.config")):
                     names.add(node.attr)
     return names
 

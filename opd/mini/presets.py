@@ -71,8 +71,17 @@ MINI_GRPO = {**MINI, **GRPO, "heldout": MINI_HELDOUT, "window_range": (0, 3)}
 TEACHER = {**MINI_GRPO, "rewards": MINI_SCORERS, "prompts_per_step": 12}
 MIX = {**MINI_GRPO, "prompts_per_step": 15}
 
-# The same without likelihoods (opd/nft.py).
-NFT = {"group": 8, "micro_batch": 48, "steps": 6, "levels": 2, **WATCHED, "ema": 0.9}
+# The same without likelihoods, on-policy, at four of the six noise levels (opd/nft.py). Twice the learning
+# rate, or half the pictures an iteration, collapse.
+NFT = {
+    "group": 8,
+    "micro_batch": 48,
+    "steps": 6,
+    "levels": 4,
+    "old_decay": (0.0, 0.0, 0.0),
+    **WATCHED,
+    "ema": 0.9,
+}
 NFT_TEACHER = {**MINI, **NFT, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS, "prompts_per_step": 12}
 
 # Flow matching: a base from nothing, and the base on further pictures.
@@ -84,7 +93,7 @@ FINETUNE = {**MINI, **WHOLE, "warmup": 20, "save_every": 200, "sample_every": 20
 
 MINI_PRESETS: dict[str, RunConfig] = {
     # What does best here in a minute: guidance folded in, small steps, an anchor that leaves the composition
-    # alone. What is not named are the defaults of opd/config.py: an SDE walk of ten steps, a start merged
+    # alone. What is not named are the defaults of opd/config/: an SDE walk of ten steps, a start merged
     # from the teachers, guidance 1 for the student, and more; --dry-run prints all of it.
     "mini": DistillationConfig(**FOLD | SMALL_STEPS | LATE),
     # The study's: large steps, no anchor.
@@ -165,22 +174,22 @@ MINI_PRESETS: dict[str, RunConfig] = {
         **NFT_TEACHER,
         prompts={"compose": MINI_PROMPTS["compose"]},
         train_rewards={"compose": MINI_REWARDS["compose"]},
-        lr=1.3e-3,
-        iterations=150,
+        lr=3e-3,
+        iterations=24,
     ),
     "mini-nft-text": NFTConfig(
         **NFT_TEACHER,
         prompts={"text": MINI_PROMPTS["text"]},
         train_rewards={"text": MINI_REWARDS["text"]},
-        lr=2e-3,
-        iterations=40,
+        lr=3e-3,
+        iterations=12,
     ),
     "mini-nft-quality": NFTConfig(
         **NFT_TEACHER,
         prompts=MINI_PROMPTS,
         train_rewards={"compose": QUALITY, "text": QUALITY, "quality": QUALITY},
-        lr=2e-3,
-        iterations=40,
+        lr=3e-3,
+        iterations=12,
     ),
     "mini-grpo-mix": GRPOConfig(
         **MIX,
