@@ -32,6 +32,7 @@ from tqdm import tqdm
 from opd import compiled, errors, flow, lora, ranks, routing, signals
 from opd.cli import describe, given_fields, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RewardedConfig, RunConfig
+from opd.config.own import step_aside
 from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import brief, distance_metrics, name_non_finite, reward_metrics, summed
 from opd.estimators import ESTIMATORS
@@ -39,7 +40,6 @@ from opd.grpo import GRPO
 from opd.model import Model
 from opd.nft import NFT
 from opd.optim import Trained, due, learning_rate
-from opd.own import step_aside
 from opd.presets import PRESETS
 from opd.ranks import say
 from opd.report.card import check_login

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from opd.cli import given_fields, parse
-from opd.own import step_aside
+from opd.config.own import step_aside
 from opd.presets import PRESETS
 from opd.report.start import distances
 from tests import forked, tiny
