@@ -143,10 +143,12 @@ class NFT:
             # Sent without waiting: the next line is the update's only wait for the device.
             of_part = ranks.total(of_part).to("cpu", non_blocking=True)
             of_update = self.trained.update(step, turn, cfg.updates)
-            self.trained.move_old(old_share(cfg, step * cfg.updates + turn + 1))
             sums += of_part
             if math.isfinite(norm):
                 norm = of_update
+        if sums[-1] > 0:  # else the step is skipped, and nothing moves
+            # After all updates: every one of them compares with the policy that made the images.
+            self.trained.move_old(old_share(cfg, (step + 1) * cfg.updates))
         count = sum(parameter.numel() for parameter in self.trained.parameters.values())
         return matching_metrics(sums, cfg.beta) | {"grad_rms": norm / count**0.5}, norm
 
@@ -182,7 +184,7 @@ class NFT:
         sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
         sums = torch.zeros(len(MATCHING), device=model.device)
         asked = []
-        if cfg.old_decay[-1] > 0:  # else the old policy is the policy
+        if not cfg.on_policy():  # else the old policy is the policy
             asked.append(OLD)
         if cfg.beta > 0:
             asked.append(BASE)

@@ -125,9 +125,9 @@ class NFTConfig(RewardedConfig):
     level_range: tuple[int, int] = (0, 0)
     """Those that may be drawn: first, and one past the last, 0 being pure noise. 0 0 = all."""
     old_decay: Annotated[tuple[float, float, float], NotNegative] = (0.0, 0.001, 0.5)
-    """n0, slope, most: after update n the old policy, which makes nft's pictures and holds awm back, keeps
-    min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the rest. 0 0 0 = the
-    old policy is the new one, and costs no forward pass."""
+    """n0, slope, most: after each rollout, n updates in, the old policy, which makes nft's pictures and holds
+    awm back, keeps min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the
+    rest. 0 0 0 = it is the new one, and with one update a rollout costs no forward pass."""
     proximal: Annotated[float, NotNegative] = 1.0
     """awm: weight of |v - v_old|^2, which keeps a step small."""
     beta: Annotated[float, NotNegative] = 1e-4
@@ -155,6 +155,10 @@ class NFTConfig(RewardedConfig):
         if self.level_range == (0, 0):
             return range(self.states())
         return range(*self.level_range)
+
+    def on_policy(self) -> bool:
+        """Whether every update begins at the old policy, so that none has to ask it."""
+        return self.old_decay[-1] == 0 and self.updates == 1
 
     def states_per_sample(self) -> int:
         return self.levels or len(self.trainable_levels())
