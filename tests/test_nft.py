@@ -243,7 +243,7 @@ def test_terms_of_a_reward_are_normalised_one_by_one():
     rng = np.random.default_rng(0)
     terms, tasks = rng.random((2, 5, 6)) * [[[1]], [[1e-3]]] * 50, ["a", "a", "b", "a", "b"]
     weights = np.array([[0.7] * 5, [0.3, 0.3, 0, 0.3, 0]])[..., None]  # task b has one term
-    terms[1, [2, 4]] = math.nan
+    terms[1, [2, 4]] = 0.0
     terms[0, 3, 1] = math.nan  # a dropped group
     whole = {"a": [0, 1], "b": [2, 4]}
     got = advantages_of_each(torch.tensor(terms), torch.tensor(weights), tasks, 1.2).numpy()
@@ -259,6 +259,50 @@ def test_terms_of_a_reward_are_normalised_one_by_one():
         (0.7, "tests.tiny_grpo:brightness"),
         (0.3, "opd.mini.rewards:quality"),
     ]
+
+
+def contrast(images, prompts, metadata):
+    """Fails for squares."""
+    scores = images.std((1, 2, 3))
+    scores[["square" in prompt for prompt in prompts]] = math.nan
+    return scores
+
+
+@pytest.mark.parametrize("weight", [-2.0, 0.0])
+def test_a_task_of_two_terms_beside_one_of_one(world, weight):
+    """A term that fails drops its own task's groups, whatever its weight."""
+    of_red = f"0.7*tests.tiny_grpo:brightness+{weight}*{__name__}:contrast"
+    rewards = {"red": of_red, "blue": "tests.tiny_grpo:brightness"}
+    settings = {"prompts_per_step": 10, "micro_batch": 3, "updates": 2, "advantage_std": "each"}
+    cfg, model, data, _, stage = build(world, train_rewards=rewards, **settings)
+    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    scores, original = np.zeros((2, 40)), stage.update
+
+    def update(parts, *arguments):
+        for sampled in (sampled for part in parts for sampled in part):
+            images = model.decode(sampled.x0)
+            scores[:, sampled.batch.samples] = torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))])
+        scored.append(arguments[1].numpy())
+        return original(parts, *arguments)
+
+    scored, stage.update = [], update
+    metrics, _ = stage.step(0)
+    scores, wanted = scores.reshape(2, 10, 4), np.full((10, 4), np.nan)
+    for task, weights in (("red", (0.7, weight)), ("blue", (1.0, 0.0))):
+        groups = [
+            p
+            for p, prompt in enumerate(prompts)
+            if prompt.task == task and ("square" not in prompt.text or task == "blue")
+        ]
+        own = scores[:, groups]
+        each = (own - own.mean(2, keepdims=True)) / (own.std(2, keepdims=True) + 1e-4)
+        total = weights[0] * each[0] + weights[1] * each[1]
+        wanted[groups] = (total - total.mean()) / (total.std() + 1e-4)
+        summed = weights[0] * own[0] + weights[1] * own[1]
+        assert metrics["reward"][task] == pytest.approx(summed.mean())
+    np.testing.assert_allclose(scored[0], wanted, rtol=1e-3, atol=1e-4)
+    squares = [prompt for prompt in prompts if prompt.task == "red" and "square" in prompt.text]
+    assert metrics["groups"]["dropped"] == len(squares) > 0 and len(metrics["failed_rewards"]) > 0
 
 
 def test_a_step_without_any_reward_changes_nothing(world):

@@ -83,10 +83,10 @@ class Scorers:
             busy += seconds
         terms_KPG, weight_KP1 = torch.stack(columns), torch.zeros(len(columns), len(prompts), 1)
         for p, task in enumerate(tasks_P):
-            for k, (weight, _) in enumerate(self.of_task[task]):
-                weight_KP1[k, p] = weight
-        # A task with fewer terms than another has no scores for the rest.
-        rewards_PG = torch.where(weight_KP1 != 0, weight_KP1 * terms_KPG, 0.0).sum(0)
+            weights = [weight for weight, _ in self.of_task[task]]
+            weight_KP1[: len(weights), p, 0] = torch.tensor(weights)
+            terms_KPG[len(weights) :, p] = 0.0  # which other tasks have, and nobody has scored for this one
+        rewards_PG = (weight_KP1 * terms_KPG).sum(0)
         metrics = reward_metrics(rewards_PG, tasks_P)
         if failures:
             metrics["failed_rewards"] = failures
@@ -124,7 +124,7 @@ def advantages_of_each(terms_KPG: Tensor, weight_KP1: Tensor, tasks_P: list[str]
     """
     std_KP1 = terms_KPG.std(2, correction=0, keepdim=True)
     each_KPG = centred(terms_KPG) / (std_KP1 + 1e-4)
-    sum_PG = torch.where(weight_KP1 != 0, weight_KP1 * each_KPG, 0.0).sum(0)
+    sum_PG = (weight_KP1 * each_KPG).sum(0)
     mean_P1, std_P1 = of_task(sum_PG, tasks_P)
     return ((sum_PG - mean_P1) / (std_P1 + 1e-4)).clamp(-limit, limit)
 
