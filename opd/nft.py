@@ -150,7 +150,8 @@ class NFT:
             # After all updates: every one of them compares with the policy that made the images.
             self.trained.move_old(old_share(cfg, (step + 1) * cfg.updates))
         count = sum(parameter.numel() for parameter in self.trained.parameters.values())
-        return matching_metrics(sums, cfg.beta) | {"grad_rms": norm / count**0.5}, norm
+        # Of the gradient that AdamW sees, which is clipped.
+        return matching_metrics(sums, cfg.beta) | {"grad_rms": min(norm, cfg.clip) / count**0.5}, norm
 
     def drawn_levels(self, step: int) -> Tensor:
         """The noise levels that each sample is trained at (N, L) float32, in the order in which they come: a
@@ -203,12 +204,12 @@ class NFT:
                 v_old = v_of[OLD] if OLD in v_of else v.detach()
                 noised = Noised(eps - sampled.x0, v_old, sigma_B, advantage_B)
                 policy_B = self.objective.loss(cfg, v, noised)
-                kl_B = size_B = torch.zeros_like(policy_B)
+                from_base_B = size_B = torch.zeros_like(policy_B)
                 if cfg.beta > 0:
-                    kl_B = squared_difference(v, v_of[BASE], 1.0)
+                    from_base_B = squared_difference(v, v_of[BASE], 1.0)
                     size_B = log_size(v.detach()) - log_size(v_of[BASE])
-                (((policy_B + cfg.beta * kl_B) * kept_B).sum() * scale).backward()
-            rows = (policy_B.detach(), kl_B.detach(), size_B, torch.ones_like(kept_B))
+                (((policy_B + cfg.beta * from_base_B) * kept_B).sum() * scale).backward()
+            rows = (policy_B.detach(), from_base_B.detach(), size_B, torch.ones_like(kept_B))
             sums += (torch.stack(rows) * kept_B).sum(1)
         return sums
 

@@ -2,6 +2,7 @@
 advantages by brute force, a reward that rises."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from opd import flow, kernels, lora
 from opd.config import NFTConfig
 from opd.data import prompts_of_step, seed_of
+from opd.diagnostics import brief
 from opd.nft import Noised, awm_loss, nft_loss, old_share
+from opd.report import plots
 from opd.rewards import find_reward
 from opd.rewards.groups import advantages_of_each
 from tests import tiny
@@ -320,15 +323,31 @@ def test_a_step_without_any_reward_changes_nothing(world):
 @pytest.mark.parametrize("objective, lr", [("nft", 1e-2), ("awm", 2e-2)])
 def test_reward_rises_on_the_tiny_model(world, tmp_path, objective, lr):
     settings = {"group": 8, "prompts_per_step": 4, "micro_batch": 32, "iterations": 25, "lr": lr}
-    cfg = tiny.nft_config(world, out=str(tmp_path), objective=objective, beta=1e-4, **settings)
-    folder, _, trained, _ = tiny.run(cfg)
+    settings |= {"objective": objective, "beta": 1e-4, "clip": 0.01}
+    folder, _, trained, _ = tiny.run(tiny.nft_config(world, out=str(tmp_path), **settings))
     rows = folder.metrics()
     means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
     spread = rows[0]["reward_std"]["red"]
     assert np.mean(means[-5:]) > np.mean(means[:3]) + spread, (means, spread)
     assert rows[0]["log_size"] == pytest.approx(0, abs=1e-6) and abs(rows[-1]["log_size"]) > 1e-3
     count = sum(parameter.numel() for parameter in trained.parameters.values())
-    assert rows[-1]["grad_rms"] == pytest.approx(rows[-1]["grad_norm"] / count**0.5)
+    assert rows[0]["grad_norm"] > 0.01 and rows[0]["grad_rms"] == pytest.approx(0.01 / count**0.5)
+
+
+def test_what_a_run_shows_of_itself(world, tmp_path, capsys):
+    """Before it, in the bar, on its page and card; without beta nobody knows the base."""
+    settings = {"iterations": 2, "save_every": 1, "objective": "awm"}
+    folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "run"), beta=0.1, **settings))
+    assert re.search(r"^objective awm$", capsys.readouterr().out, re.MULTILINE)
+    assert re.fullmatch(r"reward red 0\.\d+ blue 0\.\d+, from_base=\S+", brief(folder.metrics()[1]))
+    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(folder.metrics()).axes}
+    expected = ["reward", "|v - v_base|², mean over dimensions", plots.SIZE, "loss", "gradient norm"]
+    assert list(panels) == expected and panels[plots.SIZE].get_yscale() == "linear"
+    page, card = ((folder.path / name).read_text() for name in ("report.html", "student/README.md"))
+    assert "<th>objective</th><td>awm</td>" in page and "- objective: awm\n- reward of red: `tests" in card
+    folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "other"), **settings))
+    assert not {"kl", "from_base", "log_size"} & set(folder.metrics()[1])
+    assert "grad_rms=" in brief(folder.metrics()[1])
 
 
 def test_guidance_is_warned_of(world, capsys):

@@ -134,7 +134,8 @@ class NFTConfig(RewardedConfig):
     """Weight of |v - v_base|^2, the base being the adapter off; 0 = none, and no forward pass for it. Not in
     the papers' losses but in their code; without it runs are known to collapse."""
     adam_eps: Annotated[float, Positive] = 1e-8
-    """AdamW's epsilon. The log's grad_rms is what it is added to: far below it, every step is damped."""
+    """AdamW's epsilon. It is added to what the log calls grad_rms; where that is far below it, every step is
+    damped."""
 
     def check(self, world: int) -> None:
         super().check(world)
