@@ -176,7 +176,7 @@ class GRPO:
         advantage_N = advantage_PG.flatten()
         sums, largest = torch.zeros(len(STATISTICS)), torch.zeros(())
         norm = 0.0
-        turns = cfg.epochs * cfg.updates
+        turns = cfg.updates_per_step()
         for turn in range(turns):
             part = turn % cfg.updates
             kept = int((~advantage_N.view(cfg.updates, -1)[part].isnan()).sum())

@@ -43,6 +43,9 @@ class RewardedConfig(Rollout):
                 way_out = f"add --train-rewards {task}=module:function"
                 raise ValueError(f"task {task!r} has no reward to train on; {way_out}")
 
+    def updates_per_step(self) -> int:
+        return self.updates
+
     def training_rewards(self) -> dict[str, str]:
         """Task -> reward that training asks."""
         return {task: self.train_rewards[task] for task in self.prompts}
@@ -103,6 +106,9 @@ class GRPOConfig(RewardedConfig):
 
     def states_per_sample(self) -> int:
         return self.window or self.states()
+
+    def updates_per_step(self) -> int:
+        return self.epochs * self.updates
 
 
 @dataclass(frozen=True)
