@@ -19,7 +19,6 @@ Shapes: P prompts, G samples each, N = P G samples, L noise levels each; B sampl
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from opd import flow, kernels, lora, ranks, signals
 from opd.config import NFTConfig
-from opd.data import MicroBatch, Prompt, prompts_of_step, seed_of
+from opd.data import MicroBatch, Prompt, seed_of
 from opd.diagnostics import MATCHING, matching_metrics
 from opd.grpo import squared_difference
 from opd.lora import BASE, OLD, STUDENT
@@ -36,7 +35,7 @@ from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
 from opd.rewards import Reward
-from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, batches_of_part
+from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, iteration
 
 SMALLEST_WEIGHT = 1e-5
 """Of w, as in the released code."""
@@ -81,31 +80,8 @@ class NFT:
             say(f"--guidance {cfg.guidance:g}: stage nft is known to learn little with guidance; 1 has none")
 
     def step(self, step: int) -> tuple[dict, float]:
-        """One iteration: sample, score, update, let the old policy follow. Returns the metrics and the
-        gradient norm of the last update (or the first that is not finite)."""
-        cfg = self.cfg
-        started = time.perf_counter()
-        prompts = prompts_of_step(
-            self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
-        )
-        parts = []
-        for part in range(cfg.updates):
-            batches = batches_of_part(cfg, prompts, part)
-            parts.append([self.sample(batch, task, prompts, step) for task, batch in batches])
-        rolled = time.perf_counter()
-
-        scores = self.scorers.wait(prompts, step)
-        scored = time.perf_counter()
-
-        metrics, norm = self.update(parts, prompts, scores.advantage_PG, step)
-        metrics |= scores.metrics
-        metrics["seconds"] = {
-            "rollout": rolled - started,
-            "reward": scored - rolled,
-            "train": time.perf_counter() - scored,
-            "scoring": scores.busy,
-        }
-        return metrics, norm
+        """One iteration: sample, score, update, let the old policy follow."""
+        return iteration(self, step)
 
     @torch.no_grad()
     def sample(self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int) -> Sampled:

@@ -4,6 +4,7 @@ rewards.
 Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch; K terms of a sum of rewards.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from opd import ranks
 from opd.config import RewardedConfig
-from opd.data import MicroBatch, Prompt, micro_batches
+from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step
 from opd.diagnostics import reward_metrics
 from opd.model import Model
 from opd.ranks import say
@@ -20,6 +21,39 @@ from opd.rewards.scoring import Scoring, gather_scores
 
 ADVANTAGE_CLIP = 5.0
 """Largest advantage, as in Flow-GRPO and DiffusionNFT."""
+
+
+def iteration(stage, step: int) -> tuple[dict, float]:
+    """A step of stage grpo or nft: sample, score, update. Returns the metrics and the gradient norm of the
+    last update (or the first that is not finite).
+
+    The rollout's prompts are cut into `updates` parts, one optimizer step each. Scores of a micro-batch are
+    computed in a thread while the next one is rolled out. `stage.sample` makes a micro-batch's pictures and
+    starts to score them; `stage.update` learns from all of them.
+    """
+    cfg = stage.cfg
+    started = time.perf_counter()
+    prompts = prompts_of_step(
+        stage.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
+    )
+    parts = []
+    for part in range(cfg.updates):
+        batches = batches_of_part(cfg, prompts, part)
+        parts.append([stage.sample(batch, task, prompts, step) for task, batch in batches])
+    rolled = time.perf_counter()
+
+    scores = stage.scorers.wait(prompts, step)
+    scored = time.perf_counter()
+
+    metrics, norm = stage.update(parts, prompts, scores.advantage_PG, step)
+    metrics |= scores.metrics
+    metrics["seconds"] = {
+        "rollout": rolled - started,
+        "reward": scored - rolled,
+        "train": time.perf_counter() - scored,
+        "scoring": scores.busy,
+    }
+    return metrics, norm
 
 
 def batches_of_part(cfg: RewardedConfig, prompts: list[Prompt], part: int) -> list[tuple[str, MicroBatch]]:
