@@ -76,7 +76,8 @@ class NFT:
         self.pools, self.trained = pools, trained
         self.scorers = Scorers(cfg, model, rewards)
         self.objective = OBJECTIVES[cfg.objective]
-        if cfg.guidance != 1.0:
+        # Not where the network is told its guidance, as FLUX.1 is.
+        if cfg.guidance != 1.0 and model.family.guide is not None:
             say(f"--guidance {cfg.guidance:g}: stage nft is known to learn little with guidance; 1 has none")
 
     def step(self, step: int) -> tuple[dict, float]:

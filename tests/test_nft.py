@@ -13,6 +13,7 @@ from opd import flow, kernels, lora
 from opd.config import NFTConfig
 from opd.data import prompts_of_step, seed_of
 from opd.diagnostics import brief
+from opd.families import sd3
 from opd.nft import Noised, awm_loss, nft_loss, old_share
 from opd.report import plots
 from opd.rewards import find_reward
@@ -350,6 +351,12 @@ def test_what_a_run_shows_of_itself(world, tmp_path, capsys):
     assert "grad_rms=" in brief(folder.metrics()[1])
 
 
-def test_guidance_is_warned_of(world, capsys):
+def test_guidance_is_warned_of(world, capsys, monkeypatch):
+    """But where it is a number that the network is told."""
     build(world, guidance=2.0)
-    assert "--guidance 2: stage nft is known to learn little with guidance" in capsys.readouterr().out
+    assert (
+        capsys.readouterr().out.count("--guidance 2: stage nft is known to learn little with guidance") == 1
+    )
+    monkeypatch.setattr(sd3, "guide", None)
+    build(world, guidance=2.0)
+    assert "--guidance" not in capsys.readouterr().out
