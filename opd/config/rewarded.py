@@ -124,10 +124,11 @@ class NFTConfig(RewardedConfig):
     """What pulls the velocity to the better pictures: nft (DiffusionNFT) or awm."""
     strength: Annotated[float, Positive] = 1.0
     """b of DiffusionNFT, its beta: the two implicit policies are v_old + b (v - v_old) and v_old - b (v -
-    v_old). Smaller = larger steps: the loss is divided by it."""
+    v_old). Smaller = a weaker pull back to the old policy; a step that begins at it is the same whatever b
+    is."""
     levels: Annotated[int, Range(0, 10_000)] = 0
-    """Noise levels of the rollout's grid that every picture is noised to, drawn for it without replacement;
-    each costs a pass with gradients. 0 = all of them."""
+    """Noise levels of the rollout's grid that every picture is noised to, drawn for it without replacement.
+    Each costs a pass with gradients, and one without for the old policy and for the base. 0 = all."""
     level_range: tuple[int, int] = (0, 0)
     """Those that may be drawn: first, and one past the last, 0 being pure noise. 0 0 = all."""
     old_decay: Annotated[tuple[float, float, float], NotNegative] = (0.0, 0.001, 0.5)
