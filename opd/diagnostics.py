@@ -89,18 +89,18 @@ def policy_metrics(sums: Tensor, largest: Tensor, beta: float) -> dict:
     return {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"], "ratio": ratio}
 
 
-MATCHING = ("policy", "kl", "size", "count")
+MATCHING = ("policy", "from_base", "size", "count")
 """What stage nft sums over samples and noise levels: its loss, |v - v_base|^2, log |v| / |v_base|, 1."""
 
 
 def matching_metrics(sums: Tensor, beta: float) -> dict:
     """From sums of MATCHING. `log_size` above 0: velocities have grown beyond the base's, as likelihood-free
-    losses let them. Without beta the base is not asked."""
+    losses let them. Without beta the base is not asked, and nothing is known of it."""
     mean = dict(zip(MATCHING, (sums / sums[-1].clamp(min=1)).tolist(), strict=True))
-    metrics = {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"]}
-    if beta > 0:
-        metrics["log_size"] = mean["size"]
-    return metrics
+    if beta == 0:
+        return {"loss": mean["policy"]}
+    loss = mean["policy"] + beta * mean["from_base"]
+    return {"loss": loss, "from_base": mean["from_base"], "log_size": mean["size"]}
 
 
 def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
@@ -120,9 +120,10 @@ def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
 
 
 def brief(row: dict) -> str:
-    """What the progress bar shows of a row of the log: of stages grpo and nft rewards and KL, else the
-    loss."""
-    if "kl" in row:
-        rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
-        return f"reward {rewards}, kl={row['kl']:.2g}"
+    """What the progress bar shows of a row of the log: of stages grpo and nft rewards and the distance to the
+    base, else the loss."""
+    for name in ("kl", "from_base", "grad_rms"):
+        if name in row:
+            rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
+            return f"reward {rewards}, {name}={row[name]:.2g}"
     return f"loss={row['loss']:.4g}"

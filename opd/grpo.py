@@ -14,7 +14,6 @@ Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch.
 """
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from opd import kernels, lora, ranks, signals, trajectory
 from opd.config import GRPOConfig
-from opd.data import MicroBatch, Prompt, prompts_of_step, seed_of
+from opd.data import MicroBatch, Prompt, seed_of
 from opd.diagnostics import STATISTICS, policy_metrics
 from opd.families import Condition
 from opd.lora import BASE
 from opd.model import Model
 from opd.optim import Trained
 from opd.rewards import Reward
-from opd.rewards.groups import Scorers, batches_of_part
+from opd.rewards.groups import Scorers, iteration
 from opd.trajectory import State
 
 
@@ -70,45 +69,15 @@ class GRPO:
         self.scorers = Scorers(cfg, model, rewards)
 
     def step(self, step: int) -> tuple[dict, float]:
-        """One iteration: sample, score, update. Returns the metrics and the gradient norm of the last update
-        (or the first that is not finite).
-
-        The rollout's prompts are cut into `updates` parts, one optimizer step each; `epochs` passes are made
-        over them. Scores of a micro-batch are computed in a thread while the next one is rolled out.
-        """
-        cfg = self.cfg
-        started = time.perf_counter()
-        prompts = prompts_of_step(
-            self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
-        )
-        states = trained_states(cfg, step)
-        parts = []
-        for part in range(cfg.updates):
-            batches = batches_of_part(cfg, prompts, part)
-            parts.append([self.sample(batch, task, prompts, step, states) for task, batch in batches])
-        rolled = time.perf_counter()
-
-        scores = self.scorers.wait(prompts, step)
-        scored = time.perf_counter()
-
-        metrics, norm = self.update(parts, prompts, scores.advantage_PG, step)
-        metrics |= scores.metrics
-        metrics["seconds"] = {
-            "rollout": rolled - started,
-            "reward": scored - rolled,
-            "train": time.perf_counter() - scored,
-            "scoring": scores.busy,
-        }
-        return metrics, norm
+        """One iteration: sample, score, update; `epochs` passes over the rollout."""
+        return iteration(self, step)
 
     # ---- the rollout ----
 
     @torch.no_grad()
-    def sample(
-        self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int, states: list[int]
-    ) -> Sampled:
+    def sample(self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int) -> Sampled:
         """Roll the policy out, keep the trained transitions, and start to score the images."""
-        cfg, model = self.cfg, self.model
+        cfg, model, states = self.cfg, self.model, trained_states(self.cfg, step)
         mine = [prompts[n // cfg.group] for n in batch.samples]
         text = model.text([prompt.text for prompt in mine])
         shared = self.shared_prefix(batch)
@@ -176,7 +145,7 @@ class GRPO:
         advantage_N = advantage_PG.flatten()
         sums, largest = torch.zeros(len(STATISTICS)), torch.zeros(())
         norm = 0.0
-        turns = cfg.epochs * cfg.updates
+        turns = cfg.updates_per_step()
         for turn in range(turns):
             part = turn % cfg.updates
             kept = int((~advantage_N.view(cfg.updates, -1)[part].isnan()).sum())

@@ -111,7 +111,8 @@ class LoraLinear(nn.Module):
         y = (W + s B A) x
 
     That sum is made anew in every pass and costs less than the two products and the addition at the width of
-    the activations, so that a teacher runs at the base's speed and no second copy of a weight stays.
+    the activations, so that a teacher runs at the base's speed and no second copy of a weight stays. An
+    adapter of another precision than the weight's is left beside it.
 
     The forward pass reads no adapter's name, only what the switch put into the slot. A compiled block is
     given the sums from outside (`merged`): one graph serves the base and teachers of every rank.
@@ -172,9 +173,9 @@ class LoraLinear(nn.Module):
         if self.in_slot is None:
             return weight_OI
         first, second = self.in_slot
-        # In half precision the sum rounds otherwise than the products, and the log-probabilities of the
-        # adapter that is trained are compared with those of passes that have gradients.
-        if first.weight.requires_grad and weight_OI.dtype != torch.float32:
+        # In half precision the sum rounds otherwise than the products. What is kept in float32 is trained, or
+        # follows what is, and is compared with passes that have gradients: log-probabilities, velocities.
+        if first.weight.dtype != weight_OI.dtype:
             return None
         a_RI, b_OR = first.weight.to(weight_OI.dtype), second.weight.to(weight_OI.dtype)
         return torch.addmm(weight_OI, b_OR * first.scale, a_RI)

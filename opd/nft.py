@@ -19,7 +19,6 @@ Shapes: P prompts, G samples each, N = P G samples, L noise levels each; B sampl
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from opd import flow, kernels, lora, ranks, signals
 from opd.config import NFTConfig
-from opd.data import MicroBatch, Prompt, prompts_of_step, seed_of
+from opd.data import MicroBatch, Prompt, seed_of
 from opd.diagnostics import MATCHING, matching_metrics
 from opd.grpo import squared_difference
 from opd.lora import BASE, OLD, STUDENT
@@ -36,7 +35,7 @@ from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
 from opd.rewards import Reward
-from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, batches_of_part
+from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, iteration
 
 SMALLEST_WEIGHT = 1e-5
 """Of w, as in the released code."""
@@ -77,35 +76,13 @@ class NFT:
         self.pools, self.trained = pools, trained
         self.scorers = Scorers(cfg, model, rewards)
         self.objective = OBJECTIVES[cfg.objective]
-        if cfg.guidance != 1.0:
+        # Not where the network is told its guidance, as FLUX.1 is.
+        if cfg.guidance != 1.0 and model.family.guide is not None:
             say(f"--guidance {cfg.guidance:g}: stage nft is known to learn little with guidance; 1 has none")
 
     def step(self, step: int) -> tuple[dict, float]:
-        """One iteration: sample, score, update, let the old policy follow. Returns the metrics and the
-        gradient norm of the last update (or the first that is not finite)."""
-        cfg = self.cfg
-        started = time.perf_counter()
-        prompts = prompts_of_step(
-            self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
-        )
-        parts = []
-        for part in range(cfg.updates):
-            batches = batches_of_part(cfg, prompts, part)
-            parts.append([self.sample(batch, task, prompts, step) for task, batch in batches])
-        rolled = time.perf_counter()
-
-        scores = self.scorers.wait(prompts, step)
-        scored = time.perf_counter()
-
-        metrics, norm = self.update(parts, prompts, scores.advantage_PG, step)
-        metrics |= scores.metrics
-        metrics["seconds"] = {
-            "rollout": rolled - started,
-            "reward": scored - rolled,
-            "train": time.perf_counter() - scored,
-            "scoring": scores.busy,
-        }
-        return metrics, norm
+        """One iteration: sample, score, update, let the old policy follow."""
+        return iteration(self, step)
 
     @torch.no_grad()
     def sample(self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int) -> Sampled:
@@ -143,12 +120,15 @@ class NFT:
             # Sent without waiting: the next line is the update's only wait for the device.
             of_part = ranks.total(of_part).to("cpu", non_blocking=True)
             of_update = self.trained.update(step, turn, cfg.updates)
-            self.trained.move_old(old_share(cfg, step * cfg.updates + turn + 1))
             sums += of_part
             if math.isfinite(norm):
                 norm = of_update
+        if sums[-1] > 0:  # else the step is skipped, and nothing moves
+            # After all updates: every one of them compares with the policy that made the images.
+            self.trained.move_old(old_share(cfg, (step + 1) * cfg.updates))
         count = sum(parameter.numel() for parameter in self.trained.parameters.values())
-        return matching_metrics(sums, cfg.beta) | {"grad_rms": norm / count**0.5}, norm
+        # Of the gradient that AdamW sees, which is clipped.
+        return matching_metrics(sums, cfg.beta) | {"grad_rms": min(norm, cfg.clip) / count**0.5}, norm
 
     def drawn_levels(self, step: int) -> Tensor:
         """The noise levels that each sample is trained at (N, L) float32, in the order in which they come: a
@@ -182,7 +162,7 @@ class NFT:
         sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
         sums = torch.zeros(len(MATCHING), device=model.device)
         asked = []
-        if cfg.old_decay[-1] > 0:  # else the old policy is the policy
+        if not cfg.on_policy():  # else the old policy is the policy
             asked.append(OLD)
         if cfg.beta > 0:
             asked.append(BASE)
@@ -201,12 +181,12 @@ class NFT:
                 v_old = v_of[OLD] if OLD in v_of else v.detach()
                 noised = Noised(eps - sampled.x0, v_old, sigma_B, advantage_B)
                 policy_B = self.objective.loss(cfg, v, noised)
-                kl_B = size_B = torch.zeros_like(policy_B)
+                from_base_B = size_B = torch.zeros_like(policy_B)
                 if cfg.beta > 0:
-                    kl_B = squared_difference(v, v_of[BASE], 1.0)
+                    from_base_B = squared_difference(v, v_of[BASE], 1.0)
                     size_B = log_size(v.detach()) - log_size(v_of[BASE])
-                (((policy_B + cfg.beta * kl_B) * kept_B).sum() * scale).backward()
-            rows = (policy_B.detach(), kl_B.detach(), size_B, torch.ones_like(kept_B))
+                (((policy_B + cfg.beta * from_base_B) * kept_B).sum() * scale).backward()
+            rows = (policy_B.detach(), from_base_B.detach(), size_B, torch.ones_like(kept_B))
             sums += (torch.stack(rows) * kept_B).sum(1)
         return sums
 

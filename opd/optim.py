@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd import lora, ranks
-from opd.config import RunConfig
+from opd.config import NFTConfig, RunConfig
 from opd.formats.export import KEY, deployment_of, save_lora, save_transformer
 from opd.lora import BASE, EMA, OLD
 from opd.model import Model
@@ -55,8 +55,8 @@ class Trained:
             self.average = dict(zip(self.parameters, taught.values(), strict=True))
         # Stage nft's old policy, by the names of what it follows.
         self.old = {}
-        olds = lora.parameters_of(model.transformer, OLD)
-        if olds:
+        if isinstance(cfg, NFTConfig):
+            olds = lora.parameters_of(model.transformer, OLD)
             self.old = dict(zip(self.parameters, olds.values(), strict=True))
         self.updates = 0
         """Calls of `update` in this process."""

@@ -70,9 +70,9 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
         compiled.compile_blocks(blocks)
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
-        adapter = set()
-        for name in (STUDENT, OLD):
-            adapter |= set(lora.parameters_of(model.transformer, name).values())
+        adapter = set(lora.parameters_of(model.transformer, STUDENT).values())
+        if isinstance(cfg, NFTConfig):
+            adapter |= set(lora.parameters_of(model.transformer, OLD).values())
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
             ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapter)

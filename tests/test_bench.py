@@ -74,6 +74,9 @@ def assert_predicted(numbers):
 WHOLE_RUNS = {
     "mini": "--prompts-per-step 6 --micro-batch 6 --rank 16",
     "mini-compose": "--prompts-per-step 2 --micro-batch 16 --window 0 --no-shared-start --steps 2",
+    "mini-text": "--prompts-per-step 2 --micro-batch 8 --window 0 --no-shared-start --steps 2 --epochs 2",
+    "mini-nft-text": "--prompts-per-step 2 --micro-batch 16 --steps 2 --levels 2 --old-decay 0 1 0.5",
+    "mini-nft-compose": "--prompts-per-step 2 --micro-batch 8 --steps 2 --levels 2 --updates 2",
 }
 
 
@@ -92,7 +95,8 @@ def test_the_real_command_holds_what_is_predicted(tmp_path, monkeypatch, alone, 
         measured = clock.parts(stage, live.peak)
         measured["vae"] = sum(weight.nbytes for weight in stage.model.vae.parameters())
         measured["average"] = sum(average.nbytes for average in trained.average.values())
-        measured["activations"] -= measured["vae"] + measured["average"]
+        measured["to undo"] = sum(tensor.nbytes for tensor in trained.before[1].values())
+        measured["activations"] -= measured["vae"] + measured["average"] + measured["to undo"]
         teachers = memory.assumed_teachers(cfg, stage.model)
         found.extend([measured, memory.predict_run(cfg, stage.model, teachers)])
         return finished
@@ -104,7 +108,7 @@ def test_the_real_command_holds_what_is_predicted(tmp_path, monkeypatch, alone, 
     train.main()
     measured, predicted = found
     predicted["adapters"] += predicted["teachers"]
-    for part in ("base", "adapters", "gradients", "optimizer", "average", "vae"):
+    for part in ("base", "adapters", "gradients", "optimizer", "average", "to undo", "vae"):
         assert measured[part] == pytest.approx(predicted[part], rel=0.01), part
     activations = max(predicted["activations"], predicted["decoding"]) + predicted["trajectories"]
     assert 0.5 * activations < measured["activations"] <= 1.05 * activations

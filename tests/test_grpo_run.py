@@ -30,10 +30,10 @@ def test_parts_and_epochs_make_so_many_updates_of_whole_groups(world):
 @pytest.mark.parametrize("shared", [False, True])
 def test_groups_share_their_start_only_if_asked(world, shared):
     """Same first state for a group, other noise after it, other first states for other groups."""
-    cfg, model, data, _, stage = build(world, shared_start=shared)
+    cfg, model, data, _, stage = build(world, shared_start=shared, window=2, window_range=(0, 2))
     prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
     batch = MicroBatch(list(range(8)), [1] * 8, list(range(8)))
-    sampled = stage.sample(batch, "red", prompts, 0, [0, 1])
+    sampled = stage.sample(batch, "red", prompts, 0)
     first, second = (state.x.view(2, 4, *model.shape) for state in sampled.states)
     assert torch.equal(first[:, :1].expand_as(first), first) == shared
     assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])

@@ -2,6 +2,7 @@
 advantages by brute force, a reward that rises."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 from opd import flow, kernels, lora
 from opd.config import NFTConfig
 from opd.data import prompts_of_step, seed_of
+from opd.diagnostics import brief
+from opd.families import sd3
 from opd.nft import Noised, awm_loss, nft_loss, old_share
+from opd.report import plots
 from opd.rewards import find_reward
 from opd.rewards.groups import advantages_of_each
 from tests import tiny
@@ -102,9 +106,18 @@ def build(world, **changes):
     return tiny.build(tiny.nft_config(world, **changes))
 
 
+def behind(world, **changes):
+    """With an old policy that has half of the policy's update."""
+    *others, trained, stage = build(world, cold_start=str(world / "red"), **changes)
+    for name, old in trained.old.items():
+        if ".lora_B." in name:
+            old.data *= 0.5
+    return *others, trained, stage
+
+
 def recorded(world, **changes):
     """(gradient of an iteration's first optimizer step, its metrics)."""
-    *_, trained, stage = build(world, **changes)
+    *_, trained, stage = behind(world, **changes)
     gradients, original = [], trained.update
 
     def update(*arguments):
@@ -124,7 +137,7 @@ SETTINGS += [{"old_decay": (0.0, 0.0, 0.0)}]
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_the_first_update_written_out(world, changes):
     """Roll out sample by sample, score, noise each picture afresh, take the loss by autograd."""
-    cfg, model, data, trained, stage = build(world, cold_start=str(world / "red"), **changes)
+    cfg, model, data, trained, stage = behind(world, **changes)
     prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
     grid, count = model.sigmas(cfg.steps), cfg.prompts_per_step * cfg.group
 
@@ -138,7 +151,8 @@ def test_the_first_update_written_out(world, changes):
         index = torch.tensor([n])
         x = kernels.normal((1, *model.shape), seed_of(0, 0, "start"), index)
         for i in range(cfg.steps):
-            v = velocity("student", x, torch.tensor([grid[i]]), prompts[n // cfg.group].text).detach()
+            sampler = "student" if cfg.objective == "awm" else "old"
+            v = velocity(sampler, x, torch.tensor([grid[i]]), prompts[n // cfg.group].text).detach()
             transition = flow.TRANSITIONS[cfg.rollout](
                 *torch.tensor(grid[i : i + 2]).double(), cfg.noise_level
             )
@@ -157,19 +171,22 @@ def test_the_first_update_written_out(world, changes):
             eps = kernels.normal(x0.shape, seed_of(0, 0, "level", j), torch.tensor([n]))
             x, at, text = (1 - sigma) * x0 + sigma * eps, torch.tensor([sigma]), prompts[n // cfg.group].text
             v, base, u = velocity("student", x, at, text), velocity("base", x, at, text).detach(), eps - x0
-            a = float(advantage.flatten()[n])
+            a, old = float(advantage.flatten()[n]), v.detach()
+            if not cfg.on_policy():
+                old = velocity("old", x, at, text).detach()
             if cfg.objective == "awm":
-                loss = a * (v - u).square().mean() + 1.0 * (v - v.detach()).square().mean()
+                loss = a * (v - u).square().mean() + 1.0 * (v - old).square().mean()
             else:
-                r, b, old = 0.5 + a / 10, cfg.strength, v.detach()
+                r, b = 0.5 + a / 10, cfg.strength
                 pair = (old + b * (v - old), old - b * (v - old))
-                good, bad = (sigma * (p - u).square().mean() / (old - u).abs().mean() for p in pair)
+                sizes = [(p - u).abs().mean().detach() for p in pair]
+                good, bad = (sigma * (p - u).square().mean() / s for p, s in zip(pair, sizes, strict=True))
                 loss = 5 / b * (r * good + (1 - r) * bad)
             total = total + (loss + cfg.beta * (v - base).square().mean()) / levels_NL.numel()
     total.backward()
     wanted = gradient_of(trained)
     assert wanted.norm() > 1e-4
-    assert distance(recorded(world, cold_start=str(world / "red"), **changes)[0], wanted) < 1e-4
+    assert distance(recorded(world, **changes)[0], wanted) < 1e-4
 
 
 def test_every_picture_draws_its_own_levels_once(world):
@@ -183,12 +200,18 @@ def test_every_picture_draws_its_own_levels_once(world):
 
 @pytest.mark.parametrize("objective", ["nft", "awm"])
 def test_the_old_policy_makes_nfts_pictures_and_not_awms(world, objective):
-    """It keeps a tenth of itself, after each of two updates."""
+    """It stays what it is for both updates of a rollout, then keeps a tenth of itself, as released."""
     settings = {"objective": objective, "updates": 2, "old_decay": (0.0, 1.0, 0.1), "proximal": 0.0}
     *_, model, _, trained, stage = build(world, **settings)
     names, used = list(trained.parameters), set()
     before = {name: trained.old[name].detach().clone() for name in names}
-    original, moves = trained.move_old, []
+    original, update, moves = trained.move_old, trained.update, []
+
+    def kept(*arguments):
+        assert all(torch.equal(trained.old[name], before[name]) for name in names)
+        return update(*arguments)
+
+    trained.update = kept
 
     def move(share):
         original(share)
@@ -200,12 +223,13 @@ def test_the_old_policy_makes_nfts_pictures_and_not_awms(world, objective):
     walk, layer = model.walk, lora.lora_layers(model.transformer)[0]
     model.walk = lambda *given: used.add(layer.slot) or walk(*given)
     stage.step(0)
-    assert moves == [0.1, 0.1] and used == {"old" if objective == "nft" else "student"}
+    assert moves == [0.1] and used == {"old" if objective == "nft" else "student"}
     assert all(torch.allclose(trained.old[name], before[name], atol=1e-7) for name in names)
     assert any(not torch.equal(trained.old[name], trained.parameters[name]) for name in names)
 
 
-PASSES = [({"beta": 0.0, "old_decay": (0.0, 0.0, 0.0)}, 1), ({"beta": 0.0}, 2), ({"beta": 0.1}, 3)]
+AT_ONCE = {"beta": 0.0, "old_decay": (0.0, 0.0, 0.0)}
+PASSES = [(AT_ONCE, 1), (AT_ONCE | {"updates": 2}, 2), ({"beta": 0.0}, 2), ({"beta": 0.1}, 3)]
 
 
 @pytest.mark.parametrize("changes, passes", PASSES)
@@ -223,7 +247,7 @@ def test_terms_of_a_reward_are_normalised_one_by_one():
     rng = np.random.default_rng(0)
     terms, tasks = rng.random((2, 5, 6)) * [[[1]], [[1e-3]]] * 50, ["a", "a", "b", "a", "b"]
     weights = np.array([[0.7] * 5, [0.3, 0.3, 0, 0.3, 0]])[..., None]  # task b has one term
-    terms[1, [2, 4]] = math.nan
+    terms[1, [2, 4]] = 0.0
     terms[0, 3, 1] = math.nan  # a dropped group
     whole = {"a": [0, 1], "b": [2, 4]}
     got = advantages_of_each(torch.tensor(terms), torch.tensor(weights), tasks, 1.2).numpy()
@@ -241,6 +265,50 @@ def test_terms_of_a_reward_are_normalised_one_by_one():
     ]
 
 
+def contrast(images, prompts, metadata):
+    """Fails for squares."""
+    scores = images.std((1, 2, 3))
+    scores[["square" in prompt for prompt in prompts]] = math.nan
+    return scores
+
+
+@pytest.mark.parametrize("weight", [-2.0, 0.0])
+def test_a_task_of_two_terms_beside_one_of_one(world, weight):
+    """A term that fails drops its own task's groups, whatever its weight."""
+    of_red = f"0.7*tests.tiny_grpo:brightness+{weight}*{__name__}:contrast"
+    rewards = {"red": of_red, "blue": "tests.tiny_grpo:brightness"}
+    settings = {"prompts_per_step": 10, "micro_batch": 3, "updates": 2, "advantage_std": "each"}
+    cfg, model, data, _, stage = build(world, train_rewards=rewards, **settings)
+    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    scores, original = np.zeros((2, 40)), stage.update
+
+    def update(parts, *arguments):
+        for sampled in (sampled for part in parts for sampled in part):
+            images = model.decode(sampled.x0)
+            scores[:, sampled.batch.samples] = torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))])
+        scored.append(arguments[1].numpy())
+        return original(parts, *arguments)
+
+    scored, stage.update = [], update
+    metrics, _ = stage.step(0)
+    scores, wanted = scores.reshape(2, 10, 4), np.full((10, 4), np.nan)
+    for task, weights in (("red", (0.7, weight)), ("blue", (1.0, 0.0))):
+        groups = [
+            p
+            for p, prompt in enumerate(prompts)
+            if prompt.task == task and ("square" not in prompt.text or task == "blue")
+        ]
+        own = scores[:, groups]
+        each = (own - own.mean(2, keepdims=True)) / (own.std(2, keepdims=True) + 1e-4)
+        total = weights[0] * each[0] + weights[1] * each[1]
+        wanted[groups] = (total - total.mean()) / (total.std() + 1e-4)
+        summed = weights[0] * own[0] + weights[1] * own[1]
+        assert metrics["reward"][task] == pytest.approx(summed.mean())
+    np.testing.assert_allclose(scored[0], wanted, rtol=1e-3, atol=1e-4)
+    squares = [prompt for prompt in prompts if prompt.task == "red" and "square" in prompt.text]
+    assert metrics["groups"]["dropped"] == len(squares) > 0 and len(metrics["failed_rewards"]) > 0
+
+
 def test_a_step_without_any_reward_changes_nothing(world):
     """Neither the policy nor the old one."""
     nothing = dict.fromkeys(("red", "blue"), "tests.tiny_grpo:nothing")
@@ -256,17 +324,39 @@ def test_a_step_without_any_reward_changes_nothing(world):
 @pytest.mark.parametrize("objective, lr", [("nft", 1e-2), ("awm", 2e-2)])
 def test_reward_rises_on_the_tiny_model(world, tmp_path, objective, lr):
     settings = {"group": 8, "prompts_per_step": 4, "micro_batch": 32, "iterations": 25, "lr": lr}
-    cfg = tiny.nft_config(world, out=str(tmp_path), objective=objective, beta=1e-4, **settings)
-    folder, _, trained, _ = tiny.run(cfg)
+    settings |= {"objective": objective, "beta": 1e-4, "clip": 0.01}
+    folder, _, trained, _ = tiny.run(tiny.nft_config(world, out=str(tmp_path), **settings))
     rows = folder.metrics()
     means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
     spread = rows[0]["reward_std"]["red"]
     assert np.mean(means[-5:]) > np.mean(means[:3]) + spread, (means, spread)
     assert rows[0]["log_size"] == pytest.approx(0, abs=1e-6) and abs(rows[-1]["log_size"]) > 1e-3
     count = sum(parameter.numel() for parameter in trained.parameters.values())
-    assert rows[-1]["grad_rms"] == pytest.approx(rows[-1]["grad_norm"] / count**0.5)
+    assert rows[0]["grad_norm"] > 0.01 and rows[0]["grad_rms"] == pytest.approx(0.01 / count**0.5)
 
 
-def test_guidance_is_warned_of(world, capsys):
+def test_what_a_run_shows_of_itself(world, tmp_path, capsys):
+    """Before it, in the bar, on its page and card; without beta nobody knows the base."""
+    settings = {"iterations": 2, "save_every": 1, "objective": "awm"}
+    folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "run"), beta=0.1, **settings))
+    assert re.search(r"^objective awm$", capsys.readouterr().out, re.MULTILINE)
+    assert re.fullmatch(r"reward red 0\.\d+ blue 0\.\d+, from_base=\S+", brief(folder.metrics()[1]))
+    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(folder.metrics()).axes}
+    expected = ["reward", "|v - v_base|², mean over dimensions", plots.SIZE, "loss", "gradient norm"]
+    assert list(panels) == expected and panels[plots.SIZE].get_yscale() == "linear"
+    page, card = ((folder.path / name).read_text() for name in ("report.html", "student/README.md"))
+    assert "<th>objective</th><td>awm</td>" in page and "- objective: awm\n- reward of red: `tests" in card
+    folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "other"), **settings))
+    assert not {"kl", "from_base", "log_size"} & set(folder.metrics()[1])
+    assert "grad_rms=" in brief(folder.metrics()[1])
+
+
+def test_guidance_is_warned_of(world, capsys, monkeypatch):
+    """But where it is a number that the network is told."""
     build(world, guidance=2.0)
-    assert "--guidance 2: stage nft is known to learn little with guidance" in capsys.readouterr().out
+    assert (
+        capsys.readouterr().out.count("--guidance 2: stage nft is known to learn little with guidance") == 1
+    )
+    monkeypatch.setattr(sd3, "guide", None)
+    build(world, guidance=2.0)
+    assert "--guidance" not in capsys.readouterr().out

@@ -96,10 +96,10 @@ def test_nft_on_two_processes_is_nft_on_one(world, tmp_path):
         launch(out, processes, forked.command_line(cfg))
         rows.append(forked.rows(out))
     for one, two in zip(*rows, strict=True):
-        for key in ("loss", "kl", "grad_norm", "log_size"):
+        for key in ("loss", "from_base", "grad_norm", "log_size"):
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7)
         assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)
-    assert rows[0][-1]["kl"] > 0 and rows[0][-1]["log_size"] != 0
+    assert rows[0][-1]["from_base"] > 0 and rows[0][-1]["log_size"] != 0
 
 
 @pytest.mark.parametrize("shard_size", [1, 2])

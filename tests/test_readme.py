@@ -1,7 +1,11 @@
-"""README's commands for a user's own LoRAs, prompts and reward, on tiny files under the same names."""
+"""README's commands for a user's own LoRAs, prompts and reward, on tiny files under the same names; the
+guide's names of functions."""
 
+import importlib
+import re
 import shlex
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,8 @@ import pytest
 from opd.files import read_json
 from tests import forked
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 # What makes them small; everything else is README's and the presets'.
 SMALL = "--model pipeline --resolution 8 --dtype float32 --micro-batch 4 --no-checkpointing --iterations 2"
 SMALL += " --prompts-per-step 2 --group 2 --steps 4 --save-every 2 --sample-every 2 --eval-steps 2"
@@ -67,3 +72,16 @@ def test_own_loras_come_early():
     """Fewer than 500 words stand before the first command for them, and 1,000 are read to the end."""
     assert len(README.split()) <= 1000 and README.count("\n") <= 110
     assert len(README[: README.index("python train.py sd35-24gb \\")].split()) < 500
+
+
+def test_the_guide_says_where_each_equation_is():
+    """By names that exist: `module.function` of the package, or its files."""
+    guide = (ROOT / "opd/GUIDE.md").read_text()
+    table = guide.partition("Where each equation is:")[2].split("\n\n")[1]
+    names = re.findall(r"`([\w./]+)`", table)
+    dotted = [name for name in names if "." in name and "/" not in name]
+    assert len(dotted) > 15
+    for name in dotted:
+        module = importlib.import_module(f"opd.{name.partition('.')[0]}")
+        attrgetter(name.partition(".")[2])(module)
+    assert all((ROOT / name).is_file() for name in names if "/" in name)

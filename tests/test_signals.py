@@ -123,9 +123,10 @@ def test_a_signal_leaves_pictures_and_scores_and_the_run_ends_with_the_same_file
     assert [name for name in want if name not in got or got[name] != want[name]] == []
 
 
-def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch):
-    """Stage grpo with two updates a step, left between them."""
-    *_, trained, stage = tiny.build(tiny.grpo_config(world, updates=2, ema=0.9))
+@pytest.mark.parametrize("config", [tiny.grpo_config, tiny.nft_config])
+def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch, config):
+    """Two updates a step, left between them."""
+    *_, trained, stage = tiny.build(config(world, updates=2, ema=0.9))
     stage.step(0)
     before = {name: tensor.clone() for name, tensor in trained.state().items()}
     update = trained.update

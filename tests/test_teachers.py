@@ -182,3 +182,14 @@ def test_an_offloaded_teacher_answers_the_same(kind, where, world, place, tmp_pa
     assert torch.equal(answer(cfg, model, "red"), expected)
     hooked = [hasattr(m, "_diffusers_hook") for m in model.teachers["red"].transformer.modules()]
     assert any(hooked) == (where == "offload")
+
+
+def test_a_teacher_may_have_the_name_of_stage_nfts_old_policy(world, tmp_path):
+    """Of some layers alone; it is no part of what is trained and saved."""
+    adapter = tiny.random_lora(world / "pipeline", 1)
+    for module in list(adapter.A)[1:]:
+        del adapter.A[module], adapter.B[module], adapter.scale[module]
+    sources = {"old": str(tiny.save(adapter, tmp_path / "old")), "blue": str(world / "blue")}
+    *_, trained, stage = tiny.build(tiny.config(world, teachers=sources, routes={"red": "old"}))
+    assert stage.step(0)[0]["old"]["loss"] > 0
+    assert not [name for name in trained.state() if name.startswith("old/")]

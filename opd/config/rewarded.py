@@ -43,6 +43,9 @@ class RewardedConfig(Rollout):
                 way_out = f"add --train-rewards {task}=module:function"
                 raise ValueError(f"task {task!r} has no reward to train on; {way_out}")
 
+    def updates_per_step(self) -> int:
+        return self.updates
+
     def training_rewards(self) -> dict[str, str]:
         """Task -> reward that training asks."""
         return {task: self.train_rewards[task] for task in self.prompts}
@@ -104,6 +107,9 @@ class GRPOConfig(RewardedConfig):
     def states_per_sample(self) -> int:
         return self.window or self.states()
 
+    def updates_per_step(self) -> int:
+        return self.epochs * self.updates
+
 
 @dataclass(frozen=True)
 class NFTConfig(RewardedConfig):
@@ -118,23 +124,25 @@ class NFTConfig(RewardedConfig):
     """What pulls the velocity to the better pictures: nft (DiffusionNFT) or awm."""
     strength: Annotated[float, Positive] = 1.0
     """b of DiffusionNFT, its beta: the two implicit policies are v_old + b (v - v_old) and v_old - b (v -
-    v_old). Smaller = larger steps: the loss is divided by it."""
+    v_old). Smaller = a weaker pull back to the old policy; a step that begins at it is the same whatever b
+    is."""
     levels: Annotated[int, Range(0, 10_000)] = 0
-    """Noise levels of the rollout's grid that every picture is noised to, drawn for it without replacement;
-    each costs a pass with gradients. 0 = all of them."""
+    """Noise levels of the rollout's grid that every picture is noised to, drawn for it without replacement.
+    Each costs a pass with gradients, and one without for the old policy and for the base. 0 = all."""
     level_range: tuple[int, int] = (0, 0)
     """Those that may be drawn: first, and one past the last, 0 being pure noise. 0 0 = all."""
     old_decay: Annotated[tuple[float, float, float], NotNegative] = (0.0, 0.001, 0.5)
-    """n0, slope, most: after update n the old policy, which makes nft's pictures and holds awm back, keeps
-    min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the rest. 0 0 0 = the
-    old policy is the new one, and costs no forward pass."""
+    """n0, slope, most: after each rollout, n updates in, the old policy, which makes nft's pictures and holds
+    awm back, keeps min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the
+    rest. 0 0 0 = it is the new one, and with one update a rollout costs no forward pass."""
     proximal: Annotated[float, NotNegative] = 1.0
     """awm: weight of |v - v_old|^2, which keeps a step small."""
     beta: Annotated[float, NotNegative] = 1e-4
     """Weight of |v - v_base|^2, the base being the adapter off; 0 = none, and no forward pass for it. Not in
     the papers' losses but in their code; without it runs are known to collapse."""
     adam_eps: Annotated[float, Positive] = 1e-8
-    """AdamW's epsilon. The log's grad_rms is what it is added to: far below it, every step is damped."""
+    """AdamW's epsilon. It is added to what the log calls grad_rms; where that is far below it, every step is
+    damped."""
 
     def check(self, world: int) -> None:
         super().check(world)
@@ -155,6 +163,10 @@ class NFTConfig(RewardedConfig):
         if self.level_range == (0, 0):
             return range(self.states())
         return range(*self.level_range)
+
+    def on_policy(self) -> bool:
+        """Whether every update begins at the old policy, so that none has to ask it."""
+        return self.old_decay[-1] == 0 and self.updates == 1
 
     def states_per_sample(self) -> int:
         return self.levels or len(self.trainable_levels())

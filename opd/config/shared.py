@@ -36,7 +36,7 @@ class Logistics:
     out: Annotated[str, Given("the run folder")] = ""
     """Run folder. The same command again resumes it."""
     iterations: Annotated[int, Range(0, 10**6)] = 60
-    """Optimizer steps; stage grpo: rollouts. 0 = none: the start, such as a merge, is the student."""
+    """Optimizer steps; stages grpo and nft: rollouts. 0 = none: the start, as a merge, is the student."""
     micro_batch: Count = 48
     """Samples per forward pass on one rank."""
     checkpointing: bool = False
@@ -91,7 +91,7 @@ class Scores:
     watch_prompts: Count = 64
     """Prompts per task in those."""
     reward_timeout: Seconds = 60.0
-    """Seconds after which a reward is given up and retried; then stage grpo drops the group."""
+    """Seconds after which a reward is given up and retried; then stages grpo and nft drop the group."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class RunConfig(Logistics):
     merge_from: Texts = field(default_factory=dict)
     """Name -> adapter to merge; none, in stage opd, = the teachers, but for one that only anchors."""
     prompts_per_step: Count = 48
-    """Prompts per optimizer step, over all ranks (stage grpo: per rollout; stage sft: images)."""
+    """Prompts per optimizer step, over all ranks (stages grpo and nft: per rollout; sft: images)."""
     guidance: Annotated[float, Finite] = 1.0
     """Guidance of the student in rollout and loss."""
     lr: Annotated[float, Positive] = 1e-3
@@ -177,6 +177,10 @@ class RunConfig(Logistics):
 
     def states_per_sample(self) -> int:
         """States of a trajectory that a step trains on; an image is noised once."""
+        return 1
+
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one step of the run."""
         return 1
 
     def deployed_guidance(self) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from opd.config import DistillationConfig, RewardedConfig, RunConfig
+from opd.config import DistillationConfig, NFTConfig, RewardedConfig, RunConfig
 from opd.files import digest, replace, resolve
 from opd.formats.export import Deployment, deployment_of
 from opd.formats.hub import variant_of
@@ -121,6 +121,8 @@ def origins(cfg: RunConfig) -> str:
         if cfg.anchored():
             levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
             lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}")
+    if isinstance(cfg, NFTConfig):
+        lines.append(f"- objective: {cfg.objective}")
     if isinstance(cfg, RewardedConfig):
         lines += [f"- reward of {task}: `{spec}`" for task, spec in cfg.train_rewards.items()]
     return "\n".join(lines)

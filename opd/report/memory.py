@@ -91,18 +91,21 @@ def predict(
     width, share = model.dtype.itemsize, cfg.shard_size
     # The student, which every rank holds whole, and the memory of its start, which is frozen.
     trained = lora_numbers(cfg, model)
-    base, loras = width * weights, 4 * trained + width * trained // share
-    if isinstance(cfg, NFTConfig):  # and the old policy
-        loras += 4 * trained
+    base, loras, old = width * weights, 4 * trained + width * trained // share, 0
+    if isinstance(cfg, NFTConfig):
+        old = 4 * trained
     if cfg.full:
         trained, base, loras = weights // share, 4 * weights, 0
+    average = 4 * trained * (cfg.ema > 0)
     return {
         "base": base // share + width * (buffers + gathered(cfg, model)),
-        "adapters": loras,
+        "adapters": loras + old,
         "teachers": teachers // share,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "average": 4 * trained * (cfg.ema > 0),
+        "average": average,
+        # All that a step of several updates changes, as it was before.
+        "to undo": (12 * trained + average + old) * (cfg.updates_per_step() > 1),
         "trajectories": trajectories(cfg, model, world),
         "activations": activations(cfg, model, text, world),
     }

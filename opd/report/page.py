@@ -108,6 +108,8 @@ def facts(run: Run) -> dict[str, str]:
     """What ran."""
     settings, done = run.settings, run.rows[-1]["step"] if run.rows else 0
     found = {"stage": STAGES[settings["stage"]], "model": settings["model"]}
+    if "objective" in settings:
+        found["objective"] = settings["objective"]
     for name in ("teachers", "train_rewards"):
         if settings.get(name):
             listed = ", ".join(f"{key}: {value}" for key, value in settings[name].items())

@@ -17,6 +17,7 @@ COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#6
 WIDTH = 9  # inches of a figure: two panels, whose letters can be read on a small screen
 LEGEND = {"frameon": False, "ncols": 4, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
 ALL, WATCHED, FAR = "all", "held-out score", "distance to the teacher, % of the base's"
+SIZE = "log |v| / |v_base|"
 NOTE = "Thick: the running mean. Thin: the numbers themselves."
 COLUMNS = 80  # of a map: more cannot be told apart
 LABELS = 12  # noise levels that are written beside a map
@@ -60,15 +61,16 @@ def curves_of(rows: list[dict]) -> dict[str, Curves]:
     """Kind of number -> its curves: rewards and scores per task, losses per teacher."""
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
+    of_teachers = {name.removesuffix("/loss"): name for name in names if name.endswith("/loss")}
+    unit = ", nats per dimension" if of_teachers else ""
     kinds = {
         "reward": {name.removeprefix("reward/"): name for name in names if name.startswith("reward/")},
         "KL to the base, nats per dimension": {ALL: "kl"},
+        "|v - v_base|², mean over dimensions": {ALL: "from_base"},
+        SIZE: {ALL: "log_size"},
         WATCHED: {name.removeprefix("watch/"): name for name in names if name.startswith("watch/")},
         FAR: {name.removeprefix("distance/"): name for name in names if name.startswith("distance/")},
-        "loss, nats per dimension": {
-            ALL: "loss",
-            **{name.removesuffix("/loss"): name for name in names if name.endswith("/loss")},
-        },
+        f"loss{unit}": {ALL: "loss", **of_teachers},
         "gradient norm": {ALL: "grad_norm"},
     }
     found = {}
@@ -131,7 +133,7 @@ def dress(panel: Axes, title: str, curves: Curves, columns: int) -> None:
     panel.set_xlim(left=0)
     numbers = [value for values in curves.values() for value in values.values()]
     low, high = min(numbers), max(numbers)
-    if not title.startswith((WATCHED, FAR, "reward")) and low > 0 and high > 10 * low:
+    if not title.startswith((WATCHED, FAR, SIZE, "reward")) and low > 0 and high > 10 * low:
         panel.set_yscale("log")
         # 0.2, 0.5, 1 and not 6 x 10^-1.
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))

@@ -3,7 +3,7 @@
 import torch
 
 from opd import lora, ranks, routing, signals
-from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
+from opd.config import DistillationConfig, NFTConfig, RewardedConfig, Rollout, RunConfig
 from opd.data import Prompt, seed_of
 from opd.formats.latents import Images
 from opd.lora import BASE, START
@@ -50,6 +50,8 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
                 f", then {weight:g} from noise {level} down" for level, weight in cfg.anchor_levels.items()
             )
             facts["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{levels}"
+    if isinstance(cfg, NFTConfig):
+        facts["objective"] = cfg.objective
     if isinstance(cfg, RewardedConfig):
         facts["rewards"] = ", ".join(f"{task} {spec}" for task, spec in cfg.training_rewards().items())
     pictures = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"

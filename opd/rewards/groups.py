@@ -4,6 +4,7 @@ rewards.
 Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch; K terms of a sum of rewards.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from opd import ranks
 from opd.config import RewardedConfig
-from opd.data import MicroBatch, Prompt, micro_batches
+from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step
 from opd.diagnostics import reward_metrics
 from opd.model import Model
 from opd.ranks import say
@@ -20,6 +21,39 @@ from opd.rewards.scoring import Scoring, gather_scores
 
 ADVANTAGE_CLIP = 5.0
 """Largest advantage, as in Flow-GRPO and DiffusionNFT."""
+
+
+def iteration(stage, step: int) -> tuple[dict, float]:
+    """A step of stage grpo or nft: sample, score, update. Returns the metrics and the gradient norm of the
+    last update (or the first that is not finite).
+
+    The rollout's prompts are cut into `updates` parts, one optimizer step each. Scores of a micro-batch are
+    computed in a thread while the next one is rolled out. `stage.sample` makes a micro-batch's pictures and
+    starts to score them; `stage.update` learns from all of them.
+    """
+    cfg = stage.cfg
+    started = time.perf_counter()
+    prompts = prompts_of_step(
+        stage.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
+    )
+    parts = []
+    for part in range(cfg.updates):
+        batches = batches_of_part(cfg, prompts, part)
+        parts.append([stage.sample(batch, task, prompts, step) for task, batch in batches])
+    rolled = time.perf_counter()
+
+    scores = stage.scorers.wait(prompts, step)
+    scored = time.perf_counter()
+
+    metrics, norm = stage.update(parts, prompts, scores.advantage_PG, step)
+    metrics |= scores.metrics
+    metrics["seconds"] = {
+        "rollout": rolled - started,
+        "reward": scored - rolled,
+        "train": time.perf_counter() - scored,
+        "scoring": scores.busy,
+    }
+    return metrics, norm
 
 
 def batches_of_part(cfg: RewardedConfig, prompts: list[Prompt], part: int) -> list[tuple[str, MicroBatch]]:
@@ -83,10 +117,10 @@ class Scorers:
             busy += seconds
         terms_KPG, weight_KP1 = torch.stack(columns), torch.zeros(len(columns), len(prompts), 1)
         for p, task in enumerate(tasks_P):
-            for k, (weight, _) in enumerate(self.of_task[task]):
-                weight_KP1[k, p] = weight
-        # A task with fewer terms than another has no scores for the rest.
-        rewards_PG = torch.where(weight_KP1 != 0, weight_KP1 * terms_KPG, 0.0).sum(0)
+            weights = [weight for weight, _ in self.of_task[task]]
+            weight_KP1[: len(weights), p, 0] = torch.tensor(weights)
+            terms_KPG[len(weights) :, p] = 0.0  # which other tasks have, and nobody has scored for this one
+        rewards_PG = (weight_KP1 * terms_KPG).sum(0)
         metrics = reward_metrics(rewards_PG, tasks_P)
         if failures:
             metrics["failed_rewards"] = failures
@@ -124,7 +158,7 @@ def advantages_of_each(terms_KPG: Tensor, weight_KP1: Tensor, tasks_P: list[str]
     """
     std_KP1 = terms_KPG.std(2, correction=0, keepdim=True)
     each_KPG = centred(terms_KPG) / (std_KP1 + 1e-4)
-    sum_PG = torch.where(weight_KP1 != 0, weight_KP1 * each_KPG, 0.0).sum(0)
+    sum_PG = (weight_KP1 * each_KPG).sum(0)
     mean_P1, std_P1 = of_task(sum_PG, tasks_P)
     return ((sum_PG - mean_P1) / (std_P1 + 1e-4)).clamp(-limit, limit)
 
