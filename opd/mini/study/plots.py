@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from operator import itemgetter
 from statistics import fmean, stdev
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from opd.files import replace
-from opd.mini.study.runs import RECIPES, SPEED, TASKS, TEACHERS
+from opd.mini.study.runs import METHODS, RECIPES, SPEED, TASKS, TEACHERS
 from opd.mini.study.tables import ROOT, level, rows_of, scores_of
 
 # Text stays text, and names inside the file do not change from run to run.
@@ -130,6 +131,22 @@ def soon(results: list[dict]) -> Figure:
     return plane("seconds of one core", "0: the base, 1: its teachers", curves)
 
 
+def grown(results: list[dict]) -> Figure:
+    """Each task's own score while its teacher grows by one method or another."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        for method, (title, cost, *_) in METHODS.items():
+            points = watched(f"{method}-{task}", "step", results, 0.0, itemgetter(task))
+            seconds, scores = [cost * point.x for point in points], [point.y for point in points]
+            spreads = [point.y_spread for point in points]
+            axes.errorbar(seconds, scores, spreads, marker="o", markersize=4, elinewidth=0.6, label=title)
+        axes.set(title=task, xlabel="seconds of one core")
+        axes.grid(linewidth=0.3)
+    figure.axes[0].set_ylabel("own score, held out")
+    figure.axes[-1].legend(fontsize=8, loc="lower right")
+    return figure
+
+
 PLOTS = {
     ROOT / "opd/mini/study/anchors.svg": trade,
     ROOT / "opd/mini/study/progress.svg": partial(progress, title="seconds of one core", unit="seconds"),
@@ -137,4 +154,5 @@ PLOTS = {
         progress, title="pictures that were made for training", unit="samples"
     ),
     ROOT / "opd/mini/study/levels.svg": soon,
+    ROOT / "opd/mini/study/grown.svg": grown,
 }

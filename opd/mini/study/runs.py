@@ -186,7 +186,22 @@ SPEED = {
         preset="mini",
     ),
 }
-RECIPES = RIVALS | CONTROLS | ANCHORS | QUESTIONS | SPEED
+# Stage 1 by three methods, each task's teacher in as many seconds of one core: method -> title, seconds of an
+# iteration (of mini-compose and mini-nft-compose in turns), preset, settings, iterations and learning rate by
+# task. GRPO trains one state and computes it once for a group, stage nft four noise levels of every picture.
+AWM = "--objective awm --proximal 0 --beta 0.1"
+METHODS = {
+    "grpo": ("GRPO", 1.46, "mini-{task}", "", (92, 46, 46), (1.3e-3, 2e-3, 2e-3)),
+    "nft": ("DiffusionNFT", 5.13, "mini-nft-{task}", "", (24, 12, 12), (3e-3, 3e-3, 3e-3)),
+    "awm": ("AWM", 5.18, "mini-nft-{task}", AWM, (24, 12, 12), (4e-3, 4e-3, 4e-3)),
+}
+GROWN = {}
+for method, (title, _, preset, flags, *by_task) in METHODS.items():
+    for task, iterations, lr in zip(TASKS, *by_task, strict=True):
+        settings = f"--iterations {iterations} --lr {lr:g} --watch-every {iterations // 4} {flags}".strip()
+        made = f"{task}: {title}, {96 * iterations:,} pictures"
+        GROWN[f"{method}-{task}"] = Recipe(made, settings, preset.format(task=task))
+RECIPES = RIVALS | CONTROLS | ANCHORS | QUESTIONS | SPEED | GROWN
 REFERENCES = {
     "base": Reference({"base": "base"}, "--adapters --guidance 1"),
     "guided": Reference(
@@ -210,4 +225,5 @@ TABLES = {
     "controls": ("mix", *CONTROLS),
     "anchors": tuple(ANCHORS),
     "levels": tuple(SPEED),
+    "grown": ("base", *(f"{method}-{task}" for task in TASKS for method in METHODS)),
 }
