@@ -13,7 +13,7 @@ from opd.cli import (
 )
 from opd.config.shared import Rollout, Rollouts
 
-Objectives = Literal["nft", "awm"]
+Objectives = Literal["nft", "awm"]  # the table of opd/nft.py, which loads models and cannot be read here
 
 
 @dataclass(frozen=True)

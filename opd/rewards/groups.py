@@ -75,8 +75,6 @@ def batches_of_part(cfg: RewardedConfig, prompts: list[Prompt], part: int) -> li
 class Scores:
     """What a step's pictures are worth, alike on every rank."""
 
-    rewards_PG: Tensor
-    """float64 on the CPU, NaN where scoring failed."""
     advantage_PG: Tensor
     """float32; NaN in groups that hold a NaN reward, which count for nothing."""
     metrics: dict
@@ -130,7 +128,7 @@ class Scorers:
             advantage_PG = advantages_of_each(terms_KPG, weight_KP1, tasks_P, ADVANTAGE_CLIP)
         else:
             advantage_PG = advantages(rewards_PG, tasks_P, self.cfg.advantage_std, ADVANTAGE_CLIP)
-        return Scores(rewards_PG, advantage_PG.float(), metrics, busy)
+        return Scores(advantage_PG.float(), metrics, busy)
 
 
 # ---- equations ---------------------------------------------------------------------------------------------
