@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from opd import errors, lora
 from opd.cli import Count, Few, Finite, Seed, Texts, check_bounds, dashed, plain_names
-from opd.data import fair_sample
+from opd.data import Asked, Prompt, fair_sample
 from opd.files import check_folder, path_of, reading
 from opd.formats.export import KEY, completed, guidance_of
 from opd.formats.latents import write_samples
-from opd.formats.pictures import labelled_grid, save_image, to_pil
-from opd.formats.prompts import load_prompts, load_tasks
+from opd.formats.pictures import labelled_grid, save_image, source_row, to_pil
+from opd.formats.prompts import load_prompts, load_tasks, source_pictures
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
 
@@ -46,6 +46,8 @@ class Arguments:
         "a rolling meadow at dusk",
     )
     """Prompts, or one file of prompts (.txt, .jsonl, .csv)."""
+    image: tuple[str, ...] = ()
+    """Source pictures of every prompt, for pipelines that edit; a file of prompts names its own."""
     model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
@@ -79,7 +81,7 @@ class Arguments:
     """Where to run."""
 
 
-UNREAD = {"images": ("tasks", "count"), "latents": ("prompts", "images")}
+UNREAD = {"images": ("tasks", "count"), "latents": ("prompts", "image", "images")}
 """--save -> flags that it does not read."""
 HOW = ("steps", "resolution", "t5")
 """What is read from the record of an adapter, beside the guidance."""
@@ -102,15 +104,17 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
     args = completed(args, words, ("guidance", *HOW))
     if args.guidance is None:
         args = replace(args, guidance=1.0)
-    model = load(args, prompts)
+    model = load(args, [prompt.asked for prompt in prompts])
     columns = [prompt for prompt in prompts for _ in range(args.images)]
-    rows = {}
+    asked, captions = [prompt.asked for prompt in columns], [prompt.text for prompt in columns]
+    rows = source_row(columns, model.pixels)
     for adapter in dict.fromkeys([lora.BASE, *args.adapters]):
-        images = make(args, model, adapter, columns, list(range(len(columns))))
+        images = make(args, model, adapter, asked, list(range(len(columns))))
         for index, image in enumerate(images):
-            write(replace(args, prompts=(columns[index],)), image, adapter, index)
+            one = replace(args, prompts=(captions[index],), image=columns[index].pictures)
+            write(one, image, adapter, index)
         rows[f"{adapter}\nguidance {args.guidance:g}"] = images
-    save_image(labelled_grid(rows, columns), path_of(args.out) / "grid.png")
+    save_image(labelled_grid(rows, captions), path_of(args.out) / "grid.png")
     print(f"{path_of(args.out) / 'grid.png'}: {len(rows)} rows x {len(columns)} images")
 
 
@@ -129,18 +133,24 @@ def write_latents(args: Arguments, words: list[str] | None) -> None:
     pools = load_tasks(args.tasks)
     args = completed(args, words, HOW)
     scales = guidance_of(args.adapters, args.guidance)
-    model = load(args, [prompt.text for pool in pools.values() for prompt in pool])
+    model = load(args, [prompt.asked for pool in pools.values() for prompt in pool])
     latents, rows = [], []
     for task, pool in pools.items():
         index, prompts = zip(*fair_sample(pool, args.count), strict=True)
-        texts = [prompt.text for prompt in prompts]
-        rows += [{"prompt": text, "task": task} for text in texts]
+        asked = [prompt.asked for prompt in prompts]
+        rows += [row_of(prompt) for prompt in prompts]
         sampling = Sampling(args.steps, args.seed, scales[task])
-        for piece in batches(args, len(texts), task):
-            latents += model.latents(task, texts[piece], list(index[piece]), sampling).cpu().half()
-        print(f"{task}: {len(texts)} samples")
+        for piece in batches(args, len(asked), task):
+            latents += model.latents(task, asked[piece], list(index[piece]), sampling).cpu().half()
+        print(f"{task}: {len(asked)} samples")
     write_samples(path_of(args.out), torch.stack(latents), rows)
     print(f"{args.out}: {len(rows)} latents with captions, for --data of stage sft")
+
+
+def row_of(prompt: Prompt) -> dict:
+    """Of metadata.jsonl."""
+    row = {"prompt": prompt.text, "task": prompt.task}
+    return row | {"image": list(prompt.pictures)} if prompt.pictures else row
 
 
 # ---- what is asked for -----------------------------------------------------------------------------
@@ -158,16 +168,19 @@ def check(args: Arguments) -> None:
     check_folder(args.out)
 
 
-def read_prompts(args: Arguments) -> list[str]:
-    """--prompts, or what the file that they name holds."""
+def read_prompts(args: Arguments) -> list[Prompt]:
+    """--prompts with --image, or what the file that they name holds."""
     if len(args.prompts) == 1 and Path(args.prompts[0]).suffix in (".txt", ".jsonl", ".csv"):
-        return [prompt.text for prompt in load_prompts(args.prompts[0], "any", None)]
+        if args.image:
+            raise ValueError("--image with a file of prompts: name the picture in its field image instead")
+        return load_prompts(args.prompts[0], "any", None)
     if not args.prompts or not all(prompt.strip() for prompt in args.prompts):
         raise ValueError("--prompts: give at least one, none of them empty")
-    return list(args.prompts)
+    pictures = source_pictures({"image": list(args.image)}, Path(), "--image")
+    return [Prompt(prompt, "any", pictures=pictures) for prompt in args.prompts]
 
 
-def load(args: Arguments, prompts: list[str]) -> Model:
+def load(args: Arguments, prompts: list[Asked]) -> Model:
     """The model with all adapters attached and the prompts encoded."""
     with reading(f"--device {args.device!r}"):
         device = torch.empty(0, device=args.device).device
@@ -178,7 +191,7 @@ def load(args: Arguments, prompts: list[str]) -> Model:
 # ---- making ----------------------------------------------------------------------------------------
 
 
-def make(args: Arguments, model: Model, adapter: str, prompts: list[str], index: list[int]) -> list[Tensor]:
+def make(args: Arguments, model: Model, adapter: str, prompts: list[Asked], index: list[int]) -> list[Tensor]:
     """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
     images, sampling = [], Sampling(args.steps, args.seed, args.guidance)
     for piece in batches(args, len(prompts), adapter):

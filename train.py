@@ -238,9 +238,10 @@ class Distillation:
         parts = []
         # Samples of one teacher stay together in a micro-batch.
         kinds = dict(enumerate(plan.route_N))
+        shapes = self.model.shapes([prompt.asked for prompt in plan.prompts_N])
         # The adapter stays on around backward: recomputed activations must see the one of their forward pass.
         with lora.use(self.model.transformer, self.model.trained):
-            for batch in micro_batches(kinds, self.cfg.micro_batch, ranks.world(), ranks.rank()):
+            for batch in micro_batches(kinds, self.cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
                 distances_BTK = self.walk_and_learn(plan, batch)
                 if any(batch.real):
                     sums_RT += summed(distances_BTK, plan.routed_NK[batch.samples], self.anchor)
@@ -279,7 +280,7 @@ class Distillation:
         A queried state costs a sample one student forward and backward and a forward of each of its teachers.
         """
         cfg, model, teachers = self.cfg, self.model, list(self.teachers.values())
-        prompts = [plan.prompts_N[n].text for n in batch.samples]
+        prompts = [plan.prompts_N[n].asked for n in batch.samples]
         text = model.text(prompts)
         # Whom to ask hangs on the state only by the anchor's weight there.
         queries = {}

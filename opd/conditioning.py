@@ -1,4 +1,5 @@
-"""Prompts become text conditions before they are needed: encoded in windows, kept in memory."""
+"""Prompts become conditions before they are needed: encoded in windows, kept in memory. Source pictures are
+encoded with their prompt, once, and never at a state."""
 
 from pathlib import Path
 from types import ModuleType
@@ -7,9 +8,11 @@ import torch
 from tqdm import tqdm
 
 from opd import ranks
+from opd.data import Asked, Edit
 from opd.errors import require
 from opd.families import Condition
 from opd.files import reading
+from opd.formats.pictures import read_image, size_of_image
 
 WINDOW = 2048
 """Prompts that are encoded ahead at once: 3.4 GB of memory with SD3.5's encoders."""
@@ -29,27 +32,65 @@ class Conditioning:
         self, family: ModuleType, folder: Path, dtype: torch.dtype, device: torch.device, t5: bool = True
     ):
         self.family, self.folder, self.dtype, self.device, self.t5 = family, folder, dtype, device, t5
-        self.kept: dict[str, Condition] = {}
+        self.kept: dict[Asked, Condition] = {}
         """What `prepare` was asked for, on the CPU."""
-        self.window: dict[str, Condition] = {}
+        self.window: dict[Asked, Condition] = {}
         """The prompts of the steps at hand, on the CPU."""
-        self.windows: list[tuple[int, list[str]]] = []
+        self.windows: list[tuple[int, list[Asked]]] = []
         """Of a run: the step that each begins with, and its prompts."""
         self.current = -1
         """Which of them is encoded."""
-        self.moved: dict[str, Condition] = {}
+        self.moved: dict[Asked, Condition] = {}
         """Conditions of the last micro-batch, on the device: its states and teachers ask for them again."""
+        self.shape_of: dict[Asked, str] = {}
+        """What `shape` has found."""
+
+    # ---- source pictures, by their files' headers ----
+
+    def check(self, prompts: list[Asked]) -> None:
+        """ValueError for a prompt whose source pictures, or want of any, this pipeline cannot take."""
+        resized = {}
+        for asked in prompts:
+            if asked not in self.shape_of and self.shape(asked) != "":
+                own = "+".join("{}x{}".format(*size_of_image(picture)) for picture in asked.pictures)
+                resized |= {own: self.shape(asked)} if own != self.shape(asked) else {}
+        for own, fitted in list(resized.items())[:1]:
+            ranks.say(f"source pictures are resized as the pipeline does, such as {own} -> {fitted}")
+
+    def shape(self, asked: Asked) -> str:
+        """Of a prompt's source pictures as the transformer sees them, such as 1024x768+512x512; "" without
+        any. ValueError as `check`."""
+        if asked not in self.shape_of:
+            self.shape_of[asked] = self._shape(asked)
+        return self.shape_of[asked]
+
+    def _shape(self, asked: Asked) -> str:
+        editing, kind = self.family.EDITING, self.family.PIPELINE
+        text, pictures = asked if isinstance(asked, Edit) else (asked, ())
+        what = f"prompt {text[:60]!r}"
+        if editing is None:
+            way_out = "drop its field image, or take a pipeline that edits"
+            require(not pictures, f"{what} has a source picture, and {kind} reads text alone; {way_out}")
+            return ""
+        wanted = f"{editing.fewest} to {editing.most} source pictures (field image)"
+        fits = editing.fewest <= len(pictures) <= editing.most
+        require(fits, f"{what} has {len(pictures)} source pictures; {kind} takes {wanted}")
+        sizes = []
+        for picture in pictures:
+            with reading(f"source picture {picture!r}"):
+                sizes.append("{}x{}".format(*editing.size(self.folder, *size_of_image(picture))))
+        return "+".join(sizes)
 
     # ---- encoding ahead ----
 
-    def prepare(self, prompts: list[str]) -> None:
+    def prepare(self, prompts: list[Asked]) -> None:
         """Encode what is lacking of `prompts`, and keep it for good."""
         self.kept |= self.encode([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept])
 
-    def follow(self, steps: list[list[str]]) -> None:
+    def follow(self, steps: list[list[Asked]]) -> None:
         """Cut the prompts of every step of a run into windows."""
         self.windows, self.current, self.window = [], -1, {}
-        gathered: dict[str, None] = {}
+        gathered: dict[Asked, None] = {}
         for step, prompts in enumerate(steps):
             more = gathered | dict.fromkeys(prompts)
             if len(more) > WINDOW or not self.windows:
@@ -68,30 +109,47 @@ class Conditioning:
         self.window = {}  # freed before the next one is made
         self.window = self.encode([prompt for prompt in prompts if prompt not in self.kept])
 
-    def encode(self, prompts: list[str]) -> dict[str, Condition]:
+    def encode(self, prompts: list[Asked]) -> dict[Asked, Condition]:
         """Conditions on the CPU. The encoders are here for that alone. ValueError for NaN or infinity."""
         if not prompts:
             return {}
         with reading(f"text encoders of {self.folder}"):
             text = self.family.load_text(self.folder, self.dtype, self.device, self.t5)
+        texts = [asked for asked in prompts if not isinstance(asked, Edit)]
+        edits = [asked for asked in prompts if isinstance(asked, Edit)]
         encoded = {}
-        pieces = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-        for piece in tqdm(pieces, desc="encode prompts", disable=ranks.rank() != 0 or len(pieces) < 4):
+        pieces = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+        for piece in self.progress(pieces, "encode prompts"):
             conditions = self.family.encode_prompts(text, piece, self.device)
-            for prompt, condition in zip(piece, conditions, strict=True):
-                # Copies: a view would keep the whole batch alive.
-                encoded[prompt] = {name: tensor.cpu().clone() for name, tensor in condition.items()}
-                finite = all(bool(tensor.isfinite().all()) for tensor in encoded[prompt].values())
-                wrong = f"text encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
-                require(finite, f"{wrong}; get their weights anew, or use --dtype float32")
+            for asked, condition in zip(piece, conditions, strict=True):
+                encoded[asked] = self.on_cpu(asked, condition)
+        if edits:
+            vae = self.family.load_vae(self.folder).to(self.device)
+            for asked in self.progress(edits, "encode source pictures"):
+                pictures = [read_image(Path(picture)) for picture in asked.pictures]
+                about = (self.folder, asked.text, pictures)
+                condition = self.family.EDITING.encode(text, vae, *about, self.device)
+                encoded[asked] = self.on_cpu(asked.text, condition)
+            del vae
         del text
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return encoded
 
+    def on_cpu(self, prompt: str, condition: Condition) -> Condition:
+        # Copies: a view would keep the whole batch alive.
+        copied = {name: tensor.cpu().clone() for name, tensor in condition.items()}
+        finite = all(bool(tensor.isfinite().all()) for tensor in copied.values())
+        wrong = f"text encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
+        require(finite, f"{wrong}; get their weights anew, or use --dtype float32")
+        return copied
+
+    def progress(self, pieces: list, what: str) -> tqdm:
+        return tqdm(pieces, desc=what, disable=ranks.rank() != 0 or len(pieces) < 4)
+
     # ---- reading ----
 
-    def __call__(self, prompts: list[str]) -> list[Condition]:
+    def __call__(self, prompts: list[Asked]) -> list[Condition]:
         """A prompt that occurs several times is moved to the device once and shared. One that nobody has
         prepared is encoded now."""
         if any(prompt not in self.moved for prompt in prompts):

@@ -5,8 +5,21 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Edit(NamedTuple):
+    """What the encoders read of a prompt with source pictures."""
+
+    text: str
+    pictures: tuple[str, ...]
+    """Paths, in the order in which the text may number them."""
+
+
+Asked = str | Edit
+"""What the encoders read of a prompt: its text, or its text and its source pictures."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +29,16 @@ class Prompt:
     metadata: dict = field(default_factory=dict, compare=False)
     source: str = field(default="", compare=False)
     """file:line"""
+    pictures: tuple[str, ...] = ()
+    """Paths of the source pictures, for families that edit; rewards find them in metadata["source"]."""
+
+    @property
+    def asked(self) -> Asked:
+        return asked_of(self.text, self.pictures)
+
+
+def asked_of(text: str, pictures: tuple[str, ...]) -> Asked:
+    return Edit(text, pictures) if pictures else text
 
 
 # ---- randomness --------------------------------------------------------------------------------------------
@@ -103,12 +126,25 @@ class MicroBatch:
     turn: list[int]
 
 
-def micro_batches(kinds: dict[int, str], size: int, world: int, rank: int) -> list[MicroBatch]:
+def alike(shapes: dict[int, str]) -> list[list[int]]:
+    """The numbers of each shape together: what can share a forward pass."""
+    return [[n for n in shapes if shapes[n] == shape] for shape in dict.fromkeys(shapes.values())]
+
+
+def micro_batches(
+    kinds: dict[int, str], size: int, world: int, rank: int, shapes: dict[int, str] | None = None
+) -> list[MicroBatch]:
     """Cut samples (number -> kind) into micro-batches of at most `size` and deal them to the ranks.
 
     Samples of one kind stay together, so few micro-batches hold several kinds. All ranks get the same number
-    of micro-batches; where the numbers do not divide, padding (`real` = 0) fills up.
+    of micro-batches; where the numbers do not divide, padding (`real` = 0) fills up. `shapes`: of the
+    samples' source pictures (Model.shapes); a micro-batch has one of them, since others do not stack.
     """
+    if shapes is not None:
+        batches = []
+        for numbers in alike({n: shapes[n] for n in kinds}):
+            batches += micro_batches({n: kinds[n] for n in numbers}, size, world, rank)
+        return batches
     order = list(dict.fromkeys(kinds.values()))
     samples = sorted(kinds, key=lambda n: order.index(kinds[n]))
     turns = math.ceil(len(samples) / (size * world))

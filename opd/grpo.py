@@ -79,7 +79,7 @@ class GRPO:
         """Roll the policy out, keep the trained transitions, and start to score the images."""
         cfg, model, states = self.cfg, self.model, trained_states(self.cfg, step)
         mine = [prompts[n // cfg.group] for n in batch.samples]
-        text = model.text([prompt.text for prompt in mine])
+        text = model.text([prompt.asked for prompt in mine])
         shared = self.shared_prefix(batch)
         starts = None
         if cfg.shared_start:
@@ -187,7 +187,7 @@ class GRPO:
         over samples and states the update's mean.
         """
         cfg, model, batch = self.cfg, self.model, sampled.batch
-        text = model.text([prompts[n // cfg.group].text for n in batch.samples])
+        text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
         shared = self.shared_prefix(batch)
         numbers = [state.i for state in sampled.states]
         real_B, advantage_B = torch.tensor(batch.real, dtype=torch.float32), advantage_N[batch.samples]

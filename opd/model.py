@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 from opd import flow, kernels, lora, signals, trajectory
 from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
-from opd.data import seed_of
-from opd.families import Condition, family_of
+from opd.data import Asked, alike, seed_of
+from opd.families import Condition, family_of, unconditional
 from opd.files import reading
 from opd.formats import lora_files
 from opd.formats.hub import check_encoders, check_scale, check_weights, find_pipeline, stored, weight_files
@@ -101,12 +101,14 @@ class Model:
         lora_files.check_fits(adapter, self.skeleton)
         return adapter
 
-    def prepare(self, prompts: list[str]) -> None:
+    def prepare(self, prompts: list[Asked]) -> None:
         """Encode `prompts`, and what guidance needs beside them, and keep them."""
+        self.conditioning.check(prompts)
         self.conditioning.prepare([*prompts, self.family.NEGATIVE])
 
-    def follow(self, steps: list[list[str]]) -> None:
+    def follow(self, steps: list[list[Asked]]) -> None:
         """Tell which prompts every step of the run will read, and encode those of the first ones."""
+        self.conditioning.check([asked for step in steps for asked in step])
         self.conditioning.follow(steps)
         self.conditioning.ahead(0)
 
@@ -131,7 +133,7 @@ class Model:
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         self.transformer.enable_gradient_checkpointing(again)
 
-    def load_with(self, sources: dict[str, str], prompts: list[str]) -> "Model":
+    def load_with(self, sources: dict[str, str], prompts: list[Asked]) -> "Model":
         """Make a planned model ready to sample: frozen adapters by name attached, `prompts` encoded. Whatever
         can be refused is refused before weights load."""
         loras = {name: self.read_lora(source) for name, source in sources.items() if name != lora.BASE}
@@ -155,7 +157,12 @@ class Model:
 
     # ---- the velocity ----
 
-    def text(self, prompts: list[str]) -> list[Condition]:
+    def shapes(self, prompts: list[Asked], each: int = 1) -> dict[int, str]:
+        """Of the source pictures of `each` samples of every prompt, as the transformer sees them; "" without
+        any."""
+        return {n: self.conditioning.shape(prompts[n // each]) for n in range(each * len(prompts))}
+
+    def text(self, prompts: list[Asked]) -> list[Condition]:
         """The conditions of prompts, on the device; rows of a batch are a slice of the list."""
         return self.conditioning(prompts)
 
@@ -167,14 +174,14 @@ class Model:
             return family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text), guidance).float()
         if guidance == 1.0:
             return family.velocity(self.transformer, x_BCHW, sigma_B, family.collate(text)).float()
-        both = family.collate(text + [self.negative] * len(text))
+        both = family.collate(text + [unconditional(condition, self.negative) for condition in text])
         twice_x, twice_sigma = torch.cat([x_BCHW, x_BCHW]), torch.cat([sigma_B, sigma_B])
         v, v_uncond = family.velocity(self.transformer, twice_x, twice_sigma, both).chunk(2)
         return family.guide(v, v_uncond, guidance).float()
 
     @cached_property
     def negative(self) -> Condition:
-        """The condition of the unconditional branch."""
+        """The condition of the unconditional branch, without source pictures."""
         return self.text([self.family.NEGATIVE])[0]
 
     # ---- the walk from noise ----
@@ -209,17 +216,20 @@ class Model:
         return trajectory.walk(x, path, index_B)
 
     @torch.no_grad()
-    def latents(self, adapter: str, prompts: list[str], index: list[int], sampling: Sampling) -> Tensor:
+    def latents(self, adapter: str, prompts: list[Asked], index: list[int], sampling: Sampling) -> Tensor:
         """(B, C, H, W) float32 sampled by an adapter; sample b depends on (seed, index[b]) and its prompt."""
-        text = self.text(prompts)
         path = self.path(sampling.steps, "ode", 0.0, (sampling.seed, "step"))
-        with lora.use(self.transformer, adapter):
-            for state in self.walk(path, seed_of(sampling.seed, "start"), index):
-                signals.boundary()
-                state.step(self.velocity(state.x, state.sigma_B, text, sampling.guidance))
-        return state.x_next
+        made = {}
+        for rows in alike(self.shapes(prompts)):
+            text, numbers = self.text([prompts[b] for b in rows]), [index[b] for b in rows]
+            with lora.use(self.transformer, adapter):
+                for state in self.walk(path, seed_of(sampling.seed, "start"), numbers):
+                    signals.boundary()
+                    state.step(self.velocity(state.x, state.sigma_B, text, sampling.guidance))
+            made |= dict(zip(rows, state.x_next, strict=True))
+        return torch.stack([made[b] for b in range(len(prompts))])
 
-    def images(self, adapter: str, prompts: list[str], index: list[int], sampling: Sampling) -> Tensor:
+    def images(self, adapter: str, prompts: list[Asked], index: list[int], sampling: Sampling) -> Tensor:
         """The same, decoded: (B, 3, height, width) float32 in [0, 1] on the CPU."""
         return self.decode(self.latents(adapter, prompts, index, sampling))
 

@@ -89,7 +89,7 @@ class NFT:
         """Sample a micro-batch's images, and start to score them."""
         cfg, model = self.cfg, self.model
         mine = [prompts[n // cfg.group] for n in batch.samples]
-        text = model.text([prompt.text for prompt in mine])
+        text = model.text([prompt.asked for prompt in mine])
         path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, (cfg.seed, step, "noise"))
         with lora.use(model.transformer, self.objective.sampler):
             for state in model.walk(path, seed_of(cfg.seed, step, "start"), batch.samples):
@@ -154,7 +154,7 @@ class NFT:
         over samples and levels the update's mean.
         """
         cfg, model, batch = self.cfg, self.model, sampled.batch
-        text = model.text([prompts[n // cfg.group].text for n in batch.samples])
+        text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
         index = torch.tensor(batch.samples).to(model.device, non_blocking=True)
         real_B, advantage_B = torch.tensor(batch.real, dtype=torch.float32), advantage_N[batch.samples]
         rows_2B = torch.stack([real_B * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])

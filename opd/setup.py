@@ -8,7 +8,7 @@ import torch
 from opd import compiled, lora, ranks
 from opd.cli import flag_words
 from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
-from opd.data import Prompt, prompts_of_step
+from opd.data import Asked, Prompt, prompts_of_step
 from opd.errors import require
 from opd.files import LARGE, digest, resolve
 from opd.formats import merging
@@ -139,8 +139,8 @@ def student_start(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole
     return merging.fitted(adapter, cfg.rank, cfg.alpha)
 
 
-def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[str]]]:
-    """(prompts per task, or images with captions; the texts of every report; the texts of every step)."""
+def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[Asked], list[list[Asked]]]:
+    """(prompts per task, or images with captions; what every report asks; what every step asks)."""
     if isinstance(cfg, SFTConfig):
         images = load_images(cfg.data, model)
         chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
@@ -152,7 +152,7 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[str], list[list[
         prompts = prompts_of_step(
             pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
-        steps.append([prompt.text for prompt in prompts])
+        steps.append([prompt.asked for prompt in prompts])
     shown = shown_texts(cfg, pools)
     if isinstance(cfg, DistillationConfig):
         grid = {f"{task}, shown": pool for task, pool in grid_prompts(cfg, pools).items()}

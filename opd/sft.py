@@ -6,6 +6,7 @@ from torch import Tensor
 from opd import flow, kernels, lora, ranks, signals
 from opd.config import SFTConfig
 from opd.data import MicroBatch, micro_batches, seed_of
+from opd.families import unconditional
 from opd.formats.latents import Images
 from opd.model import Model
 from opd.optim import Trained
@@ -34,7 +35,8 @@ class SFT:
         chosen = self.images.of_step(cfg.prompts_per_step, cfg.seed, step)
         total = torch.zeros(2, device=self.model.device)
         kinds = dict.fromkeys(range(len(chosen)), "image")
-        for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank()):
+        shapes = self.model.shapes([self.images.captions[n] for n in chosen])
+        for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
             signals.boundary()
             real_B = torch.tensor(batch.real, dtype=torch.float32)
             real_B = real_B.to(self.model.device, non_blocking=True)
@@ -54,12 +56,11 @@ class SFT:
         sigma_B = flow.logit_normal_sigma(draws_B2[:, 0], mean=images.log_shift)
         sigma_B = sigma_B.to(model.device, non_blocking=True)
         dropped_B = torch.special.ndtr(draws_B2[:, 1]) < cfg.caption_dropout
-        captions = [images.captions[n] for n in numbers]
-        for b in dropped_B.nonzero().flatten().tolist():
-            captions[b] = model.family.NEGATIVE
         data = images.latents[numbers].to(model.device, torch.float32, non_blocking=True)
         index = index.to(model.device, non_blocking=True)
         eps = kernels.normal(tuple(data.shape), seed_of(cfg.seed, step, "eps"), index, device=model.device)
-        text = model.text(captions)
+        text = model.text([images.captions[n] for n in numbers])
+        for b in dropped_B.nonzero().flatten().tolist():
+            text[b] = unconditional(text[b], model.negative)
         v = model.velocity(flow.noised(data, eps, sigma_B), sigma_B, text, guidance=1.0)
         return flow.flow_matching_loss(v, data, eps)

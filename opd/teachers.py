@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd import flow, lora, ranks, routing, signals
 from opd.config import DistillationConfig
-from opd.data import MicroBatch, Prompt, micro_batches
+from opd.data import Asked, MicroBatch, Prompt, micro_batches
 from opd.errors import require
 from opd.lora import BASE
 from opd.model import Model
@@ -21,7 +21,7 @@ from opd.rewards import Reward
 from opd.rewards.scoring import gather_scores
 from opd.trajectory import State
 
-Teacher = Callable[[Tensor, Tensor, list[str]], Tensor]
+Teacher = Callable[[Tensor, Tensor, list[Asked]], Tensor]
 
 
 # ---- routes: whose sample is it? ---------------------------------------------------------------------------
@@ -81,8 +81,9 @@ class RewardRouter:
         cfg, model = self.cfg, self.model
         pending = {task: [] for task in self.reward_of}
         samples = dict.fromkeys(range(len(prompts_N)), "any")
-        for batch in micro_batches(samples, cfg.micro_batch, ranks.world(), ranks.rank()):
-            text = model.text([prompts_N[n].text for n in batch.samples])
+        shapes = model.shapes([prompt.asked for prompt in prompts_N])
+        for batch in micro_batches(samples, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
+            text = model.text([prompts_N[n].asked for n in batch.samples])
             with lora.use(model.transformer, model.trained):
                 for state in walk(step, batch.samples, cfg.steps):
                     signals.boundary()
@@ -151,7 +152,7 @@ def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
     answer are on the student's device."""
 
     @torch.no_grad()
-    def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[str]) -> Tensor:
+    def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[Asked]) -> Tensor:
         x, sigma = x_BCHW.to(model.device), sigma_B.to(model.device)
         with lora.use(model.transformer, adapter):
             return model.velocity(x, sigma, model.text(prompts), guidance).to(x_BCHW.device)
@@ -162,7 +163,7 @@ def adapter_teacher(model: Model, adapter: str, guidance: float) -> Teacher:
 def extrapolated(teacher: Teacher, reference: Teacher, factor: float) -> Teacher:
     """A teacher that answers v + (l - 1) (v - v_ref); its samples cost one more forward, the reference's."""
 
-    def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[str]) -> Tensor:
+    def velocity(x_BCHW: Tensor, sigma_B: Tensor, prompts: list[Asked]) -> Tensor:
         v = teacher(x_BCHW, sigma_B, prompts)
         return flow.extrapolated(v, reference(x_BCHW, sigma_B, prompts), factor)
 
@@ -199,7 +200,7 @@ def teacher_queries(alpha_NK: Tensor, batch: MicroBatch, device: torch.device) -
     return Queries(alpha_BK.to(device, non_blocking=True), rows_K, index_K)
 
 
-def ask(teachers: list[Teacher], queries: Queries, state: State, prompts: list[str]) -> list[Tensor | None]:
+def ask(teachers: list[Teacher], queries: Queries, state: State, prompts: list[Asked]) -> list[Tensor | None]:
     """What each teacher would do at `state`: K velocities (B, ...), 0 at samples that it is not asked about,
     None for a teacher that no rank has samples of."""
     targets = []

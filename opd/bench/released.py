@@ -30,7 +30,7 @@ class Released(Distillation):
     def walk(self, step: int, index: list[int], states: int) -> Iterator[State]:
         """The states that are trained on, of trajectories that the student has walked to their end."""
         plan, kept = self.plan(step), []
-        text = self.model.text([plan.prompts_N[n].text for n in index])
+        text = self.model.text([plan.prompts_N[n].asked for n in index])
         with torch.no_grad():
             for state in super().walk(step, index, self.cfg.steps):
                 state.step(self.model.velocity(state.x, state.sigma_B, text, self.cfg.guidance))

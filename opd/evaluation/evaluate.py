@@ -108,10 +108,10 @@ def score_models(args: Arguments, device: torch.device) -> tuple[list[Record], S
     if folder is not None:
         batches = with_known(batches, folder)
     scorers.load(device)
-    model, texts = None, {record.prompt: None for batch in batches if batch.row for record in batch.records}
-    if texts:
+    model, asked = None, {record.asked: None for batch in batches if batch.row for record in batch.records}
+    if asked:
         model = Model.plan(args.model, args.dtype, args.resolution, device, args.t5)
-        model.load_with(args.adapters, list(texts))
+        model.load_with(args.adapters, list(asked))
         scorers.attempt(prompts, model.pixels)
     return score(batches, scorers, model, folder), scorers
 

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from opd import ranks
-from opd.data import Prompt
+from opd.data import Asked, Prompt, alike, asked_of
 from opd.files import path_of, reading, writing
 from opd.files import replace as replace_file
 from opd.formats.latents import find_files, read_metadata
-from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
+from opd.formats.pictures import read_image, save_image, size_of_image, to_pil, to_tensor
 
 LINES = "records.jsonl"
 THUMBNAIL = 8  # pixels per side
@@ -39,10 +39,16 @@ class Record:
     index: int  # the picture's noise is a function of (seed, index)
     seed: int
     settings: dict  # how it was sampled
+    pictures: list[str] = field(default_factory=list)
+    """Paths of the source pictures of an edit."""
     thumbnail: str = ""  # 8 x 8 pixels, RGB bytes in base64: what diversity is measured on
     scores: dict[str, float | None] = field(default_factory=dict)
     """Scorer -> its raw value; null where it gave none."""
     reasons: dict[str, str] = field(default_factory=dict)  # scorer -> why it gave none
+
+    @property
+    def asked(self) -> Asked:
+        return asked_of(self.prompt, tuple(self.pictures))
 
     def lacks(self, scorer: str) -> bool:
         return self.scores.get(scorer) is None
@@ -69,6 +75,7 @@ def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, setti
         index=index,
         seed=seed,
         settings=settings,
+        pictures=list(prompt.pictures),
     )
 
 
@@ -205,4 +212,7 @@ def sized_alike(folder: Path, records: list[Record], size: int) -> list[list[Rec
 
 
 def pieces(records: list[Record], size: int) -> list[list[Record]]:
-    return [records[start : start + size] for start in range(0, len(records), size)]
+    """At most `size` each, in their order; those of one piece have source pictures of the same sizes."""
+    sizes = {n: str([size_of_image(path) for path in record.pictures]) for n, record in enumerate(records)}
+    cut = [numbers[i : i + size] for numbers in alike(sizes) for i in range(0, len(numbers), size)]
+    return [[records[n] for n in numbers] for numbers in cut]

@@ -86,8 +86,8 @@ def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
 
 def check_same(known: Record, wanted: Record, folder: RecordFolder) -> None:
     """ValueError unless a picture that is there already was made as it would be now."""
-    before = known.settings | {"seed": known.seed, "prompt": known.prompt}
-    now = wanted.settings | {"seed": wanted.seed, "prompt": wanted.prompt}
+    before = known.settings | {"seed": known.seed, "prompt": known.asked}
+    now = wanted.settings | {"seed": wanted.seed, "prompt": wanted.asked}
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if changed:
         changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
@@ -133,7 +133,7 @@ def pictures(batch: Batch, model: Model | None, folder: RecordFolder | None) -> 
     adapter = batch.row.adapter
     if adapter in model.teachers:  # it has a transformer of its own
         model, adapter = model.teachers[adapter], BASE
-    prompts, index = [[getattr(record, name) for record in batch.records] for name in ("prompt", "index")]
+    prompts, index = [[getattr(record, name) for record in batch.records] for name in ("asked", "index")]
     images_BCHW = in_8_bits(model.images(adapter, prompts, index, batch.row.sampling))
     if folder is not None:
         folder.keep(batch.records, images_BCHW)

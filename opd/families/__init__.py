@@ -8,15 +8,19 @@ Shapes: B batch, C latent channels, H x W latent size. `folder` is the pipeline'
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
 from opd.files import read_json
 
 Condition = dict[str, Tensor]
-"""The text of ONE sample: named tensors without a batch axis, as long as the text is."""
+"""The text of ONE sample: named tensors without a batch axis, as long as the text is. Source pictures are
+beside it as picture0, picture1, ... (C, H, W). Where an encoder of the text sees them too, negative_NAME is
+what NAME is in the unconditional branch."""
 
 JOINT_ATTENTION = (
     "attn.to_q",
@@ -31,10 +35,25 @@ JOINT_ATTENTION = (
 """The projections of image and text stream where both attend together, by diffusers' names: what Flow-GRPO
 adapts."""
 
+
+class Editing(NamedTuple):
+    """How a family takes the source pictures of a prompt."""
+
+    fewest: int
+    most: int
+    size: Callable
+    """(folder, width, height) -> (width, height) in pixels that the transformer sees of such a picture;
+    ValueError where the pipeline takes none of that size."""
+    encode: Callable
+    """(load_text's result, vae, folder, text, pictures (PIL, RGB), device) -> Condition, in load_text's
+    dtype."""
+
+
 CONTRACT = {
     "PIPELINE": "class name of the diffusers pipeline, as its model_index.json has it; a plain string",
     "LORA_TARGETS": "ends of the names of the linear layers that a fresh LoRA adapts; * stands for anything",
     "NEGATIVE": "prompt of the unconditional branch of guidance",
+    "EDITING": "an Editing where a prompt may have source pictures, else None",
     "skeleton": "(folder) -> the transformer on the meta device: names and shapes before weights load",
     "load_transformer": "(folder, dtype) -> the frozen base on the CPU, in eval mode",
     "load_vae": "(folder) -> the frozen VAE in float32 on the CPU",
@@ -58,6 +77,21 @@ CONTRACT = {
     "convert_lora": "({LAYER.lora_A.weight, ...} by another tool's names) -> by the transformer's own",
     "blocks": "(transformer) -> the blocks to shard and to checkpoint, in order",
 }
+
+
+def unconditional(condition: Condition, negative: Condition) -> Condition:
+    """The condition of the unconditional branch, `negative` being that of the empty prompt by itself: the
+    source pictures stay."""
+    beside = {}
+    for name, tensor in condition.items():
+        if name.startswith("negative_"):
+            beside[name.removeprefix("negative_")] = tensor
+    return (beside or negative) | pictures_of(condition)
+
+
+def pictures_of(condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a Condition, or of a stack of them."""
+    return {name: tensor for name, tensor in condition.items() if name.startswith("picture")}
 
 
 def family_of(folder: Path) -> ModuleType:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from opd.families import JOINT_ATTENTION, Condition
+from opd.families import JOINT_ATTENTION, Condition, pictures_of
 from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     PATCH,
@@ -35,6 +35,7 @@ PIPELINE = "FluxPipeline"
 # The single blocks have some of them too.
 LORA_TARGETS = JOINT_ATTENTION
 NEGATIVE = ""
+EDITING = None
 T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
 
 
@@ -112,19 +113,29 @@ def velocity(
         told = torch.full_like(sigma_B, guidance, dtype=torch.float32)
     elif guidance != 1.0:
         raise ValueError(f"guidance {guidance}: this FLUX.1 takes none; use 1 for student and teachers")
-    rows, columns = x_BCHW.shape[2] // PATCH, x_BCHW.shape[3] // PATCH
+    # The source picture's tokens stand behind those of x, and their velocity is nobody's.
+    images = [x_BCHW, *pictures_of(text).values()]
+    ids = [patch_ids(number, image) for number, image in enumerate(images)]
     (v_BTC,) = transformer(
-        hidden_states=pack(x_BCHW).to(embeds.dtype),
+        hidden_states=torch.cat([pack(image).to(embeds.dtype) for image in images], dim=1),
         timestep=parts.time_of(sigma_B, embeds.dtype),
         guidance=told,
         encoder_hidden_states=embeds,
         pooled_projections=text["pooled"],
         txt_ids=torch.zeros(embeds.shape[1], 3, device=x_BCHW.device),
-        # 0, row, column of every patch; text stands at 0, 0, 0.
-        img_ids=parts.positions(1, rows, columns, device=x_BCHW.device).float(),
+        img_ids=torch.cat(ids),
         return_dict=False,
     )
-    return unpack(v_BTC, rows)
+    rows, tokens = x_BCHW.shape[2] // PATCH, len(ids[0])
+    return unpack(v_BTC[:, :tokens], rows)
+
+
+def patch_ids(number: int, image_BCHW: Tensor) -> Tensor:
+    """(T, 3): number of the image, row, column of every patch; text stands at 0, 0, 0."""
+    rows, columns = image_BCHW.shape[2] // PATCH, image_BCHW.shape[3] // PATCH
+    ids_T3 = parts.positions(1, rows, columns, device=image_BCHW.device).float()
+    ids_T3[:, 0] = number
+    return ids_T3
 
 
 # The network is told the scale: there is no second pass to combine with.

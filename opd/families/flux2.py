@@ -1,7 +1,8 @@
-"""The FLUX.2-klein family: Flux2KleinPipeline. `CONTRACT` says what each name is for.
+"""The FLUX.2-klein family: Flux2KleinPipeline, which paints, and edits source pictures by the same weights.
+`CONTRACT` says what each name is for.
 
 Shapes: B batch, C channels of a patch, H x W patches, L text tokens, D text width.
-A Condition holds `embeds` (L, D).
+A Condition holds `embeds` (L, D) and a `picture0`, `picture1`, ... (C, h, w) for each source picture.
 
 Latents here are what the pipeline's own `latents` are: 2 x 2 patches of the VAE's latents, normalised, so
 that a position is a token. Guidance is a second pass, v_u + g (v - v_u); the pipeline of a step-distilled
@@ -9,6 +10,7 @@ klein ignores any, so leave --guidance 1 there, or the student cannot be sampled
 Flux2Pipeline with another text encoder, is no member.)
 """
 
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -17,12 +19,14 @@ import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from opd import flow
-from opd.families import JOINT_ATTENTION, Condition
+from opd.families import JOINT_ATTENTION, Condition, Editing, pictures_of
 from opd.families import _parts as parts
 from opd.families._parts import PATCH, default_resolution, patches_along, transformer_config  # noqa: F401
+from opd.formats.pictures import to_tensor
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
@@ -33,6 +37,7 @@ LORA_TARGETS = (
 )
 TOKENS = 512  # the pipeline's own: it pads every prompt, and the transformer sees the padding
 NEGATIVE = ""
+LARGEST = 1024**2  # pixels of a source picture
 STEPS = 50  # the pipeline's default: its shift depends on the number of steps
 
 
@@ -79,33 +84,85 @@ def encode_prompts(text: Flux2KleinPipeline, prompts: list[str], device: torch.d
     return [{"embeds": embeds_LD} for embeds_LD in embeds_BLD]
 
 
-def collate(conditions: list[Condition]) -> Tensor:
-    """(B, L, D)."""
-    return torch.stack([condition["embeds"] for condition in conditions])
+# `embeds` (B, L, D) and the pictures.
+collate = parts.stacked
 
 
 # ---------------------------------------------------------------- velocity
 
 
 def velocity(
-    transformer: Flux2Transformer2DModel, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor
+    transformer: Flux2Transformer2DModel, x_BCHW: Tensor, sigma_B: Tensor, text: dict[str, Tensor]
 ) -> Tensor:
     """The model's time is sigma."""
-    device, rows = x_BCHW.device, x_BCHW.shape[2]
+    embeds_BLD, device = text["embeds"], x_BCHW.device
+    # The source pictures' tokens stand behind those of x, and their velocity is nobody's.
+    images = [x_BCHW, *pictures_of(text).values()]
+    tokens = [rearrange(image, "b c h w -> b (h w) c").to(embeds_BLD.dtype) for image in images]
     (v_BTC,) = transformer(
-        hidden_states=rearrange(x_BCHW, "b c h w -> b (h w) c").to(text_BLD.dtype),
-        timestep=parts.time_of(sigma_B, text_BLD.dtype),
+        hidden_states=torch.cat(tokens, dim=1),
+        timestep=parts.time_of(sigma_B, embeds_BLD.dtype),
         guidance=None,
-        encoder_hidden_states=text_BLD,
-        # Frame 0, row, column, place in the text, of every token.
-        txt_ids=parts.positions(1, 1, 1, text_BLD.shape[1], device=device),
-        img_ids=parts.positions(1, rows, x_BCHW.shape[3], 1, device=device),
+        encoder_hidden_states=embeds_BLD,
+        # Frame, row, column, place in the text, of every token.
+        txt_ids=parts.positions(1, 1, 1, embeds_BLD.shape[1], device=device),
+        img_ids=torch.cat([ids_of(number, image) for number, image in enumerate(images)]),
         return_dict=False,
     )
-    return rearrange(v_BTC, "b (h w) c -> b c h w", h=rows).contiguous()
+    v_BTC = v_BTC[:, : tokens[0].shape[1]]
+    return rearrange(v_BTC, "b (h w) c -> b c h w", h=x_BCHW.shape[2]).contiguous()
+
+
+def ids_of(number: int, image_BCHW: Tensor) -> Tensor:
+    """(T, 4): where each token of an image stands; its frame is ten times its number, as in the pipeline."""
+    ids_T4 = parts.positions(1, *image_BCHW.shape[2:], 1, device=image_BCHW.device)
+    ids_T4[:, 0] = 10 * number
+    return ids_T4
 
 
 guide = flow.guided
+
+
+# ---------------------------------------------------------------- source pictures
+
+
+def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
+    """Its own, cut to whole patches; one of more than LARGEST pixels is made smaller before. ValueError for
+    one that the pipeline refuses."""
+    if min(width, height) < 64 or max(width, height) > 8 * min(width, height):
+        fits = "give it sides of 64 and more, one at most 8 times as long as the other"
+        raise ValueError(f"it is {width} x {height} pixels; {fits}")
+    unit = pixels(folder)
+    wide, high = limited(width, height)
+    return wide // unit * unit, high // unit * unit
+
+
+def limited(width: int, height: int) -> tuple[int, int]:
+    scale = math.sqrt(LARGEST / (width * height))
+    return (int(width * scale), int(height * scale)) if scale < 1 else (width, height)
+
+
+@torch.no_grad()
+def encode_edit(
+    text: Flux2KleinPipeline,
+    vae: AutoencoderKLFlux2,
+    folder: Path,
+    prompt: str,
+    pictures: list[Image.Image],
+    device: torch.device,
+) -> Condition:
+    (condition,) = encode_prompts(text, [prompt], device)
+    latents = []
+    for picture in pictures:
+        wide, high = picture_size(folder, *picture.size)
+        picture = picture.resize(limited(*picture.size), Image.Resampling.LANCZOS)
+        left, top = (picture.width - wide) // 2, (picture.height - high) // 2
+        picture = picture.crop((left, top, left + wide, top + high))
+        latents.append(encode_images(vae, to_tensor(picture)[None].to(device)))
+    return parts.with_pictures(condition, latents)
+
+
+EDITING = Editing(0, 10, picture_size, encode_edit)
 
 
 # ---------------------------------------------------------------- noise levels

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from opd import flow
-from opd.families import JOINT_ATTENTION, Condition
+from opd.families import JOINT_ATTENTION, Condition, pictures_of
 from opd.families import _parts as parts
 from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
     PATCH,
@@ -31,6 +31,7 @@ from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION
 NEGATIVE = " "  # what the model's card asks for
+EDITING = None
 TOKENS = 512  # the pipeline cuts longer prompts off
 SIZE = 1024  # pixels per side; no config says so
 
@@ -75,14 +76,15 @@ def encode_prompts(text: QwenImagePipeline, prompts: list[str], device: torch.de
 
 def collate(conditions: list[Condition]) -> dict[str, Tensor | None]:
     """`embeds` (B, L, D), padded, and `mask` (B, L), true where there is text; None where there is no
-    padding."""
+    padding. And the source pictures."""
     embeds = [condition["embeds"] for condition in conditions]
     lengths = [len(embeds_LD) for embeds_LD in embeds]
     mask_BL = None
     if min(lengths) < max(lengths):
         mask_BL = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         mask_BL = mask_BL.to(embeds[0].device, non_blocking=True)
-    return {"embeds": pad_sequence(embeds, batch_first=True), "mask": mask_BL}
+    text = {"embeds": pad_sequence(embeds, batch_first=True), "mask": mask_BL}
+    return text | parts.stacked([pictures_of(condition) for condition in conditions])
 
 
 # ---------------------------------------------------------------- velocity
@@ -95,16 +97,19 @@ def velocity(
     text: dict[str, Tensor | None],
 ) -> Tensor:
     """The model's time is sigma; the network sees patches, and their place by the picture's shape."""
-    rows, columns = x_BCHW.shape[2] // PATCH, x_BCHW.shape[3] // PATCH
+    # The source pictures' tokens stand behind those of x, and their velocity is nobody's.
+    images = [x_BCHW, *pictures_of(text).values()]
+    shapes = [(1, image.shape[2] // PATCH, image.shape[3] // PATCH) for image in images]
+    tokens = [pack(image).to(text["embeds"].dtype) for image in images]
     (v_BTC,) = transformer(
-        hidden_states=pack(x_BCHW).to(text["embeds"].dtype),
+        hidden_states=torch.cat(tokens, dim=1),
         timestep=parts.time_of(sigma_B, text["embeds"].dtype),
         encoder_hidden_states=text["embeds"],
         encoder_hidden_states_mask=text["mask"],
-        img_shapes=[[(1, rows, columns)]] * len(x_BCHW),
+        img_shapes=[shapes] * len(x_BCHW),
         return_dict=False,
     )
-    return unpack(v_BTC, rows)
+    return unpack(v_BTC[:, : tokens[0].shape[1]], shapes[0][1])
 
 
 def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:

@@ -30,6 +30,7 @@ from opd.formats.hub import variant_of
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
 NEGATIVE = ""
+EDITING = None
 T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 

@@ -39,6 +39,7 @@ LORA_TARGETS = (
     "layers.*.attention.to_out.0",
 )
 NEGATIVE = ""
+EDITING = None
 TOKENS = 512  # where the pipeline cuts a prompt off
 
 

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.data import seed_of
+from opd.data import Asked, asked_of, seed_of
 from opd.files import path_of, replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
-from opd.formats.prompts import read_jsonl, require_prompt
+from opd.formats.prompts import read_jsonl, require_prompt, source_pictures
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 
@@ -22,7 +22,7 @@ CAPTION_KEYS = ("prompt", "text", "caption")
 @dataclass
 class Images:
     latents: Tensor  # (N, C, H, W), scaled as the transformer sees them
-    captions: list[str]
+    captions: list[Asked]
     log_shift: float  # mean of logit(sigma) in training: log of the family's shift
 
     def of_step(self, count: int, seed: int, step: int) -> list[int]:
@@ -43,6 +43,10 @@ def load_images(source: str, model) -> Images:
     """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once."""
     folder = path_of(source)
     captions, rows = read_metadata(folder)
+    sources = [
+        source_pictures(row, folder, f"{folder}/metadata.jsonl, row {n}") for n, row in enumerate(rows)
+    ]
+    captions = [asked_of(*pair) for pair in zip(captions, sources, strict=True)]
     log_shift = model.family.log_shift(model.folder, model.shape)
     if (folder / "latents.safetensors").is_file():
         latents = read_latents(folder / "latents.safetensors", (len(rows), *model.shape))

@@ -1,14 +1,16 @@
 """Pictures: files, tensors, and labelled grids of them."""
 
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from opd.data import Prompt
 from opd.files import reading, replace
 
 # Of a grid, in pixels.
@@ -16,12 +18,25 @@ FONT = ImageFont.load_default(14)
 LINE = 18  # height of a line of text
 GAP = 4  # between images
 CELL = 120  # least size of an image
+MOST_PIXELS = 10**8  # of a source picture: 300 MB
 
 
 def read_image(file: Path) -> Image.Image:
-    """RGB. ValueError naming a file that is no picture."""
+    """RGB, upright. ValueError naming a file that is no picture."""
     with reading(f"image {str(file)!r}"):
-        return Image.open(file).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+
+
+@cache
+def size_of_image(path: str) -> tuple[int, int]:
+    """(width, height) by the file's header. ValueError for a film, and for what would fill the memory."""
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"it has {image.n_frames} frames; save one of them as a picture of its own")
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it is {image.width} x {image.height}; make it smaller than 100 megapixels")
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # a camera held upright
+        return image.size[::-1] if turned else image.size
 
 
 def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
@@ -39,6 +54,21 @@ def to_pil(image_3HW: torch.Tensor, pixels: int) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(rearrange(bytes_3HW, "c h w -> h w c").numpy()))
     factor = max(1, -(-pixels // image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def source_row(prompts: list[Prompt], pixels: tuple[int, int]) -> dict[str, list[torch.Tensor]]:
+    """The row of a grid with each prompt's source pictures side by side, in cells of (height, width) pixels;
+    {} where none has any."""
+    if not any(prompt.pictures for prompt in prompts):
+        return {}
+    height, width = pixels
+    cells = []
+    for prompt in prompts:
+        cell, share = Image.new("RGB", (width, height), "white"), width // max(1, len(prompt.pictures))
+        for place, path in enumerate(prompt.pictures):
+            cell.paste(ImageOps.contain(read_image(Path(path)), (share, height)), (place * share, 0))
+        cells.append(to_tensor(cell))
+    return {"source": cells}
 
 
 def labelled_grid(

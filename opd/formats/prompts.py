@@ -16,8 +16,9 @@ LONGEST = 20_000
 def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     """Read `.txt` (one prompt per line), `.jsonl` (objects with "prompt") or `.csv` (column prompt).
 
-    A "task" field or column overrides `task` and must be among `tasks` (None: any); every other field becomes
-    metadata. FileNotFoundError / ValueError name the file, the line and the fix.
+    A "task" field or column overrides `task` and must be among `tasks` (None: any). "image" names a source
+    picture, or in JSON a list of them, seen from the file's folder. Every other field becomes metadata.
+    FileNotFoundError / ValueError name the file, the line and the fix.
     """
     file = resolve(path)
     if not file.is_file():
@@ -36,10 +37,29 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
                 f"{path}:{number}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
                 "(add TASK=FILE to --prompts, or correct the line)"
             )
-        prompts.append(Prompt(text.strip(), own_task, row, f"{path}:{number}"))
+        pictures = source_pictures(row, file.parent, f"{path}:{number}")
+        prompts.append(Prompt(text.strip(), own_task, row, f"{path}:{number}", pictures))
     if not prompts:
         raise ValueError(f"prompts {path!r}: the file holds no prompt")
     return prompts
+
+
+def source_pictures(row: dict, folder: Path, where: str) -> tuple[str, ...]:
+    """The paths under "image", seen from `folder`; they become "source", where rewards find them."""
+    given = row.pop("image", None) or []
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{where}: "image" is {given!r:.60}; expected a path or a list of paths')
+    paths = [str((folder / name).resolve()) for name in names]
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{where}: no source picture {path!r}; paths are seen from {folder}")
+    if paths and "source" in row:
+        taken = '"source" is where rewards find the pictures of "image"'
+        raise ValueError(f"{where}: {taken}; give this field another name")
+    if paths:
+        row["source"] = paths
+    return tuple(paths)
 
 
 def require_prompt(text: str, where: str) -> None:

@@ -23,6 +23,7 @@ from opd.data import micro_batches
 from opd.families import Condition
 from opd.families._parts import children_of, with_fused_norms
 from opd.files import read_json, resolve
+from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import Whole, read_teachers
 from opd.lora import STUDENT, Lora
 from opd.model import Model
@@ -76,11 +77,27 @@ def predict_run(cfg: RunConfig, model: Model, teachers: int) -> dict[str, int]:
     config = read_json(model.folder / "vae" / "config.json")
     with torch.device("meta"):
         vae = getattr(diffusers, config["_class_name"]).from_config(config)
-    text = model.family.text_shapes(model.folder, cfg.t5)
+    text = model.family.text_shapes(model.folder, cfg.t5) | picture_shapes(cfg, model)
     pixels = prod(model.pixels)
     images = min(max(cfg.micro_batch, SHOWN), max(1, model.decode_pixels // pixels))
     parts = predict(cfg, model, text, teachers, ranks.declared_world())
     return parts | {"vae": 4 * numbers(vae.parameters()), "decoding": decoding(model, vae, images)}
+
+
+def picture_shapes(cfg: RunConfig, model: Model) -> dict[str, tuple[int, ...]]:
+    """Of the latents of those source pictures that take the most tokens, in the prompt files on this disk."""
+    if model.family.EDITING is None or not isinstance(cfg, Rollout):
+        return {}
+    found = {task: path for task, path in cfg.prompts.items() if resolve(path).is_file()}
+    asked = [prompt.asked for pool in load_tasks(found).values() for prompt in pool]
+    model.conditioning.check(asked)
+    most = {}
+    for shape in set(model.shapes(asked).values()) - {""}:
+        sizes = [map(int, size.split("x")) for size in shape.split("+")]
+        latents = [model.family.latent_shape(model.folder, height, width) for width, height in sizes]
+        if sum(map(prod, latents)) > sum(map(prod, most.values())):
+            most = {f"picture{k}": latent for k, latent in enumerate(latents)}
+    return most
 
 
 def predict(

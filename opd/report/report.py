@@ -9,14 +9,14 @@ from torch import Tensor
 
 from opd import ranks, routing, signals
 from opd.config import DistillationConfig, Rollout, RunConfig, SFTConfig
-from opd.data import Prompt, fair_sample
+from opd.data import Asked, Edit, Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
 from opd.evaluation.statistics import ALL, labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
-from opd.formats.pictures import labelled_grid, save_image
+from opd.formats.pictures import labelled_grid, save_image, source_row
 from opd.formats.prompts import load_prompts, load_tasks
 from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
@@ -49,7 +49,7 @@ class Report:
         if folder.active:
             self.tracker = Tracker(cfg, folder.path)
         self.shown = grid_prompts(cfg, data)
-        self.texts = [prompt.text for pool in self.shown.values() for prompt in pool]
+        self.prompts = [prompt for pool in self.shown.values() for prompt in pool]
         self.measured, self.teachers = {}, {}
         """Task -> the prompts that distances are measured on; the teachers there, by name."""
         if isinstance(cfg, DistillationConfig):
@@ -127,14 +127,14 @@ class Report:
         """The rows above the student's in every grid, made for the first one: label -> pictures and marks of
         the base, and of each prompt's teacher (of several, the one that counts most) at the guidance that it
         teaches with."""
-        cfg, everything = self.cfg, range(len(self.texts))
+        cfg, everything = self.cfg, range(len(self.prompts))
         if cfg.full:
             return {}
         guidance = cfg.deployed_guidance()
         rows = {f"base\nguidance {guidance:g}": self.pictures(BASE, guidance, list(everything))}
         if isinstance(cfg, DistillationConfig):
             taught = []
-            for prompt in (prompt for pool in self.shown.values() for prompt in pool):
+            for prompt in self.prompts:
                 shares = {"": 1.0}  # a prompt of no task has no teacher, and a white picture in its place
                 if prompt.task in cfg.prompts or "route" in prompt.metadata:
                     shares = routing.shares(route_of(cfg, prompt), "route")
@@ -157,8 +157,8 @@ class Report:
         model = self.model
         if adapter in model.teachers:  # it has a transformer of its own
             model, adapter = model.teachers[adapter], BASE
-        texts = [self.texts[column] for column in columns]
-        return list(model.images(adapter, texts, columns, Sampling(self.cfg.eval_steps, 0, guidance)))
+        asked = [self.prompts[column].asked for column in columns]
+        return list(model.images(adapter, asked, columns, Sampling(self.cfg.eval_steps, 0, guidance)))
 
     def marks(self, images: list[Tensor]) -> list[str]:
         """What the first scorer of each prompt's task says of its picture, if rank 0 asks it; "" where none
@@ -181,13 +181,14 @@ class Report:
         """The student's pictures under those of the base and of the teachers."""
         guidance = self.cfg.deployed_guidance()
         with trained.averaged():
-            mine = self.pictures(trained.model.trained, guidance, list(range(len(self.texts))))
+            mine = self.pictures(trained.model.trained, guidance, list(range(len(self.prompts))))
         label = f"student, step {done}\nguidance {guidance:g}"
         rows = self.above | {label: (mine, self.marks(mine))}
         if self.folder.active:
             images = {name: pictures for name, (pictures, _) in rows.items()}
             notes = {name: marks for name, (_, marks) in rows.items()}
-            grid = labelled_grid(images, self.texts, notes=notes)
+            sources = source_row(self.prompts, self.model.pixels)
+            grid = labelled_grid(sources | images, [prompt.text for prompt in self.prompts], notes=notes)
             save_image(grid, self.grid_file(done))
             self.tracker.picture("samples", grid, done)
 
@@ -281,8 +282,9 @@ def grid_prompts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> dict
         tasks = dict.fromkeys(prompt.task for prompt in prompts)
         return {task: [prompt for prompt in prompts if prompt.task == task] for task in tasks}
     if isinstance(data, Images):
-        captions = list(dict.fromkeys(data.captions))[:SHOWN]
-        return {"captions": [Prompt(caption, "captions") for caption in captions]}
+        captions = [asked if isinstance(asked, Edit) else Edit(asked, ()) for asked in data.captions]
+        shown = list(dict.fromkeys(captions))[:SHOWN]
+        return {"captions": [Prompt(text, "captions", pictures=pictures) for text, pictures in shown]}
     return shown_prompts(cfg, data)
 
 
@@ -309,15 +311,15 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
     return {split: pools for split, pools in found.items() if pools}
 
 
-def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[str]:
-    """Every text that a report will need: those of the grids and, where the run is scored, of the table."""
+def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[Asked]:
+    """All that a report will ask: those of the grids and, where the run is scored, of the table."""
     pools = list(grid_prompts(cfg, data).values())
     if isinstance(cfg, DistillationConfig):
         pools += shown_prompts(cfg, data).values()
-    texts = [prompt.text for pool in pools for prompt in pool]
+    texts = [prompt.asked for pool in pools for prompt in pool]
     if is_scored(cfg):
         count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
         for pools in splits(cfg, data).values():
             for pool in pools.values():
-                texts += [prompt.text for _, prompt in fair_sample(pool, count)]
+                texts += [prompt.asked for _, prompt in fair_sample(pool, count)]
     return texts

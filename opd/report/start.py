@@ -1,15 +1,18 @@
 """What a run says of itself before its first step, and how far its student is from the teachers."""
 
+from collections.abc import Iterator
+
 import torch
 
 from opd import lora, ranks, routing, signals
 from opd.config import DistillationConfig, NFTConfig, RewardedConfig, Rollout, RunConfig
-from opd.data import Prompt, seed_of
+from opd.data import Prompt, alike, seed_of
 from opd.formats.latents import Images
 from opd.lora import BASE, START
 from opd.model import Model
 from opd.optim import Trained
 from opd.teachers import Teacher, mean_velocity, route_of, teacher_names
+from opd.trajectory import State
 
 SHOWN = 9
 """Prompts of a sample grid, over all tasks."""
@@ -74,23 +77,39 @@ def distances(
     found = {}
     path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, ("distances", "noise"))
     for task, pool in pools.items():
-        prompts = [prompt.text for prompt in pool]
-        text, names = model.text(prompts), list(teachers)
-        weights_BK = routing.rows([route_of(cfg, prompt) for prompt in pool], names).to(model.device)
         near = far = 0.0
-        for state in model.walk(path, seed_of("distances", task), list(range(len(prompts)))):
-            signals.boundary()
-            targets = []
-            for k, name in enumerate(names):
-                asked = bool((weights_BK[:, k] > 0).any())
-                targets.append(teachers[name](state.x, state.sigma_B, prompts) if asked else None)
-            target, v = mean_velocity(targets, weights_BK), {}
-            for adapter in (model.trained, BASE, START):
-                with lora.use(model.transformer, adapter):
-                    v[adapter] = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-            near += float((v[model.trained] - target).square().sum())
-            far += float((v[BASE] - target).square().sum())
-            state.step(v[START])
+        for numbers in alike(model.shapes([prompt.asked for prompt in pool])):
+            walk = model.walk(path, seed_of("distances", task), numbers)
+            more = squared_distances(cfg, model, teachers, [pool[n] for n in numbers], walk)
+            near, far = near + more[0], far + more[1]
         if far > 0:
             found[task] = 100 * (near / far) ** 0.5
     return found
+
+
+def squared_distances(
+    cfg: DistillationConfig,
+    model: Model,
+    teachers: dict[str, Teacher],
+    pool: list[Prompt],
+    walk: Iterator[State],
+) -> tuple[float, float]:
+    """Sums over the walk's states of |v - v_T|^2 for student and base."""
+    prompts = [prompt.asked for prompt in pool]
+    text, names = model.text(prompts), list(teachers)
+    weights_BK = routing.rows([route_of(cfg, prompt) for prompt in pool], names).to(model.device)
+    near = far = 0.0
+    for state in walk:
+        signals.boundary()
+        targets = []
+        for k, name in enumerate(names):
+            asked = bool((weights_BK[:, k] > 0).any())
+            targets.append(teachers[name](state.x, state.sigma_B, prompts) if asked else None)
+        target, v = mean_velocity(targets, weights_BK), {}
+        for adapter in (model.trained, BASE, START):
+            with lora.use(model.transformer, adapter):
+                v[adapter] = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
+        near += float((v[model.trained] - target).square().sum())
+        far += float((v[BASE] - target).square().sum())
+        state.step(v[START])
+    return near, far

@@ -38,7 +38,7 @@ def iteration(stage, step: int) -> tuple[dict, float]:
     )
     parts = []
     for part in range(cfg.updates):
-        batches = batches_of_part(cfg, prompts, part)
+        batches = batches_of_part(cfg, prompts, part, stage.model)
         parts.append([stage.sample(batch, task, prompts, step) for task, batch in batches])
     rolled = time.perf_counter()
 
@@ -56,7 +56,9 @@ def iteration(stage, step: int) -> tuple[dict, float]:
     return metrics, norm
 
 
-def batches_of_part(cfg: RewardedConfig, prompts: list[Prompt], part: int) -> list[tuple[str, MicroBatch]]:
+def batches_of_part(
+    cfg: RewardedConfig, prompts: list[Prompt], part: int, model: Model
+) -> list[tuple[str, MicroBatch]]:
     """(task, micro-batch of this rank) for one of the `updates` parts of a step's samples: task after task,
     since each has its reward, in as many micro-batches on every rank."""
     samples = cfg.samples_per_step() // cfg.updates
@@ -65,8 +67,9 @@ def batches_of_part(cfg: RewardedConfig, prompts: list[Prompt], part: int) -> li
         task = prompts[n // cfg.group].task
         by_task.setdefault(task, {})[n] = task
     batches = []
+    shapes = model.shapes([prompt.asked for prompt in prompts], cfg.group)
     for task, mine in by_task.items():
-        for batch in micro_batches(mine, cfg.micro_batch, ranks.world(), ranks.rank()):
+        for batch in micro_batches(mine, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
             batches.append((task, batch))
     return batches
 

@@ -1,0 +1,76 @@
+"""The FLUX.1-Kontext family: FluxKontextPipeline, which edits one source picture, or paints without one.
+`CONTRACT` says what each name is for; all but the pictures is FLUX.1's.
+
+A Condition of a prompt with a picture holds `picture0` (C, H, W) beside FLUX.1's text.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxKontextPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image
+
+from opd.families import Condition, Editing
+from opd.families import _parts as parts
+from opd.families._parts import PATCH
+from opd.families.flux import (  # noqa: F401 (the contract's)
+    LORA_TARGETS,
+    NEGATIVE,
+    arguments,
+    blocks,
+    collate,
+    convert_lora,
+    decode,
+    default_resolution,
+    encode_images,
+    encode_prompts,
+    guide,
+    latent_shape,
+    load_transformer,
+    load_vae,
+    log_shift,
+    pixels,
+    sigmas,
+    skeleton,
+    text_shapes,
+    velocity,
+)
+from opd.formats.pictures import to_tensor
+
+PIPELINE = "FluxKontextPipeline"
+
+
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> FluxKontextPipeline:
+    """A pipeline that can only encode prompts. ValueError for `t5=False`: all of its tokens are T5's."""
+    if not t5:
+        raise ValueError("--no-t5: FLUX.1 reads its prompts with T5 and cannot do without")
+    return parts.load_text(FluxKontextPipeline, folder, dtype, device, t5)
+
+
+def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
+    """The one of the sizes that Kontext was trained on that is nearest in shape, in whole patches."""
+    preferred = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    _, wide, high = min((abs(width / height - w / h), w, h) for w, h in preferred)
+    unit = PATCH * pixels(folder)
+    return wide // unit * unit, high // unit * unit
+
+
+@torch.no_grad()
+def encode_edit(
+    text: FluxKontextPipeline,
+    vae: AutoencoderKL,
+    folder: Path,
+    prompt: str,
+    pictures: list[Image.Image],
+    device: torch.device,
+) -> Condition:
+    (condition,) = encode_prompts(text, [prompt], device)
+    resized = [
+        picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS) for picture in pictures
+    ]
+    latents = [encode_images(vae, to_tensor(picture)[None].to(device)) for picture in resized]
+    return parts.with_pictures(condition, latents)
+
+
+EDITING = Editing(0, 1, picture_size, encode_edit)

@@ -1,0 +1,85 @@
+"""The Qwen-Image-Edit family: QwenImageEditPlusPipeline, which edits one to three source pictures. `CONTRACT`
+says what each name is for; all but the prompts is Qwen-Image's.
+
+Its text encoder looks at the pictures too, with the prompt and without, so a Condition holds `embeds` and
+`negative_embeds` (L_b, D) beside `picture0`, ... (C, H, W).
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as theirs
+from PIL import Image
+
+from opd.families import Condition, Editing
+from opd.families import _parts as parts
+from opd.families.qwen_image import (  # noqa: F401 (the contract's)
+    LORA_TARGETS,
+    NEGATIVE,
+    arguments,
+    blocks,
+    collate,
+    convert_lora,
+    decode,
+    default_resolution,
+    encode_images,
+    guide,
+    latent_shape,
+    load_transformer,
+    load_vae,
+    log_shift,
+    pixels,
+    sigmas,
+    skeleton,
+    velocity,
+)
+from opd.formats.pictures import to_tensor
+
+PIPELINE = "QwenImageEditPlusPipeline"
+MOST = 3  # what the model was trained with
+TOKENS = 1024  # of a prompt and what the encoder sees of a picture, about; nothing is cut off
+
+load_text = partial(parts.load_text, QwenImageEditPlusPipeline)
+
+
+def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
+    return {"embeds": (TOKENS, parts.transformer_config(folder)["joint_attention_dim"])}
+
+
+@torch.no_grad()
+def encode_prompts(
+    text: QwenImageEditPlusPipeline, prompts: list[str], device: torch.device
+) -> list[Condition]:
+    """Of prompts without a picture."""
+    return [{"embeds": text.encode_prompt([prompt], device=device)[0][0]} for prompt in prompts]
+
+
+def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
+    """About a megapixel of the same shape, in multiples of 32."""
+    return theirs.calculate_dimensions(theirs.VAE_IMAGE_SIZE, width / height)
+
+
+@torch.no_grad()
+def encode_edit(
+    text: QwenImageEditPlusPipeline,
+    vae: AutoencoderKLQwenImage,
+    folder: Path,
+    prompt: str,
+    pictures: list[Image.Image],
+    device: torch.device,
+) -> Condition:
+    seen, latents = [], []
+    for picture in pictures:
+        small = theirs.calculate_dimensions(theirs.CONDITION_IMAGE_SIZE, picture.width / picture.height)
+        seen.append(picture.resize(small, Image.Resampling.LANCZOS))
+        large = picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS)
+        latents.append(encode_images(vae, to_tensor(large)[None].to(device)))
+    condition = {}
+    for name, words in (("embeds", prompt), ("negative_embeds", NEGATIVE)):
+        (condition[name],), _ = text.encode_prompt([words], image=seen, device=device)
+    return parts.with_pictures(condition, latents)
+
+
+EDITING = Editing(1, MOST, picture_size, encode_edit)
