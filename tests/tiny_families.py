@@ -17,12 +17,12 @@ ONE_OF_EACH = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1}
 DYNAMIC = {"use_dynamic_shifting": True}
 
 
-def make_flux(folder: Path) -> Path:
+def make_flux(folder: Path, kind: type = diffusers.FluxPipeline) -> Path:
     """4x4x4 latents, one double and one single block, told its guidance."""
     torch.manual_seed(0)
     t5, t5_tokenizer = tiny.make_t5(WIDTH)
     tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
-    diffusers.FluxPipeline(
+    kind(
         transformer=diffusers.FluxTransformer2DModel(
             **ONE_OF_EACH,
             **HEADS,
@@ -39,6 +39,10 @@ def make_flux(folder: Path) -> Path:
         tokenizer_2=t5_tokenizer,
     ).save_pretrained(folder)
     return folder
+
+
+def make_flux_kontext(folder: Path) -> Path:
+    return make_flux(folder, diffusers.FluxKontextPipeline)
 
 
 def make_flux2(folder: Path) -> Path:
@@ -65,7 +69,14 @@ def make_flux2(folder: Path) -> Path:
     return folder
 
 
-def make_qwen_image(folder: Path) -> Path:
+def make_qwen_image_edit(folder: Path) -> Path:
+    """The same with a text encoder that looks at pictures, in patches of 28 pixels."""
+    return make_qwen_image(folder, diffusers.QwenImageEditPlusPipeline, with_processor=True)
+
+
+def make_qwen_image(
+    folder: Path, kind: type = diffusers.QwenImagePipeline, with_processor: bool = False
+) -> Path:
     """4x4x4 latents, each channel with a mean and a spread of its own, two blocks."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
@@ -74,12 +85,16 @@ def make_qwen_image(folder: Path) -> Path:
     stages = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1}
     spread = {"latents_mean": [-0.7, 0.1, 0.9, 0.4], "latents_std": [2.8, 1.4, 2.3, 0.8]}
     vae = diffusers.AutoencoderKLQwenImage(temperal_downsample=[False], **stages, **spread)
-    diffusers.QwenImagePipeline(
+    eyes = {}
+    if with_processor:
+        eyes = {"processor": PictureProcessor(transformers.Qwen2VLImageProcessor(), tokenizer)}
+    kind(
         transformer=transformer,
         vae=vae.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC, shift_terminal=0.02),
         text_encoder=make_qwen25(tokenizer),
         tokenizer=tokenizer,
+        **eyes,
     ).save_pretrained(folder)
     return folder
 
@@ -104,6 +119,20 @@ def make_z_image(folder: Path) -> Path:
     return folder
 
 
+class PictureProcessor(transformers.Qwen2VLProcessor):
+    """Without its processor of films, which needs torchvision and is never asked here."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = None
+        transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+# As a pipeline's model_index.json names it.
+PictureProcessor.__name__, PictureProcessor.__module__ = "Qwen2VLProcessor", "transformers"
+
+
 CHAT = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -116,6 +145,7 @@ def make_tokenizer() -> transformers.Qwen2Tokenizer:
     """A token per byte. With its chat template a prompt of 13 letters is 32 tokens, which is where the
     transformer of Z-Image begins to pad short texts of a batch and to mask the padding."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = transformers.Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
@@ -154,5 +184,7 @@ def make_qwen25(tokenizer) -> transformers.Qwen2_5_VLForConditionalGeneration:
     text = sizes(tokenizer, layers=2, inner=WIDTH) | shape | {"rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2}
     vision |= {"out_hidden_size": WIDTH}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    marks = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
