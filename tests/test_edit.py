@@ -1,5 +1,8 @@
 """Families that edit source pictures, against diffusers' own pipelines called with `image`."""
 
+import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,15 +16,23 @@ from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
+import sample
+import train
 from opd import kernels, lora
 from opd.cli import in_pixels
 from opd.data import Edit, seed_of
-from opd.families import family_of, flux, flux2, flux_kontext, qwen_image_edit
+from opd.evaluation import evaluate
+from opd.families import family_of, flux, flux2, flux_kontext, pictures_of, qwen_image_edit
+from opd.formats import pictures as opd_pictures
+from opd.formats.pictures import read_image, size_of_image, to_tensor
+from opd.formats.prompts import load_prompts
 from opd.model import Model, Sampling
-from tests import tiny_families
+from opd.report import memory
+from tests import forked, tiny, tiny_families
 from tests.test_families import packed, unpacked_flux, unpacked_flux2, unpacked_qwen
 
 CPU = torch.device("cpu")
+WEIGHTS = "student/adapter_model.safetensors"
 SIZE = (8, 12)  # height, width of what is painted
 LANDSCAPE, PORTRAIT = (100, 70), (64, 96)
 
@@ -169,3 +180,207 @@ def test_in_bfloat16_too(case):
         with torch.no_grad():
             v = model.velocity(x.float(), sigma.expand(1), model.text([prompt]), 1.0)
         assert (v - velocity.float()).abs().max() < 2**-7 * velocity.abs().max()
+
+
+def test_an_adapter_is_what_it_is_to_the_pipeline(case, tmp_path):
+    prompt = prompts_of(case)[0]
+    file = tiny.save(tiny.random_lora(case.pipeline, seed=7, family=case.family), tmp_path / "adapter")
+    model = ours(case, [prompt])
+    lora.attach(model.transformer, "mine", model.read_lora(str(file)), torch.float32)
+    steps, _ = theirs(case, start(model, 5), prompt, 1.0, adapter=file)
+    for x, sigma, velocity in steps:
+        with torch.no_grad(), lora.use(model.transformer, "mine"):
+            v = model.velocity(x, sigma.expand(1), model.text([prompt]), 1.0)
+        assert (v - velocity).abs().max() < 1e-5
+        with torch.no_grad():
+            assert (model.velocity(x, sigma.expand(1), model.text([prompt]), 1.0) - v).abs().max() > 1e-2
+
+
+# ---- runs: one mixes painting and editing, where the family can both ----
+
+
+@pytest.fixture(scope="module")
+def world(case):
+    """Task blue edits: pictures of two shapes, one prompt with as many as the family takes. Task red paints,
+    or edits where the family does nothing else."""
+    folder = tiny.furnish(case.pipeline.parent, case.family)
+    one, other, most = case.paths[:1], case.paths[1:], case.paths[: case.fixture.most]
+    rows = {"blue": {"a blue dot": one, "make it blue": other, "as both": most}}
+    rows["red"] = dict.fromkeys(["a red dot", "redder"], one if case.family.EDITING.fewest else [])
+    for task, prompts in rows.items():
+        lines = [{"prompt": text, "image": [Path(p).name for p in paths]} for text, paths in prompts.items()]
+        (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def settings(world: Path, out: Path) -> dict:
+    prompts = {task: str(world / f"{task}.jsonl") for task in ("red", "blue")}
+    return {"prompts": prompts, "resolution": in_pixels(*SIZE), "out": str(out), "prompts_per_step": 6}
+
+
+def test_a_step_pulls_the_student_to_the_teachers_of_both_tasks(world, tmp_path):
+    """The gradient does not hang on how samples are cut into micro-batches, of which none has two shapes of
+    pictures. The same step once more has a smaller loss."""
+    gradients = []
+    for micro_batch in (1, 8):
+        cfg = tiny.config(world, micro_batch=micro_batch, guidance=2.0, **settings(world, tmp_path))
+        *_, trained, stage = tiny.build(cfg)
+        stage.accumulate(stage.plan(0))
+        # The last block's text stream moves no picture.
+        used = [p.grad.flatten().clone() for p in trained.parameters.values() if p.grad is not None]
+        gradients.append(torch.cat(used))
+    assert tiny.distance(*gradients) < 1e-4
+    trained.update(0)
+    first, second = stage.step(1)[0]["loss"], stage.step(1)[0]["loss"]
+    assert 0 < second < first
+
+
+@pytest.mark.parametrize("stage", [tiny.grpo_config, tiny.nft_config])
+def test_rewards_that_see_the_source_move_the_policy(stage, case, world, tmp_path):
+    changes = settings(world, tmp_path / "run")
+    if case.family.EDITING.fewest == 0:
+        changes["prompts"].pop("red")
+    rewards = dict.fromkeys(changes["prompts"], "tests.test_edit:like_the_source")
+    folder, model, *_ = tiny.run(stage(world, beta=0.1, train_rewards=rewards, sample_every=2, **changes))
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in folder.metrics())
+    prompts, sampling = prompts_of(case), Sampling(3, 4, 1.0)
+    trained, base = (model.images(name, prompts, [0, 1, 2], sampling) for name in (model.trained, lora.BASE))
+    assert (trained - base).abs().max() > 1e-3
+    assert (tmp_path / "run" / "samples" / "000002.png").is_file()
+
+
+def like_the_source(images_BCHW, prompts, metadata):
+    sources = [Image.open(row["source"][0]).resize((1, 1)) for row in metadata]
+    wanted_B3 = torch.tensor([source.getpixel((0, 0)) for source in sources]) / 255
+    return -(images_BCHW.mean((2, 3)) - wanted_B3).abs().mean(1)
+
+
+def main():
+    """train.py with the small constants of the family that the environment names."""
+    for module, name, value in FIXTURES[os.environ["FAMILY"]].constants:
+        setattr(module, name, value)
+    train.main()
+
+
+def test_a_killed_run_and_two_ranks_are_one_rank(case, world, tmp_path):
+    """To the same bits after a kill; on two ranks up to rounding, the second step with sharded weights."""
+    row = case.family.__name__.split(".")[-1]
+
+    def command(out: Path, **changes) -> list[str]:
+        once = {"steps": 2, "iterations": 2, "save_every": 1}
+        return forked.command_line(tiny.config(world, **settings(world, out) | once | changes))
+
+    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
+    run = forked.main("tests.test_edit", tmp_path / "log", command(whole), FAMILY=row)
+    assert run.ended() == 0, run.printed()
+    run = forked.main("tests.test_edit", tmp_path / "log", command(killed, iterations=1), FAMILY=row)
+    assert run.ended() == 0, run.printed()
+    run = forked.main("tests.test_edit", tmp_path / "log", command(killed), FAMILY=row)
+    assert run.ended() == 0, run.printed()
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    for iterations, shard_size in ((1, 1), (2, 2)):
+        given = command(two, iterations=iterations, shard_size=shard_size, micro_batch=2)
+        runs = forked.ranks(tmp_path / str(shard_size), 2, given, module="tests.test_edit", FAMILY=row)
+        forked.finished(runs)
+    assert forked.losses(two) == pytest.approx(forked.losses(whole), rel=1e-4)
+
+
+def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
+    """A picture by sample.py is the model's own, the grid has a row of sources, and records keep the path."""
+    prompt = prompts_of(case)[0]
+    how = [
+        "--model",
+        str(case.pipeline),
+        "--resolution",
+        in_pixels(*SIZE),
+        "--dtype",
+        "float32",
+        "--steps",
+        "3",
+    ]
+    sample.main(
+        [*how, "--prompts", prompt.text, "--image", *prompt.pictures, "--adapters", "--out", str(tmp_path)]
+    )
+    (expected,) = ours(case, [prompt]).images(lora.BASE, [prompt], [0], Sampling(3, 0, 1.0))
+    (file,) = tmp_path.glob("a-red-dot.0.base.png")
+    assert (to_tensor(read_image(file)) - expected).abs().max() < 1 / 255
+    assert "2 rows" in capsys.readouterr().out
+
+    records = tmp_path / "records"
+    tasks = ["--prompts", f"blue={world / 'blue.jsonl'}", "--heldout", "--count", "3"]
+    scorers = ["--rewards", "blue=tests.test_edit:like_the_source", "--records", str(records)]
+    evaluate.main([*how, *tasks, *scorers])
+    lines = [json.loads(line) for line in (records / "records.jsonl").read_text().splitlines()]
+    assert {tuple(line["pictures"]) for line in lines} == {
+        tuple(case.paths[:1]),
+        tuple(case.paths[1:]),
+        tuple(case.paths[: case.fixture.most]),
+    }
+    assert all(line["scores"]["tests.test_edit:like_the_source"] < 0 for line in lines)
+
+
+def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path):
+    cfg = tiny.config(world, **settings(world, tmp_path))
+    model = Model.plan(str(case.pipeline), "float32", in_pixels(*SIZE), CPU, True)
+    shapes = memory.picture_shapes(cfg, model)
+    model.prepare(prompts_of(case))
+    latents = [pictures_of(condition).values() for condition in model.text(prompts_of(case))]
+    assert sum(map(math.prod, shapes.values())) == max(sum(x.numel() for x in own) for own in latents)
+    text = case.family.text_shapes(case.pipeline, True)
+    few, many = (memory.activations(cfg, model, own, 1) for own in (text, text | shapes))
+    assert many > 1.2 * few
+
+
+# ---- what is refused, before weights load ----
+
+
+def refusal(pipeline: Path, folder: Path, images: list[str]) -> str:
+    """What a prompt with these source pictures is refused with."""
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "redder", "image": images}))
+    model = Model.plan(str(pipeline), "float32", in_pixels(*SIZE), CPU, True)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        model.prepare([p.asked for p in load_prompts(str(folder / "prompts.jsonl"), "t", None)])
+    assert model.transformer is None and not model.conditioning.kept
+    return str(error.value)
+
+
+def test_pictures_that_nobody_can_read_are_refused(case, tmp_path, monkeypatch):
+    Image.new("RGB", (80, 80)).save(
+        tmp_path / "film.gif", save_all=True, append_images=[Image.new("RGB", (80, 80), 1)]
+    )
+    (tmp_path / "words.png").write_text("no picture")
+    Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
+    assert "prompts.jsonl:1: no source picture" in refusal(case.pipeline, tmp_path, ["none.png"])
+    assert "film.gif': it has 2 frames" in refusal(case.pipeline, tmp_path, ["film.gif"])
+    assert "words.png': cannot be read" in refusal(case.pipeline, tmp_path, ["words.png"])
+    monkeypatch.setattr(opd_pictures, "MOST_PIXELS", 6399)
+    assert "large.png': it is 80 x 80; make it smaller" in refusal(case.pipeline, tmp_path, ["large.png"])
+    too_many = refusal(case.pipeline, tmp_path, ["large.png"] * 11)
+    assert f"'redder' has 11 source pictures; {case.family.PIPELINE} takes" in too_many
+
+
+def test_a_prompt_that_does_not_fit_the_pipeline_is_refused(case, tmp_path):
+    Image.new("RGB", (80, 80)).save(tmp_path / "a.png")
+    Image.new("RGB", (640, 64)).save(tmp_path / "long.png")
+    text_alone = tiny.make_pipeline(tmp_path / "sd3")
+    assert "StableDiffusion3Pipeline reads text alone" in refusal(text_alone, tmp_path, ["a.png"])
+    if case.family.EDITING.fewest:
+        assert "'redder' has 0 source pictures" in refusal(case.pipeline, tmp_path, [])
+    if case.family is flux2:
+        assert "640 x 64 pixels; give it sides" in refusal(case.pipeline, tmp_path, ["long.png"])
+
+
+@pytest.mark.parametrize(
+    "image, reason", [(3, "expected a path or a list"), ([1], "expected a path or a list")]
+)
+def test_a_field_image_that_is_no_path_is_refused(image, reason, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "image": image}))
+    with pytest.raises(ValueError, match=f"p.jsonl:1: .*{reason}"):
+        load_prompts(str(tmp_path / "p.jsonl"), "t", None)
+
+
+def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == size_of_image(str(tmp_path / "a.jpg")) == (20, 30)

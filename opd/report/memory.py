@@ -92,7 +92,7 @@ def picture_shapes(cfg: RunConfig, model: Model) -> dict[str, tuple[int, ...]]:
     asked = [prompt.asked for pool in load_tasks(found).values() for prompt in pool]
     model.conditioning.check(asked)
     most = {}
-    for shape in set(model.shapes(asked).values()) - {""}:
+    for shape in dict.fromkeys(filter(None, model.shapes(asked).values())):
         sizes = [map(int, size.split("x")) for size in shape.split("+")]
         latents = [model.family.latent_shape(model.folder, height, width) for width, height in sizes]
         if sum(map(prod, latents)) > sum(map(prod, most.values())):

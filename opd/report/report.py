@@ -188,6 +188,7 @@ class Report:
             images = {name: pictures for name, (pictures, _) in rows.items()}
             notes = {name: marks for name, (_, marks) in rows.items()}
             sources = source_row(self.prompts, self.model.pixels)
+            notes |= {name: [""] * len(cells) for name, cells in sources.items()}
             grid = labelled_grid(sources | images, [prompt.text for prompt in self.prompts], notes=notes)
             save_image(grid, self.grid_file(done))
             self.tracker.picture("samples", grid, done)

@@ -38,9 +38,13 @@ class Scoring:
         """Wait for the scores (B,) float32 on the CPU, NaN where failed; for each failed row the reason; and
         the seconds that the calls took."""
         self._take(list(self.failures), self.call)
-        late = 0
-        for text in dict.fromkeys(self.prompts[row] for row in self.failures):
-            rows = [row for row in self.failures if self.prompts[row] == text]
+        # Edits of many pictures may share their text: what is asked is the text and what is known with it.
+        late, asked = (
+            0,
+            [(prompt, repr(known)) for prompt, known in zip(self.prompts, self.metadata, strict=True)],
+        )
+        for one in dict.fromkeys(asked[row] for row in self.failures):
+            rows = [row for row in self.failures if asked[row] == one]
             if late < MOST_LATE:
                 late += self._take(rows, self._call(rows))
             else:
