@@ -50,6 +50,7 @@ SHORT = {
     "geneval": "opd.rewards.geneval:Official",
     "geneval_strict": "opd.rewards.geneval:Strict",
     "geneval_dense": "opd.rewards.geneval:Dense",
+    "preservation": "opd.rewards.preservation:preservation",
     "pickscore": "opd.rewards.preference:PickScore",
     "clipscore": "opd.rewards.preference:ClipScore",
     "aesthetic": "opd.rewards.preference:Aesthetic",
