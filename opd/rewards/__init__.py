@@ -53,6 +53,7 @@ SHORT = {
     "preservation": "opd.rewards.preservation:preservation",
     "pickscore": "opd.rewards.preference:PickScore",
     "clipscore": "opd.rewards.preference:ClipScore",
+    "clip_direction": "opd.rewards.preference:ClipDirection",
     "aesthetic": "opd.rewards.preference:Aesthetic",
     "hpsv2": "opd.rewards.preference:HPSv2",
     "blip_vqa": "opd.rewards.blip:BlipVqa",
