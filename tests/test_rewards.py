@@ -127,7 +127,7 @@ def test_preservation_looks_where_the_mask_is_not_white(kept, tmp_path):
         kept(picture, picture, mask=str(mask_all))
 
 
-@pytest.mark.parametrize("spec", ["preservation", "clip_direction@no/clip"])
+@pytest.mark.parametrize("spec", ["preservation", "clip_direction@no/clip", "qwenvl_edit@http://no.such:1"])
 def test_a_prompt_without_a_source_picture_is_refused_by_name(spec, tmp_path):
     """Before a model loads. What a line without "image" calls its source is no picture."""
     file = tmp_path / "edits.jsonl"

@@ -60,6 +60,7 @@ SHORT = {
     "unified_reward": "opd.rewards.judge:UnifiedReward",
     "qwenvl": "opd.rewards.judge:QwenVL",
     "qwenvl_released": "opd.rewards.judge:QwenVLReleased",
+    "qwenvl_edit": "opd.rewards.judge:QwenVLEdit",
     "deqa": "opd.rewards.remote:Deqa",
     "hpsv3": "opd.rewards.remote:HPSv3",
     "imagereward": "opd.rewards.remote:ImageReward",
