@@ -155,6 +155,32 @@ def test_each_picture_gets_its_own_grade(serve):
     assert reward(pixels(1, 2, 3, 4, 5), ["a"] * 5, [{}] * 5).tolist() == [1, 2, 3, 4, 5]
 
 
+def test_an_edit_is_shown_after_its_sources_and_its_lesser_grade_counts(serve, tmp_path):
+    paths = [str(tmp_path / f"{level}.png") for level in (10, 20)]
+    for path, level in zip(paths, (10, 20), strict=True):
+        Image.new("RGB", (32, 16), (level,) * 3).save(path)
+    answers = {1: (8, 3), 2: (0, 10), 3: (11, 5)}
+    seen = []
+
+    def grade(body):
+        *shown, question = body["messages"][0]["content"]
+        pictures = [picture_of(part["image_url"]["url"]) for part in shown]
+        seen.append([(picture.getpixel((0, 0))[0], picture.size) for picture in pictures])
+        assert "The instruction was: [redder]" in question["text"]
+        success, kept = answers[pictures[-1].getpixel((0, 0))[0]]
+        said_of = "<SuccessScore>{}</SuccessScore>, <PreservationScore> {}</PreservationScore>"
+        return said(said_of.format(success, kept))
+
+    spec = f"qwenvl_edit@{serve(chat(grade)).url}/v1"
+    reward, metadata = loaded(spec), [{"source": paths}, {"source": paths[1:]}]
+    assert reward(pixels(1, 2), ["redder"] * 2, metadata).tolist() == [3, 0]
+    first, fitted = (10, (8, 4)), (20, (8, 4))
+    assert sorted(seen) == [[first, fitted, (1, (8, 8))], [fitted, (2, (8, 8))]]
+    assert "least of two grades: grade 0-10" in reward.about[spec]
+    with pytest.raises(ValueError, match="the grade 11 is not in 0-10"):
+        reward(pixels(3), ["redder"], metadata[:1])
+
+
 BAD = [
     (lambda body: None, "3 tries failed, the last: no answer within 0.25 s", 3),
     (lambda body: 404, "status 404: b'broken'", 1),

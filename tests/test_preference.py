@@ -52,6 +52,36 @@ def test_clipscore_is_the_cosine_of_each_pair_and_pickscore_scales_it(folder, im
     assert torch.allclose(scored(f"clipscore@{folder}", images_BCHW), cosine_B, atol=1e-5)
 
 
+def test_clip_direction_is_the_cosine_of_two_changes(folder, images_BCHW, tmp_path):
+    model, processor = clip_parts()
+    sources = [tmp_path / "0.png", tmp_path / "1.png"]
+    for source, image in zip(sources, images_BCHW[1:].flip(3), strict=True):
+        to_pil(image, 0).save(source)
+
+    def unit(features):  # a tensor in transformers 4
+        return F.normalize(getattr(features, "pooler_output", features), dim=1)
+
+    def of_pictures(pictures):
+        return unit(model.get_image_features(**processor.image_processor(pictures, return_tensors="pt")))
+
+    def of_texts(texts):
+        return unit(model.get_text_features(**processor.tokenizer(texts, padding=True, return_tensors="pt")))
+
+    befores, afters = PROMPTS[:2], ["a green dog", "a photo of the cat"]
+    with torch.no_grad():
+        results = of_pictures([to_pil(image, 0) for image in images_BCHW[:2]])
+        change_BD = results - of_pictures([Image.open(source) for source in sources])
+        wanted_B = F.cosine_similarity(change_BD, of_texts(afters) - of_texts(befores))
+    reward = rewards.find_reward(f"clip_direction@{folder}")
+    reward.load(CPU)
+    metadata = [
+        {"source": [str(source)], "source_caption": before, "target_caption": after}
+        for source, before, after in zip(sources, befores, afters, strict=True)
+    ]
+    scores_B = reward(images_BCHW[:2], ["redder"] * 2, metadata)
+    assert wanted_B.abs().min() > 0.02 and torch.allclose(scores_B, wanted_B, atol=1e-4)
+
+
 def test_more_pictures_than_a_batch_score_the_same(folder):
     images_BCHW, prompts = torch.rand(34, 3, 32, 32), ["a red dog"] * 34
     all_B = scored(f"clipscore@{folder}", images_BCHW, prompts)

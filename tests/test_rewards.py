@@ -9,9 +9,11 @@ import time
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from opd import rewards
 from opd.data import Prompt
+from opd.formats.pictures import to_tensor
 from opd.formats.prompts import load_prompts
 from opd.mini import rewards as mini
 from opd.rewards import jpeg
@@ -77,6 +79,71 @@ def test_a_nan_image_is_not_a_compressible_one():
     reward = rewards.find_reward("jpeg_compressibility")
     scores, failures, _ = reward.start(images, ["a", "b"], [{}, {}], 30.0).result()
     assert scores.isnan().tolist() == [False, True] and "holds a NaN" in failures[1]
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Score a picture by `preservation` against one in a file, and a mask."""
+
+    def score(picture, source, **mask):
+        path = tmp_path / f"source-{len(list(tmp_path.iterdir()))}.png"  # a new one: they are cached
+        source.save(path)
+        metadata = {"source": [str(path)]} | mask
+        return rewards.find_reward("preservation")(to_tensor(picture)[None], [""], [metadata]).item()
+
+    return score
+
+
+def half_white(size, level=0):
+    """White at the right, a grey level at the left."""
+    picture = Image.new("RGB", size, (level,) * 3)
+    picture.paste("white", (size[0] // 2, 0, *size))
+    return picture
+
+
+def test_preservation_by_closed_forms(kept):
+    noise = Image.effect_noise((96, 64), 80).convert("RGB")
+    assert kept(noise, noise) == 1
+    black, half = Image.new("RGB", (64, 64)), half_white((64, 64))
+    assert kept(half, half_white((256, 128))) == 1  # whatever the size
+    assert kept(half, half_white((64, 64), 51)) == pytest.approx(1 - 0.2 / 2 / 0.25)  # half is 0.2 off
+    assert kept(half, black) == kept(half, half.rotate(90)) == 0
+    checks = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(checks).point([(x, y) for x in range(64) for y in range(x % 2, 64, 2)], "white")
+    assert kept(checks, Image.new("RGB", (64, 64), (127, 128, 127))) > 0.98  # grain is no change
+
+
+def test_preservation_looks_where_the_mask_is_not_white(kept, tmp_path):
+    mask, left = str(tmp_path / "mask.png"), str(tmp_path / "left.png")
+    picture = half_white((60, 60))  # whose 60 columns are no multiple of the 32 cells
+    half_white((60, 60)).save(mask)
+    assert kept(picture, Image.new("RGB", (60, 60)), mask=mask) == 1
+    half_white((60, 60)).rotate(180).save(left)
+    changed = half_white((60, 60), 51)
+    assert kept(changed, half_white((60, 60)), mask=mask) == pytest.approx(1 - 0.2 / 0.25, abs=1e-5)
+    assert kept(changed, half_white((60, 60)), mask=left) == 1
+    Image.new("L", (8, 8), 255).save(mask_all := tmp_path / "all.png")
+    with pytest.raises(ValueError, match="all.png' is white all over"):
+        kept(picture, picture, mask=str(mask_all))
+
+
+@pytest.mark.parametrize("spec", ["preservation", "clip_direction@no/clip", "qwenvl_edit@http://no.such:1"])
+def test_a_prompt_without_a_source_picture_is_refused_by_name(spec, tmp_path):
+    """Before a model loads. What a line without "image" calls its source is no picture."""
+    file = tmp_path / "edits.jsonl"
+    captions = '"source_caption": "a cat", "target_caption": "a dog"'
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    starts = ['"prompt": "redder", "image": "a.png"', '"prompt": "x", "source": "web"']
+    file.write_text("".join(f"{{{start}, {captions}}}\n" for start in starts))
+    prompts = load_prompts(str(file), "mine", None)
+    reward = rewards.find_reward(spec)
+    reward.check_metadata("mine", prompts[:1])
+    with pytest.raises(ValueError, match=rf"edits.jsonl:2 'x' .*{spec}: the prompt has no source picture"):
+        reward.check_metadata("mine", prompts)
+    if spec == "preservation":
+        prompts[0].metadata["mask"] = "no.png"
+        with pytest.raises(ValueError, match="edits.jsonl:1 .*no mask 'no.png'"):
+            reward.check_metadata("mine", prompts)
 
 
 # ---- names --------------------------------------------

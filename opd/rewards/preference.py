@@ -1,4 +1,5 @@
-"""Scores of human preference that are a CLIP model and a formula. Raw scores are the tables'.
+"""Scores of human preference, and of an edit, that are a CLIP model and a formula. Raw scores are those of
+the tables.
 
 Each takes other weights as its argument: `pickscore@/weights/PickScore_v1`; aesthetic and hpsv2 take a file
 or directory and, after a comma, the CLIP that they build on:
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights, with_clip
-from opd.rewards.inputs import pictures, versions
+from opd.rewards.inputs import pictures, source_fault, sources_of, versions
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
@@ -56,6 +57,33 @@ class PickScore(ClipScore):
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         return self.clip.scale * super().__call__(images_BCHW, prompts, metadata)
+
+
+class ClipDirection:
+    """Does the picture change as the captions do? (arXiv 2108.00946, by CLIP's unit vectors E and T)
+
+        cos(E(picture) - E(source), T(target caption) - T(source caption)), in [-1, 1]
+
+    of the first source picture and the metadata "source_caption" and "target_caption": what each picture
+    shows, not the instruction. 0 where picture and source are equal. Argument as of clipscore."""
+
+    metadata_keys = ("source_caption", "target_caption")
+    prompt_fault = staticmethod(source_fault)
+
+    def __init__(self, source: str = VIT_L):
+        self.source = source
+        formula = "cosine of the changes from source to picture and from caption to caption"
+        self.about = f"{source}, MIT, 428 M parameters: {formula}; {engine()}"
+
+    def load(self, device: torch.device) -> None:
+        self.clip = load_clip(self.source, device)
+
+    def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        sources_BD = self.clip.of_pictures([sources_of(row)[0] for row in metadata])
+        befores_BD = self.clip.of_texts([row["source_caption"] for row in metadata])
+        afters_BD = self.clip.of_texts([row["target_caption"] for row in metadata])
+        change_BD = self.clip.of_pictures(pictures(images_BCHW)) - sources_BD
+        return F.cosine_similarity(change_BD, afters_BD - befores_BD)
 
 
 class Aesthetic:
