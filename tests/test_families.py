@@ -1,4 +1,5 @@
-"""Every family of opd/families against diffusers' own pipeline. A new family needs a row in FIXTURES."""
+"""Every family of opd/families against diffusers' own pipeline. A new family needs a row in FIXTURES,
+here or, where it edits pictures, in tests/test_edit.py."""
 
 import importlib
 import inspect
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from opd import families, kernels, lora
 from opd.cli import in_pixels
 from opd.data import seed_of
-from opd.families import family_of, flux, flux2, qwen_image, sd3, z_image
+from opd.families import family_of, flux, flux2, flux_kontext, qwen_image, qwen_image_edit, sd3, z_image
 from opd.formats import lora_files
 from opd.model import Model, Sampling
 from tests import tiny, tiny_families
@@ -366,7 +367,7 @@ def test_a_missing_encoder_is_refused_before_weights_load(case, tmp_path):
 def test_a_family_is_found_by_the_pipelines_class(case):
     """And every family has a row here, and the whole contract."""
     assert family_of(case.pipeline) is case.family
-    rows = {fixture.family for fixture in FIXTURES.values()}
+    rows = {fixture.family for fixture in FIXTURES.values()} | {flux_kontext, qwen_image_edit}
     assert families.pipelines() == {family.PIPELINE: family.__name__.split(".")[-1] for family in rows}
 
 

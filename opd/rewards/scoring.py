@@ -38,11 +38,10 @@ class Scoring:
         """Wait for the scores (B,) float32 on the CPU, NaN where failed; for each failed row the reason; and
         the seconds that the calls took."""
         self._take(list(self.failures), self.call)
-        # Edits of many pictures may share their text: what is asked is the text and what is known with it.
-        late, asked = (
-            0,
-            [(prompt, repr(known)) for prompt, known in zip(self.prompts, self.metadata, strict=True)],
-        )
+        # With their source pictures, since edits of many may share their text.
+        sources = [repr(row.get("source")) for row in self.metadata]
+        asked = list(zip(self.prompts, sources, strict=True))
+        late = 0
         for one in dict.fromkeys(asked[row] for row in self.failures):
             rows = [row for row in self.failures if asked[row] == one]
             if late < MOST_LATE:
