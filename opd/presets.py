@@ -140,6 +140,14 @@ REAL_PRESETS: dict[str, RunConfig] = {
         teacher_guidance=3.5,
         eval_steps=28,
     ),
+    "flux_kontext": DistillationConfig(
+        **WITHOUT_TEACHERS,
+        model="black-forest-labs/FLUX.1-Kontext-dev",
+        guidance=3.5,
+        teacher_guidance=3.5,
+        eval_steps=28,
+    ),
+    # Paints, and edits the source pictures of prompts that have some, in one run.
     "flux2": DistillationConfig(
         **WITHOUT_TEACHERS,
         model="black-forest-labs/FLUX.2-klein-base-4B",
@@ -149,6 +157,13 @@ REAL_PRESETS: dict[str, RunConfig] = {
     ),
     "qwen_image": DistillationConfig(
         **WITHOUT_TEACHERS, model="Qwen/Qwen-Image", guidance=4.0, teacher_guidance=4.0, eval_steps=50
+    ),
+    "qwen_image_edit": DistillationConfig(
+        **WITHOUT_TEACHERS,
+        model="Qwen/Qwen-Image-Edit-2509",
+        guidance=4.0,
+        teacher_guidance=4.0,
+        eval_steps=50,
     ),
     # 5 of the pipeline's guidance_scale is 6 here (opd/families/z_image.py).
     "z_image": DistillationConfig(

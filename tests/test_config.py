@@ -228,7 +228,7 @@ def test_a_start_merges_the_teachers_of_the_tasks_and_not_one_that_only_anchors(
 # ---- presets -----------------------------------------------------------------------------------------------
 # What these presets leave to the user.
 OWN = {"teachers": {"mine": "my/lora"}, "prompts": {"mine": "mine.txt"}}
-FAMILIES = ["flux", "flux2", "qwen_image", "z_image"]
+FAMILIES = ["flux", "flux_kontext", "flux2", "qwen_image", "qwen_image_edit", "z_image"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -236,7 +236,7 @@ def test_a_familys_preset_samples_as_its_pipeline_does(name):
     """By default, and in the pipeline's own scale of guidance."""
     family = importlib.import_module(f"opd.families.{name}")
     defaults = inspect.signature(getattr(diffusers, family.PIPELINE).__call__).parameters
-    scale = defaults["true_cfg_scale" if name == "qwen_image" else "guidance_scale"].default
+    scale = defaults["true_cfg_scale" if name.startswith("qwen") else "guidance_scale"].default
     if name == "z_image":
         scale += 1
     preset = PRESETS[name]

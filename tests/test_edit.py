@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,6 +29,7 @@ from opd.formats.pictures import read_image, size_of_image, to_tensor
 from opd.formats.prompts import load_prompts
 from opd.model import Model, Sampling
 from opd.report import memory
+from opd.report.card import write_card
 from tests import forked, tiny, tiny_families
 from tests.test_families import packed, unpacked_flux, unpacked_flux2, unpacked_qwen
 
@@ -305,6 +307,24 @@ def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
     wanted = [case.paths[:1], case.paths[1:], case.paths[: case.fixture.most]]
     assert sorted(line["pictures"] for line in lines) == sorted(wanted)
     assert all(line["scores"]["tests.test_edit:like_the_source"] < 0 for line in lines)
+
+
+def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
+    """With diffusers alone."""
+    prompt, how = Edit("make it red", tuple(case.paths[:1])), {"guidance": 3.0, "eval_steps": 3}
+    cfg = tiny.config(world, **settings(world, tmp_path) | how)
+    model = ours(case, [prompt])
+    student = tiny.save(tiny.random_lora(case.pipeline, seed=7, family=case.family), tmp_path / "student")
+    write_card(student, cfg, model, 3, "")
+    card = (student / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card
+    [code] = re.findall("```python\n(.*?)\n```", card, re.DOTALL)
+    code = code.replace("THIS_FOLDER", str(student)).replace("a.png", case.paths[0])
+    names = {"start": case.fixture.pack(start(model, 0))}
+    exec(code.replace("pipe(image", "pipe(output_type='pt', latents=start, image"), names)
+    lora.attach(model.transformer, "mine", model.read_lora(str(student)), torch.float32)
+    (mine,) = model.images("mine", [prompt], [0], Sampling(3, 4, 3.0))
+    assert (mine - names["image"]).abs().max() < 1e-4
 
 
 def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path):

@@ -1,9 +1,11 @@
 """A student's model card, README.md in its folder with the front matter that the Hub reads; its upload."""
 
+import inspect
 import shlex
 from functools import cache
 from pathlib import Path
 
+import diffusers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from opd.config import DistillationConfig, NFTConfig, RewardedConfig, RunConfig
@@ -28,7 +30,7 @@ def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str
     named = licence.get("license_name") or licence.get("license") or "not known; look it up"
     t5 = f"used, {deployment.max_sequence_length} tokens" if deployment.t5 else "not used"
     text = f"""---
-{front_matter(cfg, licence).to_yaml()}
+{front_matter(cfg, model, licence).to_yaml()}
 ---
 
 # {name_of(cfg)}
@@ -58,15 +60,16 @@ Made by {METHODS[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, 
     replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def front_matter(cfg: RunConfig, licence: dict[str, str]) -> ModelCardData:
+def front_matter(cfg: RunConfig, model: Model, licence: dict[str, str]) -> ModelCardData:
     """The base as a Hub id: a local path means nothing there."""
     base = None
     if not resolve(cfg.model).exists():
         base = cfg.model
-    tags = ["text-to-image", "flow-matching", f"stage-{cfg.stage}"]
+    does = "image-to-image" if model.conditioning.edits() else "text-to-image"
+    tags = [does, "flow-matching", f"stage-{cfg.stage}"]
     if not cfg.full:
         tags.append("lora")
-    kind = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    kind = {"library_name": "diffusers", "pipeline_tag": tags[0], "tags": tags}
     return ModelCardData(base_model=base, model_name=name_of(cfg), **kind, **licence)
 
 
@@ -106,7 +109,13 @@ def snippet(cfg: RunConfig, model: Model, deployment: Deployment) -> str:
         lines.append('pipe.load_lora_weights("THIS_FOLDER")')
     told = ", ".join(f"{name}={value!r}" for name, value in call.items())
     lines.append(f'pipe.to("{model.device.type}")')
-    lines += ['image = pipe(prompt="two red circles", ' + f"{told},", f"    {size}).images[0]"]
+    about = 'prompt="two red circles"'
+    if model.conditioning.edits():
+        lines.insert(2, "from diffusers.utils import load_image")
+        about = 'image=load_image("a.png"), prompt="make it red"'
+    if "max_area" in inspect.signature(getattr(diffusers, pipeline).__call__).parameters:
+        size += f", max_area={height * width}"  # else the pipeline paints a megapixel, whatever it is told
+    lines += [f"image = pipe({about}, {told},", f"    {size}).images[0]"]
     return "\n".join(lines)
 
 
