@@ -190,6 +190,9 @@ def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
     And the dtype, which "auto" chooses by the machine."""
     weights = weight_files(model.folder / "transformer")
     found = {"dtype": str(model.dtype), "base": digest(*weights, most=LARGE)}
+    sources = model.conditioning.source_pictures()
+    if sources:
+        found["source pictures"] = digest(*sources, most=2**21)
     found["cold start"] = content_of(cfg.cold_start)
     if cfg.cold_start == "merge":
         found |= {f"merged {name}": content_of(source) for name, source in cfg.merged().items()}

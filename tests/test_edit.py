@@ -25,6 +25,7 @@ from opd.data import Edit, seed_of
 from opd.evaluation import evaluate
 from opd.families import family_of, flux, flux2, flux_kontext, pictures_of, qwen_image_edit
 from opd.formats import pictures as opd_pictures
+from opd.formats.latents import write_samples
 from opd.formats.pictures import read_image, size_of_image, to_tensor
 from opd.formats.prompts import load_prompts
 from opd.model import Model, Sampling
@@ -249,6 +250,37 @@ def test_rewards_that_see_the_source_move_the_policy(stage, case, world, tmp_pat
     trained, base = (model.images(name, prompts, [0, 1, 2], sampling) for name in (model.trained, lora.BASE))
     assert (trained - base).abs().max() > 1e-3
     assert (tmp_path / "run" / "samples" / "000002.png").is_file()
+
+
+def test_sft_learns_edits_and_drops_captions_alone(case, world, tmp_path):
+    """The loss is eq. 1 with the source in the condition, where a caption is dropped too."""
+    model = ours(case, prompts_of(case))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *model.shape, generator=generator)
+    rows = [{"prompt": "redder", "image": case.paths[:1]}, {"prompt": "bluer", "image": case.paths[1:]}]
+    write_samples(tmp_path / "data", latents, rows)
+    for dropped in (0.0, 1.0 - 1e-6):
+        changes = {"data": str(tmp_path / "data"), "caption_dropout": dropped, "out": str(tmp_path / "run")}
+        changes |= {"resolution": in_pixels(*SIZE), "prompts_per_step": 2, "micro_batch": 2}
+        cfg, model, images, _, stage = tiny.build(tiny.sft_config(world, **changes))
+        chosen = images.of_step(2, cfg.seed, 0)
+        total = 0.0
+        for n, number in enumerate(chosen):
+            index = torch.tensor([n])
+            draw = kernels.normal((1, 2), seed_of(cfg.seed, 0, "sigma"), index)[:, 0]
+            sigma = torch.sigmoid(draw + images.log_shift)
+            eps = kernels.normal((1, *model.shape), seed_of(cfg.seed, 0, "eps"), index)
+            data, picture = images.latents[number][None].float(), images.captions[number].pictures
+            text = model.text([images.captions[number]])
+            if dropped > 0.5 and "negative_embeds" in text[0]:
+                text[0] = text[0] | {"embeds": text[0]["negative_embeds"]}
+            elif dropped > 0.5:
+                model.prepare([Edit(case.family.NEGATIVE, picture)])
+                text = model.text([Edit(case.family.NEGATIVE, picture)])
+            with torch.no_grad():
+                v = model.velocity((1 - sigma) * data + sigma * eps, sigma, text, 1.0)
+            total += float((v - (eps - data)).square().mean())
+        assert stage.step(0)[0]["loss"] == pytest.approx(total / 2, rel=1e-4)
 
 
 def like_the_source(images_BCHW, prompts, metadata):
