@@ -17,6 +17,7 @@ from opd.mini.study.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACH
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "opd/mini/study/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
+EARLIER = RESULTS / "earlier"  # runs on the base that was shipped before
 PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
 MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
 MEAN = "mean of compose, text, quality of all"
@@ -88,12 +89,14 @@ def load(folder: Path) -> list[dict]:
 
 
 def with_tables(page: str, results: list[dict]) -> str:
-    """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`."""
+    """`page` with its tables anew: each stands between `<!-- table NAME -->`, or `<!-- table NAME earlier -->`,
+    and `<!-- end -->`."""
 
     def anew(found: re.Match) -> str:
-        return found[1] + table(found[2], results) + "<!-- end -->"
+        of_base = load(EARLIER) if found[3] else results
+        return found[1] + table(found[2], of_base) + "<!-- end -->"
 
-    return re.sub(r"(<!-- table (\w+) -->\n).*?<!-- end -->", anew, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- table (\w+)( earlier)? -->\n).*?<!-- end -->", anew, page, flags=re.DOTALL)
 
 
 def table(name: str, results: list[dict]) -> str:
