@@ -21,7 +21,7 @@ from opd.lora import BASE, EMA, OLD, START, STUDENT
 from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
-from opd.report.report import grid_prompts, is_scored, shown_texts, splits
+from opd.report.report import asked_by_reports, grid_prompts, is_scored, splits
 from opd.rewards import Reward, find_reward, specs_of
 from opd.teachers import teacher_names
 
@@ -145,7 +145,7 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[Asked], list[lis
         images = load_images(cfg.data, model)
         chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
         steps = [[images.captions[n] for n in numbers] for numbers in chosen]
-        return images, shown_texts(cfg, images), steps
+        return images, asked_by_reports(cfg, images), steps
     pools = load_tasks(cfg.prompts)
     steps = []
     for step in range(cfg.iterations):
@@ -153,7 +153,7 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[Asked], list[lis
             pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
         steps.append([prompt.asked for prompt in prompts])
-    shown = shown_texts(cfg, pools)
+    shown = asked_by_reports(cfg, pools)
     if isinstance(cfg, DistillationConfig):
         grid = {f"{task}, shown": pool for task, pool in grid_prompts(cfg, pools).items()}
         teacher_names(cfg, pools | grid)  # refuses a route that cannot be followed

@@ -312,7 +312,7 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
     return {split: pools for split, pools in found.items() if pools}
 
 
-def shown_texts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[Asked]:
+def asked_by_reports(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[Asked]:
     """All that a report will ask: those of the grids and, where the run is scored, of the table."""
     pools = list(grid_prompts(cfg, data).values())
     if isinstance(cfg, DistillationConfig):
