@@ -89,8 +89,8 @@ def load(folder: Path) -> list[dict]:
 
 
 def with_tables(page: str, results: list[dict]) -> str:
-    """`page` with its tables anew: each stands between `<!-- table NAME -->`, or `<!-- table NAME earlier -->`
-    where it is of the earlier base, and `<!-- end -->`."""
+    """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`; with
+    `NAME earlier` it is of the earlier base."""
 
     def anew(found: re.Match) -> str:
         of_base = load(EARLIER) if found[3] else results
