@@ -115,7 +115,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
         **WHOLE,
         model="runs/mini-pipeline",
         data="runs/mini-data/base",
-        iterations=8700,
+        iterations=13_500,
         lr=1e-3,
         warmup=200,
         ema=0.999,
