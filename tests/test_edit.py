@@ -424,3 +424,18 @@ def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").size == size_of_image(str(tmp_path / "a.jpg")) == (20, 30)
+
+
+def test_a_run_goes_on_for_more_steps_but_not_from_another_picture(case, world, tmp_path):
+    """Of twenty pictures the first steps and the report read some."""
+    for n in range(20):
+        Image.new("RGB", (64, 64), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    lines = [json.dumps({"prompt": "redder", "image": f"{n}.png"}) for n in range(20)]
+    (tmp_path / "blue.jsonl").write_text("\n".join(lines))
+    changes = settings(world, tmp_path / "run") | {"prompts": {"blue": str(tmp_path / "blue.jsonl")}}
+    changes |= {"prompts_per_step": 1, "group": 1, "steps": 2, "save_every": 1}
+    for iterations in (1, 2):
+        tiny.main(tiny.config(world, iterations=iterations, **changes), tmp_path)
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "7.png")
+    with pytest.raises(SystemExit, match="began with another source pictures"):
+        tiny.main(tiny.config(world, iterations=3, **changes), tmp_path)
