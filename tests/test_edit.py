@@ -22,7 +22,7 @@ import train
 from opd import kernels, lora
 from opd.cli import in_pixels
 from opd.data import Edit, seed_of
-from opd.evaluation import evaluate
+from opd.evaluation import evaluate, records
 from opd.families import family_of, flux, flux2, flux_kontext, pictures_of, qwen_image_edit
 from opd.formats import pictures as opd_pictures
 from opd.formats.latents import write_samples
@@ -331,11 +331,11 @@ def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
     assert (to_tensor(read_image(file)) - expected).abs().max() < 1 / 255
     assert "2 rows" in capsys.readouterr().out
 
-    records = tmp_path / "records"
+    folder = tmp_path / "records"
     tasks = ["--prompts", f"blue={world / 'blue.jsonl'}", "--heldout", "--count", "3"]
-    scorers = ["--rewards", "blue=tests.test_edit:like_the_source", "--records", str(records)]
+    scorers = ["--rewards", "blue=tests.test_edit:like_the_source", "--records", str(folder)]
     evaluate.main([*how, *tasks, *scorers])
-    lines = [json.loads(line) for line in (records / "records.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     wanted = [case.paths[:1], case.paths[1:], case.paths[: case.fixture.most]]
     assert sorted(line["pictures"] for line in lines) == sorted(wanted)
     assert all(line["scores"]["tests.test_edit:like_the_source"] < 0 for line in lines)
@@ -411,12 +411,27 @@ def test_a_prompt_that_does_not_fit_the_pipeline_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "image, reason", [(3, "expected a path or a list"), ([1], "expected a path or a list")]
+    "image, reason",
+    [
+        (3, "expected a path or a list"),
+        ([1], "expected a path or a list"),
+        ("a\0.png", "holds a NUL"),
+        ("a" * 300, "no source picture"),
+    ],
 )
 def test_a_field_image_that_is_no_path_is_refused(image, reason, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "image": image}))
-    with pytest.raises(ValueError, match=f"p.jsonl:1: .*{reason}"):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"p.jsonl:1: .*{reason}"):
         load_prompts(str(tmp_path / "p.jsonl"), "t", None)
+
+
+def test_paths_are_written_as_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (8, 8)).save(tmp_path / "ä b.png")
+    rows = b"prompt,image\r\npainted,\r\nseen,\xc3\xa4 b.png\r\nat home,~/\xc3\xa4 b.png\r\n"
+    (tmp_path / "p.csv").write_bytes(rows)
+    own = [prompt.pictures for prompt in load_prompts(str(tmp_path / "p.csv"), "t", None)]
+    assert own == [(), (str(tmp_path / "ä b.png"),), (str(tmp_path / "ä b.png"),)]
 
 
 def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
@@ -439,3 +454,40 @@ def test_a_run_goes_on_for_more_steps_but_not_from_another_picture(case, world, 
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "7.png")
     with pytest.raises(SystemExit, match="began with another source pictures"):
         tiny.main(tiny.config(world, iterations=3, **changes), tmp_path)
+
+
+def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
+    """One that is another file by now, or a film, is refused by its name; pictures that someone else made
+    have sources too."""
+    Image.new("RGB", LANDSCAPE).save(tmp_path / "a.png")
+    (tmp_path / "blue.jsonl").write_text(json.dumps({"prompt": "redder", "image": "a.png"}))
+    how = ["--model", str(case.pipeline), "--resolution", in_pixels(*SIZE), "--steps", "2", "--adapters"]
+    how += [
+        "--prompts",
+        f"blue={tmp_path / 'blue.jsonl'}",
+        "--heldout",
+        "--records",
+        str(tmp_path / "records"),
+    ]
+    command = [*how, "--count", "1", "--rewards", "blue=preservation"]
+    evaluate.main(command)
+    Image.new("RGB", LANDSCAPE, "blue").save(tmp_path / "a.png")
+    records.digest_of.cache_clear()  # as in a process of its own
+    with pytest.raises(SystemExit, match="made otherwise: source sha256 '.*' -> '.*'"):
+        evaluate.main(command)
+    film = [Image.new("RGB", (80, 80)), Image.new("RGB", (80, 80), "red")]
+    film[0].save(tmp_path / "b.gif", save_all=True, append_images=film[1:])
+    (tmp_path / "blue.jsonl").write_text(json.dumps({"prompt": "redder", "image": "b.gif"}))
+    with pytest.raises(SystemExit, match="b.gif'.: it has 2 frames"):
+        evaluate.main(command)
+
+    for name, size in {"source.png": LANDSCAPE, "result.png": SIZE}.items():
+        Image.new("RGB", size, "blue").save(tmp_path / name)
+    row = {"file_name": "result.png", "prompt": "redder", "image": "source.png", "task": "blue"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    evaluate.main(["--pictures", str(tmp_path), "--rewards", "blue=preservation"])
+    [line] = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert json.loads(line)["pictures"] == [str(tmp_path / "source.png")]
+    assert json.loads(line)["scores"] == {"preservation": 1.0}
+    (tmp_path / "source.png").unlink()
+    evaluate.main(["--pictures", str(tmp_path), "--rewards", "blue=jpeg_compressibility"])
