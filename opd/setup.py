@@ -11,7 +11,7 @@ from opd.cli import flag_words
 from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
 from opd.data import Asked, Edit, Prompt, prompts_of_step
 from opd.errors import require
-from opd.files import LARGE, digest, resolve
+from opd.files import LARGE, digest, reading, resolve
 from opd.formats import merging
 from opd.formats.hub import is_hub_id, weight_files
 from opd.formats.latents import Images, load_images
@@ -58,8 +58,11 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
 
     model.prepare(shown)
     model.follow(steps)
-    for teacher in teachers.values():
+    for name, teacher in teachers.items():
         if isinstance(teacher, Whole):
+            with reading(f"teacher {name!r}"):
+                for prompts in (shown, *steps):
+                    teacher.model.conditioning.check(prompts)
             teacher.model.prepare(shown)
             teacher.model.follow(steps)
     load_weights(cfg, model, teachers, student)
