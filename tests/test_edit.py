@@ -359,10 +359,11 @@ def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
     assert (mine - names["image"]).abs().max() < 1e-4
 
 
-def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path):
+def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path, capsys):
     cfg = tiny.config(world, **settings(world, tmp_path))
     model = Model.plan(str(case.pipeline), "float32", in_pixels(*SIZE), CPU, True)
     shapes = memory.picture_shapes(cfg, model)
+    assert capsys.readouterr().out == ""  # --dry-run prints flags and comments alone
     model.prepare(prompts_of(case))
     latents = [pictures_of(condition).values() for condition in model.text(prompts_of(case))]
     assert sum(map(math.prod, shapes.values())) == max(sum(x.numel() for x in own) for own in latents)
@@ -390,6 +391,8 @@ def test_pictures_that_nobody_can_read_are_refused(case, tmp_path, monkeypatch):
     )
     (tmp_path / "words.png").write_text("no picture")
     Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
+    Image.new("I;16", (80, 80), 30000).save(tmp_path / "deep.png")
+    assert "deep.png': its pixels are greys of mode I;16" in refusal(case.pipeline, tmp_path, ["deep.png"])
     assert "prompts.jsonl:1: no source picture" in refusal(case.pipeline, tmp_path, ["none.png"])
     assert "film.gif': it has 2 frames" in refusal(case.pipeline, tmp_path, ["film.gif"])
     assert "words.png': cannot be read" in refusal(case.pipeline, tmp_path, ["words.png"])
@@ -406,8 +409,19 @@ def test_a_prompt_that_does_not_fit_the_pipeline_is_refused(case, tmp_path):
     assert "StableDiffusion3Pipeline reads text alone" in refusal(text_alone, tmp_path, ["a.png"])
     if case.family.EDITING.fewest:
         assert "'redder' has 0 source pictures" in refusal(case.pipeline, tmp_path, [])
+    if case.family is qwen_image_edit:
+        Image.new("RGB", (6400, 10)).save(tmp_path / "thin.png")
+        assert "thin.png': it is 6400 x 10 pixels; give" in refusal(case.pipeline, tmp_path, ["thin.png"])
     if case.family is flux2:
         assert "640 x 64 pixels; give it sides" in refusal(case.pipeline, tmp_path, ["long.png"])
+
+
+def test_a_teacher_that_reads_text_alone_is_refused_by_its_name(case, world, tmp_path):
+    if case.family is not flux_kontext:
+        pytest.skip("no pipeline without pictures has its latents")
+    teachers = {"red": str(tiny_families.make_flux(tmp_path / "flux")), "blue": str(world / "blue")}
+    with pytest.raises(ValueError, match="^teacher 'red': prompt .* FluxPipeline reads text alone"):
+        tiny.build(tiny.config(world, teachers=teachers, **settings(world, tmp_path)))
 
 
 @pytest.mark.parametrize(
