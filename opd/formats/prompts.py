@@ -51,6 +51,8 @@ def source_pictures(row: dict, folder: Path, where: str) -> tuple[str, ...]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{where}: "image" is {given!r:.60}; expected a path or a list of paths')
+    if given and None in row:  # of a .csv, what no column is for
+        raise ValueError(f"{where}: more fields than columns; several pictures of a prompt need a .jsonl")
     with reading(f'{where}: "image"'):
         paths = [str((folder / path_of(name)).resolve()) for name in names]
     for path in paths:
