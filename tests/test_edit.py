@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -416,6 +417,15 @@ def test_a_prompt_that_does_not_fit_the_pipeline_is_refused(case, tmp_path):
         assert "640 x 64 pixels; give it sides" in refusal(case.pipeline, tmp_path, ["long.png"])
 
 
+def test_a_processor_without_its_vocabulary_is_refused(case, tmp_path):
+    if case.family is not qwen_image_edit:
+        pytest.skip("it has no processor")
+    shutil.copytree(case.pipeline, tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "processor" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="processor holds none of tokenizer.json"):
+        Model.plan(str(tmp_path / "pipeline"), "float32", in_pixels(*SIZE), CPU, True)
+
+
 def test_a_teacher_that_reads_text_alone_is_refused_by_its_name(case, world, tmp_path):
     if case.family is not flux_kontext:
         pytest.skip("no pipeline without pictures has its latents")
@@ -446,6 +456,9 @@ def test_paths_are_written_as_everywhere(tmp_path, monkeypatch):
     (tmp_path / "p.csv").write_bytes(rows)
     own = [prompt.pictures for prompt in load_prompts(str(tmp_path / "p.csv"), "t", None)]
     assert own == [(), (str(tmp_path / "ä b.png"),), (str(tmp_path / "ä b.png"),)]
+    (tmp_path / "p.csv").write_bytes(rows + b"two,\xc3\xa4 b.png,b.png")
+    with pytest.raises(ValueError, match="p.csv:5: more fields than columns"):
+        load_prompts(str(tmp_path / "p.csv"), "t", None)
 
 
 def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
