@@ -461,6 +461,13 @@ def test_paths_are_written_as_everywhere(tmp_path, monkeypatch):
         load_prompts(str(tmp_path / "p.csv"), "t", None)
 
 
+def test_a_photo_with_a_preview_behind_it_is_a_photo(tmp_path):
+    photo, preview = Image.new("RGB", (30, 20), "blue"), Image.new("RGB", (3, 2), "red")
+    photo.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert size_of_image(str(tmp_path / "a.jpg")) == (30, 20)
+    assert read_image(tmp_path / "a.jpg").getpixel((0, 0))[2] > 250
+
+
 def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

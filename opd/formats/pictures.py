@@ -34,7 +34,8 @@ def size_of_image(path: str) -> tuple[int, int]:
     with Image.open(path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are greys of mode {image.mode}; save it with 8 bits of RGB")
-        if getattr(image, "n_frames", 1) > 1:
+        # Behind a camera's photo a .jpg may hold its preview or its depth.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"it has {image.n_frames} frames; save one of them as a picture of its own")
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"it is {image.width} x {image.height}; make it smaller than 100 megapixels")
