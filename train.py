@@ -84,7 +84,7 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
         folder = RunFolder(cfg, active=ranks.rank() == 0)
         model, data, rewards = set_up(cfg, device)
         if folder.active:
-            folder.check_contents(contents(cfg, model))
+            folder.check_contents(contents(cfg, model, data))
     with errors.in_one_line(FloatingPointError, OSError):
         trained = Trained(cfg, model)
         report = Report(cfg, model, data, rewards, folder)

@@ -57,10 +57,9 @@ class Conditioning:
         for own, fitted in list(resized.items())[:1]:
             ranks.say(f"source pictures are resized as the pipeline does, such as {own} -> {fitted}")
 
-    def source_pictures(self) -> list[Path]:
-        """Of the prompts that were checked."""
-        edits = [asked for asked in self.shape_of if isinstance(asked, Edit)]
-        return [Path(path) for path in sorted({path for asked in edits for path in asked.pictures})]
+    def edits(self) -> bool:
+        """Whether a prompt that was checked has a source picture."""
+        return any(isinstance(asked, Edit) for asked in self.shape_of)
 
     def shape(self, asked: Asked) -> str:
         """Of a prompt's source pictures as the transformer sees them, such as 1024x768+512x512; "" without

@@ -138,17 +138,16 @@ def micro_batches(
 
     Samples of one kind stay together, so few micro-batches hold several kinds. All ranks get the same number
     of micro-batches; where the numbers do not divide, padding (`real` = 0) fills up. `shapes`: of the
-    samples' source pictures (Model.shapes); a micro-batch has one of them, since others do not stack.
+    samples' source pictures (Model.shapes); a micro-batch has one of them, since others do not stack, and the
+    ranks may have several at a turn.
     """
-    if shapes is not None:
-        batches = []
-        for numbers in alike({n: shapes[n] for n in kinds}):
-            batches += micro_batches({n: kinds[n] for n in numbers}, size, world, rank)
-        return batches
-    order = list(dict.fromkeys(kinds.values()))
-    samples = sorted(kinds, key=lambda n: order.index(kinds[n]))
-    turns = math.ceil(len(samples) / (size * world))
-    chunks = [piece.tolist() for piece in np.array_split(samples, min(turns * world, len(samples)))]
+    shapes = shapes or dict.fromkeys(kinds, "")
+    order, chunks = list(dict.fromkeys(kinds.values())), []
+    for numbers in alike({n: shapes[n] for n in kinds}):
+        samples = sorted(numbers, key=lambda n: order.index(kinds[n]))
+        turns = math.ceil(len(samples) / (size * world))
+        pieces = np.array_split(samples, min(turns * world, len(samples)))
+        chunks += [piece.tolist() for piece in pieces]
     real_chunks = len(chunks)
     while len(chunks) % world:
         chunks.append(chunks[-1])

@@ -67,7 +67,7 @@ def name_non_finite(
     words = []
     for prompts_B, distances_BTK in parts:
         bad_B = ~distances_BTK.isfinite().flatten(1).all(1)
-        words += [f"task {prompts_B[b].task!r}, prompt {prompts_B[b].text!r}" for b in bad_B.nonzero()]
+        words += [f"task {prompts_B[b].task!r}, prompt {prompts_B[b].asked!r}" for b in bad_B.nonzero()]
     # The table is the same on all ranks, so all of them are here.
     prompts = [prompt for of_rank in ranks.gather(words) for prompt in of_rank]
     where = f"step {step + 1}: non-finite velocity difference to {[*names, 'anchor'][row]} at state {state}"

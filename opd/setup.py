@@ -2,15 +2,16 @@
 shard."""
 
 import math
+from pathlib import Path
 
 import torch
 
 from opd import compiled, lora, ranks
 from opd.cli import flag_words
 from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
-from opd.data import Asked, Prompt, prompts_of_step
+from opd.data import Asked, Edit, Prompt, prompts_of_step
 from opd.errors import require
-from opd.files import LARGE, digest, resolve
+from opd.files import LARGE, digest, reading, resolve
 from opd.formats import merging
 from opd.formats.hub import is_hub_id, weight_files
 from opd.formats.latents import Images, load_images
@@ -57,8 +58,11 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
 
     model.prepare(shown)
     model.follow(steps)
-    for teacher in teachers.values():
+    for name, teacher in teachers.items():
         if isinstance(teacher, Whole):
+            with reading(f"teacher {name!r}"):
+                for prompts in (shown, *steps):
+                    teacher.model.conditioning.check(prompts)
             teacher.model.prepare(shown)
             teacher.model.follow(steps)
     load_weights(cfg, model, teachers, student)
@@ -185,12 +189,12 @@ def load_rewards(cfg: RunConfig, model: Model, data: Data) -> dict[str, Reward]:
 # ---- what it reads -----------------------------------------------------------------------------------------
 
 
-def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
+def contents(cfg: RunConfig, model: Model, data: Data) -> dict[str, str]:
     """What a run reads, by content: a run that resumes must find what it began with, wherever that lies now.
     And the dtype, which "auto" chooses by the machine."""
     weights = weight_files(model.folder / "transformer")
     found = {"dtype": str(model.dtype), "base": digest(*weights, most=LARGE)}
-    sources = model.conditioning.source_pictures()
+    sources = source_pictures(data)
     if sources:
         found["source pictures"] = digest(*sources, most=2**21)
     found["cold start"] = content_of(cfg.cold_start)
@@ -203,6 +207,14 @@ def contents(cfg: RunConfig, model: Model) -> dict[str, str]:
     for number, (task, source) in enumerate(cfg.prompts.items(), 1):
         found[f"prompt file of {task} (task {number})"] = digest(resolve(source))
     return found
+
+
+def source_pictures(data: Data) -> list[Path]:
+    """Of all prompts or captions, in their order, whether or not a step of this run reads them: a run may go
+    on for more steps than it began with."""
+    asked = data.captions if isinstance(data, Images) else [p.asked for pool in data.values() for p in pool]
+    paths = [path for one in asked if isinstance(one, Edit) for path in one.pictures]
+    return [Path(path) for path in dict.fromkeys(paths)]
 
 
 def content_of(source: str, most: float = LARGE) -> str:

@@ -188,6 +188,16 @@ def test_micro_batches_are_even_and_few():
     ]  # the last is padding
 
 
+def test_ranks_share_the_samples_of_several_shapes():
+    """A micro-batch has one shape, and shapes that one rank alone has samples of cost the others nothing."""
+    shapes = dict(enumerate("abbcdbe"))
+    ranks = [data.micro_batches(dict.fromkeys(range(7), "x"), 4, 3, rank, shapes) for rank in range(3)]
+    batches = [b for batches in ranks for b in batches]
+    assert all(len({shapes[n] for n in b.samples}) == 1 for b in batches)
+    assert sorted(n for b in batches for n in b.samples if b.real[0]) == list(range(7))
+    assert {len(batches) for batches in ranks} == {3} and sum(not b.real[0] for b in batches) == 2
+
+
 PACKAGE = Path(opd.__file__).parent
 PACKAGED = "opd/mini/prompts/text.test.txt"
 

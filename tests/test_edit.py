@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,7 +23,7 @@ import train
 from opd import kernels, lora
 from opd.cli import in_pixels
 from opd.data import Edit, seed_of
-from opd.evaluation import evaluate
+from opd.evaluation import evaluate, records
 from opd.families import family_of, flux, flux2, flux_kontext, pictures_of, qwen_image_edit
 from opd.formats import pictures as opd_pictures
 from opd.formats.latents import write_samples
@@ -331,11 +332,11 @@ def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
     assert (to_tensor(read_image(file)) - expected).abs().max() < 1 / 255
     assert "2 rows" in capsys.readouterr().out
 
-    records = tmp_path / "records"
+    folder = tmp_path / "records"
     tasks = ["--prompts", f"blue={world / 'blue.jsonl'}", "--heldout", "--count", "3"]
-    scorers = ["--rewards", "blue=tests.test_edit:like_the_source", "--records", str(records)]
+    scorers = ["--rewards", "blue=tests.test_edit:like_the_source", "--records", str(folder)]
     evaluate.main([*how, *tasks, *scorers])
-    lines = [json.loads(line) for line in (records / "records.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     wanted = [case.paths[:1], case.paths[1:], case.paths[: case.fixture.most]]
     assert sorted(line["pictures"] for line in lines) == sorted(wanted)
     assert all(line["scores"]["tests.test_edit:like_the_source"] < 0 for line in lines)
@@ -359,10 +360,11 @@ def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
     assert (mine - names["image"]).abs().max() < 1e-4
 
 
-def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path):
+def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path, capsys):
     cfg = tiny.config(world, **settings(world, tmp_path))
     model = Model.plan(str(case.pipeline), "float32", in_pixels(*SIZE), CPU, True)
     shapes = memory.picture_shapes(cfg, model)
+    assert capsys.readouterr().out == ""  # --dry-run prints flags and comments alone
     model.prepare(prompts_of(case))
     latents = [pictures_of(condition).values() for condition in model.text(prompts_of(case))]
     assert sum(map(math.prod, shapes.values())) == max(sum(x.numel() for x in own) for own in latents)
@@ -390,6 +392,8 @@ def test_pictures_that_nobody_can_read_are_refused(case, tmp_path, monkeypatch):
     )
     (tmp_path / "words.png").write_text("no picture")
     Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
+    Image.new("I;16", (80, 80), 30000).save(tmp_path / "deep.png")
+    assert "deep.png': its pixels are greys of mode I;16" in refusal(case.pipeline, tmp_path, ["deep.png"])
     assert "prompts.jsonl:1: no source picture" in refusal(case.pipeline, tmp_path, ["none.png"])
     assert "film.gif': it has 2 frames" in refusal(case.pipeline, tmp_path, ["film.gif"])
     assert "words.png': cannot be read" in refusal(case.pipeline, tmp_path, ["words.png"])
@@ -406,17 +410,62 @@ def test_a_prompt_that_does_not_fit_the_pipeline_is_refused(case, tmp_path):
     assert "StableDiffusion3Pipeline reads text alone" in refusal(text_alone, tmp_path, ["a.png"])
     if case.family.EDITING.fewest:
         assert "'redder' has 0 source pictures" in refusal(case.pipeline, tmp_path, [])
+    if case.family is qwen_image_edit:
+        Image.new("RGB", (6400, 10)).save(tmp_path / "thin.png")
+        assert "thin.png': it is 6400 x 10 pixels; give" in refusal(case.pipeline, tmp_path, ["thin.png"])
     if case.family is flux2:
         assert "640 x 64 pixels; give it sides" in refusal(case.pipeline, tmp_path, ["long.png"])
 
 
+def test_a_processor_without_its_vocabulary_is_refused(case, tmp_path):
+    if case.family is not qwen_image_edit:
+        pytest.skip("it has no processor")
+    shutil.copytree(case.pipeline, tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "processor" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="processor holds none of tokenizer.json"):
+        Model.plan(str(tmp_path / "pipeline"), "float32", in_pixels(*SIZE), CPU, True)
+
+
+def test_a_teacher_that_reads_text_alone_is_refused_by_its_name(case, world, tmp_path):
+    if case.family is not flux_kontext:
+        pytest.skip("no pipeline without pictures has its latents")
+    teachers = {"red": str(tiny_families.make_flux(tmp_path / "flux")), "blue": str(world / "blue")}
+    with pytest.raises(ValueError, match="^teacher 'red': prompt .* FluxPipeline reads text alone"):
+        tiny.build(tiny.config(world, teachers=teachers, **settings(world, tmp_path)))
+
+
 @pytest.mark.parametrize(
-    "image, reason", [(3, "expected a path or a list"), ([1], "expected a path or a list")]
+    "image, reason",
+    [
+        (3, "expected a path or a list"),
+        ([1], "expected a path or a list"),
+        ("a\0.png", "holds a NUL"),
+        ("a" * 300, "no source picture"),
+    ],
 )
 def test_a_field_image_that_is_no_path_is_refused(image, reason, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "image": image}))
-    with pytest.raises(ValueError, match=f"p.jsonl:1: .*{reason}"):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"p.jsonl:1: .*{reason}"):
         load_prompts(str(tmp_path / "p.jsonl"), "t", None)
+
+
+def test_paths_are_written_as_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (8, 8)).save(tmp_path / "ä b.png")
+    rows = b"prompt,image\r\npainted,\r\nseen,\xc3\xa4 b.png\r\nat home,~/\xc3\xa4 b.png\r\n"
+    (tmp_path / "p.csv").write_bytes(rows)
+    own = [prompt.pictures for prompt in load_prompts(str(tmp_path / "p.csv"), "t", None)]
+    assert own == [(), (str(tmp_path / "ä b.png"),), (str(tmp_path / "ä b.png"),)]
+    (tmp_path / "p.csv").write_bytes(rows + b"two,\xc3\xa4 b.png,b.png")
+    with pytest.raises(ValueError, match="p.csv:5: more fields than columns"):
+        load_prompts(str(tmp_path / "p.csv"), "t", None)
+
+
+def test_a_photo_with_a_preview_behind_it_is_a_photo(tmp_path):
+    photo, preview = Image.new("RGB", (30, 20), "blue"), Image.new("RGB", (3, 2), "red")
+    photo.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert size_of_image(str(tmp_path / "a.jpg")) == (30, 20)
+    assert read_image(tmp_path / "a.jpg").getpixel((0, 0))[2] > 250
 
 
 def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
@@ -424,3 +473,55 @@ def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").size == size_of_image(str(tmp_path / "a.jpg")) == (20, 30)
+
+
+def test_a_run_goes_on_for_more_steps_but_not_from_another_picture(case, world, tmp_path):
+    """Of twenty pictures the first steps and the report read some."""
+    for n in range(20):
+        Image.new("RGB", (64, 64), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    lines = [json.dumps({"prompt": "redder", "image": f"{n}.png"}) for n in range(20)]
+    (tmp_path / "blue.jsonl").write_text("\n".join(lines))
+    changes = settings(world, tmp_path / "run") | {"prompts": {"blue": str(tmp_path / "blue.jsonl")}}
+    changes |= {"prompts_per_step": 1, "group": 1, "steps": 2, "save_every": 1}
+    for iterations in (1, 2):
+        tiny.main(tiny.config(world, iterations=iterations, **changes), tmp_path)
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "7.png")
+    with pytest.raises(SystemExit, match="began with another source pictures"):
+        tiny.main(tiny.config(world, iterations=3, **changes), tmp_path)
+
+
+def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
+    """One that is another file by now, or a film, is refused by its name; pictures that someone else made
+    have sources too."""
+    Image.new("RGB", LANDSCAPE).save(tmp_path / "a.png")
+    (tmp_path / "blue.jsonl").write_text(json.dumps({"prompt": "redder", "image": "a.png"}))
+    how = ["--model", str(case.pipeline), "--resolution", in_pixels(*SIZE), "--steps", "2", "--adapters"]
+    how += [
+        "--prompts",
+        f"blue={tmp_path / 'blue.jsonl'}",
+        "--heldout",
+        "--records",
+        str(tmp_path / "records"),
+    ]
+    command = [*how, "--count", "1", "--rewards", "blue=preservation"]
+    evaluate.main(command)
+    Image.new("RGB", LANDSCAPE, "blue").save(tmp_path / "a.png")
+    records.digest_of.cache_clear()  # as in a process of its own
+    with pytest.raises(SystemExit, match="made otherwise: source sha256 '.*' -> '.*'"):
+        evaluate.main(command)
+    film = [Image.new("RGB", (80, 80)), Image.new("RGB", (80, 80), "red")]
+    film[0].save(tmp_path / "b.gif", save_all=True, append_images=film[1:])
+    (tmp_path / "blue.jsonl").write_text(json.dumps({"prompt": "redder", "image": "b.gif"}))
+    with pytest.raises(SystemExit, match="b.gif'.: it has 2 frames"):
+        evaluate.main(command)
+
+    for name, size in {"source.png": LANDSCAPE, "result.png": SIZE}.items():
+        Image.new("RGB", size, "blue").save(tmp_path / name)
+    row = {"file_name": "result.png", "prompt": "redder", "image": "source.png", "task": "blue"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    evaluate.main(["--pictures", str(tmp_path), "--rewards", "blue=preservation"])
+    [line] = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert json.loads(line)["pictures"] == [str(tmp_path / "source.png")]
+    assert json.loads(line)["scores"] == {"preservation": 1.0}
+    (tmp_path / "source.png").unlink()
+    evaluate.main(["--pictures", str(tmp_path), "--rewards", "blue=jpeg_compressibility"])

@@ -4,6 +4,7 @@ errors, diversity and the table against closed forms, a bootstrap, records made 
 import base64
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -228,6 +229,20 @@ def test_sub_scores_and_their_mean():
     assert (overall.mean, overall.n, overall.prompts) == (1 / 2, 8, 5)
     parts = (cells["colors"].error, cells["counting"].error)
     assert overall.error == pytest.approx(math.hypot(*parts) / 2)
+
+
+def test_edits_of_two_source_pictures_are_two_prompts():
+    """Of one text; every number is that of two texts."""
+    texts = []
+    for row, values in {"base": [0.0, 0.2, 0.5, 0.9], "student": [0.1, 0.4, 0.9, 0.5]}.items():
+        for index, value in enumerate(values):
+            shown = [BLACK, WHITE][index % 3 == 0]
+            texts.append(record(row, prompt="ab"[index % 2], index=index, thumbnail=shown, s=value))
+    edits = [replace(one, prompt="redder", pictures=[f"{one.prompt}.png"]) for one in texts]
+    cells = summarise(edits, ["s"])
+    assert cells == summarise(texts, ["s"])
+    assert {cell.scorer for cell in cells} == {"s", *statistics.MEASURES}
+    assert cells[0].prompts == 2 and cells[0].error > 0 and cells[0].apart > 0
 
 
 # ---- diversity --------------------------------------------------------------------------------------

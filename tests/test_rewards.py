@@ -17,6 +17,7 @@ from opd.formats.pictures import to_tensor
 from opd.formats.prompts import load_prompts
 from opd.mini import rewards as mini
 from opd.rewards import jpeg
+from opd.rewards.scoring import Scoring
 from tests.tiny_grpo import brightness
 
 HERE = "tests.test_rewards"
@@ -372,3 +373,17 @@ def test_a_stuck_reward_keeps_neither_the_next_batch_nor_the_process():
     done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[1.0] tensor([nan]) {0: \"prompt 'a': took longer than 0.1 s\"}"
+
+
+def test_a_failure_names_the_source_picture_and_costs_no_other_edit_its_score():
+    """Of edits that share their text."""
+    metadata = [{"source": ["/a.png"]}, {"source": ["/b.png"]}]
+
+    def picky(images_BCHW, prompts, rows):
+        if metadata[1] in rows:
+            raise ValueError("no")
+        return torch.ones(len(prompts))
+
+    scores_B, failures, _ = Scoring(picky, torch.zeros(2, 3, 4, 4), ["redder"] * 2, metadata, 10.0).result()
+    assert scores_B[0] == 1 and scores_B[1].isnan()
+    assert failures == {1: "prompt 'redder' of ['/b.png']: raised ValueError: no"}

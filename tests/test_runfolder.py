@@ -298,19 +298,19 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     out = str(tmp_path / "run")
     cfg = tiny.config(tmp_path / "one", out=out)
     folder = RunFolder(cfg, active=True)
-    folder.check_contents(contents(cfg, planned(cfg)))
+    folder.check_contents(contents(cfg, planned(cfg), {}))
     save_state(folder.path, 1, {"x": torch.ones(1)})
 
     shutil.move(tmp_path / "one", tmp_path / "two")
     moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)
-    RunFolder(moved, active=True).check_contents(contents(moved, planned(moved)))
+    RunFolder(moved, active=True).check_contents(contents(moved, planned(moved), {}))
 
     with open(tmp_path / "two" / "red.txt", "a") as file:
         file.write("a red line more\n")
     tiny.save(tiny.random_lora(tmp_path / "two/pipeline", seed=9), tmp_path / "two/blue")
     base = tmp_path / "two/pipeline/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
-    changed = contents(moved, planned(replace(moved, dtype="bfloat16")))
+    changed = contents(moved, planned(replace(moved, dtype="bfloat16")), {})
     kept = snapshot(tmp_path / "run")
     message = (
         "began with another dtype, base, teacher blue, prompt file of red .task 1.; restore that, choose"

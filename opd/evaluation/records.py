@@ -8,6 +8,7 @@ own; a run that was killed leaves parts, which the next one takes over.
 import base64
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from opd import ranks
-from opd.data import Asked, Prompt, alike, asked_of
-from opd.files import path_of, reading, writing
+from opd.data import Asked, Prompt, asked_of
+from opd.files import digest, path_of, reading, writing
 from opd.files import replace as replace_file
 from opd.formats.latents import find_files, read_metadata
-from opd.formats.pictures import read_image, save_image, size_of_image, to_pil, to_tensor
+from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
+from opd.formats.prompts import source_pictures
 
 LINES = "records.jsonl"
 THUMBNAIL = 8  # pixels per side
@@ -64,6 +66,8 @@ class Record:
 def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, settings: dict) -> Record:
     """The record of a picture that is to be made."""
     place = "/".join(quote(name, safe="= ") for name in (row, split, prompt.task))
+    if prompt.pictures:
+        settings = settings | {"source sha256": digest_of(prompt.pictures)}
     return Record(
         file=f"{place}/{index:06d}.png",
         row=row,
@@ -77,6 +81,12 @@ def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, setti
         settings=settings,
         pictures=list(prompt.pictures),
     )
+
+
+@cache
+def digest_of(pictures: tuple[str, ...]) -> str:
+    """Of source pictures: others under the same names make other records."""
+    return digest(*map(Path, pictures))
 
 
 # ---- pictures as numbers -------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def read_lines(file: Path, cut: bool = False) -> dict[str, Record]:
 
 def read_pictures(folder: RecordFolder) -> list[Record]:
     """What records.jsonl knows, and what metadata.jsonl says of further pictures: a line each with
-    "file_name" and "prompt", also row, split, task, tag (collectives).
+    "file_name" and "prompt", also row, split, task, tag, and image, an edit's source (collectives).
 
     FileNotFoundError for missing pictures, or where nothing is known; ValueError for a wrong line.
     """
@@ -190,8 +200,9 @@ def read_pictures(folder: RecordFolder) -> list[Record]:
             place = {"row": folder.path.name or "pictures", "split": "pictures", "task": "pictures"}
             place |= {name: str(row[name]) for name in place if name in row}
             metadata = {name: row[name] for name in row if name not in ("file_name", "prompt", *place)}
-            prompt = Prompt(text.strip(), place["task"], metadata)
             if file not in known:
+                sources = source_pictures(metadata, folder.path, f"{folder.path}/metadata.jsonl: {file!r}")
+                prompt = Prompt(text.strip(), place["task"], metadata, pictures=sources)
                 record = record_of(place["row"], place["split"], prompt, index, seed=0, settings={})
                 records.append(replace(record, file=file))
     missing = [record.file for record in records if not folder.has_pictures([record])]
@@ -212,7 +223,4 @@ def sized_alike(folder: Path, records: list[Record], size: int) -> list[list[Rec
 
 
 def pieces(records: list[Record], size: int) -> list[list[Record]]:
-    """At most `size` each, in their order; those of one piece have source pictures of the same sizes."""
-    sizes = {n: str([size_of_image(path) for path in record.pictures]) for n, record in enumerate(records)}
-    cut = [numbers[i : i + size] for numbers in alike(sizes) for i in range(0, len(numbers), size)]
-    return [[records[n] for n in numbers] for numbers in cut]
+    return [records[start : start + size] for start in range(0, len(records), size)]

@@ -13,8 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import ranks, signals
-from opd.data import Prompt, fair_sample
+from opd.data import Prompt, alike, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
+from opd.files import reading
+from opd.formats.pictures import size_of_image
 from opd.lora import BASE
 from opd.model import Model, Sampling
 from opd.rewards import Reward
@@ -51,8 +53,8 @@ def planned(
     batch: int = 128,
 ) -> list[Batch]:
     """The batches, of at most `batch` pictures, of all rows, splits and tasks, in order: `count` pictures of
-    each task and split, `per_prompt` of a prompt (data.fair_sample). `settings`: row -> what its records say
-    about the model."""
+    each task and split, `per_prompt` of a prompt (data.fair_sample); those of a batch have source pictures of
+    the same sizes. `settings`: row -> what its records say about the model."""
     batches = []
     for name, row in rows.items():
         sampling = row.sampling
@@ -62,8 +64,19 @@ def planned(
             for pool in pools.values():
                 sample = fair_sample(pool, count, per_prompt)
                 records = [record_of(name, split, prompt, n, sampling.seed, made) for n, prompt in sample]
-                batches += [Batch(piece, row) for piece in pieces(records, batch)]
+                for numbers in alike(source_sizes(records)):
+                    own = [records[n] for n in numbers]
+                    batches += [Batch(piece, row) for piece in pieces(own, batch)]
     return batches
+
+
+def source_sizes(records: list[Record]) -> dict[int, str]:
+    """By their numbers. ValueError naming a picture that cannot be read."""
+    sizes = {}
+    for n, record in enumerate(records):
+        with reading(f"source pictures {record.pictures}"):
+            sizes[n] = str([size_of_image(path) for path in record.pictures])
+    return sizes
 
 
 def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:

@@ -1,6 +1,7 @@
 """What scored pictures say together: means and their errors, sub-scores by tag, diversity.
 
-Pictures of one prompt are alike, so they are no independent draws: errors are clustered by prompt.
+Pictures of one prompt are alike, so they are no independent draws: errors are clustered by prompt. Edits of
+two source pictures are two prompts, though their text may be the same.
 """
 
 import base64
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from opd.data import Asked
 from opd.evaluation.records import Record
 from opd.lora import STUDENT
 
@@ -88,7 +90,7 @@ def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> l
 
 
 def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str) -> Cell:
-    scored = [(record.scores[scorer], record.prompt) for record in group if not record.lacks(scorer)]
+    scored = [(record.scores[scorer], record.asked) for record in group if not record.lacks(scorer)]
     values, prompts = [value for value, _ in scored], [prompt for _, prompt in scored]
     counts = len(scored), len(group) - len(scored), len(set(prompts))
     return Cell(*place, scorer, tag, *counts, *clustered(values, prompts))
@@ -97,7 +99,7 @@ def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str
 # ---- means and their errors ----------------------------------------------------------------------
 
 
-def clustered(values: list[float], clusters: list[str]) -> tuple[float, float]:
+def clustered(values: list[float], clusters: list[Asked]) -> tuple[float, float]:
     """(mean over all values, its standard error). Values of one cluster count as one draw: with r_g the sum
     of a cluster's residuals, n values and G clusters, error^2 = G / (G - 1) sum_g r_g^2 / n^2."""
     n = len(values)
@@ -119,7 +121,7 @@ def error_apart(student: list[Record], others: list[Record], scorer: str) -> flo
     theirs = {record.index: record for record in others if not record.lacks(scorer)}
     both = [record for record in student if record.index in theirs and not record.lacks(scorer)]
     gains = [record.scores[scorer] - theirs[record.index].scores[scorer] for record in both]
-    return clustered(gains, [record.prompt for record in both])[1]
+    return clustered(gains, [record.asked for record in both])[1]
 
 
 def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:
@@ -139,7 +141,7 @@ def diversity_within(place: tuple[str, str, str], group: list[Record]) -> list[C
     pictures = {}
     for record in group:
         if record.thumbnail:
-            pictures.setdefault(record.prompt, []).append(record)
+            pictures.setdefault(record.asked, []).append(record)
     several = [own for own in pictures.values() if len(own) > 1]
     if not several:
         return []
@@ -158,7 +160,7 @@ def diversity_across(place: tuple[str, str, str], group: list[Record]) -> list[C
     """
     having = [record for record in group if record.thumbnail]
     having = having[:: max(1, math.ceil(len(having) / MOST))]
-    names, prompt_N = np.unique([record.prompt for record in having], return_inverse=True)
+    names, prompt_N = np.unique([str(record.asked) for record in having], return_inverse=True)
     if len(names) < 2:
         return []
     distance_NN = distances(having)

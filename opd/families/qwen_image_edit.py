@@ -57,7 +57,10 @@ def encode_prompts(
 
 
 def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
-    """About a megapixel of the same shape, in multiples of 32."""
+    """About a megapixel of the same shape, in multiples of 32. ValueError where the encoder refuses it."""
+    if max(width, height) > 200 * min(width, height):
+        fits = "give it sides of which one is at most 200 times as long as the other"
+        raise ValueError(f"it is {width} x {height} pixels; {fits}")
     return theirs.calculate_dimensions(theirs.VAE_IMAGE_SIZE, width / height)
 
 

@@ -110,18 +110,18 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "to
 
 
 def check_encoders(folder: Path, t5: bool) -> None:
-    """FileNotFoundError for a text encoder or tokenizer that a pipeline names and that is missing, and for a
-    tokenizer without its vocabulary: transformers would make an empty one without a word, and every prompt
-    would be the same. Without `t5` the further ones may be absent."""
+    """FileNotFoundError for a text encoder, tokenizer or processor that a pipeline names and that is missing,
+    and for one of the last two without its vocabulary: transformers would make an empty one without a word,
+    and every prompt would be the same. Without `t5` the further ones may be absent."""
     for name, kind in read_json(folder / "model_index.json").items():
         named = isinstance(kind, list) and kind[:1] not in ([], [None])
-        if not named or not name.startswith(("text_encoder", "tokenizer")):
+        if not named or not name.startswith(("text_encoder", "tokenizer", "processor")):
             continue
         part, needed = folder / name, t5 or name in ("text_encoder", "tokenizer")
         if needed and not part.is_dir():
             raise FileNotFoundError(f"{folder} lacks its folder {name}; download the pipeline again")
         empty = not any((part / file).is_file() for file in VOCABULARIES)
-        if part.is_dir() and name.startswith("tokenizer") and empty:
+        if part.is_dir() and not name.startswith("text_encoder") and empty:
             listed = ", ".join(VOCABULARIES)
             raise FileNotFoundError(f"{part} holds none of {listed}; download the pipeline again")
 

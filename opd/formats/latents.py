@@ -44,7 +44,7 @@ def load_images(source: str, model) -> Images:
     folder = path_of(source)
     captions, rows = read_metadata(folder)
     sources = [
-        source_pictures(row, folder, f"{folder}/metadata.jsonl, row {n}") for n, row in enumerate(rows)
+        source_pictures(row, folder, f"{folder}/metadata.jsonl: line {n}") for n, row in enumerate(rows, 1)
     ]
     captions = [asked_of(*pair) for pair in zip(captions, sources, strict=True)]
     log_shift = model.family.log_shift(model.folder, model.shape)

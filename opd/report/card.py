@@ -65,7 +65,7 @@ def front_matter(cfg: RunConfig, model: Model, licence: dict[str, str]) -> Model
     base = None
     if not resolve(cfg.model).exists():
         base = cfg.model
-    does = "image-to-image" if model.conditioning.source_pictures() else "text-to-image"
+    does = "image-to-image" if model.conditioning.edits() else "text-to-image"
     tags = [does, "flow-matching", f"stage-{cfg.stage}"]
     if not cfg.full:
         tags.append("lora")
@@ -110,7 +110,7 @@ def snippet(cfg: RunConfig, model: Model, deployment: Deployment) -> str:
     told = ", ".join(f"{name}={value!r}" for name, value in call.items())
     lines.append(f'pipe.to("{model.device.type}")')
     about = 'prompt="two red circles"'
-    if model.conditioning.source_pictures():
+    if model.conditioning.edits():
         lines.insert(2, "from diffusers.utils import load_image")
         about = 'image=load_image("a.png"), prompt="make it red"'
     if "max_area" in inspect.signature(getattr(diffusers, pipeline).__call__).parameters:

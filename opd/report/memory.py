@@ -90,7 +90,6 @@ def picture_shapes(cfg: RunConfig, model: Model) -> dict[str, tuple[int, ...]]:
         return {}
     found = {task: path for task, path in cfg.prompts.items() if resolve(path).is_file()}
     asked = [prompt.asked for pool in load_tasks(found).values() for prompt in pool]
-    model.conditioning.check(asked)
     most = {}
     for shape in dict.fromkeys(filter(None, model.shapes(asked).values())):
         sizes = [map(int, size.split("x")) for size in shape.split("+")]

@@ -76,7 +76,9 @@ class Scoring:
 
     def _fail(self, rows: list[int], reason: str) -> None:
         for row in rows:
-            self.failures[row] = f"prompt {self.prompts[row]!r}: {reason}"
+            sources = self.metadata[row].get("source")
+            of = f" of {sources}" if isinstance(sources, list) else ""
+            self.failures[row] = f"prompt {self.prompts[row]!r}{of}: {reason}"
 
 
 class Call:
