@@ -29,7 +29,8 @@ from opd.files import check_folder, path_of, reading
 from opd.formats.export import KEY, completed, guidance_of
 from opd.formats.latents import write_samples
 from opd.formats.pictures import labelled_grid, save_image, source_row, to_pil
-from opd.formats.prompts import load_prompts, load_tasks, source_pictures
+from opd.formats.prompts import load_prompts, load_tasks
+from opd.formats.sources import source_pictures
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
 

@@ -12,7 +12,8 @@ from opd.data import Asked, Edit
 from opd.errors import require
 from opd.families import Condition
 from opd.files import reading
-from opd.formats.pictures import read_image, size_of_image
+from opd.formats.pictures import read_image
+from opd.formats.sources import fitted_sizes, sizes
 
 WINDOW = 2048
 """Prompts that are encoded ahead at once: 3.4 GB of memory with SD3.5's encoders."""
@@ -49,41 +50,21 @@ class Conditioning:
 
     def check(self, prompts: list[Asked]) -> None:
         """ValueError for a prompt whose source pictures, or want of any, this pipeline cannot take."""
-        resized = {}
-        for asked in prompts:
-            if asked not in self.shape_of and self.shape(asked) != "":
-                own = "+".join("{}x{}".format(*size_of_image(picture)) for picture in asked.pictures)
-                resized |= {own: self.shape(asked)} if own != self.shape(asked) else {}
-        for own, fitted in list(resized.items())[:1]:
-            ranks.say(f"source pictures are resized as the pipeline does, such as {own} -> {fitted}")
+        new = [asked for asked in dict.fromkeys(prompts) if asked not in self.shape_of]
+        resized = [asked for asked in new if self.shape(asked) != sizes(asked)]
+        if resized:
+            first = f"{sizes(resized[0])} -> {self.shape(resized[0])}"
+            ranks.say(f"source pictures are resized as the pipeline does, such as {first}")
 
     def edits(self) -> bool:
         """Whether a prompt that was checked has a source picture."""
         return any(isinstance(asked, Edit) for asked in self.shape_of)
 
     def shape(self, asked: Asked) -> str:
-        """Of a prompt's source pictures as the transformer sees them, such as 1024x768+512x512; "" without
-        any. ValueError as `check`."""
+        """Of a prompt's source pictures as the transformer sees them, "" without any. Raises as `check`."""
         if asked not in self.shape_of:
-            self.shape_of[asked] = self._shape(asked)
+            self.shape_of[asked] = fitted_sizes(self.family, self.folder, asked)
         return self.shape_of[asked]
-
-    def _shape(self, asked: Asked) -> str:
-        editing, kind = self.family.EDITING, self.family.PIPELINE
-        text, pictures = asked if isinstance(asked, Edit) else (asked, ())
-        what = f"prompt {text[:60]!r}"
-        if editing is None:
-            way_out = "drop its field image, or take a pipeline that edits"
-            require(not pictures, f"{what} has a source picture, and {kind} reads text alone; {way_out}")
-            return ""
-        wanted = f"{editing.fewest} to {editing.most} source pictures (field image)"
-        fits = editing.fewest <= len(pictures) <= editing.most
-        require(fits, f"{what} has {len(pictures)} source pictures; {kind} takes {wanted}")
-        sizes = []
-        for picture in pictures:
-            with reading(f"source picture {picture!r}"):
-                sizes.append("{}x{}".format(*editing.size(self.folder, *size_of_image(picture))))
-        return "+".join(sizes)
 
     # ---- encoding ahead ----
 

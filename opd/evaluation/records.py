@@ -22,7 +22,7 @@ from opd.files import digest, path_of, reading, writing
 from opd.files import replace as replace_file
 from opd.formats.latents import find_files, read_metadata
 from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
-from opd.formats.prompts import source_pictures
+from opd.formats.sources import source_pictures
 
 LINES = "records.jsonl"
 THUMBNAIL = 8  # pixels per side

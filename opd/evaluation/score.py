@@ -16,7 +16,7 @@ from opd import ranks, signals
 from opd.data import Prompt, alike, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.files import reading
-from opd.formats.pictures import size_of_image
+from opd.formats.sources import sizes
 from opd.lora import BASE
 from opd.model import Model, Sampling
 from opd.rewards import Reward
@@ -72,11 +72,11 @@ def planned(
 
 def source_sizes(records: list[Record]) -> dict[int, str]:
     """By their numbers. ValueError naming a picture that cannot be read."""
-    sizes = {}
+    found = {}
     for n, record in enumerate(records):
         with reading(f"source pictures {record.pictures}"):
-            sizes[n] = str([size_of_image(path) for path in record.pictures])
-    return sizes
+            found[n] = sizes(record.asked)
+    return found
 
 
 def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from opd.data import Asked, asked_of, seed_of
 from opd.files import path_of, replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
-from opd.formats.prompts import read_jsonl, require_prompt, source_pictures
+from opd.formats.prompts import read_jsonl, require_prompt
+from opd.formats.sources import source_pictures
 
 CAPTION_KEYS = ("prompt", "text", "caption")
 

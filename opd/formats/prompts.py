@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import os
 import re
 from pathlib import Path
 
 from opd.data import Prompt
-from opd.files import path_of, reading, resolve
+from opd.files import resolve
+from opd.formats.sources import source_pictures
 
 LONGEST = 20_000
 """Characters of a prompt; encoders read some hundred tokens."""
@@ -43,29 +43,6 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"prompts {path!r}: the file holds no prompt")
     return prompts
-
-
-def source_pictures(row: dict, folder: Path, where: str) -> tuple[str, ...]:
-    """The paths under "image", seen from `folder`; they become "source", where rewards find them."""
-    given = row.pop("image", None) or []
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{where}: "image" is {given!r:.60}; expected a path or a list of paths')
-    if given and None in row:  # of a .csv, what no column is for
-        raise ValueError(f"{where}: more fields than columns; several pictures of a prompt need a .jsonl")
-    with reading(f'{where}: "image"'):
-        paths = [str((folder / path_of(name)).resolve()) for name in names]
-    for path in paths:
-        if not os.path.isfile(path):  # False too where the name is longer than any file's
-            raise FileNotFoundError(
-                f"{where}: no source picture {path[:300]!r}; paths are seen from {folder}"
-            )
-    if paths and "source" in row:
-        taken = '"source" is where rewards find the pictures of "image"'
-        raise ValueError(f"{where}: {taken}; give this field another name")
-    if paths:
-        row["source"] = paths
-    return tuple(paths)
 
 
 def require_prompt(text: str, where: str) -> None:
