@@ -64,26 +64,26 @@ def marks(labels: dict[str, str], results: list[dict]) -> list[Mark]:
     return found
 
 
-def progress(results: list[dict], title: str, unit: str) -> Figure:
-    """Score against what training took in `unit` of a curve: both mixes, the student after its three
-    teachers, and a student of half as many steps that went on by GRPO."""
-    teaching = taken(TEACHERS, unit, results)
-    learning = taken(("anchor-late",), unit, results)
+def progress(results: list[dict]) -> Figure:
+    """Score against seconds of training: the mixes, the student after its three teachers, and a student of
+    half as many steps that went on by GRPO."""
+    teaching = taken(TEACHERS, results)
+    learning = taken(("anchor-late",), results)
     curves = {
-        "GRPO-mix": watched("mix", unit, results, 0.0),
-        "GRPO-mix, quality of all": watched("mix-all", unit, results, 0.0),
-        "student, after its teachers": watched("student", unit, results, teaching),
-        "student, then GRPO": watched("rewarded", unit, results, teaching + learning),
+        "GRPO-mix, quality of all": watched("mix-all", results, 0.0),
+        "NFT-mix, quality of all": watched("nft-mix", results, 0.0),
+        "student, after its teachers": watched("student", results, teaching),
+        "student, then GRPO": watched("rewarded", results, teaching + learning),
     }
-    return plane(title, "mean of compose, text, quality of landscapes", curves)
+    return plane("seconds of one core", "mean of compose, text, quality of landscapes", curves)
 
 
-def taken(names: tuple[str, ...], unit: str, results: list[dict]) -> float:
-    """What training the recipes one after another takes: the mean over each one's seeds."""
+def taken(names: tuple[str, ...], results: list[dict]) -> float:
+    """Seconds that training the recipes one after another takes: the mean over each one's seeds."""
     total = 0.0
     for name in names:
         for _, own in rows_of((name,), results):
-            total += fmean([result["curve"][-1][unit] for result in own])
+            total += fmean([result["curve"][-1]["seconds"] for result in own])
     return total
 
 
@@ -92,7 +92,11 @@ def mean_of_tasks(point: dict) -> float:
 
 
 def watched(
-    name: str, unit: str, results: list[dict], start: float, score: Callable[[dict], float] = mean_of_tasks
+    name: str,
+    results: list[dict],
+    start: float,
+    score: Callable[[dict], float] = mean_of_tasks,
+    unit: str = "seconds",
 ) -> list[Mark]:
     """The mean over seeds of what a recipe's runs watched, `start` of the unit later."""
     found = []
@@ -128,7 +132,7 @@ def plane(x_name: str, y_name: str, curves: dict[str, list[Mark]]) -> Figure:
 def soon(results: list[dict]) -> Figure:
     """The level of the shipped teachers' students against what training took."""
     score = partial(level, results=results)
-    curves = {RECIPES[name].title: watched(name, "seconds", results, 0.0, score) for name in SPEED}
+    curves = {RECIPES[name].title: watched(name, results, 0.0, score) for name in SPEED}
     return plane("seconds of one core", "0: the base, 1: its teachers", curves)
 
 
@@ -137,7 +141,7 @@ def grown(results: list[dict]) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for method, (title, cost, *_) in METHODS.items():
-            points = watched(f"{method}-{task}", "step", results, 0.0, itemgetter(task))
+            points = watched(f"{method}-{task}", results, 0.0, itemgetter(task), "step")
             seconds, scores = [cost * point.x for point in points], [point.y for point in points]
             spreads = [point.y_spread for point in points]
             axes.errorbar(seconds, scores, spreads, marker="o", markersize=4, elinewidth=0.6, label=title)
@@ -151,10 +155,7 @@ def grown(results: list[dict]) -> Figure:
 ON_EARLIER_BASE = ("anchors.svg", "grown.svg")
 PLOTS = {
     ROOT / "opd/mini/study/anchors.svg": trade,
-    ROOT / "opd/mini/study/progress.svg": partial(progress, title="seconds of one core", unit="seconds"),
-    ROOT / "opd/mini/study/progress_images.svg": partial(
-        progress, title="pictures that were made for training", unit="samples"
-    ),
+    ROOT / "opd/mini/study/progress.svg": progress,
     ROOT / "opd/mini/study/levels.svg": soon,
     ROOT / "opd/mini/study/grown.svg": grown,
 }

@@ -65,8 +65,6 @@ MIX_ALL = (
 )
 # The same from a student: its rank, and a fifth of the learning rate, which else undoes what is there.
 GO_ON = f"--rank 32 --alpha 64 --lr 4e-4 {MIX_ALL}"
-# The same from the merged teachers, as long as "mix-all" in all, the teachers included.
-MERGE_MIX = f"--iterations 166 --cold-start merge --merge-from{LEARNED} {GO_ON}"
 LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
 # One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
 # see as many images as the teachers; the others take the seconds of distillation.
@@ -95,34 +93,17 @@ RIVALS = {
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
     ),
 }
-# Other ways to one model, and what the KL term does for a teacher.
+# Other ways to one model.
 CONTROLS = {
     "free-student": Recipe("distilled, no anchor", f"{LEARN} --anchor-weight 0 --iterations 100"),
     "plain-student": Recipe("distilled, late anchor, nothing folded", f"{LEARN} {LATE} --teacher-guidance 1"),
     "stacked-text": Recipe(
         "compose, then text", f"{TERMS} --cold-start {{of equal-compose}}", preset="mini-text"
     ),
-    # One step that moves nothing: the start of the students.
-    "merged": Recipe("teachers merged, no training", f"{LEARN} --iterations 1 --lr 1e-9"),
-    "merge-mix": Mix("teachers merged, then GRPO-mix, quality of all prompts", MERGE_MIX),
-    "merge-mix-faster": Mix("the same at twice that learning rate", f"{MERGE_MIX} --lr 8e-4"),
-    "merge-mix-fast": Mix("the same at the mix's own learning rate", f"{MERGE_MIX} --lr 2e-3"),
-    "sft-mix": Mix(
-        "SFT on samples of seed 0's teachers, then that GRPO-mix",
-        f"--iterations 166 --cold-start {SFT_START} {GO_ON}",
-    ),
-    "rewarded-fast": Mix(
-        "distilled for 50 steps, then that GRPO-mix at its own learning rate",
-        f"--iterations 93 --cold-start {{of anchor-late}} --rank 32 --alpha 64 {MIX_ALL}",
-    ),
     # The preset "mini-student-grpo".
     "student-mix": Mix(
         "distilled for 100 steps, then that GRPO-mix", f"--iterations 93 --cold-start {{of student}} {GO_ON}"
     ),
-    "short-mix": Mix("GRPO-mix, 450 iterations", "--iterations 450"),
-    "free-compose": Recipe("compose teacher, no KL", "--iterations 320 --beta 0", preset="mini-compose"),
-    "free-text": Recipe("text teacher, no KL", f"{TERMS} --beta 0", preset="mini-text"),
-    "free-quality": Recipe("quality teacher, no KL", f"{QUALITY_OF_ALL} --beta 0", preset="mini-quality"),
 }
 # The anchor (MAR): a weight for all noise levels, or one for the low ones.
 ANCHORS = {
@@ -223,7 +204,7 @@ REFERENCES = {
 }
 # Table -> its rows.
 TABLES = {
-    "short": ("base", "mix-all", "student", "rewarded"),
+    "short": ("base", "mix-all", "student"),
     "recipes": ("asked", "flow-opd", "diffusion-opd", "dance-opd", "gfd-opd"),
     "references": ("guided", "sft-start"),
     "questions": tuple(QUESTIONS),

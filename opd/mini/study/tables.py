@@ -30,7 +30,7 @@ OWN_COLUMNS = {
         {"compose and text above the first row's": "of the tasks", "quality of all above": "of all"},
     ),
     "questions": (THREE | {"mean of three": MEAN}, {"above the first row's": MEAN}),
-    "short": (THREE, {}),
+    "short": (THREE | {"variety": VARIETY}, {}),
 }
 # README's recipes: run -> its presets, its paper, what is different.
 PAPERS = {
@@ -67,9 +67,10 @@ CLAIMS = {
     "student above the usual mix, mean of three": ("student", "mix", MEAN),
     "student above the mix rewarded for everything, mean": ("student", "mix-all", MEAN),
     "the teachers, each on its own task, above that mix": ("specialists", "mix-all", MEAN),
+    "student above an NFT-mix rewarded so, mean": ("student", "nft-mix", MEAN),
     "student above that mix folded into itself": ("student", "mix-folded", MEAN),
     "distilled, then that mix, above the usual mix": ("rewarded", "mix", MEAN),
-    "the same, above the mix rewarded for everything": ("rewarded", "mix-all", MEAN),
+    "distilled, then that mix, above the mix rewarded for everything": ("rewarded", "mix-all", MEAN),
     "the same, above the mix folded into itself": ("rewarded", "mix-folded", MEAN),
     "the same, above the student": ("rewarded", "student", MEAN),
     "the same, above the compose teacher, compose": ("rewarded", "equal-compose", "compose"),
@@ -77,6 +78,7 @@ CLAIMS = {
     "the same, above the quality teacher, quality of all": ("rewarded", "all-quality", "of all"),
     "student without folding above that mix": ("plain-student", "mix-all", MEAN),
     "that mix above the base, variety": ("mix-all", "base", VARIETY),
+    "the NFT-mix above the base, variety": ("nft-mix", "base", VARIETY),
     "the same, folded into itself": ("mix-folded", "base", VARIETY),
     "student above the base, variety": ("student", "base", VARIETY),
     "distilled, then that mix, above the base, variety": ("rewarded", "base", VARIETY),
@@ -219,7 +221,8 @@ def claims(results: list[dict], others: list[dict]) -> str:
         leads = [lead(*claim, source) for source in shipped.values()]
         cells = [spread(found) for found in [*leads, sum(leads, [])]]
         cells += [spread(lead(*claim, source)) for source in other.values()]
-        lines.append([title, *cells])
+        if any(cells):
+            lines.append([title, *cells])
     return markdown(columns, lines)
 
 
