@@ -236,7 +236,7 @@ class Distillation:
         Returns the sums of their distances to the teachers, and the distances of each."""
         sums_RT = torch.zeros(len(self.names) + 1, self.cfg.steps, device=self.model.device)
         parts = []
-        # Samples of one teacher stay together in a micro-batch.
+        # Samples of one teacher stay together in a micro-batch. Source pictures of two sizes do not stack.
         kinds = dict(enumerate(plan.route_N))
         shapes = self.model.shapes([prompt.asked for prompt in plan.prompts_N])
         # The adapter stays on around backward: recomputed activations must see the one of their forward pass.
@@ -298,12 +298,12 @@ class Distillation:
             if state.i in plan.queried:
                 # The one forward pass of the student: it has the gradient, and it drives the rollout.
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-                asked = queries[plan.anchor_T[state.i]]
-                targets = ask(teachers, asked, state, prompts)
+                whom = queries[plan.anchor_T[state.i]]
+                targets = ask(teachers, whom, state, prompts)
                 w_B = torch.full_like(state.sigma_B, plan.weight_T[state.i])
                 # Eq. 16 and, in the same pass over memory, the student's step to the next state, a constant.
                 loss_B, distances_BTK[:, state.i], state.x_next = self.estimate(
-                    state, v, targets, asked.alpha_BK, w_B
+                    state, v, targets, whom.alpha_BK, w_B
                 )
                 (loss_B.sum() * scale).backward()
             elif cfg.walker == "student":

@@ -54,7 +54,7 @@ class Conditioning:
         resized = [asked for asked in new if self.shape(asked) != sizes(asked)]
         if resized:
             first = f"{sizes(resized[0])} -> {self.shape(resized[0])}"
-            ranks.say(f"source pictures are resized as the pipeline does, such as {first}")
+            ranks.say(f"source pictures are resized as the pipeline does, width x height such as {first}")
 
     def edits(self) -> bool:
         """Whether a prompt that was checked has a source picture."""
@@ -125,7 +125,7 @@ class Conditioning:
         # Copies: a view would keep the whole batch alive.
         copied = {name: tensor.cpu().clone() for name, tensor in condition.items()}
         finite = all(bool(tensor.isfinite().all()) for tensor in copied.values())
-        wrong = f"text encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
+        wrong = f"encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
         require(finite, f"{wrong}; get their weights anew, or use --dtype float32")
         return copied
 

@@ -158,8 +158,8 @@ class Model:
     # ---- the velocity ----
 
     def shapes(self, prompts: list[Asked], each: int = 1) -> dict[int, str]:
-        """Of the source pictures of `each` samples of every prompt, as the transformer sees them; "" without
-        any."""
+        """Number of a sample -> sizes of its source pictures as the transformer sees them, "" without any;
+        `each` samples in a row have one prompt."""
         return {n: self.conditioning.shape(prompts[n // each]) for n in range(each * len(prompts))}
 
     def text(self, prompts: list[Asked]) -> list[Condition]:

@@ -105,7 +105,7 @@ REAL_PRESETS: dict[str, RunConfig] = {
         query_range=(0, 2),
         micro_batch=8,
     ),
-    # What does best in the miniature: guidance folded into the student, and small steps.
+    # What is near its teachers soonest in the miniature: guidance folded into the student, and small steps.
     "sd35-fold": DistillationConfig(
         **SD35_OPD | SMALL_STEPS, **SD35_TAUGHT, guidance=1.0, teacher_guidance=4.5, micro_batch=10
     ),

@@ -350,7 +350,7 @@ def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
     student = tiny.save(tiny.random_lora(case.pipeline, seed=7, family=case.family), tmp_path / "student")
     write_card(student, cfg, model, 3, "")
     card = (student / "README.md").read_text()
-    assert "pipeline_tag: image-to-image" in card
+    assert "pipeline_tag: image-to-image" in card and "--prompts 'make it red' --image a.png" in card
     [code] = re.findall("```python\n(.*?)\n```", card, re.DOTALL)
     code = code.replace("THIS_FOLDER", str(student)).replace("a.png", case.paths[0])
     names = {"start": case.fixture.pack(start(model, 0))}
@@ -466,6 +466,13 @@ def test_a_photo_with_a_preview_behind_it_is_a_photo(tmp_path):
     photo.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
     assert size_of_image(str(tmp_path / "a.jpg")) == (30, 20)
     assert read_image(tmp_path / "a.jpg").getpixel((0, 0))[2] > 250
+
+
+def test_a_mask_is_seen_from_where_the_source_is(tmp_path):
+    Image.new("RGB", (80, 80)).save(tmp_path / "a.png")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "image": "a.png", "mask": "m.png"}))
+    (prompt,) = load_prompts(str(tmp_path / "p.jsonl"), "t", None)
+    assert prompt.metadata == {"source": [str(tmp_path / "a.png")], "mask": str(tmp_path / "m.png")}
 
 
 def test_a_picture_that_a_camera_turned_is_upright(tmp_path):

@@ -90,7 +90,7 @@ def test_a_grid_shows_the_prompts_that_the_user_names(world, tmp_path):
     own = {"sample_prompts": str(tmp_path / "own.jsonl"), "iterations": 0}
     cfg = tiny.config(world, out=str(tmp_path / "run"), **own)
     *_, report = tiny.run(cfg)
-    assert report.texts == ["a blue dot", "a dot"]
+    assert [prompt.text for prompt in report.prompts] == ["a blue dot", "a dot"]
     (base, _), (above, _) = report.above.values()
     assert torch.equal(above[0], report.pictures("blue", 1.0, [0])[0])
     assert above[1].min() == 1 and base[1].min() < 1

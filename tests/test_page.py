@@ -205,7 +205,7 @@ def test_the_card_says_what_the_student_is(world, folder):
 
 def test_the_base_and_its_licence_are_named_where_they_are_known(settings, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: community\n---\n# Base\n")
-    paints = SimpleNamespace(source_pictures=list)
+    paints = SimpleNamespace(edits=lambda: False)
     model = SimpleNamespace(folder=tmp_path, conditioning=paints)
     cfg = replace(settings, model="owner/base")
     data = card.front_matter(cfg, model, card.licence_of(model))

@@ -45,7 +45,7 @@ class Editing(NamedTuple):
     """(folder, width, height) -> (width, height) in pixels that the transformer sees of such a picture;
     ValueError where the pipeline takes none of that size."""
     encode: Callable
-    """(load_text's result, vae, folder, text, pictures (PIL, RGB), device) -> Condition, in load_text's
+    """(load_text's result, vae, folder, prompt, pictures (PIL, RGB), device) -> Condition, in load_text's
     dtype."""
 
 

@@ -11,8 +11,8 @@ from opd.formats.pictures import size_of_image
 
 
 def source_pictures(row: dict, folder: Path, where: str) -> tuple[str, ...]:
-    """The paths under "image", seen from `folder`; they become "source", where rewards find them. ValueError
-    or FileNotFoundError naming `where`."""
+    """The paths under "image", seen from `folder`; they become "source", where rewards find them. A "mask" of
+    theirs is seen from there too. ValueError or FileNotFoundError naming `where`."""
     given = row.pop("image", None) or []
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -30,11 +30,13 @@ def source_pictures(row: dict, folder: Path, where: str) -> tuple[str, ...]:
         raise ValueError(f"{where}: {taken}; give this field another name")
     if paths:
         row["source"] = paths
+    if paths and isinstance(row.get("mask"), str):
+        row["mask"] = str((folder / path_of(row["mask"])).resolve())
     return tuple(paths)
 
 
 def sizes(asked: Asked) -> str:
-    """Of the files of a prompt's source pictures, such as 1024x768+512x512; "" without any."""
+    """Width x height of a prompt's source pictures' files, such as 1024x768+512x512; "" without any."""
     pictures = asked.pictures if isinstance(asked, Edit) else ()
     return "+".join("{}x{}".format(*size_of_image(picture)) for picture in pictures)
 
@@ -49,7 +51,7 @@ def fitted_sizes(family: ModuleType, folder: Path, asked: Asked) -> str:
         way_out = "drop its field image, or take a pipeline that edits"
         require(not pictures, f"{what} has a source picture, and {kind} reads text alone; {way_out}")
         return ""
-    wanted = f"{editing.fewest} to {editing.most} source pictures (field image)"
+    wanted = f"{editing.fewest} to {editing.most} source pictures (field image, or --image)"
     fits = editing.fewest <= len(pictures) <= editing.most
     require(fits, f"{what} has {len(pictures)} source pictures; {kind} takes {wanted}")
     fitted = []

@@ -92,9 +92,9 @@ FINETUNE = {**MINI, **WHOLE, "warmup": 20, "save_every": 200, "sample_every": 20
 # ---- the runs ----------------------------------------------------------------------------------------------
 
 MINI_PRESETS: dict[str, RunConfig] = {
-    # What does best here in a minute: guidance folded in, small steps, an anchor that leaves the composition
-    # alone. What is not named are the defaults of opd/config/: an SDE walk of ten steps, a start merged
-    # from the teachers, guidance 1 for the student, and more; --dry-run prints all of it.
+    # What is near its teachers soonest here: guidance folded in, small steps, an anchor that leaves the
+    # composition alone. What is not named are the defaults of opd/config/: an SDE walk of ten steps, a start
+    # merged from the teachers, guidance 1 for the student, and more; --dry-run prints all of it.
     "mini": DistillationConfig(**FOLD | SMALL_STEPS | LATE),
     # The study's: large steps, no anchor.
     "mini-fold": DistillationConfig(**FOLD, anchor_weight=0.0, iterations=50),

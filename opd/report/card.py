@@ -45,7 +45,7 @@ Made by {METHODS[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, 
 - steps: {deployment.steps} (ODE)
 - T5: {t5}
 
-{usage(cfg)}In diffusers:
+{usage(cfg, model)}In diffusers:
 
 ```python
 {snippet(cfg, model, deployment)}
@@ -82,10 +82,13 @@ def licence_of(model: Model) -> dict[str, str]:
     return {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
 
 
-def usage(cfg: RunConfig) -> str:
+def usage(cfg: RunConfig, model: Model) -> str:
     if cfg.full:
         return "This is the `transformer/` of the pipeline; put it in the place of the base's. "
-    command = shlex.join(["python", "sample.py", "--model", cfg.model, "--adapters", "student=THIS_FOLDER"])
+    words = ["python", "sample.py", "--model", cfg.model, "--adapters", "student=THIS_FOLDER"]
+    if model.conditioning.edits():
+        words += ["--prompts", "make it red", "--image", "a.png"]
+    command = shlex.join(words)
     return f"    {command}\n\nreads all of this from `deployment.json`. PEFT reads the weights too. "
 
 

@@ -24,7 +24,7 @@ def preservation(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) 
 
     x: the picture in [0, 1]; source: resized by area to the size of x; low: means over 32 x 32 equal cells,
     so that grain and a shift by a pixel cost little; keep: 1, or with "mask" in the metadata 1 - mask. The
-    mask is a picture's path, seen as given, white where x may change, and resized as the source is. A result
+    mask is a picture, white where x may change, and resized as the source is. A result
     that equals its source scores 1: weigh this against a reward of the edit. ValueError for an all-white
     mask."""
     rows = zip(images_BCHW.float().cpu(), metadata, strict=True)
