@@ -125,7 +125,7 @@ class Conditioning:
         # Copies: a view would keep the whole batch alive.
         copied = {name: tensor.cpu().clone() for name, tensor in condition.items()}
         finite = all(bool(tensor.isfinite().all()) for tensor in copied.values())
-        wrong = f"encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
+        wrong = f"text encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
         require(finite, f"{wrong}; get their weights anew, or use --dtype float32")
         return copied
 

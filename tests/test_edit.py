@@ -338,7 +338,7 @@ def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
     evaluate.main([*how, *tasks, *scorers])
     lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     wanted = [case.paths[:1], case.paths[1:], case.paths[: case.fixture.most]]
-    assert sorted(line["pictures"] for line in lines) == sorted(wanted)
+    assert sorted(line["sources"] for line in lines) == sorted(wanted)
     assert all(line["scores"]["tests.test_edit:like_the_source"] < 0 for line in lines)
 
 
@@ -528,7 +528,7 @@ def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     evaluate.main(["--pictures", str(tmp_path), "--rewards", "blue=preservation"])
     [line] = (tmp_path / "records.jsonl").read_text().splitlines()
-    assert json.loads(line)["pictures"] == [str(tmp_path / "source.png")]
+    assert json.loads(line)["sources"] == [str(tmp_path / "source.png")]
     assert json.loads(line)["scores"] == {"preservation": 1.0}
     (tmp_path / "source.png").unlink()
     evaluate.main(["--pictures", str(tmp_path), "--rewards", "blue=jpeg_compressibility"])

@@ -238,7 +238,7 @@ def test_edits_of_two_source_pictures_are_two_prompts():
         for index, value in enumerate(values):
             shown = [BLACK, WHITE][index % 3 == 0]
             texts.append(record(row, prompt="ab"[index % 2], index=index, thumbnail=shown, s=value))
-    edits = [replace(one, prompt="redder", pictures=[f"{one.prompt}.png"]) for one in texts]
+    edits = [replace(one, prompt="redder", sources=[f"{one.prompt}.png"]) for one in texts]
     cells = summarise(edits, ["s"])
     assert cells == summarise(texts, ["s"])
     assert {cell.scorer for cell in cells} == {"s", *statistics.MEASURES}

@@ -41,7 +41,7 @@ class Record:
     index: int  # the picture's noise is a function of (seed, index)
     seed: int
     settings: dict  # how it was sampled
-    pictures: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     """Paths of the source pictures of an edit."""
     thumbnail: str = ""  # 8 x 8 pixels, RGB bytes in base64: what diversity is measured on
     scores: dict[str, float | None] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Record:
 
     @property
     def asked(self) -> Asked:
-        return asked_of(self.prompt, tuple(self.pictures))
+        return asked_of(self.prompt, tuple(self.sources))
 
     def lacks(self, scorer: str) -> bool:
         return self.scores.get(scorer) is None
@@ -79,7 +79,7 @@ def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, setti
         index=index,
         seed=seed,
         settings=settings,
-        pictures=list(prompt.pictures),
+        sources=list(prompt.pictures),
     )
 
 

@@ -74,7 +74,7 @@ def source_sizes(records: list[Record]) -> dict[int, str]:
     """By their numbers. ValueError naming a picture that cannot be read."""
     found = {}
     for n, record in enumerate(records):
-        with reading(f"source pictures {record.pictures}"):
+        with reading(f"source pictures {record.sources}"):
             found[n] = sizes(record.asked)
     return found
 
