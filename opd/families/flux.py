@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition, pictures_of
@@ -66,11 +66,16 @@ def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- text
 
 
-def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> FluxPipeline:
+def load_text_of(
+    kind: type[DiffusionPipeline], folder: Path, dtype: torch.dtype, device: torch.device, t5: bool
+) -> DiffusionPipeline:
     """A pipeline that can only encode prompts. ValueError for `t5=False`: all of its tokens are T5's."""
     if not t5:
         raise ValueError("--no-t5: FLUX.1 reads its prompts with T5 and cannot do without")
-    return parts.load_text(FluxPipeline, folder, dtype, device, t5)
+    return parts.load_text(kind, folder, dtype, device, t5)
+
+
+load_text = partial(load_text_of, FluxPipeline)
 
 
 def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:

@@ -4,6 +4,7 @@
 A Condition of a prompt with a picture holds `picture0` (C, H, W) beside FLUX.1's text.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from opd.families.flux import (  # noqa: F401 (the contract's)
     encode_prompts,
     guide,
     latent_shape,
+    load_text_of,
     load_transformer,
     load_vae,
     log_shift,
@@ -40,12 +42,7 @@ from opd.formats.pictures import to_tensor
 
 PIPELINE = "FluxKontextPipeline"
 
-
-def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> FluxKontextPipeline:
-    """A pipeline that can only encode prompts. ValueError for `t5=False`: all of its tokens are T5's."""
-    if not t5:
-        raise ValueError("--no-t5: FLUX.1 reads its prompts with T5 and cannot do without")
-    return parts.load_text(FluxKontextPipeline, folder, dtype, device, t5)
+load_text = partial(load_text_of, FluxKontextPipeline)
 
 
 def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
