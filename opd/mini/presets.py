@@ -71,8 +71,8 @@ MINI_GRPO = {**MINI, **GRPO, "heldout": MINI_HELDOUT, "window_range": (0, 3)}
 TEACHER = {**MINI_GRPO, "rewards": MINI_SCORERS, "prompts_per_step": 12}
 MIX = {**MINI_GRPO, "prompts_per_step": 15}
 
-# The same without likelihoods, on-policy, at four of the six noise levels (opd/nft.py). Twice the learning
-# rate, or half the pictures an iteration, collapse.
+# The same without likelihoods, on-policy, at four of the six noise levels (opd/nft.py). On the earlier
+# base twice the learning rate, or half the pictures an iteration, collapsed.
 NFT = {
     "group": 8,
     "micro_batch": 48,

@@ -85,7 +85,7 @@ RIVALS = {
         f"--iterations 140 --prompts-per-step 15 {MIX_ALL}",
         preset="mini-nft-compose",
     ),
-    "mix-folded": Recipe("the latter, folded into itself", LEARN_FROM_MIX),
+    "mix-folded": Recipe("that GRPO-mix, folded into itself", LEARN_FROM_MIX),
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}"),
     # Of the 166 iterations that "mix-all" has beyond its teachers' images, 50 steps take the seconds of 73.
     "rewarded": Mix(
