@@ -12,7 +12,7 @@ from opd.data import Asked, Edit
 from opd.errors import require
 from opd.families import Condition
 from opd.files import reading
-from opd.formats.pictures import read_image
+from opd.formats.pictures import read_image, to_tensor
 from opd.formats.sources import fitted_sizes, sizes
 
 WINDOW = 2048
@@ -100,25 +100,47 @@ class Conditioning:
             return {}
         with reading(f"text encoders of {self.folder}"):
             text = self.family.load_text(self.folder, self.dtype, self.device, self.t5)
-        texts = [asked for asked in prompts if not isinstance(asked, Edit)]
         edits = [asked for asked in prompts if isinstance(asked, Edit)]
-        encoded = {}
-        pieces = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
-        for piece in self.progress(pieces, "encode prompts"):
-            conditions = self.family.encode_prompts(text, piece, self.device)
-            for asked, condition in zip(piece, conditions, strict=True):
-                encoded[asked] = self.on_cpu(asked, condition)
+        texts = [asked for asked in prompts if not isinstance(asked, Edit)]
+        if edits and self.family.EDITING.read is None:
+            texts = list(dict.fromkeys([*texts, *(edit.text for edit in edits)]))
+        encoded = self.encode_texts(text, texts)
         if edits:
-            vae = self.family.load_vae(self.folder).to(self.device)
-            for asked in self.progress(edits, "encode source pictures"):
-                pictures = [read_image(Path(picture)) for picture in asked.pictures]
-                about = (self.folder, asked.text, pictures)
-                condition = self.family.EDITING.encode(text, vae, *about, self.device)
-                encoded[asked] = self.on_cpu(asked.text, condition)
-            del vae
+            encoded |= self.encode_edits(text, edits, encoded)
         del text
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return {asked: encoded[asked] for asked in prompts}
+
+    def encode_texts(self, text, prompts: list[str]) -> dict[Asked, Condition]:
+        encoded = {}
+        pieces = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+        for piece in self.progress(pieces, "encode prompts"):
+            conditions = self.family.encode_prompts(text, piece, self.device)
+            for prompt, condition in zip(piece, conditions, strict=True):
+                encoded[prompt] = self.on_cpu(prompt, condition)
+        return encoded
+
+    @torch.no_grad()
+    def encode_edits(self, text, edits: list[Edit], texts: dict[Asked, Condition]) -> dict[Asked, Condition]:
+        """Of prompts with source pictures, whose words are in `texts` if they are encoded alone. Edits of
+        the same words share them."""
+        editing = self.family.EDITING
+        vae = self.family.load_vae(self.folder).to(self.device)
+        encoded = {}
+        for asked in self.progress(edits, "encode source pictures"):
+            pictures = [read_image(Path(picture)) for picture in asked.pictures]
+            if editing.read is None:
+                condition = texts[asked.text]
+            else:
+                seen = editing.read(text, asked.text, pictures, self.device)
+                condition = self.on_cpu(asked.text, seen)
+            latents = {}
+            for number, picture in enumerate(pictures):
+                fitted_13HW = to_tensor(editing.fit(self.folder, picture))[None].to(self.device)
+                (latent_CHW,) = self.family.encode_images(vae, fitted_13HW)
+                latents[f"picture{number}"] = latent_CHW.to(condition["embeds"].dtype)
+            encoded[asked] = condition | self.on_cpu(asked.text, latents)
         return encoded
 
     def on_cpu(self, prompt: str, condition: Condition) -> Condition:

@@ -44,9 +44,11 @@ class Editing(NamedTuple):
     size: Callable
     """(folder, width, height) -> (width, height) in pixels that the transformer sees of such a picture;
     ValueError where the pipeline takes none of that size."""
-    encode: Callable
-    """(load_text's result, vae, folder, prompt, pictures (PIL, RGB), device) -> Condition, in load_text's
-    dtype."""
+    fit: Callable
+    """(folder, picture (PIL, RGB)) -> the picture of that size, scaled and cut as the pipeline does it."""
+    read: Callable | None
+    """(load_text's result, prompt, pictures (PIL, RGB), device) -> the Condition of a prompt whose pictures
+    the text encoder sees too, before they are put beside it; None where it reads the prompt alone."""
 
 
 CONTRACT = {

@@ -13,7 +13,6 @@ from diffusers.models.normalization import RMSNorm
 from einops import rearrange
 from torch import Tensor
 
-from opd.families import Condition
 from opd.files import read_json
 from opd.formats.hub import variant_of
 
@@ -169,12 +168,6 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Conditions of one length, name by name in a batch."""
     return {name: torch.stack([condition[name] for condition in conditions]) for name in conditions[0]}
-
-
-def with_pictures(condition: Condition, latents: list[Tensor]) -> Condition:
-    """A Condition and its source pictures' latents (1, C, H, W), in the text's dtype."""
-    dtype = condition["embeds"].dtype
-    return condition | {f"picture{k}": one[0].to(dtype) for k, one in enumerate(latents)}
 
 
 PATCH = 2  # the pipelines take no other

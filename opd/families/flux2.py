@@ -26,7 +26,7 @@ from opd import flow
 from opd.families import JOINT_ATTENTION, Condition, Editing, pictures_of
 from opd.families import _parts as parts
 from opd.families._parts import PATCH, default_resolution, patches_along, transformer_config  # noqa: F401
-from opd.formats.pictures import to_tensor
+from opd.files import read_json
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
@@ -35,7 +35,8 @@ LORA_TARGETS = (
     "attn.to_qkv_mlp_proj",
     "single_transformer_blocks.*.attn.to_out",
 )
-TOKENS = 512  # the pipeline's own: it pads every prompt, and the transformer sees the padding
+# The pipeline's own: it pads every prompt, and the transformer sees the padding. A tokenizer may allow fewer.
+TOKENS = 512
 NEGATIVE = ""
 LARGEST = 1024**2  # pixels of a source picture
 STEPS = 50  # the pipeline's default: its shift depends on the number of steps
@@ -71,16 +72,22 @@ def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
-    return {}, {"guidance_scale": guidance, "max_sequence_length": TOKENS}
+    return {}, {"guidance_scale": guidance, "max_sequence_length": tokens_of(folder)}
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
-    return {"embeds": (TOKENS, transformer_config(folder)["joint_attention_dim"])}
+    return {"embeds": (tokens_of(folder), transformer_config(folder)["joint_attention_dim"])}
+
+
+def tokens_of(folder: Path) -> int:
+    settings = read_json(folder / "tokenizer" / "tokenizer_config.json")
+    return min(TOKENS, settings["model_max_length"]) if "model_max_length" in settings else TOKENS
 
 
 @torch.no_grad()
 def encode_prompts(text: Flux2KleinPipeline, prompts: list[str], device: torch.device) -> list[Condition]:
-    embeds_BLD, _ = text.encode_prompt(prompts, device=device, max_sequence_length=TOKENS)
+    length = min(TOKENS, text.tokenizer.model_max_length)
+    embeds_BLD, _ = text.encode_prompt(prompts, device=device, max_sequence_length=length)
     return [{"embeds": embeds_LD} for embeds_LD in embeds_BLD]
 
 
@@ -142,27 +149,14 @@ def limited(width: int, height: int) -> tuple[int, int]:
     return (int(width * scale), int(height * scale)) if scale < 1 else (width, height)
 
 
-@torch.no_grad()
-def encode_edit(
-    text: Flux2KleinPipeline,
-    vae: AutoencoderKLFlux2,
-    folder: Path,
-    prompt: str,
-    pictures: list[Image.Image],
-    device: torch.device,
-) -> Condition:
-    (condition,) = encode_prompts(text, [prompt], device)
-    latents = []
-    for picture in pictures:
-        wide, high = picture_size(folder, *picture.size)
-        picture = picture.resize(limited(*picture.size), Image.Resampling.LANCZOS)
-        left, top = (picture.width - wide) // 2, (picture.height - high) // 2
-        picture = picture.crop((left, top, left + wide, top + high))
-        latents.append(encode_images(vae, to_tensor(picture)[None].to(device)))
-    return parts.with_pictures(condition, latents)
+def fitted(folder: Path, picture: Image.Image) -> Image.Image:
+    wide, high = picture_size(folder, *picture.size)
+    picture = picture.resize(limited(*picture.size), Image.Resampling.LANCZOS)
+    left, top = (picture.width - wide) // 2, (picture.height - high) // 2
+    return picture.crop((left, top, left + wide, top + high))
 
 
-EDITING = Editing(0, 10, picture_size, encode_edit)
+EDITING = Editing(0, 10, picture_size, fitted, read=None)
 
 
 # ---------------------------------------------------------------- noise levels

@@ -7,13 +7,11 @@ A Condition of a prompt with a picture holds `picture0` (C, H, W) beside FLUX.1'
 from functools import partial
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, FluxKontextPipeline
+from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
-from opd.families import Condition, Editing
-from opd.families import _parts as parts
+from opd.families import Editing
 from opd.families._parts import PATCH
 from opd.families.flux import (  # noqa: F401 (the contract's)
     LORA_TARGETS,
@@ -38,7 +36,6 @@ from opd.families.flux import (  # noqa: F401 (the contract's)
     text_shapes,
     velocity,
 )
-from opd.formats.pictures import to_tensor
 
 PIPELINE = "FluxKontextPipeline"
 
@@ -53,21 +50,8 @@ def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
     return wide // unit * unit, high // unit * unit
 
 
-@torch.no_grad()
-def encode_edit(
-    text: FluxKontextPipeline,
-    vae: AutoencoderKL,
-    folder: Path,
-    prompt: str,
-    pictures: list[Image.Image],
-    device: torch.device,
-) -> Condition:
-    (condition,) = encode_prompts(text, [prompt], device)
-    resized = [
-        picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS) for picture in pictures
-    ]
-    latents = [encode_images(vae, to_tensor(picture)[None].to(device)) for picture in resized]
-    return parts.with_pictures(condition, latents)
+def fitted(folder: Path, picture: Image.Image) -> Image.Image:
+    return picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS)
 
 
-EDITING = Editing(0, 1, picture_size, encode_edit)
+EDITING = Editing(0, 1, picture_size, fitted, read=None)

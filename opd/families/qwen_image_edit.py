@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
+from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as theirs
 from PIL import Image
 
@@ -35,7 +35,6 @@ from opd.families.qwen_image import (  # noqa: F401 (the contract's)
     skeleton,
     velocity,
 )
-from opd.formats.pictures import to_tensor
 
 PIPELINE = "QwenImageEditPlusPipeline"
 MOST = 3  # what the model was trained with
@@ -64,25 +63,23 @@ def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
     return theirs.calculate_dimensions(theirs.VAE_IMAGE_SIZE, width / height)
 
 
+def fitted(folder: Path, picture: Image.Image) -> Image.Image:
+    return picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS)
+
+
 @torch.no_grad()
-def encode_edit(
-    text: QwenImageEditPlusPipeline,
-    vae: AutoencoderKLQwenImage,
-    folder: Path,
-    prompt: str,
-    pictures: list[Image.Image],
-    device: torch.device,
+def read_with(
+    text: QwenImageEditPlusPipeline, prompt: str, pictures: list[Image.Image], device: torch.device
 ) -> Condition:
-    seen, latents = [], []
+    """The encoder sees each picture at about 384 x 384 pixels."""
+    seen = []
     for picture in pictures:
         small = theirs.calculate_dimensions(theirs.CONDITION_IMAGE_SIZE, picture.width / picture.height)
         seen.append(picture.resize(small, Image.Resampling.LANCZOS))
-        large = picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS)
-        latents.append(encode_images(vae, to_tensor(large)[None].to(device)))
     condition = {}
     for name, words in (("embeds", prompt), ("negative_embeds", NEGATIVE)):
         (condition[name],), _ = text.encode_prompt([words], image=seen, device=device)
-    return parts.with_pictures(condition, latents)
+    return condition
 
 
-EDITING = Editing(1, MOST, picture_size, encode_edit)
+EDITING = Editing(1, MOST, picture_size, fitted, read_with)
