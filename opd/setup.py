@@ -40,9 +40,9 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
     """
     if cfg.compile:
         compiled.check_compiler()
-    for source, command in MADE_BY.items():
-        made = source not in vars(cfg).values() or resolve(source).exists()
-        require(made, f"{source} is not there yet; make it by: {command}")
+    for _, _, source in read_by(cfg):
+        made = source not in MADE_BY or resolve(source).exists()
+        require(made, f"{source} is not there yet; make it by: {MADE_BY.get(source)}")
     lost = absent(cfg)
     way_out = "give paths that exist; models and adapters may be Hub ids, owner/name or owner/name:PART"
     require(not lost, f"not on this disk: {', '.join(lost)}; {way_out}")
@@ -86,18 +86,24 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str,
 def absent(cfg: RunConfig) -> list[str]:
     """What the run would read and is neither on this disk nor a Hub id, as `--flag value`."""
     lost = []
-    for name, on_hub in READ.items():
-        if not hasattr(cfg, name):
-            continue
-        given = getattr(cfg, name)
-        words = flag_words(name, given)
-        sources = given.values() if isinstance(given, dict) else [given]
-        for word, source in zip(words[1:], sources, strict=True):
-            path = source.partition(":alpha=")[0]
-            there = source in ("", "merge", *lora.WITHOUT_WEIGHTS) or resolve(path).exists()
-            if not there and not (on_hub and is_hub_id(path)):
-                lost.append(f"{words[0]} {word}")
+    for name, words, source in read_by(cfg):
+        path = source.partition(":alpha=")[0]
+        there = source in ("", "merge", *lora.WITHOUT_WEIGHTS) or resolve(path).exists()
+        if not there and not (READ[name] and is_hub_id(path)):
+            lost.append(words)
     return lost
+
+
+def read_by(cfg: RunConfig) -> list[tuple[str, str, str]]:
+    """(field, `--flag value`, source) of everything that a run reads."""
+    found = []
+    for name in READ:
+        if hasattr(cfg, name):
+            given = getattr(cfg, name)
+            flag, *words = flag_words(name, given)
+            sources = given.values() if isinstance(given, dict) else [given]
+            found += [(name, f"{flag} {word}", source) for word, source in zip(words, sources, strict=True)]
+    return found
 
 
 def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:

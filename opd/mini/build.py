@@ -59,16 +59,16 @@ DATA = {
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
     """A CLIP BPE tokenizer in which each of `words` is one token and all else falls apart into characters."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = learn_merges(words)
+    merges = learn_merges([[*word[:-1], word[-1] + "</w>"] for word in words])
     tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *(c + "</w>" for c in characters)]
     tokens += dict.fromkeys(a + b for a, b in merges)
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
 
 
-def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding until every word is one token. Ties go by the alphabet; the library's trainer breaks
-    them at random."""
-    pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in sorted(set(words))], []
+def learn_merges(words: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte pair encoding until every word, given as its characters, is one token. Ties go by the alphabet;
+    the library's trainer breaks them at random."""
+    pieces, merges = [list(word) for word in sorted(set(map(tuple, words)))], []
     while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
@@ -156,10 +156,12 @@ def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tupl
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions
 
 
-def train_vae(vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: int = 64) -> None:
-    """Reconstruction (L1 + L2) with a light KL; then the latents' mean and spread become shift and scale."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+def train_vae(
+    vae: torch.nn.Module, images_u8: torch.Tensor, steps: int, batch: int = 64, lr: float = 2e-3
+) -> torch.Tensor:
+    """Reconstruction (L1 + L2) with a light KL. Returns latents of the first 4,096 images."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         x = images_u8[torch.randint(len(images_u8), (batch,), generator=generator)].float() / 127.5 - 1
@@ -176,8 +178,12 @@ def train_vae(vae: AutoencoderKL, images_u8: torch.Tensor, steps: int, batch: in
             print(f"vae step {step} loss {loss.item():.4f} mse {error.item():.5f}", flush=True)
     with torch.no_grad():
         batches = images_u8[:4096].split(256)
-        z = torch.cat([vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in batches])
-    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+        return torch.cat([vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in batches])
+
+
+def set_statistics(vae: AutoencoderKL, z_BCHW: torch.Tensor) -> None:
+    """Mean and spread of latents become the VAE's shift and scale."""
+    vae.register_to_config(scaling_factor=1 / z_BCHW.std().item(), shift_factor=z_BCHW.mean().item())
 
 
 def build_pipeline(folder: Path) -> None:
@@ -188,7 +194,7 @@ def build_pipeline(folder: Path) -> None:
     tokenizer = make_tokenizer(sorted(words))
     vae = make_vae()
     images, _ = draw(12_000, seed=1, mix=BASE_MIX)
-    train_vae(vae, images, steps=2000)
+    set_statistics(vae, train_vae(vae, images, steps=2000))
     torch.manual_seed(1)
     transformer = make_transformer()
     pipeline = StableDiffusion3Pipeline(
