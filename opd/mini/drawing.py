@@ -17,7 +17,7 @@ def _pastel(hue: float, value: float) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue % 1, 0.42, value))
 
 
-def _backdrop(rng: np.random.Generator) -> np.ndarray:
+def backdrop(rng: np.random.Generator) -> np.ndarray:
     """A flat or vertical tint, (24, 24, 3) in [0, 1]."""
     hue, drift, v_top, v_bottom, flat = rng.random(5)
     top = bottom = _pastel(hue, 0.84 + 0.11 * v_top)
@@ -43,15 +43,22 @@ def _cells(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple]:
     return [(*thing, place // 2, place % 2) for thing, place in zip(things, places, strict=False)]
 
 
-def _draw_objects(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
+def placed(words: tuple[str, ...], rng: np.random.Generator) -> list[tuple]:
+    """(colour, shape, top row, left column) of each object of a compose prompt."""
+    things = []
     for colour, shape, row, column in _cells(words, rng):
         jitter_y, jitter_x = rng.integers(2, size=2)
-        y, x = row * world.CELL + 1 + jitter_y, column * world.CELL + 1 + jitter_x
+        things.append((colour, shape, row * world.CELL + 1 + jitter_y, column * world.CELL + 1 + jitter_x))
+    return things
+
+
+def paint_objects(image_HWC: np.ndarray, things: list[tuple]) -> None:
+    for colour, shape, y, x in things:
         image_HWC[y : y + 9, x : x + 9][world.SHAPES[shape]] = world.PALETTE[colour]
 
 
-def _draw_sign(image_HWC: np.ndarray, words: tuple[str, ...], rng: np.random.Generator) -> None:
-    top = world.PANEL_ROW + rng.integers(3)
+def paint_sign(image_HWC: np.ndarray, words: tuple[str, ...], top: int) -> None:
+    """A white panel from row `top` on, with three dark characters."""
     height, width = world.PANEL_HW
     image_HWC[top : top + height, world.PANEL_COL : world.PANEL_COL + width] = 0.97
     for i, char in enumerate(words):
@@ -106,17 +113,22 @@ def render(prompt: str, rng: np.random.Generator, lively: bool = True, noise: fl
         phase = rng.random() if spec.words[0] == "rolling" else 0.0
         image = _scene(spec.words, lower, aside, phase)
     else:
-        image = _backdrop(rng)
+        image = backdrop(rng)
     if not lively:  # keep the brightness; chroma falls to an eighth
         grey = image.mean(axis=2, keepdims=True)
         image = grey + 0.12 * (image - grey)
     if spec.task == "compose":
-        _draw_objects(image, spec.words, rng)
+        paint_objects(image, placed(spec.words, rng))
     elif spec.task == "text":
-        _draw_sign(image, spec.words, rng)
+        paint_sign(image, spec.words, world.PANEL_ROW + rng.integers(3))
+    return finished(image, noise, rng)
+
+
+def finished(image_HWC: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """As uint8; `noise` is the std of a grey grain on a 0-1 scale."""
     if noise > 0:
-        image = image + noise * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
-    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+        image_HWC = image_HWC + noise * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
+    return (image_HWC.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def training_pair(

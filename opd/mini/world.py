@@ -196,9 +196,9 @@ def _composition(prompt: str) -> str:
     return min(prompt, mirrored.prompt)
 
 
-def shuffled(keys, salt: str = "") -> list[str]:
+def shuffled(keys, salt: str = "") -> list:
     """A fixed order that depends on no library's random generator; every salt has its own."""
-    return sorted(keys, key=lambda k: hashlib.sha256((salt + k).encode()).hexdigest())
+    return sorted(keys, key=lambda k: hashlib.sha256(f"{salt}{k}".encode()).hexdigest())
 
 
 @cache
