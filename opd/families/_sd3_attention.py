@@ -57,9 +57,10 @@ class JointAttention:
 
 
 def attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-    """(B, H, T, D). On a CPU, if a backward follows, in float32: PyTorch's backward in bfloat16 takes five
-    times as long there for as few tokens as the miniature has."""
-    if q_BHTD.device.type != "cpu" or not torch.is_grad_enabled():
+    """(B, H, T, D). On a CPU in float32: PyTorch's backward in bfloat16 takes five times as long there for as
+    few tokens as the miniature has. Without a backward too, or GRPO would sample by another policy than it
+    trains."""
+    if q_BHTD.device.type != "cpu":
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD)
     wide = F.scaled_dot_product_attention(q_BHTD.float(), k_BHTD.float(), v_BHTD.float())
     return wide.to(q_BHTD.dtype)
