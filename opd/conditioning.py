@@ -118,15 +118,16 @@ class Conditioning:
         for piece in self.progress(pieces, "encode prompts"):
             conditions = self.family.encode_prompts(text, piece, self.device)
             for prompt, condition in zip(piece, conditions, strict=True):
-                encoded[prompt] = self.on_cpu(prompt, condition)
+                encoded[prompt] = self.on_cpu("text encoders", prompt, condition)
         return encoded
 
     @torch.no_grad()
     def encode_edits(self, text, edits: list[Edit], texts: dict[Asked, Condition]) -> dict[Asked, Condition]:
-        """Of prompts with source pictures, whose words are in `texts` if they are encoded alone. Edits of
-        the same words share them."""
+        """Of prompts with source pictures, whose words are in `texts` if they are encoded alone; edits of the
+        same words then share them."""
         editing = self.family.EDITING
-        vae = self.family.load_vae(self.folder).to(self.device)
+        with reading(f"VAE of {self.folder}"):
+            vae = self.family.load_vae(self.folder).to(self.device)
         encoded = {}
         for asked in self.progress(edits, "encode source pictures"):
             pictures = [read_image(Path(picture)) for picture in asked.pictures]
@@ -134,20 +135,20 @@ class Conditioning:
                 condition = texts[asked.text]
             else:
                 seen = editing.read(text, asked.text, pictures, self.device)
-                condition = self.on_cpu(asked.text, seen)
+                condition = self.on_cpu("text encoders", asked.text, seen)
             latents = {}
             for number, picture in enumerate(pictures):
                 fitted_13HW = to_tensor(editing.fit(self.folder, picture))[None].to(self.device)
                 (latent_CHW,) = self.family.encode_images(vae, fitted_13HW)
                 latents[f"picture{number}"] = latent_CHW.to(condition["embeds"].dtype)
-            encoded[asked] = condition | self.on_cpu(asked.text, latents)
+            encoded[asked] = condition | self.on_cpu("VAE", asked.text, latents)
         return encoded
 
-    def on_cpu(self, prompt: str, condition: Condition) -> Condition:
+    def on_cpu(self, made_by: str, prompt: str, condition: Condition) -> Condition:
         # Copies: a view would keep the whole batch alive.
         copied = {name: tensor.cpu().clone() for name, tensor in condition.items()}
         finite = all(bool(tensor.isfinite().all()) for tensor in copied.values())
-        wrong = f"text encoders of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
+        wrong = f"{made_by} of {self.folder}: NaN or infinite numbers for {prompt[:60]!r}"
         require(finite, f"{wrong}; get their weights anew, or use --dtype float32")
         return copied
 

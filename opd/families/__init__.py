@@ -64,7 +64,8 @@ CONTRACT = {
     "pipeline's call) that mean what `guidance` and `t5` mean here",
     "text_shapes": "(folder, t5) -> shape by name of a Condition's tensors, at their longest",
     "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
-    "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list",
+    "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list; with "
+    "source pictures beside it, of whose tokens velocity returns nothing",
     "velocity": "(transformer, x_BCHW, sigma_B, collate's result) -> dx/dsigma (B, C, H, W), any dtype; "
     "where guide is None, a fifth argument is the guidance that the network is told",
     "guide": "(v, v_uncond, scale) -> the guided velocity (B, C, H, W), float32; scale 1 must mean v itself; "
@@ -82,7 +83,7 @@ CONTRACT = {
 
 
 def unconditional(condition: Condition, negative: Condition) -> Condition:
-    """The condition of the unconditional branch, `negative` being that of the empty prompt by itself: the
+    """The condition of the unconditional branch, `negative` being that of NEGATIVE by itself: the
     source pictures stay."""
     beside = {}
     for name, tensor in condition.items():

@@ -5,12 +5,14 @@ shift; a scheduler with a static shift does not look at it.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.models.normalization import RMSNorm
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from opd.files import read_json
@@ -168,6 +170,11 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Conditions of one length, name by name in a batch."""
     return {name: torch.stack([condition[name] for condition in conditions]) for name in conditions[0]}
+
+
+def resized(size: Callable, folder: Path, picture: Image.Image) -> Image.Image:
+    """A source picture of size(folder, width, height) pixels."""
+    return picture.resize(size(folder, *picture.size), Image.Resampling.LANCZOS)
 
 
 PATCH = 2  # the pipelines take no other

@@ -21,7 +21,8 @@ def attend_to_copies(transformer: SD3Transformer2DModel) -> None:
 
 class JointAttention:
     """In the place of diffusers' processor, whose arguments it has. Shapes: N image tokens, L of text,
-    T = N + L, H heads of size D."""
+    T = N + L, K = T + copies - 1 keys,
+    H heads of size D."""
 
     def __call__(
         self,
@@ -35,16 +36,16 @@ class JointAttention:
         token counts `copies` times."""
         image, text = hidden_states, encoder_hidden_states
         q_BHTD = projected(image, attn.to_q, attn.norm_q, attn.heads)
-        k_BHTD = projected(image, attn.to_k, attn.norm_k, attn.heads)
-        v_BHTD = projected(image, attn.to_v, None, attn.heads)
+        k_BHKD = projected(image, attn.to_k, attn.norm_k, attn.heads)
+        v_BHKD = projected(image, attn.to_v, None, attn.heads)
         if text is not None:
             q_text = projected(text, attn.add_q_proj, attn.norm_added_q, attn.heads)
             k_text = projected(text, attn.add_k_proj, attn.norm_added_k, attn.heads)
             v_text = projected(text, attn.add_v_proj, None, attn.heads)
             q_BHTD = torch.cat([q_BHTD, q_text], dim=2)
-            k_BHTD = torch.cat([k_BHTD, k_text, last_again(k_text, copies)], dim=2)
-            v_BHTD = torch.cat([v_BHTD, v_text, last_again(v_text, copies)], dim=2)
-        out_BTM = attention(q_BHTD, k_BHTD, v_BHTD).transpose(1, 2).flatten(2)
+            k_BHKD = torch.cat([k_BHKD, k_text, last_again(k_text, copies)], dim=2)
+            v_BHKD = torch.cat([v_BHKD, v_text, last_again(v_text, copies)], dim=2)
+        out_BTM = attention(q_BHTD, k_BHKD, v_BHKD).transpose(1, 2).flatten(2)
         image_out = out_BTM[:, : image.shape[1]]
         for layer in attn.to_out:
             image_out = layer(image_out)
@@ -56,13 +57,13 @@ class JointAttention:
         return image_out, text_out
 
 
-def attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+def attention(q_BHTD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
     """(B, H, T, D). On a CPU in float32: PyTorch's backward in bfloat16 takes five times as long there for as
     few tokens as the miniature has. Without a backward too, or GRPO would sample by another policy than it
     trains."""
     if q_BHTD.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD)
-    wide = F.scaled_dot_product_attention(q_BHTD.float(), k_BHTD.float(), v_BHTD.float())
+        return F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD)
+    wide = F.scaled_dot_product_attention(q_BHTD.float(), k_BHKD.float(), v_BHKD.float())
     return wide.to(q_BHTD.dtype)
 
 

@@ -156,7 +156,7 @@ def fitted(folder: Path, picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + wide, top + high))
 
 
-EDITING = Editing(0, 10, picture_size, fitted, read=None)
+EDITING = Editing(fewest=0, most=10, size=picture_size, fit=fitted, read=None)
 
 
 # ---------------------------------------------------------------- noise levels

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
-from PIL import Image
 
 from opd.families import Editing
+from opd.families import _parts as parts
 from opd.families._parts import PATCH
 from opd.families.flux import (  # noqa: F401 (the contract's)
     LORA_TARGETS,
@@ -50,8 +50,5 @@ def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
     return wide // unit * unit, high // unit * unit
 
 
-def fitted(folder: Path, picture: Image.Image) -> Image.Image:
-    return picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS)
-
-
-EDITING = Editing(0, 1, picture_size, fitted, read=None)
+fitted = partial(parts.resized, picture_size)
+EDITING = Editing(fewest=0, most=1, size=picture_size, fit=fitted, read=None)

@@ -63,10 +63,6 @@ def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
     return theirs.calculate_dimensions(theirs.VAE_IMAGE_SIZE, width / height)
 
 
-def fitted(folder: Path, picture: Image.Image) -> Image.Image:
-    return picture.resize(picture_size(folder, *picture.size), Image.Resampling.LANCZOS)
-
-
 @torch.no_grad()
 def read_with(
     text: QwenImageEditPlusPipeline, prompt: str, pictures: list[Image.Image], device: torch.device
@@ -82,4 +78,5 @@ def read_with(
     return condition
 
 
-EDITING = Editing(1, MOST, picture_size, fitted, read_with)
+fitted = partial(parts.resized, picture_size)
+EDITING = Editing(fewest=1, most=MOST, size=picture_size, fit=fitted, read=read_with)
