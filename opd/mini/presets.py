@@ -153,7 +153,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
         prompts={"compose": MINI_PROMPTS["compose"]},
         train_rewards={"compose": MINI_REWARDS["compose"]},
         lr=1.3e-3,
-        iterations=320,
+        iterations=800,
     ),
     "mini-text": GRPOConfig(
         **TEACHER,
