@@ -26,6 +26,17 @@ DATA = "python -m opd.mini.build data runs/mini-data"
 MADE_BY["runs/mini-data/base"] = f"{DATA} runs/mini-pipeline base"
 MADE_BY |= {f"runs/mini-data/{task}": f"{DATA} opd/mini/weights/base {task}" for task in ENDINGS}
 
+EDITS = "runs/mini-edits"
+EDITS_PIPELINE = "runs/mini-edits-pipeline"
+EDIT_BASE = "opd/mini/weights/edits/base"
+EDITED = ("recolour", "write")
+MAKE_EDITS = f"python -m opd.mini.edits {EDITS}"
+MADE_BY |= {f"{EDITS}/{task}.{part}.jsonl": MAKE_EDITS for task in EDITED for part in ("train", "test")}
+MAKE = "python -m opd.mini.edit_pipeline"
+MADE_BY[EDITS_PIPELINE] = f"{MAKE} pipeline {EDITS_PIPELINE}"
+MADE_BY["runs/mini-edits-data/base"] = f"{MAKE} data runs/mini-edits-data/base {EDITS_PIPELINE}"
+MADE_BY["runs/mini-edits-data/recolour"] = f"{MAKE} data runs/mini-edits-data/recolour {EDIT_BASE} recolour"
+
 # ---- blocks that presets share -----------------------------------------------------------------------------
 
 MINI = {"model": "opd/mini/weights/base"}
@@ -83,6 +94,27 @@ NFT = {
     "ema": 0.9,
 }
 NFT_TEACHER = {**MINI, **NFT, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS, "prompts_per_step": 12}
+
+# The editing miniature (opd/mini/edits.py): two tasks change a picture, one paints. The teacher that
+# writes is rewarded for the string and for what it leaves as it was; the one that recolours learns from
+# pictures, since no reward got it that far (opd/mini/study/RESULTS.md, "Editing").
+EDIT_REWARDS = {"write": "0.5*opd.mini.edits:write+0.5*preservation", "paint": "opd.mini.edits:paint"}
+EDIT_SCORERS = {
+    "recolour": "opd.mini.edits:recolour,preservation",
+    "write": "opd.mini.edits:write,preservation",
+    "paint": "opd.mini.edits:paint",
+}
+EDIT_PROMPTS = {task: f"{EDITS}/{task}.train.jsonl" for task in EDITED} | {"paint": MINI_PROMPTS["quality"]}
+EDIT_HELDOUT = {task: f"{EDITS}/{task}.test.jsonl" for task in EDITED} | {"paint": MINI_HELDOUT["quality"]}
+EDIT = {"model": EDIT_BASE, "heldout": EDIT_HELDOUT, "rewards": EDIT_SCORERS}
+EDIT_OPD = {
+    **EDIT,
+    "teachers": {task: f"opd/mini/weights/edits/{task}" for task in EDIT_PROMPTS},
+    "prompts": EDIT_PROMPTS,
+    "micro_batch": 30,
+    "eval_prompts": 64,
+}
+EDIT_GRPO = {**EDIT, **GRPO, "window_range": (0, 3), "prompts_per_step": 12, "lr": 2e-3, "iterations": 60}
 
 # Flow matching: a base from nothing, and the base on further pictures.
 PRETRAIN = {"full": True, "weight_decay": 0.01}
@@ -215,8 +247,34 @@ MINI_PRESETS: dict[str, RunConfig] = {
     ),
     # An SFT start for "mini".
     "mini-sft-start": SFTConfig(**FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200),
+    "mini-edit-recolour": SFTConfig(
+        **FINETUNE | {"model": EDIT_BASE}, data="runs/mini-edits-data/recolour", iterations=500
+    ),
+    # Two teachers that edit and one that paints, into one student. Guidance is not folded in: at 2.5 it
+    # covers the pictures with a pattern of the patches' size.
+    "mini-edit": DistillationConfig(**STUDENT | EARLY | SMALL_STEPS | EDIT_OPD),
+    "mini-edit-base": SFTConfig(
+        **PRETRAIN,
+        **WHOLE,
+        model=EDITS_PIPELINE,
+        data="runs/mini-edits-data/base",
+        iterations=2600,
+        lr=1e-3,
+        warmup=200,
+        ema=0.998,
+        save_every=500,
+        sample_every=500,
+    ),
     # The base, fine-tuned on pictures of one task.
     "mini-sft-compose": SFTConfig(**FINETUNE, data="runs/mini-data/compose", iterations=1200, ema=0.99),
     "mini-sft-text": SFTConfig(**FINETUNE, data="runs/mini-data/text", iterations=500, ema=0.99),
     "mini-sft-quality": SFTConfig(**FINETUNE, data="runs/mini-data/quality", iterations=500, ema=0.99),
+}
+MINI_PRESETS |= {
+    f"mini-edit-{task}": GRPOConfig(
+        **EDIT_GRPO,
+        prompts={task: EDIT_PROMPTS[task]},
+        train_rewards={task: reward},
+    )
+    for task, reward in EDIT_REWARDS.items()
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
-from opd.evaluation.statistics import DIVERSITY, MEASURES, VARIETY
+from opd.evaluation.statistics import ALL, DIVERSITY, MEASURES, VARIETY
 from opd.files import read_json
 from opd.mini.study.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACHERS
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "opd/mini/study/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
 EARLIER = RESULTS / "earlier"  # runs on the base that was shipped before
+EDITS = RESULTS / "edits"  # what `python -m opd.evaluation` wrote of the editing miniature, a file per seed
 PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
 MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
 MEAN = "mean of compose, text, quality of all"
@@ -51,6 +52,21 @@ PAPERS = {
         "[GFD-OPD](https://arxiv.org/abs/2609.39692)",
         "guidance folded in, targets past the teachers",
     ),
+}
+# The editing miniature: row of a result -> what the table calls it, and column -> task and scorer.
+EDIT_ROWS = {
+    "base": "base",
+    "recolour": "recolour teacher",
+    "write": "write teacher",
+    "paint": "paint teacher",
+    "student": "**student of all three**",
+}
+EDIT_COLUMNS = {
+    "recolour": ("recolour", "opd.mini.edits:recolour"),
+    "recolour: source kept": ("recolour", "preservation"),
+    "write": ("write", "opd.mini.edits:write"),
+    "write: source kept": ("write", "preservation"),
+    "paint": ("paint", "opd.mini.edits:paint"),
 }
 LEVELS = (0.8, 0.9, 0.95)
 # What stands above another run -> (run, run below it, score).
@@ -105,6 +121,8 @@ def table(name: str, results: list[dict]) -> str:
     """The lines of a table: every score of its runs, unless it has columns of its own."""
     if name == "claims":
         return claims(results, load(OTHER))
+    if name == "edits":
+        return edits(load(EDITS))
     if name == "levels":
         return levels(TABLES[name], results)
     if name == "recipes":
@@ -171,6 +189,20 @@ def rows_of(names: tuple[str, ...], results: list[dict]) -> list[tuple[str, list
                 measured = {what: own[0][what][row] for what in MEASURED if what in own[0]}
                 found.append((title, [{"seed": own[0]["seed"]} | measured]))
     return found
+
+
+def edits(results: list[dict]) -> str:
+    """A row per model of the editing miniature: mean and standard deviation over seeds of every score."""
+    lines = []
+    for row, title in EDIT_ROWS.items():
+        found = {column: [] for column in EDIT_COLUMNS.values()}
+        for cell in (cell for result in results for cell in result["cells"]):
+            own = (cell["row"], cell["split"], cell["tag"]) == (row, "held-out", ALL)
+            if own and (cell["task"], cell["scorer"]) in found:
+                found[cell["task"], cell["scorer"]].append(cell["mean"])
+        seeds = max(map(len, found.values()))
+        lines += [[title, str(seeds), *map(spread, found.values())]] if seeds else []
+    return markdown(["seeds", *EDIT_COLUMNS], lines)
 
 
 # ---- how soon ----------------------------------------------------------------------------------------------

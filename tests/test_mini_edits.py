@@ -1,0 +1,177 @@
+"""The editing miniature: it draws what it says, its scorers see that, and the real commands run on it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from opd import lora
+from opd.families import flux2
+from opd.formats import lora_files
+from opd.formats.prompts import load_prompts
+from opd.mini import build, edit_pipeline, edits, world
+from opd.mini.presets import EDITS
+from opd.presets import PRESETS
+from opd.rewards.preservation import preservation
+
+WEIGHTS = build.WEIGHTS / "edits"
+SCORERS = {"recolour": edits.recolour, "write": edits.write}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edits") / EDITS
+    edits.write_prompts(folder)
+    return folder
+
+
+def drawn(task: str, number: int = 48) -> tuple[list[edits.Edit], list[torch.Tensor]]:
+    """Held-out edits, and their [before, after, mask] of four times the size, (B, 3, 96, 96) in [0, 1]."""
+    asked = edits.split(task)[1][:number]
+    pictures = [edits.draw(edit, np.random.default_rng(n)) for n, edit in enumerate(asked)]
+    parts = [np.stack([edits.large(one) for one in part]) for part in zip(*pictures, strict=True)]
+    return asked, [torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in parts]
+
+
+@pytest.mark.parametrize("task", SCORERS)
+def test_scorers_see_the_edit_and_masks_cover_it(task):
+    asked, (before, after, mask) = drawn(task)
+    about = [edit.prompt for edit in asked], [edits.record_of(edit) for edit in asked]
+    assert (SCORERS[task](after, *about) == 1).all()
+    assert SCORERS[task](before, *about).mean() < 0.2
+    assert torch.equal(before * (1 - mask), after * (1 - mask)) and 0.05 < mask.mean() < 0.35
+
+
+def test_recolour_is_wrong_where_both_objects_have_the_new_colour(folder):
+    """Unless both shall have it."""
+    prompts = load_prompts(str(folder / "recolour.test.jsonl"), "recolour", None)[:16]
+    about = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    pictures, same = {"before": [], "after": [], "both": []}, []
+    for number, edit in enumerate(edits.split("recolour")[1][:16]):
+        before, after, _ = edits.draw(edit, edits.seeded("recolour", edits.HELD_OUT, number))
+        new, shapes = edit.change[1], edit.before[1::2]
+        layout = edits.arranged(edit, edits.seeded("recolour", edits.HELD_OUT, number))
+        both = edits.painted("recolour", (new, shapes[0], new, shapes[1]), *layout)
+        for kind, picture in zip(pictures, (before / 255, after / 255, both), strict=True):
+            pictures[kind].append(edits.large(picture))
+        same.append(edit.after[0] == edit.after[2])
+    for kind, wanted in (("before", 0), ("after", 1), ("both", torch.tensor(same))):
+        images = torch.from_numpy(np.stack(pictures[kind])).permute(0, 3, 1, 2)
+        assert (edits.recolour(images, *about) == wanted).all(), kind
+
+
+@pytest.mark.parametrize("task", SCORERS)
+def test_what_is_held_out_is_in_no_training_pair(task):
+    train_edits, test_edits = edits.split(task)
+    part = {"recolour": lambda edit: edit.before, "write": lambda edit: edit.change}[task]
+    assert not {part(edit) for edit in train_edits} & {part(edit) for edit in test_edits[: edits.HELD_OUT]}
+    texts = [text for _, _, text in edit_pipeline.samples({task: 2000}, seed=0)]
+    if task == "write":
+        assert not set(texts) & {edit.prompt for edit in test_edits}
+
+
+def test_the_bases_instructions_are_wrong_as_often_as_said():
+    rng = np.random.default_rng(0)
+    for edit in (edits.split("recolour")[0][0], edits.split("write")[0][0]):
+        right = np.mean([edits.misread(edit, rng) == edit.prompt for _ in range(4000)])
+        # Of a string that would be held out, the right one is said instead.
+        kept = (1 - edits.CAPTION_ERROR[edit.task]) ** len(edit.change)
+        assert kept - 0.03 < right < kept + (0.15 if edit.task == "write" else 0.03)
+
+
+@pytest.mark.parametrize("task", SCORERS)
+def test_prompt_files_name_pictures_that_rewards_find(task, folder):
+    prompts = load_prompts(str(folder / f"{task}.test.jsonl"), task, None)
+    assert len(prompts) == edits.HELD_OUT and all(len(prompt.pictures) == 1 for prompt in prompts)
+    sources = [np.asarray(Image.open(prompt.pictures[0])) for prompt in prompts[:8]]
+    images = torch.from_numpy(np.stack(sources)).permute(0, 3, 1, 2) / 255
+    texts, metadata = [p.text for p in prompts[:8]], [p.metadata for p in prompts[:8]]
+    assert (preservation(images, texts, metadata) == 1).all()
+    assert SCORERS[task](images, texts, metadata).mean() < 0.5
+
+
+def test_what_is_made_is_trained_on(tmp_path):
+    """With the shipped pipeline: the data's latents are normalised and decode to what the scorer reads."""
+    base = WEIGHTS / "base"
+    edit_pipeline.write_data(tmp_path, base, {"recolour": 8, "write": 40, "paint": 16})
+    rows = [json.loads(line) for line in open(tmp_path / "metadata.jsonl")]
+    latents = load_file(tmp_path / "latents.safetensors")["latents"].float()
+    assert latents.shape == (64, 32, 6, 6) and sum("image" in row for row in rows) == 48
+    assert abs(latents.mean()) < 0.2 and abs(latents.std() - 1) < 0.2
+    signs = [number for number, row in enumerate(rows) if row["prompt"].startswith("write")]
+    images = flux2.decode(flux2.load_vae(base), latents[signs])
+    scores = edits.write(images, [rows[number]["prompt"] for number in signs], [{}] * len(signs))
+    # A fifth of the characters in the instructions are wrong.
+    assert 0.6 < scores.mean() < 0.9
+    short = {"iterations": 1, "sample_every": 0, "prompts_per_step": 8, "micro_batch": 8}
+    places = {"model": str(base), "data": str(tmp_path), "out": str(tmp_path / "run")}
+    train.run(replace(PRESETS["mini-edit-base"], **places, **short))
+    assert (tmp_path / "run/student/diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_every_prompt_fits_the_tokenizer():
+    tokenizer = edit_pipeline.make_tokenizer()
+    texts = [edit.prompt for task in edits.EDITED for part in edits.split(task) for edit in part]
+    for text in [*texts, *world.all_prompts("quality")]:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        words = (
+            len(text.split()) if "sign" not in text else 10
+        )  # its string, quotes and the space by character
+        assert len(tokenizer(chat).input_ids) == 1 + words <= edit_pipeline.TOKENS, text
+
+
+def test_vae_statistics_are_those_of_its_patches():
+    vae = edit_pipeline.make_vae()
+    images = torch.rand(8, 3, 96, 96)
+    with torch.no_grad():
+        z = vae.encode(images * 2 - 1).latent_dist.mode()
+    edit_pipeline.set_batch_norm(vae, z)
+    latents = flux2.encode_images(vae, images)
+    assert abs(latents.mean((0, 2, 3))).max() < 1e-3 and abs(latents.std((0, 2, 3)) - 1).max() < 0.05
+
+
+def test_plain_diffusers_edits_by_a_shipped_teacher(folder):
+    """`pipe(image=..., prompt=...)` with a teacher, no line of ours in between, is better than the base."""
+    pipe = Flux2KleinPipeline.from_pretrained(WEIGHTS / "base", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    adapter = lora_files.read_lora(str(WEIGHTS / "write"))
+    lora.attach(pipe.transformer, "write", adapter, torch.float32)
+    asked = load_prompts(str(folder / "write.test.jsonl"), "write", None)[:12]
+    scores = {}
+    for name in ("base", "write"):
+        with lora.use(pipe.transformer, name):
+            images = [edited(pipe, prompt) for prompt in asked]
+        texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
+        about = torch.cat(images), texts, metadata
+        scores[name] = [reward(*about).mean() for reward in (edits.write, preservation)]
+    assert all(after > before + 0.1 for after, before in zip(scores["write"], scores["base"], strict=True))
+
+
+def edited(pipe, prompt) -> torch.Tensor:
+    return pipe(
+        prompt=prompt.text,
+        image=Image.open(prompt.pictures[0]),
+        height=edits.SIZE,
+        width=edits.SIZE,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        max_sequence_length=edit_pipeline.TOKENS,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images.float()
+
+
+def test_two_edit_teachers_and_one_that_paints_become_a_student(folder, tmp_path, monkeypatch):
+    """The preset, shortened."""
+    monkeypatch.chdir(folder.parent.parent)
+    short = {"iterations": 2, "prompts_per_step": 6, "eval_prompts": 4, "eval_steps": 4, "sample_every": 0}
+    train.run(replace(PRESETS["mini-edit"], **short, out=str(tmp_path)))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == ["base", *edits.TASKS, "start", "student"]
+    assert set(scores["student"]["held-out"]) >= {*edits.TASKS, "mean"}
