@@ -58,10 +58,10 @@ class JointAttention:
 
 
 def attention(q_BHTD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
-    """(B, H, T, D). On a CPU in float32: PyTorch's backward in bfloat16 takes five times as long there for as
-    few tokens as the miniature has. Without a backward too, or GRPO would sample by another policy than it
-    trains."""
-    if q_BHTD.device.type != "cpu":
+    """(B, H, T, D). On a CPU bfloat16 is attended to in float32: PyTorch's backward takes five times as long
+    there for as few tokens as the miniature has. Without a backward too, or GRPO would sample by another
+    policy than it trains."""
+    if q_BHTD.device.type != "cpu" or q_BHTD.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD)
     wide = F.scaled_dot_product_attention(q_BHTD.float(), k_BHKD.float(), v_BHKD.float())
     return wide.to(q_BHTD.dtype)

@@ -110,6 +110,7 @@ EDIT = {"model": EDIT_BASE, "heldout": EDIT_HELDOUT, "rewards": EDIT_SCORERS}
 EDIT_OPD = {
     **EDIT,
     "teachers": {task: f"opd/mini/weights/edits/{task}" for task in EDIT_PROMPTS},
+    "anchor": "base",
     "prompts": EDIT_PROMPTS,
     "micro_batch": 30,
     "eval_prompts": 64,
