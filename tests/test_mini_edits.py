@@ -120,9 +120,7 @@ def test_every_prompt_fits_the_tokenizer():
     texts = [edit.prompt for task in edits.EDITED for part in edits.split(task) for edit in part]
     for text in [*texts, *world.all_prompts("quality")]:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
-        words = (
-            len(text.split()) if "sign" not in text else 10
-        )  # its string, quotes and the space by character
+        words = 10 if "sign" in text else len(text.split())  # a string is read by the character
         assert len(tokenizer(chat).input_ids) == 1 + words <= edit_pipeline.TOKENS, text
 
 

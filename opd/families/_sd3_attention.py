@@ -21,8 +21,7 @@ def attend_to_copies(transformer: SD3Transformer2DModel) -> None:
 
 class JointAttention:
     """In the place of diffusers' processor, whose arguments it has. Shapes: N image tokens, L of text,
-    T = N + L, K = T + copies - 1 keys,
-    H heads of size D."""
+    T = N + L, K = T + copies - 1 keys, H heads of size D."""
 
     def __call__(
         self,

@@ -156,12 +156,10 @@ def draw(count: int, seed: int, mix: dict[str, float], **degrade: float) -> tupl
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions
 
 
-def train_vae(
-    vae: torch.nn.Module, images_u8: torch.Tensor, steps: int, batch: int = 64, lr: float = 2e-3
-) -> torch.Tensor:
+def train_vae(vae: torch.nn.Module, images_u8: torch.Tensor, steps: int, batch: int = 64) -> torch.Tensor:
     """Reconstruction (L1 + L2) with a light KL. Returns latents of the first 4,096 images."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         x = images_u8[torch.randint(len(images_u8), (batch,), generator=generator)].float() / 127.5 - 1

@@ -249,7 +249,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
     # An SFT start for "mini".
     "mini-sft-start": SFTConfig(**FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200),
     "mini-edit-recolour": SFTConfig(
-        **FINETUNE | {"model": EDIT_BASE}, data="runs/mini-edits-data/recolour", iterations=500
+        **FINETUNE | {"model": EDIT_BASE}, data="runs/mini-edits-data/recolour", iterations=500, ema=0.99
     ),
     # Two teachers that edit and one that paints, into one student. Guidance is not folded in: at 2.5 it
     # covers the pictures with a pattern of the patches' size.
