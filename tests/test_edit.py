@@ -178,16 +178,21 @@ def test_velocities_and_pictures_are_the_pipelines(guidance, case):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_in_bfloat16_too(guidance, case):
-    """Guidance multiplies the rounding of both branches, which the pipeline combines in bfloat16 and we in
-    float32; FLUX.1's network is told it."""
+    """Within 2^-7 where nothing is combined. Guidance multiplies the rounding of both branches, in the
+    pipeline's velocity as in ours: there it is nearer to the pipeline's than that is to its own in float32.
+    """
     prompt = prompts_of(case)[0]
-    model = ours(case, [prompt], "bfloat16")
+    model, exact = ours(case, [prompt], "bfloat16"), ours(case, [prompt])
     steps, _ = theirs(case, start(model, 5), prompt, guidance, dtype=torch.bfloat16)
     for x, sigma, velocity in steps:
+        sigma_B = sigma.expand(1)
         with torch.no_grad():
-            v = model.velocity(x.float(), sigma.expand(1), model.text([prompt]), guidance)
-        limit = guidance * 2**-7 * velocity.abs().max()
-        assert (v - velocity.float()).abs().max() < limit
+            v = model.velocity(x.float(), sigma_B, model.text([prompt]), guidance)
+            exact_v = exact.velocity(x.float(), sigma_B, exact.text([prompt]), guidance)
+        apart, rounded = (v - velocity.float()), velocity.float() - exact_v
+        if guidance == 1:
+            assert apart.abs().max() < 2**-7 * velocity.abs().max()
+        assert apart.norm() < rounded.norm()
 
 
 def test_an_adapter_is_what_it_is_to_the_pipeline(case, tmp_path):
