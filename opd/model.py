@@ -254,14 +254,12 @@ def check_finite(module: torch.nn.Module) -> None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype named so; "auto" is bfloat16 on an accelerator and on CPUs that multiply it, else float32.
+    """The dtype named so; "auto" is bfloat16 on an accelerator and on CPUs with matrix units, else float32.
 
-    A CPU without AVX512-BF16 or AMX emulates bfloat16 more than ten times slower than it computes in float32.
-    """
+    A CPU without AMX takes half as long again in bfloat16 as in float32, even one with AVX512-BF16, whose
+    products are twice as fast; one without either emulates it, more than ten times slower."""
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":
         return torch.bfloat16
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32

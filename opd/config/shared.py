@@ -106,7 +106,7 @@ class RunConfig(Logistics):
     model: Annotated[str, Given("a pipeline directory or a Hub id owner/name")] = ""
     """Pipeline directory or Hub id of the base."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32. In
+    """What the transformer computes in; auto: bfloat16 where the hardware has matrix units, else float32. In
     float16 a mean over the dimensions of a real latent makes gradients underflow to 0, so it is no choice.
     LoRA masters, states and losses are float32, schedules float64, anyway."""
     t5: bool = True
