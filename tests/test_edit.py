@@ -5,12 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
 
-import diffusers
 import pytest
 import torch
 import transformers
@@ -32,87 +28,51 @@ from opd.formats.prompts import load_prompts
 from opd.model import Model, Sampling
 from opd.report import memory
 from opd.report.card import write_card
-from tests import forked, tiny, tiny_families
-from tests.test_families import packed, unpacked_flux, unpacked_flux2, unpacked_qwen
+from tests import forked, test_families, tiny, tiny_families
+from tests.test_families import CPU, Fixture, Theirs, made, packed, unpacked_flux, unpacked_qwen
 
-CPU = torch.device("cpu")
 WEIGHTS = "student/adapter_model.safetensors"
 SIZE = (8, 12)  # height, width of what is painted
 LANDSCAPE, PORTRAIT = (100, 70), (64, 96)
 
 
-class Fixture(NamedTuple):
-    """How the tests get at the tiny pipeline of a family that edits."""
-
-    family: ModuleType
-    build: Callable[[Path], Path]
-    constants: tuple[tuple[object, str, object], ...]
-    """(module, name, a smaller value), for speed."""
-    pack: Callable
-    """As in tests/test_families.py."""
-    unpack: Callable
-    most: int
-    """Source pictures of a prompt."""
-    call: dict = {}
-    """Further arguments of the pipeline."""
-
-
+KONTEXT = (
+    (flux, "T5_TOKENS", 32),
+    (pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 16), (24, 16), (16, 24)]),
+)
+QWEN = (
+    (pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64),
+    (pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64),
+    (transformers, "Qwen2VLProcessor", tiny_families.PictureProcessor),
+)
+AREA = {"max_area": SIZE[0] * SIZE[1]}
 FIXTURES = {
-    "flux2": Fixture(
-        flux2,
-        tiny_families.make_flux2,
-        ((flux2, "TOKENS", 48),),
-        lambda x_BCHW: x_BCHW,
-        unpacked_flux2,
-        2,
-    ),
+    "flux2": test_families.FIXTURES["flux2"],
     "flux_kontext": Fixture(
-        flux_kontext,
-        tiny_families.make_flux_kontext,
-        (
-            (flux, "T5_TOKENS", 32),
-            (pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 16), (24, 16), (16, 24)]),
-        ),
-        packed,
-        unpacked_flux,
-        1,
-        {"max_area": SIZE[0] * SIZE[1]},
+        flux_kontext, tiny_families.make_flux_kontext, "", packed, unpacked_flux, KONTEXT, 1, AREA
     ),
     "qwen_image_edit": Fixture(
-        qwen_image_edit,
-        tiny_families.make_qwen_image_edit,
-        (
-            (pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64),
-            (pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64),
-            (transformers, "Qwen2VLProcessor", tiny_families.PictureProcessor),
-        ),
-        packed,
-        unpacked_qwen,
-        2,
+        qwen_image_edit, tiny_families.make_qwen_image_edit, "", packed, unpacked_qwen, QWEN, 2
     ),
 }
 
 
+# For what is the same in every family.
+IN_ONE_FAMILY = pytest.mark.parametrize("case", ["flux_kontext"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=FIXTURES)
 def case(request, tmp_path_factory):
-    yield from made(request.param, tmp_path_factory.mktemp("edit"))
-
-
-def made(row: str, folder: Path):
-    """Yields a row of FIXTURES with its saved pipeline and the paths of two source pictures."""
-    fixture = FIXTURES[row]
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in fixture.constants:
-            patch.setattr(module, name, value)
-        fixture.build(folder / "pipeline")
-        paths = []
+    """A row of FIXTURES with its saved pipeline and the paths of two source pictures."""
+    folder = tmp_path_factory.mktemp("edit")
+    for case in made(request.param, folder, FIXTURES):
+        case.paths = []
         for number, size in enumerate((LANDSCAPE, PORTRAIT)):
             noise = torch.randint(0, 256, (5, 7, 3), generator=torch.Generator().manual_seed(number))
             picture = Image.fromarray(noise.byte().numpy()).resize(size)
             picture.save(folder / f"{number}.png")
-            paths.append(str(folder / f"{number}.png"))
-        pipeline = folder / "pipeline"
-        yield SimpleNamespace(fixture=fixture, family=fixture.family, pipeline=pipeline, paths=paths)
+            case.paths.append(str(folder / f"{number}.png"))
+        yield case
 
 
 def prompts_of(case) -> list[Edit]:
@@ -132,33 +92,11 @@ def start(model: Model, index: int) -> torch.Tensor:
     return kernels.normal((1, *model.shape), seed_of(4, "start"), torch.tensor([index]))
 
 
-def theirs(case, x, prompt: Edit, guidance: float, adapter: Path | None = None, dtype=torch.float32):
+def theirs(case, x, prompt: Edit, guidance: float, dtype=torch.float32):
     """(at every step x, sigma and the velocity; the image) of the pipeline's own call."""
-    pipe = getattr(diffusers, case.family.PIPELINE).from_pretrained(case.pipeline, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
-    if adapter is not None:
-        pipe.load_lora_weights(adapter)
-    steps, scheduler_step, shape = [], pipe.scheduler.step, tuple(x.shape[1:])
-
-    def record(velocity, timestep, latents, **options):
-        sigma = pipe.scheduler.sigmas[len(steps)]
-        steps.append((case.fixture.unpack(latents, shape), sigma, case.fixture.unpack(velocity, shape)))
-        return scheduler_step(velocity, timestep, latents, **options)
-
-    pipe.scheduler.step = record
-    _, told = case.family.arguments(case.pipeline, True, guidance)
-    images = pipe(
-        image=[Image.open(path) for path in prompt.pictures],
-        prompt=prompt.text,
-        height=SIZE[0],
-        width=SIZE[1],
-        num_inference_steps=3,
-        latents=case.fixture.pack(x).to(dtype),
-        output_type="pt",
-        **told,
-        **case.fixture.call,
-    ).images
-    return steps, images
+    pipe, pictures = Theirs(case, dtype=dtype), [Image.open(path) for path in prompt.pictures]
+    images = pipe.run(x, 3, guidance, SIZE, image=pictures, prompt=prompt.text, **case.fixture.call)
+    return pipe.steps, images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -195,20 +133,6 @@ def test_in_bfloat16_too(guidance, case):
         assert apart.norm() < rounded.norm()
 
 
-def test_an_adapter_is_what_it_is_to_the_pipeline(case, tmp_path):
-    prompt = prompts_of(case)[0]
-    file = tiny.save(tiny.random_lora(case.pipeline, seed=7, family=case.family), tmp_path / "adapter")
-    model = ours(case, [prompt])
-    lora.attach(model.transformer, "mine", model.read_lora(str(file)), torch.float32)
-    steps, _ = theirs(case, start(model, 5), prompt, 1.0, adapter=file)
-    for x, sigma, velocity in steps:
-        with torch.no_grad(), lora.use(model.transformer, "mine"):
-            v = model.velocity(x, sigma.expand(1), model.text([prompt]), 1.0)
-        assert (v - velocity).abs().max() < 1e-5
-        with torch.no_grad():
-            assert (model.velocity(x, sigma.expand(1), model.text([prompt]), 1.0) - v).abs().max() > 1e-2
-
-
 # ---- runs: one mixes painting and editing, where the family can both ----
 
 
@@ -236,7 +160,8 @@ def test_a_step_pulls_the_student_to_the_teachers_of_both_tasks(world, tmp_path)
     pictures. The same step once more has a smaller loss."""
     gradients = []
     for micro_batch in (1, 8):
-        cfg = tiny.config(world, micro_batch=micro_batch, guidance=2.0, **settings(world, tmp_path))
+        cut = {"micro_batch": micro_batch, "group": 1, "steps": 2, "guidance": 2.0}
+        cfg = tiny.config(world, **cut, **settings(world, tmp_path))
         *_, trained, stage = tiny.build(cfg)
         stage.accumulate(stage.plan(0))
         # The last block's text stream moves no picture.
@@ -311,7 +236,7 @@ def test_a_killed_run_and_two_ranks_are_one_rank(case, world, tmp_path):
     row = case.family.__name__.split(".")[-1]
 
     def command(out: Path, **changes) -> list[str]:
-        once = {"steps": 2, "iterations": 2, "save_every": 1}
+        once = {"prompts_per_step": 4, "group": 1, "steps": 2, "iterations": 2, "save_every": 1}
         return forked.command_line(tiny.config(world, **settings(world, out) | once | changes))
 
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
@@ -329,6 +254,7 @@ def test_a_killed_run_and_two_ranks_are_one_rank(case, world, tmp_path):
     assert forked.losses(two) == pytest.approx(forked.losses(whole), rel=1e-4)
 
 
+@pytest.mark.parametrize("case", ["flux2"], indirect=True)  # of two pictures
 def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
     """A picture by sample.py is the model's own, the grid has a row of sources, and records keep the path."""
     prompt = prompts_of(case)[0]
@@ -365,8 +291,8 @@ def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
     names = {"start": case.fixture.pack(start(model, 0))}
     exec(code.replace("pipe(image", "pipe(output_type='pt', latents=start, image"), names)
     lora.attach(model.transformer, "mine", model.read_lora(str(student)), torch.float32)
-    (mine,) = model.images("mine", [prompt], [0], Sampling(3, 4, 3.0))
-    assert (mine - names["image"]).abs().max() < 1e-4
+    mine, base = (model.images(name, [prompt], [0], Sampling(3, 4, 3.0))[0] for name in ("mine", lora.BASE))
+    assert (mine - names["image"]).abs().max() < 1e-4 and (mine - base).abs().max() > 1e-2
 
 
 def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path, capsys):
@@ -395,6 +321,7 @@ def refusal(pipeline: Path, folder: Path, images: list[str]) -> str:
     return str(error.value)
 
 
+@IN_ONE_FAMILY
 def test_pictures_that_nobody_can_read_are_refused(case, tmp_path, monkeypatch):
     Image.new("RGB", (80, 80)).save(
         tmp_path / "film.gif", save_all=True, append_images=[Image.new("RGB", (80, 80), 1)]
@@ -426,18 +353,16 @@ def test_a_prompt_that_does_not_fit_the_pipeline_is_refused(case, tmp_path):
         assert "640 x 64 pixels; give it sides" in refusal(case.pipeline, tmp_path, ["long.png"])
 
 
+@pytest.mark.parametrize("case", ["qwen_image_edit"], indirect=True)
 def test_a_processor_without_its_vocabulary_is_refused(case, tmp_path):
-    if case.family is not qwen_image_edit:
-        pytest.skip("it has no processor")
     shutil.copytree(case.pipeline, tmp_path / "pipeline")
     (tmp_path / "pipeline" / "processor" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="processor holds none of tokenizer.json"):
         Model.plan(str(tmp_path / "pipeline"), "float32", in_pixels(*SIZE), CPU, True)
 
 
+@IN_ONE_FAMILY
 def test_a_teacher_that_reads_text_alone_is_refused_by_its_name(case, world, tmp_path):
-    if case.family is not flux_kontext:
-        pytest.skip("no pipeline without pictures has its latents")
     teachers = {"red": str(tiny_families.make_flux(tmp_path / "flux")), "blue": str(world / "blue")}
     with pytest.raises(ValueError, match="^teacher 'red': prompt .* FluxPipeline reads text alone"):
         tiny.build(tiny.config(world, teachers=teachers, **settings(world, tmp_path)))
@@ -491,6 +416,7 @@ def test_a_picture_that_a_camera_turned_is_upright(tmp_path):
     assert read_image(tmp_path / "a.jpg").size == size_of_image(str(tmp_path / "a.jpg")) == (20, 30)
 
 
+@IN_ONE_FAMILY
 def test_a_run_goes_on_for_more_steps_but_not_from_another_picture(case, world, tmp_path):
     """Of twenty pictures the first steps and the report read some."""
     for n in range(20):
@@ -506,6 +432,7 @@ def test_a_run_goes_on_for_more_steps_but_not_from_another_picture(case, world, 
         tiny.main(tiny.config(world, iterations=3, **changes), tmp_path)
 
 
+@IN_ONE_FAMILY
 def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
     """One that is another file by now, or a film, is refused by its name; pictures that someone else made
     have sources too."""

@@ -1,10 +1,9 @@
 """Families through the real command and the stages: runs, ranks, shards, kills, losses that fall.
 
-Two families in every run of the tests, the others among the slow ones.
+SD3 is what most other tests run, and tests/test_edit.py runs FLUX.1, FLUX.2 and Qwen-Image on pictures.
 """
 
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,19 +11,17 @@ import torch
 
 from opd import lora
 from opd.config import DistillationConfig
-from opd.formats.state import latest_state
 from opd.model import Sampling
 from opd.report import memory
 from tests import forked, tiny
 from tests.forked import losses
-from tests.test_families import FIXTURES, PROMPTS, Theirs, made, noise, ours
+from tests.test_families import PROMPTS, Theirs, made, noise, ours
 from tests.tiny import run
 
 WEIGHTS = "student/adapter_model.safetensors"
-SLOW = [pytest.param(row, marks=pytest.mark.slow) for row in FIXTURES if row not in ("sd3", "flux2")]
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux2", *SLOW])
+@pytest.fixture(scope="module", params=["z_image", pytest.param("qwen_image", marks=pytest.mark.slow)])
 def case(request, tmp_path_factory):
     yield from made(request.param, tmp_path_factory.mktemp("family"))
 
@@ -46,31 +43,17 @@ def distil(own, out, **changes) -> list[str]:
     return forked.command_line(tiny.config(world, **once | all_of_them))
 
 
-def test_a_killed_run_and_two_ranks_replicated_then_sharded_are_one_rank(own, case, tmp_path):
-    """A run that is killed after its first checkpoint goes on to the same bits. Two ranks take the first
-    step with the weights replicated, and the second one, resumed, with the weights sharded."""
-    if case.family.__name__.endswith("sd3"):
-        pytest.skip("tests/test_signals.py, test_ranks.py and test_shards.py run this family")
-    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
-    run = forked.train(tmp_path / "log", distil(own, whole))
-    assert run.ended() == 0, run.printed()
-
-    run = forked.train(tmp_path / "log", distil(own, killed, iterations=1000))
-    forked.wait_for(lambda: latest_state(killed) > 0)
-    run.process.kill()
-    run.process.join()
-    done, longer = max(2, latest_state(killed)), tmp_path / "longer"
-    shutil.copytree(whole, longer)
-    for folder in (killed, longer):
-        if folder == killed or done > 2:  # it was killed after more steps than `whole` has
-            run = forked.train(tmp_path / "log", distil(own, folder, iterations=done))
-            assert run.ended() == 0, run.printed()
-    assert (killed / WEIGHTS).read_bytes() == (longer / WEIGHTS).read_bytes()
-
+def test_a_run_goes_on_to_the_same_bits_and_two_ranks_are_one(own, tmp_path):
+    """Two ranks take the first step with the weights replicated, and the second one, resumed, with the
+    weights sharded."""
+    whole, parts, two = (tmp_path / name for name in ("whole", "parts", "two"))
+    for out, iterations in ((whole, 2), (parts, 1), (parts, 2)):
+        run = forked.train(tmp_path / "log", distil(own, out, iterations=iterations))
+        assert run.ended() == 0, run.printed()
+    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     for iterations, shard_size in ((1, 1), (2, 2)):
         given = distil(own, two, iterations=iterations, shard_size=shard_size, micro_batch=1)
-        runs = forked.ranks(tmp_path / str(shard_size), 2, given)
-        assert [run.ended() for run in runs] == [0, 0], runs[0].printed()
+        forked.finished(forked.ranks(tmp_path / str(shard_size), 2, given))
     assert losses(two) == pytest.approx(losses(whole), rel=1e-4)
     assert len(set(losses(whole))) == 2 and min(losses(whole)) > 0
 

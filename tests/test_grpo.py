@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from opd import flow, grpo, kernels, lora
-from opd.data import prompts_of_step, seed_of
+from opd import flow, grpo, kernels
+from opd.data import prompts_of_step
 from opd.rewards import groups
 from tests import tiny
-from tests.tiny import distance, gradient_of, grpo_config, step_by_hand
-from tests.tiny_grpo import build, recorded
+from tests.tiny import distance, gradient_of, grpo_config, step_by_hand, steps_by_hand, velocity_by_hand
+from tests.tiny_grpo import advantages_by_hand, build, recorded
 
-SETTINGS = [{}, {"guidance": 2.0}, {"window": 2, "window_range": (0, 4)}, {"skip_last": True}]
-SETTINGS += [{"micro_batch": 3}, {"rollout": "cps", "skip_last": True}]
+SETTINGS = [{"guidance": 2.0, "micro_batch": 3}, {"window": 2, "window_range": (0, 4)}]
+SETTINGS += [{"rollout": "cps", "skip_last": True}]
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
@@ -25,55 +25,20 @@ def test_first_update_is_the_policy_gradient_written_out(world, changes):
     cfg, model, data, trained, _ = build(world, cold_start=str(world / "red"), **changes)
     prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
     grid, states = model.sigmas(cfg.steps), grpo.trained_states(cfg, 0)
-    transitions, images = [], []
-
-    def velocity(x, i, text):
-        sigma = torch.tensor([grid[i]])
-        with lora.use(model.transformer, "student"):
-            v, u = (model.velocity(x, sigma, model.text([t]), 1.0) for t in (text, ""))
-        return u + cfg.guidance * (v - u)
-
-    for n in range(cfg.prompts_per_step * cfg.group):
-        text, index = prompts[n // cfg.group].text, torch.tensor([n])
-        x = kernels.normal((1, *model.shape), seed_of(0, 0, "start"), index)
-        for i in range(cfg.steps):
-            v = velocity(x, i, text).detach()
-            if cfg.window and i not in states:
-                x = x - (grid[i] - grid[i + 1]) * v
-                continue
-            z = kernels.normal(x.shape, seed_of(0, 0, "noise", i), index)
-            mean, std = step_by_hand(cfg.rollout, grid, i, x, v)
-            after = mean + std * z
-            if i in states:
-                transitions.append((n, i, x, after))
-            x = after
-        images.append(model.decode(x))
-    rewards = torch.stack([i.mean() for i in images]).double().view(-1, cfg.group)
-    tasks = [p.task for p in prompts]
-    advantage = torch.zeros_like(rewards)
-    for p, task in enumerate(tasks):
-        same = rewards[[q for q, t in enumerate(tasks) if t == task]]
-        advantage[p] = (rewards[p] - rewards[p].mean()) / (same.numpy().std() + 1e-4)
-    loss = 0.0
+    rollouts = [cfg.rollout if not cfg.window or i in states else "ode" for i in range(cfg.steps)]
+    steps = steps_by_hand(cfg, model, prompts, "student", rollouts)
+    images = [model.decode(after) for _, i, _, after in steps if i == cfg.steps - 1]
+    advantages, loss = advantages_by_hand(images, prompts), 0.0
+    transitions = [step for step in steps if step[1] in states]
     for n, i, x, after in transitions:
-        v = velocity(x, i, prompts[n // cfg.group].text)
+        v = velocity_by_hand(model, "student", x, grid[i], prompts[n // cfg.group].text, cfg.guidance)
         mean, std = step_by_hand(cfg.rollout, grid, i, x, v)
         log_p = torch.distributions.Normal(mean, std).log_prob(after).mean()
-        loss = loss - advantage.flatten()[n] * log_p / len(transitions)
+        loss = loss - advantages[n] * log_p / len(transitions)
     loss.backward()
     wanted = gradient_of(trained)
     assert wanted.norm() > 1e-3
     assert distance(recorded(world, cold_start=str(world / "red"), **changes)[0], wanted) < 1e-4
-
-
-def test_clip_changes_the_second_update_and_not_the_first(world):
-    """At ratio 1 nothing is clipped; after a step it is."""
-    changes = dict(epochs=2, lr=3e-2, cold_start=str(world / "red"))
-    turns = [[recorded(world, turn, clip_range=clip, **changes) for turn in (0, 1)] for clip in (1e-4, 10.0)]
-    tight, wide = turns
-    assert distance(tight[0][0], wide[0][0]) < 1e-6
-    assert distance(tight[1][0], wide[1][0]) > 0.1
-    assert tight[0][1]["ratio"]["clipped"] > 0.3 and wide[0][1]["ratio"]["clipped"] == 0
 
 
 def test_kl_term_adds_the_gradient_of_the_exact_kl(world):
@@ -129,7 +94,7 @@ def test_the_loss_is_clipped_where_the_ratio_has_gone_far_enough_by_hand():
 
 def test_reward_rises_on_the_tiny_model(world, tmp_path):
     batch = {"group": 8, "prompts_per_step": 4, "micro_batch": 32}
-    steps = {"iterations": 25, "lr": 1e-2, "epochs": 2, "clip_range": 1e-2}
+    steps = {"iterations": 14, "lr": 2e-2, "epochs": 2, "clip_range": 1e-2}
     rows = tiny.run(grpo_config(world, out=str(tmp_path), **batch, **steps))[0].metrics()
     means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
     spread = rows[0]["reward_std"]["red"]

@@ -131,20 +131,6 @@ def test_use_nests_restores_and_leaves_requires_grad_alone(transformer, base):
         pass
 
 
-def test_only_the_adapter_in_use_gets_gradients(transformer):
-    for name in ("red", "blue"):
-        for p in lora.parameters_of(transformer, name).values():
-            p.requires_grad_(True)
-    x, text = torch.randn(1, 4, 4, 4), {"embeds": torch.randn(1, 24, 128), "pooled": torch.randn(1, 128)}
-    with lora.use(transformer, "red"):
-        sd3.velocity(transformer, x, torch.tensor([0.5]), text).square().sum().backward()
-    for name, p in transformer.named_parameters():
-        # The last block's text queries reach no output, so their gradient is zero.
-        if ".red." in name and not name.startswith("transformer_blocks.1.attn.add_q_proj"):
-            assert p.grad.abs().max() > 0, name
-        assert ".red." in name or p.grad is None
-
-
 def test_teachers_add_their_lora_bytes_and_nothing_else(base, world):
     transformer = copy.deepcopy(base)
     before = {p.data_ptr(): p.nbytes for p in transformer.parameters()}
@@ -233,20 +219,17 @@ def test_spare_rank_of_a_start_learns(loras):
         assert (wide.A[module].abs().amax(1) > 0).all() and (wide.B[module][:, 4:] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "mode, kind, weight, far", [("svd", "svd", 0.5, 1e-4), ("naive", "linear", 0.25, 1e-5)]
-)
-def test_merges_are_those_of_peft(mode, kind, weight, far, loras, world):
+def test_the_naive_merge_is_pefts(loras, world):
     """PEFT's "linear" takes the root of every weight into both factors."""
     base = sd3.load_transformer(world / "pipeline", torch.float32)
     model = PeftModel.from_pretrained(base, world / "red", adapter_name="red")
     model.load_adapter(world / "blue", adapter_name="blue")
-    model.add_weighted_adapter(["red", "blue"], [weight] * 2, "x", combination_type=kind, svd_rank=4)
+    model.add_weighted_adapter(["red", "blue"], [0.25] * 2, "x", combination_type="linear")
 
     def theirs(module):
         return model.get_submodule(f"base_model.model.{module}").get_delta_weight("x")
 
-    assert furthest(merged(loras, mode, rank=4), theirs) < far
+    assert furthest(merged(loras, "naive", rank=4), theirs) < 1e-5
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -261,18 +244,6 @@ def test_naive_refuses_other_ranks_other_layers_and_too_small_a_student(loras, w
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode", list(merging.MERGES))
-def test_distillation_starts_from_its_teachers_merged(mode, world, loras, tmp_path):
-    cfg = tiny.config(world, cold_start="merge", merge=mode, rank=8, out=str(tmp_path))
-    cfg, model, *_ = tiny.build(cfg)
-    start = merged(loras, mode, rank=8, alpha=cfg.alpha)
-    for module in start.A:
-        layer = model.transformer.get_submodule(module)
-        for name in ("start", "student"):
-            assert torch.equal(layer.lora_A[name].weight, start.A[module])
-            assert torch.equal(layer.lora_B[name].weight, start.B[module])
-
-
 def test_grpo_starts_from_a_merge_of_named_adapters_in_which_the_base_counts(world, loras):
     sources = {"red": str(world / "red"), "base": "base", "blue": str(world / "blue")}
     cfg = tiny.grpo_config(world, cold_start="merge", merge_from=sources, rank=8)

@@ -137,15 +137,12 @@ SETTINGS = [
     ({"lora_alpha": 10**400}, "lora_alpha is '1000.*not a number"),
     ({"lora_alpha": 1e38}, "its update is too large for float32; its largest alpha is 1e[+]38"),
     ({"lora_alpha": True}, "lora_alpha is 'True', not a number"),
-    ({"lora_alpha": "x"}, "lora_alpha is 'x', not a number"),
     ({"lora_alpha": [7]}, r"lora_alpha is '\[7\]', not a number"),
     ({"alpha_pattern": [1]}, r"alpha_pattern is '\[1\]', not a table"),
-    ({"alpha_pattern": "to_q"}, "alpha_pattern is 'to_q', not a table"),
     ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'to_q' is 'x', not a number"),
     ({"alpha_pattern": {"(": 2}}, "cannot be matched .missing"),
     ({"alpha_pattern": ENDLESS}, "cannot be matched .regex timed out"),
     ({"alpha_pattern": {"((a{99}){99}){99}": 2}}, "counts too many repetitions"),
-    ({"alpha_pattern": {"a{100000000}": 2}}, "counts too many repetitions"),
 ]
 
 
@@ -197,30 +194,21 @@ PREFIXES = ["", "transformer.", "base_model.model.", "diffusion_model.", "module
 PREFIXES += ["base_model.model.transformer.", "transformer.base_model.model.", "module._orig_mod."]
 PREFIXES += ["base_model.model._orig_mod.", "_orig_mod.base_model.model.", "module.diffusion_model."]
 OWN = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0"]
-BFL = ["double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.0", "single_blocks.0.linear2"]
 SINGLE = ["single_transformer_blocks.0.attn.to_out"]
-# Per family the transformer's own names, those of its authors, and diffusers' loader.
-FAMILIES = {
-    "sd3": (sd3, OWN, ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.1.x_block.mlp.fc1"], None),
-    "flux": (flux, OWN, BFL, FluxPipeline),
-    "flux2": (flux2, OWN + SINGLE, BFL, Flux2KleinPipeline),
-    "qwen_image": (qwen_image, OWN, [], QwenImagePipeline),
-    "z_image": (
-        z_image,
-        ["layers.0.attention.to_q", "layers.1.feed_forward.w1"],
-        ["layers.0.attention.qkv", "layers.1.attention.out"],
-        ZImagePipeline,
-    ),
-}
-# What stands before flat names, and where it is read: what no reader of diffusers knows is refused.
+JOINT = ["layers.0.attention.to_q", "layers.1.feed_forward.w1"]
 FLAT = ["lora_unet_", "lora_transformer_", "lycoris_"]
-READ = {("sd3", "own"): FLAT, ("sd3", "native"): FLAT, ("flux", "own"): ["lora_transformer_"]}
-READ |= dict.fromkeys([("flux", "native"), ("flux2", "native"), ("qwen_image", "own")], ["lora_unet_"])
-READ |= dict.fromkeys([("z_image", "own"), ("z_image", "native")], ["lora_unet_"]) | {("flux2", "own"): []}
+# Per family the transformer's own names, diffusers' loader, and what may stand before flat names: what no
+# reader of diffusers knows is refused.
+FAMILIES = {
+    "sd3": (sd3, OWN, StableDiffusion3Pipeline, FLAT),
+    "flux": (flux, OWN, FluxPipeline, ["lora_transformer_"]),
+    "flux2": (flux2, OWN + SINGLE, Flux2KleinPipeline, []),
+    "qwen_image": (qwen_image, OWN, QwenImagePipeline, ["lora_unet_"]),
+    "z_image": (z_image, JOINT, ZImagePipeline, ["lora_unet_"]),
+}
 # Spellings of A and B; all but the first two have an alpha beside them.
 LAYOUTS = {"peft": ("lora_A", "lora_B"), "default": ("lora_A.default", "lora_B.default")}
 LAYOUTS |= {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora.down", "lora.up")}
-CASES = [(*kind, layout) for kind in READ for layout in LAYOUTS]
 
 
 def written(layers, prefix, layout, sizes=None):
@@ -247,36 +235,19 @@ def updates_of(tensors, scale=1.0):
     return found
 
 
-def by_diffusers(family, names, layout):
-    """What diffusers makes of the plainest file of these names. It reads no foreign names of SD3: the reader
-    of checkpoints is compared below."""
-    module, own, native, pipeline = FAMILIES[family]
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefixes_and_spellings_are_read_in_every_family_or_refused(family, layout, tmp_path):
+    """As diffusers reads the plainest file."""
+    module, own, pipeline, read = FAMILIES[family]
     scale = 2 / 3 if "down" in LAYOUTS[layout][0] else 1.0
-    if names == "own":
-        plain = StableDiffusion3Pipeline if pipeline is None else pipeline
-        return updates_of(plain.lora_state_dict(written(own, "transformer.", "peft")), scale)
-    prefix, layout = "diffusion_model.", "peft"
-    if family in ("flux", "z_image"):  # whose loaders know them in kohya's spelling alone
-        prefix, layout, scale = "lora_unet_", "kohya", 1.5 * scale
-    tensors = written(native, prefix, layout)
-    convert = module.convert_lora if pipeline is None else pipeline.lora_state_dict
-    return updates_of(convert(tensors), scale)
-
-
-@pytest.mark.parametrize("family, names, layout", CASES)
-def test_prefixes_spellings_and_names_are_read_in_every_family_or_refused(family, names, layout, tmp_path):
-    module, own, native, _ = FAMILIES[family]
-    layers = own if names == "own" else native
-    expected = by_diffusers(family, names, layout)
+    expected = updates_of(pipeline.lora_state_dict(written(own, "transformer.", "peft")), scale)
     assert len(expected) >= 2
     for number, prefix in enumerate(PREFIXES + FLAT):
-        file = single_file(tmp_path / str(number), written(layers, prefix, layout))
-        if prefix in FLAT and prefix not in READ[family, names]:
-            refused(
-                file,
-                f"layer names like '{prefix}.*' are not known for this model family",
-                module.convert_lora,
-            )
+        file = single_file(tmp_path / str(number), written(own, prefix, layout))
+        if prefix in FLAT and prefix not in read:
+            unknown = f"layer names like '{prefix}.*' are not known for this model family"
+            refused(file, unknown, module.convert_lora)
             continue
         mine = lora_files.read_lora(str(file), module.convert_lora)
         assert mine.A.keys() == expected.keys(), prefix
@@ -346,44 +317,42 @@ def flux1_checkpoint(updates):
     norms = [f"{block}.norm.{part}_norm.scale" for block in blocks for part in ("query", "key")]
     biases = {name.replace(".weight", ".bias"): update[:, 0] for name, update in updates.items()}
     with torch.device("meta"):
-        skeleton = FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+        skeleton = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     whole = by_own_names(updates | biases | dict.fromkeys(norms, torch.zeros(1)), skeleton)
+    assert whole.keys() == skeleton.state_dict().keys()
     return {n: t for n, t in whole.items() if n.endswith(".weight") and ".norm_" not in n}
 
 
+# Per family its layers, diffusers' reader of checkpoints, and the prefixes that are read beside ComfyUI's.
 CHECKPOINTS = {
-    "SD3": (sd3, stabilitys_layers(), sd3_checkpoint),
-    "FLUX.1": (flux, FLUX1, flux1_checkpoint),
-    "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers),
-    "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers),
+    "SD3": (sd3, stabilitys_layers(), sd3_checkpoint, ["", "transformer.", *FLAT]),
+    "FLUX.1": (flux, FLUX1, flux1_checkpoint, ["", "transformer.", "lora_unet_"]),
+    "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers, []),
+    "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers, ["", "lora_unet_"]),
 }
 
 
-@pytest.mark.parametrize(
-    "name, tool",
-    [
-        *((name, "kohya") for name in ("SD3", "FLUX.1", "Z-Image")),
-        *((name, "ComfyUI") for name in CHECKPOINTS),
-    ],
-)
-def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tool, tmp_path):
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_adapter_by_its_authors_names_is_the_checkpoint_update(name, tmp_path):
     """Every layer against diffusers' reader of checkpoints, which turns the last modulations. kohya's file
     has flat names and alpha 2, ComfyUI's dotted ones."""
-    family, layers, convert = CHECKPOINTS[name]
-    prefix, layout = ("lora_unet_", "kohya") if tool == "kohya" else ("diffusion_model.", "peft")
-    tensors = written(layers, prefix, layout, layers)
-    plain = updates_of(written(layers, "", "peft", layers), 2 / 3 if tool == "kohya" else 1.0)
-    updates = {f"{layer}.weight": update for layer, update in plain.items()}
-    mine = lora_files.read_lora(str(single_file(tmp_path / "x", tensors)), family.convert_lora)
-    theirs = convert(updates)
-    assert {f"{layer}.weight" for layer in mine.A} == theirs.keys()
-    for layer in mine.A:
-        torch.testing.assert_close(mine.update(layer), theirs[f"{layer}.weight"], rtol=1e-5, atol=1e-5)
+    family, layers, convert, prefixes = CHECKPOINTS[name]
+    for prefix in ("diffusion_model.", *prefixes):
+        layout, scale = ("kohya", 2 / 3) if prefix in FLAT else ("peft", 1.0)
+        tensors = written(layers, prefix, layout, layers)
+        plain = updates_of(written(layers, "", "peft", layers), scale)
+        mine = lora_files.read_lora(str(single_file(tmp_path / f"x{prefix}", tensors)), family.convert_lora)
+        theirs = convert({f"{layer}.weight": update for layer, update in plain.items()})
+        assert {f"{layer}.weight" for layer in mine.A} == theirs.keys()
+        for layer in mine.A:
+            torch.testing.assert_close(mine.update(layer), theirs[f"{layer}.weight"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", ["lora_unet_final_layer_adaLN_modulation_1", "final_layer.adaLN_modulation.1"]
-)
+LAST = "final_layer.adaLN_modulation.1"
+SPELLINGS = [LAST, f"transformer.{LAST}", "lora_unet_final_layer_adaLN_modulation_1"]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_flux2s_last_modulation_is_turned_in_every_spelling(name, tmp_path):
     a, b = torch.randn(3, 32), torch.randn(64, 3)
     tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(6.0)}

@@ -2,10 +2,7 @@
 run on it; the miniature of signs that the real OCR reward grows a teacher on."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +20,7 @@ from opd.mini.presets import MINI_PRESETS
 from opd.presets import PRESETS
 from opd.rewards import find_reward
 from opd.setup import read_by, set_up
-
-ROOT = Path(__file__).parent.parent
+from tests import forked
 
 
 def test_shipped_weights_have_the_recorded_sha256():
@@ -93,17 +89,14 @@ def reconstruction_error(vae, images):
 def test_first_command_ends_with_the_table_and_a_folder_that_holds_everything(tmp_path):
     """The README's first command, shortened."""
     out = tmp_path / "run"
-    command = "-m torch.distributed.run train.py --iterations 2 --prompts-per-step 6 --eval-prompts 8"
-    command += f" --eval-steps 5 --sample-every 2 --out {out}"
-    command = [sys.executable, *command.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = "--iterations 2 --prompts-per-step 6 --eval-prompts 8 --eval-steps 5 --sample-every 2 --out"
+    printed = forked.finished([forked.train(tmp_path / "log", [*command.split(), str(out)])])
     scores = json.loads((out / "scores.json").read_text())
     assert list(scores) == ["base", "compose", "text", "quality", "start", "student"]
     for row in scores.values():
         assert list(row) == ["held-out"] and list(row["held-out"]) == ["compose", "text", "quality", "mean"]
         assert row["held-out"]["mean"] == pytest.approx(sum(row["held-out"][t] for t in world.TASKS) / 3)
-    assert (out / "table.txt").read_text().strip() in done.stdout
+    assert (out / "table.txt").read_text().strip() in printed
     assert scores["text"]["held-out"]["text"] > scores["base"]["held-out"]["text"]
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["effective_batch"] == 6 and len(row["compose"]["kl"]) == PRESETS["mini"].queries

@@ -19,7 +19,8 @@ from opd.report import plots
 from opd.rewards import find_reward
 from opd.rewards.groups import advantages_of_each
 from tests import tiny
-from tests.tiny import distance, gradient_of
+from tests.tiny import distance, gradient_of, steps_by_hand, velocity_by_hand
+from tests.tiny_grpo import advantages_by_hand
 
 CFG = NFTConfig()
 
@@ -129,9 +130,9 @@ def recorded(world, **changes):
     return gradients[0], metrics
 
 
-SETTINGS = [{}, {"guidance": 2.0}, {"micro_batch": 3}, {"beta": 0.0, "levels": 1, "level_range": (1, 3)}]
-SETTINGS += [{"objective": "awm", "beta": 0.5}, {"strength": 0.1, "levels": 0, "rollout": "sde"}]
-SETTINGS += [{"old_decay": (0.0, 0.0, 0.0)}]
+SETTINGS = [{"guidance": 2.0, "micro_batch": 3}, {"objective": "awm", "beta": 0.5}]
+SETTINGS += [{"strength": 0.1, "levels": 0, "rollout": "sde"}]
+SETTINGS += [{"old_decay": (0.0, 0.0, 0.0), "beta": 0.0, "levels": 1, "level_range": (1, 3)}]
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
@@ -139,41 +140,23 @@ def test_the_first_update_written_out(world, changes):
     """Roll out sample by sample, score, noise each picture afresh, take the loss by autograd."""
     cfg, model, data, trained, stage = behind(world, **changes)
     prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-    grid, count = model.sigmas(cfg.steps), cfg.prompts_per_step * cfg.group
+    sampler = "student" if cfg.objective == "awm" else "old"
+    steps = steps_by_hand(cfg, model, prompts, sampler, [cfg.rollout] * cfg.steps)
+    latents = [after for _, i, _, after in steps if i == cfg.steps - 1]
+    advantages = advantages_by_hand([model.decode(x) for x in latents], prompts)
 
     def velocity(adapter, x, sigma, text):
-        with lora.use(model.transformer, adapter):
-            v, u = (model.velocity(x, sigma, model.text([t]), 1.0) for t in (text, ""))
-        return u + cfg.guidance * (v - u)
-
-    latents = []
-    for n in range(count):
-        index = torch.tensor([n])
-        x = kernels.normal((1, *model.shape), seed_of(0, 0, "start"), index)
-        for i in range(cfg.steps):
-            sampler = "student" if cfg.objective == "awm" else "old"
-            v = velocity(sampler, x, torch.tensor([grid[i]]), prompts[n // cfg.group].text).detach()
-            transition = flow.TRANSITIONS[cfg.rollout](
-                *torch.tensor(grid[i : i + 2]).double(), cfg.noise_level
-            )
-            z = kernels.normal(x.shape, seed_of(0, 0, "noise", i), index)
-            x = (transition.keep * x - transition.move * v + transition.std * z).float()
-        latents.append(x)
-    rewards = torch.stack([model.decode(x).mean() for x in latents]).double().view(-1, cfg.group)
-    tasks, advantage = [p.task for p in prompts], torch.zeros_like(rewards)
-    for p, task in enumerate(tasks):
-        same = rewards[[q for q, t in enumerate(tasks) if t == task]]
-        advantage[p] = (rewards[p] - rewards[p].mean()) / (same.numpy().std() + 1e-4)
+        return velocity_by_hand(model, adapter, x, sigma, text, cfg.guidance)
 
     levels_NL, total = stage.drawn_levels(0), 0.0
     for n, x0 in enumerate(latents):
         for j, sigma in enumerate(levels_NL[n].tolist()):
             eps = kernels.normal(x0.shape, seed_of(0, 0, "level", j), torch.tensor([n]))
-            x, at, text = (1 - sigma) * x0 + sigma * eps, torch.tensor([sigma]), prompts[n // cfg.group].text
-            v, base, u = velocity("student", x, at, text), velocity("base", x, at, text).detach(), eps - x0
-            a, old = float(advantage.flatten()[n]), v.detach()
+            x, u, text = (1 - sigma) * x0 + sigma * eps, eps - x0, prompts[n // cfg.group].text
+            v, base = velocity("student", x, sigma, text), velocity("base", x, sigma, text).detach()
+            a, old = advantages[n], v.detach()
             if not cfg.on_policy():
-                old = velocity("old", x, at, text).detach()
+                old = velocity("old", x, sigma, text).detach()
             if cfg.objective == "awm":
                 loss = a * (v - u).square().mean() + 1.0 * (v - old).square().mean()
             else:
@@ -321,9 +304,9 @@ def test_a_step_without_any_reward_changes_nothing(world):
     assert all(torch.equal(value, before[name]) for name, value in trained.state().items())
 
 
-@pytest.mark.parametrize("objective, lr", [("nft", 1e-2), ("awm", 2e-2)])
+@pytest.mark.parametrize("objective, lr", [("nft", 2e-2), ("awm", 3e-2)])
 def test_reward_rises_on_the_tiny_model(world, tmp_path, objective, lr):
-    settings = {"group": 8, "prompts_per_step": 4, "micro_batch": 32, "iterations": 25, "lr": lr}
+    settings = {"group": 8, "prompts_per_step": 4, "micro_batch": 32, "iterations": 14, "lr": lr}
     settings |= {"objective": objective, "beta": 1e-4, "clip": 0.01}
     folder, _, trained, _ = tiny.run(tiny.nft_config(world, out=str(tmp_path), **settings))
     rows = folder.metrics()

@@ -24,33 +24,29 @@ def latents(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "full, share, apart", [(True, 0.5, 0.6), (False, 0.75, 0.3)]
-)  # a LoRA on a random base can do less
-def test_sft_learns_what_the_caption_says(world, tmp_path, latents, full, share, apart):
+def test_sft_learns_what_the_caption_says(world, tmp_path, latents):
     batch = {"data": str(latents), "prompts_per_step": 16, "micro_batch": 8, "caption_dropout": 0.1}
-    cfg = tiny.sft_config(world, full=full, out=str(tmp_path), iterations=60, lr=1e-2, **batch)
+    cfg = tiny.sft_config(world, full=True, out=str(tmp_path), iterations=60, lr=1e-2, **batch)
     folder, model, *_ = tiny.run(cfg)
     losses = [row["loss"] for row in folder.metrics()]
-    assert sum(losses[-5:]) < share * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     captions = ["a red circle", "a blue circle"]
     with lora.use(model.transformer, model.trained), torch.no_grad():
         x, sigma = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.9)
         v = model.velocity(x, sigma, model.text(captions), 1.0)
     data = (x - 0.9 * v).mean((1, 2, 3))  # the predicted clean latents
-    assert data[0] - data[1] > apart
-    if full:
-        weights = load_file(tmp_path / "student" / "diffusion_pytorch_model.safetensors")
-        reloaded = model.family.load_transformer(world / "pipeline", torch.float32)
-        reloaded.load_state_dict(weights)
-        with torch.no_grad():
-            text = model.family.collate(model.text(captions))
-            again = model.family.velocity(reloaded, x, sigma, text)
-        assert torch.allclose(again, v, atol=1e-5)
-        # As diffusers knows it, although the run's class is FSDP's: so it can teach (--teachers).
-        named = json.loads((tmp_path / "student" / "config.json").read_text())
-        assert named["_class_name"] == "SD3Transformer2DModel"
-        assert type(model.transformer).__name__ == "FSDPSD3Transformer2DModel"
+    assert data[0] - data[1] > 0.6
+    weights = load_file(tmp_path / "student" / "diffusion_pytorch_model.safetensors")
+    reloaded = model.family.load_transformer(world / "pipeline", torch.float32)
+    reloaded.load_state_dict(weights)
+    with torch.no_grad():
+        text = model.family.collate(model.text(captions))
+        again = model.family.velocity(reloaded, x, sigma, text)
+    assert torch.allclose(again, v, atol=1e-5)
+    # As diffusers knows it, although the run's class is FSDP's: so it can teach (--teachers).
+    named = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert named["_class_name"] == "SD3Transformer2DModel"
+    assert type(model.transformer).__name__ == "FSDPSD3Transformer2DModel"
 
 
 def test_sft_gradient_is_that_of_equation_1(world, latents):
@@ -72,23 +68,3 @@ def test_sft_gradient_is_that_of_equation_1(world, latents):
         (v - (eps - data)).square().mean().backward()
     want = gradient_of(trained)
     assert want.norm() > 1e-4 and distance(got, want) < 1e-4
-
-
-def test_caption_dropout_replaces_captions(world, latents):
-    shares = []
-    for dropout in (0.0, 0.5):
-        many = {"data": str(latents), "prompts_per_step": 200, "micro_batch": 200}
-        cfg = tiny.sft_config(world, caption_dropout=dropout, **many)
-        _, model, _, _, stage = tiny.build(cfg)
-        (empty,) = model.text([""])
-        seen = []
-
-        def note(module, arguments, keywords, seen=seen):
-            seen.append(keywords["encoder_hidden_states"])
-
-        model.transformer.register_forward_pre_hook(note, with_kwargs=True)
-        stage.accumulate(0)
-        (embeds,) = seen
-        tokens = len(empty["embeds"])
-        shares.append(float((embeds[:, :tokens] == empty["embeds"]).flatten(1).all(1).float().mean()))
-    assert shares[0] == 0 and 0.35 < shares[1] < 0.65

@@ -10,7 +10,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     Flux2Transformer2DModel,
-    FluxTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -18,9 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
 from opd.families._sd3_names import BLOCK, OUTSIDE
-from opd.formats.hub import check_weights
 from opd.formats.lora_files import FILES
-from opd.formats.teacher_files import KINDS, Whole, by_own_names, holds_transformer, read_transformer
+from opd.formats.teacher_files import KINDS, Whole, holds_transformer, read_transformer
 from opd.model import Model
 from tests import tiny, tiny_families
 from tests.test_lora_field import FLUX2
@@ -230,9 +228,9 @@ AUTHORS = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("family", AUTHORS)
-def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, prefix, tmp_path):
+def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, tmp_path):
+    """Alone in its file, and beside a VAE. FLUX.1's names: tests/test_lora_field.py."""
     make, kind, names = AUTHORS[family]
     pipeline, file = make(tmp_path / "pipeline"), tmp_path / "x.safetensors"
     model = Model.plan(str(pipeline), "float32", "", torch.device("cpu"), True)
@@ -241,43 +239,21 @@ def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, pref
     tensors = {name: torch.randn(tensor.shape, generator=g) for name, tensor in tensors.items()}
     save_file(tensors, file)
     expected = kind.from_single_file(str(file), config=str(pipeline), subfolder="transformer")
-    beside = {"first_stage_model.x.weight": torch.ones(2)} if prefix else {}  # a VAE in the same file
-    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-    save_file(tensors | beside, file)
-    assert holds_transformer(file, model.skeleton)
-    teacher = Whole(str(file), model, read_transformer(file, model), False).load(None)
-    torch.testing.assert_close(teacher.transformer.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    named = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    for content in (tensors, named | {"first_stage_model.x.weight": torch.ones(2)}):
+        save_file(content, file)
+        assert holds_transformer(file, model.skeleton)
+        teacher = Whole(str(file), model, read_transformer(file, model), False).load(None)
+        torch.testing.assert_close(teacher.transformer.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
-    name = next(name for name in tensors if name.endswith(".weight"))
-    save_file(tensors | {name.replace(".weight", ".scale_weight"): torch.ones(1)}, file)
+    name = next(name for name in content if name.endswith(".weight"))
+    save_file(content | {name.replace(".weight", ".scale_weight"): torch.ones(1)}, file)
     with pytest.raises(ValueError, match="1 weights are unknown scales of quantised weights"):
         read_transformer(file, model)
-    del tensors[name]
-    save_file(tensors, file)
+    del content[name]
+    save_file(content, file)
     with pytest.raises(ValueError, match="1 weights are missing|cannot be converted .KeyError: '"):
         read_transformer(file, model)
-
-
-def test_flux1_by_its_authors_names_has_diffusers_layers():
-    """At its full width, which its converter wants: names and shapes; values are compared in
-    tests/test_lora_field.py."""
-    wide = {"img_in": 64, "txt_in": 4096, "time_in.in_layer": 256, "time_in.out_layer": 3072}
-    wide |= {"guidance_in.in_layer": 256, "guidance_in.out_layer": 3072}
-    wide |= {"vector_in.in_layer": 768, "vector_in.out_layer": 3072}
-    sizes = {name: (3072, inside) for name, inside in wide.items()}
-    sizes |= {"final_layer.linear": (64, 3072), "final_layer.adaLN_modulation.1": (2 * 3072, 3072)}
-    sizes |= {"single_blocks.0.linear1": (7 * 3072, 3072), "single_blocks.0.linear2": (3072, 5 * 3072)}
-    sizes |= {"single_blocks.0.modulation.lin": (3 * 3072, 3072)}
-    parts = {"mod.lin": (6, 1), "attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4)}
-    for stream in ("img", "txt"):
-        sizes |= {f"double_blocks.0.{stream}_{n}": (a * 3072, b * 3072) for n, (a, b) in parts.items()}
-    with torch.device("meta"):
-        skeleton = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-        tensors = {f"{name}.weight": torch.empty(size) for name, size in sizes.items()}
-        tensors |= {f"{name}.bias": torch.empty(out) for name, (out, _) in sizes.items()}
-        for block in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
-            tensors |= {f"{block}.norm.{part}_norm.scale": torch.empty(128) for part in ("query", "key")}
-    check_weights(by_own_names(tensors, skeleton), skeleton)
 
 
 def test_places_that_cannot_be_are_refused(world, place, tmp_path, no_weights):

@@ -149,6 +149,11 @@ def test_a_teacher_without_weights_is_the_adapter_of_its_source(source, world, t
     torch.testing.assert_close(answer(cfg, model, "red"), expected, rtol=0, atol=0)
     with lora.use(model.transformer, "student"), torch.no_grad():
         assert (model.velocity(*states(), model.text(PROMPTS), 1.0) - expected).abs().max() > 1e-3
+    if source == "start":
+        lora.attach(model.transformer, "file", model.read_lora(str(world / "red")), torch.float32)
+        with lora.use(model.transformer, "file"), torch.no_grad():
+            began = model.velocity(*states(), model.text(PROMPTS), 1.0)
+        assert (began - expected).abs().max() < 1e-5
 
 
 def test_the_moving_average_of_the_student_teaches(world, tmp_path):
@@ -173,8 +178,7 @@ def test_the_moving_average_of_the_student_teaches(world, tmp_path):
     assert torch.equal(answer(cfg, model, "self"), after)
 
 
-@pytest.mark.parametrize("kind", ["full", "larger"])
-@pytest.mark.parametrize("where", ["offload", "cpu"])
+@pytest.mark.parametrize("kind, where", [("full", "offload"), ("larger", "cpu")])
 def test_an_offloaded_teacher_answers_the_same(kind, where, world, place, tmp_path):
     """On a CPU both places are one, so only the answer and the way there can be seen: layers with hooks."""
     cfg, model, *_ = built(world, tmp_path, place / kind, teacher_devices={"red": where})

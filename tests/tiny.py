@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import train
-from opd import lora, ranks
+from opd import kernels, lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RunConfig, SFTConfig
+from opd.data import seed_of
 from opd.families import sd3
 from opd.formats import export, lora_files
 from opd.formats.settings import to_json
@@ -234,6 +235,28 @@ def step_by_hand(rollout: str, grid: list[float], i: int, x, v) -> tuple:
     s = 0.7 * math.sqrt(sigma / (1 - (grid[1] if sigma == 1 else sigma)))
     mean = x * (1 - s**2 * dt / (2 * sigma)) - v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
     return mean, s * math.sqrt(dt)
+
+
+def velocity_by_hand(model, adapter: str, x, sigma: float, text: str, guidance: float) -> torch.Tensor:
+    """Guided, with a pass for each branch."""
+    with lora.use(model.transformer, adapter):
+        v, u = (model.velocity(x, torch.tensor([sigma]), model.text([t]), 1.0) for t in (text, ""))
+    return u + guidance * (v - u)
+
+
+def steps_by_hand(cfg, model, prompts: list, adapter: str, rollouts: list[str]) -> list[tuple]:
+    """(sample, state, x, the next x) along the first trajectories, sample by sample; a rollout a state."""
+    grid, steps = model.sigmas(cfg.steps), []
+    for n in range(cfg.prompts_per_step * cfg.group):
+        text, index = prompts[n // cfg.group].text, torch.tensor([n])
+        x = kernels.normal((1, *model.shape), seed_of(0, 0, "start"), index)
+        for i, rollout in enumerate(rollouts):
+            v = velocity_by_hand(model, adapter, x, grid[i], text, cfg.guidance).detach()
+            mean, std = step_by_hand(rollout, grid, i, x, v)
+            after = mean + std * kernels.normal(x.shape, seed_of(0, 0, "noise", i), index)
+            steps.append((n, i, x, after))
+            x = after
+    return steps
 
 
 def gradient_of(trained: Trained) -> torch.Tensor:
