@@ -327,7 +327,7 @@ def flux1_checkpoint(updates):
 CHECKPOINTS = {
     "SD3": (sd3, stabilitys_layers(), sd3_checkpoint, ["", "transformer.", *FLAT]),
     "FLUX.1": (flux, FLUX1, flux1_checkpoint, ["", "transformer.", "lora_unet_"]),
-    "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers, []),
+    "FLUX.2": (flux2, FLUX2, convert_flux2_transformer_checkpoint_to_diffusers, ["", "transformer."]),
     "Z-Image": (z_image, Z_IMAGE, convert_z_image_transformer_checkpoint_to_diffusers, ["", "lora_unet_"]),
 }
 

@@ -327,7 +327,7 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     folded = {}
     for layer in foreign:
         # The converters tell the tools apart by their spelling: kohya's for flat names.
-        a_name, b_name = ("lora_A", "lora_B") if "." in layer else ("lora_down", "lora_up")
+        a_name, b_name = ("lora_A", "lora_B") if "." in names[layer] else ("lora_down", "lora_up")
         folded[f"{names[layer]}.{a_name}.weight"] = lora.A[layer]
         folded[f"{names[layer]}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
     try:
