@@ -222,6 +222,13 @@ def sums() -> str:
     return "".join(f"{digest(p)}  {p.relative_to(WEIGHTS)}\n" for p in files)
 
 
+def install(source: Path, folder: Path, weights: str, config: str) -> None:
+    """Weights in bfloat16, and their configuration."""
+    tensors = {name: w.bfloat16() for name, w in load_file(source / f"{weights}.safetensors").items()}
+    write_safetensors(folder / f"{weights}.safetensors", tensors)
+    shutil.copy(source / config, folder / config)
+
+
 def main(arguments: list[str]) -> None:
     match arguments:
         case ["pipeline", folder]:
@@ -234,12 +241,10 @@ def main(arguments: list[str]) -> None:
         case ["base", pipeline, transformer, *others] if len(others) <= 1:
             folder = Path(*others or [WEIGHTS / "base"])
             shutil.copytree(pipeline, folder, dirs_exist_ok=True)
-            shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
+            install(Path(transformer), folder / "transformer", "diffusion_pytorch_model", "config.json")
         case ["teacher", run, task]:
-            source, folder = Path(run) / "student", WEIGHTS / task
-            tensors = {k: w.bfloat16() for k, w in load_file(source / "adapter_model.safetensors").items()}
-            write_safetensors(folder / "adapter_model.safetensors", tensors)
-            shutil.copy(source / "adapter_config.json", folder / "adapter_config.json")
+            student = Path(run) / "student"
+            install(student, WEIGHTS / task, "adapter_model", "adapter_config.json")
         case ["sha256"]:
             replace(WEIGHTS / "SHA256SUMS", lambda p: p.write_text(sums()))
         case _:
