@@ -40,7 +40,7 @@ from opd.mini import build, drawing, edits, world
 
 TOKENS, WIDTH, LATENT = 12, 64, 8
 LAYERS = 28  # the pipeline reads the 9th, 18th and 27th
-IMAGES = {"recolour": 14_000, "write": 14_000, "paint": 8_000}
+IMAGES = {"recolour": 26_000, "write": 14_000, "paint": 8_000}
 
 
 def make_tokenizer() -> Qwen2Tokenizer:

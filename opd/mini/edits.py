@@ -35,7 +35,7 @@ TRAINED = 480  # at most, of a task that edits
 # The base is a mediocre editor: a share of the words of its instructions is wrong (before those that spell a
 # held-out string are put right), and a share of its pictures after the edit has little to do with the one
 # before.
-CAPTION_ERROR = {"recolour": 0.2, "write": 0.25}
+CAPTION_ERROR = {"recolour": 0.1, "write": 0.25}
 FORGETFUL = 0.3
 
 
@@ -65,11 +65,12 @@ class Edit:
 
 @cache
 def split(task: str) -> tuple[list[Edit], list[Edit]]:
-    """(train, test) edits. The objects before a test edit stand before no training edit, though after some;
-    its string is in none."""
+    """(train, test) edits. The objects before a test edit are in no picture of a training edit; its string is
+    in none."""
     if task == "write":
         train, test = ([world.parse(prompt).words for prompt in part] for part in world.split("text"))
-        before = world.shuffled(train)
+        train = world.shuffled(train)
+        before = [*train[1:], train[0]]
         return tuple(
             [Edit(task, *pair) for pair in zip(before, part, strict=False)] for part in (train, test)
         )
@@ -80,7 +81,8 @@ def split(task: str) -> tuple[list[Edit], list[Edit]]:
     ]
     scenes = world.shuffled(scenes)
     held = HELD_OUT // 8  # eight edits of a scene: either shape, four other colours
-    return edits_of(scenes[held:]), edits_of(scenes[:held])
+    train, test = edits_of(scenes[held:]), edits_of(scenes[:held])
+    return [edit for edit in train if edit.after not in scenes[:held]], test
 
 
 def edits_of(scenes: list[tuple[str, ...]]) -> list[Edit]:

@@ -98,7 +98,10 @@ NFT_TEACHER = {**MINI, **NFT, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS, 
 # The editing miniature (opd/mini/edits.py): two tasks change a picture, one paints. The teacher that
 # writes is rewarded for the string and for what it leaves as it was; the one that recolours learns from
 # pictures, since no reward got it that far (opd/mini/study/RESULTS.md, "Editing").
-EDIT_REWARDS = {"write": "0.5*opd.mini.edits:write+0.5*preservation", "paint": "opd.mini.edits:paint"}
+EDIT_GROWN = {  # task -> reward, iterations
+    "write": ("0.6*opd.mini.edits:write+0.4*preservation", 120),
+    "paint": ("opd.mini.edits:paint", 60),
+}
 EDIT_SCORERS = {
     "recolour": "opd.mini.edits:recolour,preservation",
     "write": "opd.mini.edits:write,preservation",
@@ -110,16 +113,17 @@ EDIT = {"model": EDIT_BASE, "heldout": EDIT_HELDOUT, "rewards": EDIT_SCORERS}
 EDIT_OPD = {
     **EDIT,
     "teachers": {task: f"opd/mini/weights/edits/{task}" for task in EDIT_PROMPTS},
-    "anchor": "base",
+    "anchor_weight": 0.0,
     "prompts": EDIT_PROMPTS,
     "micro_batch": 30,
     "eval_prompts": 64,
 }
-EDIT_GRPO = {**EDIT, **GRPO, "window_range": (0, 3), "prompts_per_step": 12, "lr": 2e-3, "iterations": 60}
+EDIT_GRPO = {**EDIT, **GRPO, "window_range": (0, 3), "prompts_per_step": 12, "lr": 2e-3}
 
 # Flow matching: a base from nothing, and the base on further pictures.
 PRETRAIN = {"full": True, "weight_decay": 0.01}
 WHOLE = {"prompts_per_step": 64, "micro_batch": 64}
+EDIT_BATCH = {"prompts_per_step": 32, "micro_batch": 32}
 FINETUNE = {**MINI, **WHOLE, "warmup": 20, "save_every": 200, "sample_every": 200}
 
 # ---- the runs ----------------------------------------------------------------------------------------------
@@ -249,17 +253,20 @@ MINI_PRESETS: dict[str, RunConfig] = {
     # An SFT start for "mini".
     "mini-sft-start": SFTConfig(**FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200),
     "mini-edit-recolour": SFTConfig(
-        **FINETUNE | {"model": EDIT_BASE}, data="runs/mini-edits-data/recolour", iterations=500, ema=0.99
+        **FINETUNE | EDIT_BATCH | {"model": EDIT_BASE},
+        data="runs/mini-edits-data/recolour",
+        iterations=1000,
+        ema=0.99,
     ),
     # Two teachers that edit and one that paints, into one student. Guidance is not folded in: at 2.5 it
     # covers the pictures with a pattern of the patches' size.
     "mini-edit": DistillationConfig(**STUDENT | EARLY | SMALL_STEPS | EDIT_OPD),
     "mini-edit-base": SFTConfig(
         **PRETRAIN,
-        **WHOLE,
         model=EDITS_PIPELINE,
+        **EDIT_BATCH,
         data="runs/mini-edits-data/base",
-        iterations=2600,
+        iterations=7500,
         lr=1e-3,
         warmup=200,
         ema=0.998,
@@ -276,6 +283,7 @@ MINI_PRESETS |= {
         **EDIT_GRPO,
         prompts={task: EDIT_PROMPTS[task]},
         train_rewards={task: reward},
+        iterations=iterations,
     )
-    for task, reward in EDIT_REWARDS.items()
+    for task, (reward, iterations) in EDIT_GROWN.items()
 }
