@@ -3,9 +3,11 @@
 import os
 import sys
 
-# Read when torch loads OpenMP, so this package is imported before it. Threads that wait for work would else
-# spin, and on a CPU that does something else a step takes twice to twenty times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads OpenMP, so this package is imported before it. Threads that wait for work spin a few
+# microseconds and then sleep. If they slept at once, the thousands of small products of a step would wait for
+# their waking, twice as long on idle cores; if they spun on, other work on the cores would make it so.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Read with the first tensor on a GPU. Texts and teachers' shares differ in size from micro-batch to
 # micro-batch; segments that can grow leave no gaps that nothing fits.
