@@ -73,7 +73,7 @@ class Arguments:
     resolution: str = ""
     """Pixels per side, or HEIGHTxWIDTH. Not given: what is recorded with the adapters, or the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the transformer computes in; auto: bfloat16 where the hardware multiplies it, else float32."""
+    """What the transformer computes in; auto: bfloat16 where the hardware has matrix units, else float32."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one. Not given: as recorded with the adapters."""
     batch: Few = 16

@@ -67,7 +67,7 @@ class Arguments:
     """Pixels per side, or HEIGHTxWIDTH. Not given: what is recorded with the adapters, or the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the transformer computes in: bfloat16, float16, float32, or auto (bfloat16 where the hardware
-    multiplies it)."""
+    has matrix units)."""
     t5: bool = True
     """Use the pipeline's T5 encoder where it has one. Not given: as recorded with the adapters."""
     batch: Few = 128
