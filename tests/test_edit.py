@@ -116,8 +116,8 @@ def test_velocities_and_pictures_are_the_pipelines(guidance, case):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_in_bfloat16_too(guidance, case):
-    """Within 2^-7 where nothing is combined. Guidance multiplies the rounding of both branches, in the
-    pipeline's velocity as in ours: there it is nearer to the pipeline's than that is to its own in float32.
+    """Each branch within 2^-7 of the pipeline's. v = g c - (g - 1) u multiplies their rounding, by 2 g - 1 at
+    most; together they are nearer to the pipeline's than that is to its own in float32.
     """
     prompt = prompts_of(case)[0]
     model, exact = ours(case, [prompt], "bfloat16"), ours(case, [prompt])
@@ -128,8 +128,7 @@ def test_in_bfloat16_too(guidance, case):
             v = model.velocity(x.float(), sigma_B, model.text([prompt]), guidance)
             exact_v = exact.velocity(x.float(), sigma_B, exact.text([prompt]), guidance)
         apart, rounded = (v - velocity.float()), velocity.float() - exact_v
-        if guidance == 1:
-            assert apart.abs().max() < 2**-7 * velocity.abs().max()
+        assert apart.abs().max() < (2 * guidance - 1) * 2**-7 * velocity.abs().max()
         assert apart.norm() < rounded.norm()
 
 
