@@ -6,19 +6,21 @@
     torchrun --nproc_per_node 8 train.py sd35 --shard-size 8
     python train.py sd35-grpo-ocr --help                 # its stage's flags; --dry-run prints their values
 
-The method (arXiv 2605.08063). The student samples its own trajectory x_1 -> x_0 by SDE. At every visited
-state the teacher of the prompt's task, and an anchor, say which velocity they would have taken; the weighted
-squared difference is the exact KL of the two transitions. The anchor is one more teacher of every sample:
+The method (arXiv 2605.08063). The student samples its own trajectory x_1 -> x_0, by SDE unless told. At every
+visited state the teacher of the prompt's task, and an anchor, say which velocity they would have taken; the
+squared difference, weighted by the KL's w, is the exact KL of the two transitions. The anchor is one more
+teacher of every sample: alpha is 1 for the task's teacher, and lambda more for the anchor.
 
     L_b = w_b sum_k alpha_bk |v_b - v_k,b|^2                                            (eq. 16)
 
 States carry no gradient, so the forward pass that drives the rollout is the one the loss needs: loss,
 backward, next state. Where we differ from the paper and its code, and why: README, "Where we differ".
 
-Shapes: N samples of a step over all ranks, B samples of a micro-batch, T states of a trajectory, K teachers.
+Shapes: N samples of a step over all ranks, B of a micro-batch, T states of a trajectory, K teachers, R rows
+of the log: one per teacher, and one of all samples for the anchor.
 """
 
-import opd  # isort: skip  # noqa: F401 (before torch: see there)
+import opd  # isort: skip  # noqa: F401 (sets OpenMP's waiting before torch reads it)
 import math
 import sys
 import time
@@ -237,11 +239,11 @@ class Distillation:
         sums_RT = torch.zeros(len(self.names) + 1, self.cfg.steps, device=self.model.device)
         parts = []
         # Samples of one teacher stay together in a micro-batch. Source pictures of two sizes do not stack.
-        kinds = dict(enumerate(plan.route_N))
+        routes = dict(enumerate(plan.route_N))
         shapes = self.model.shapes([prompt.asked for prompt in plan.prompts_N])
         # The adapter stays on around backward: recomputed activations must see the one of their forward pass.
         with lora.use(self.model.transformer, self.model.trained):
-            for batch in micro_batches(kinds, self.cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
+            for batch in micro_batches(routes, self.cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
                 distances_BTK = self.walk_and_learn(plan, batch)
                 if any(batch.real):
                     sums_RT += summed(distances_BTK, plan.routed_NK[batch.samples], self.anchor)
@@ -282,37 +284,37 @@ class Distillation:
         cfg, model, teachers = self.cfg, self.model, list(self.teachers.values())
         prompts = [plan.prompts_N[n].asked for n in batch.samples]
         text = model.text(prompts)
-        # Whom to ask hangs on the state only by the anchor's weight there.
-        queries = {}
+        # Whom to ask hangs on the state only by the anchor's weight (lambda) there.
+        whom_at = {}
         for weight in set(plan.anchor_T):
             alpha_NK = routing.anchored(plan.routed_NK, self.anchor, weight)
-            queries[weight] = teacher_queries(alpha_NK, batch, model.device)
+            whom_at[weight] = teacher_queries(alpha_NK, batch, model.device)
         routed_BK = plan.routed_NK[batch.samples].to(model.device, non_blocking=True)
         # Gradients are averaged over ranks; with this factor the sum over samples and states is their mean.
         scale = ranks.world() / (len(plan.prompts_N) * len(plan.queried))
         distances_BTK = torch.zeros(len(text), cfg.steps, len(teachers), device=model.device)
 
-        # From noise on, state by state; whoever takes a step sets state.x_next, where the walk goes on.
+        # From noise on, state by state; the walk goes on at state.x_next, which each branch sets.
         for state in self.walk(plan.step, batch.samples, max(plan.queried) + 1):
             signals.boundary()
             if state.i in plan.queried:
                 # The one forward pass of the student: it has the gradient, and it drives the rollout.
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-                whom = queries[plan.anchor_T[state.i]]
+                whom = whom_at[plan.anchor_T[state.i]]
                 targets = ask(teachers, whom, state, prompts)
                 w_B = torch.full_like(state.sigma_B, plan.weight_T[state.i])
                 # Eq. 16 and, in the same pass over memory, the student's step to the next state, a constant.
-                loss_B, distances_BTK[:, state.i], state.x_next = self.estimate(
-                    state, v, targets, whom.alpha_BK, w_B
-                )
+                loss_B, squares_BK, x_next = self.estimate(state, v, targets, whom.alpha_BK, w_B)
                 (loss_B.sum() * scale).backward()
+                distances_BTK[:, state.i] = squares_BK
+                state.x_next = x_next
             elif cfg.walker == "student":
                 # Not trained on: the student only walks past it.
                 with torch.no_grad():
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
             if cfg.walker == "teacher":  # off-policy: the sample's teachers take the step, not the anchor
                 if state.i not in plan.queried:
-                    targets = ask(teachers, queries[plan.anchor_T[state.i]], state, prompts)
+                    targets = ask(teachers, whom_at[plan.anchor_T[state.i]], state, prompts)
                 state.step(mean_velocity(targets, routed_BK))
         return distances_BTK
 
