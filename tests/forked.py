@@ -53,7 +53,7 @@ def main(module: str, log: Path, arguments: list[str], **environment: str) -> Co
 
 def command_line(cfg) -> list[str]:
     """The arguments with which train.py has the settings `cfg`, on top of a preset of their stage."""
-    preset = {"opd": "mini", "grpo": "mini-text", "nft": "mini-nft-text", "sft": "mini-sft-text"}[cfg.stage]
+    preset = {"opd": "mini", "grpo": "mini-text", "nft": "mini-nft-text", "sft": "mini-sft-start"}[cfg.stage]
     words = [word for line in describe(cfg, "").splitlines()[1:] for word in line.split(" ")]
     return [preset, *(word.replace("''", "") for word in words)]
 

@@ -14,7 +14,7 @@ from opd.presets import DEFAULT, PRESETS
 from tests.test_config import DISTIL, SFT
 
 # One preset of every stage, to put flags on.
-PRESET_OF = {"opd": "mini", "grpo": "mini-text", "nft": "mini-nft-text", "sft": "mini-sft-text"}
+PRESET_OF = {"opd": "mini", "grpo": "mini-text", "nft": "mini-nft-text", "sft": "mini-sft-start"}
 
 
 def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
@@ -193,7 +193,7 @@ LOST = {
         "--heldout text=no.txt",
         "--cold-start no/such/file",
     ],
-    "mini-sft-text --model ./no --data no/data": ["--data no/data", "--model ./no"],
+    "mini-sft-start --model ./no --data no/data": ["--data no/data", "--model ./no"],
 }
 
 

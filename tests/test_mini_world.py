@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opd.mini import drawing, rewards, world
+from opd.mini import build, drawing, rewards, world
 
 CONDITIONS = [(True, 0.0), (True, 0.12), (False, 0.0), (False, 0.12)]
 TEST_PROMPTS = {task: world.split(task)[1] for task in world.TASKS}
@@ -92,24 +92,16 @@ def test_caption_errors_come_at_the_stated_rate_and_never_spell_a_test_prompt(ta
     assert abs(wrong / total - 0.12) < 4 * (0.12 * 0.88 / total) ** 0.5  # four standard errors
 
 
-def test_each_switch_of_training_pair_spoils_its_own_thing():
-    prompts = [p for task in world.TASKS for p in world.split(task)[0][:96]]
-
-    def measured(**switches):
-        rng = np.random.default_rng(0)
-        switches = dict(caption_error=0.0, noise_prob=0.0, dull_prob=0.0) | switches
-        pairs = [drawing.training_pair(p, rng, **switches) for p in prompts]
-        images, captions = zip(*pairs, strict=True)
-        x_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-        noisy = (rewards.noise_level(x_BCHW) > 0.05).float().mean().item()
-        dull = (rewards.backdrop_chroma(x_BCHW) < 0.5).float().mean().item()
-        return [sum(c != p for c, p in zip(captions, prompts, strict=True)) / len(prompts), noisy, dull]
-
-    assert measured() == [0, 0, 0]
-    for i, switch in enumerate(("caption_error", "noise_prob", "dull_prob")):
-        rates = measured(**{switch: 0.5})
-        assert rates[i] == pytest.approx(0.88 if i == 0 else 0.5, abs=0.1)  # 1 - 0.5^3 words
-        assert rates[:i] + rates[i + 1 :] == [0, 0]
+def test_of_the_bases_pictures_half_have_grain_half_are_dull_and_many_are_side_by_side():
+    images_B3HW, captions = build.draw(1200, 0)
+    x_B3HW = images_B3HW.float() / 255
+    noisy = (rewards.noise_level(x_B3HW) > 0.05).float().mean().item()
+    dull = (rewards.backdrop_chroma(x_B3HW) < 0.5).float().mean().item()
+    assert [noisy, dull] == pytest.approx([0.5, 0.5], abs=0.06)
+    compose = [bool({"left", "right"} & {*prompt.split()}) for prompt in world.split("compose")[0]]
+    expected = build.MIX["side by side"] + build.MIX["compose"] * np.mean(compose)
+    beside = np.mean([bool({"left", "right"} & {*caption.split()}) for caption in captions])
+    assert beside == pytest.approx(expected, abs=0.06)
 
 
 # --- rewards on ground truth -----------------------------------------------------------------

@@ -131,20 +131,11 @@ def finished(image_HWC: np.ndarray, noise: float, rng: np.random.Generator) -> n
     return (image_HWC.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def training_pair(
-    prompt: str,
-    rng: np.random.Generator,
-    caption_error: float | None = None,
-    noise_prob: float = 0.5,
-    dull_prob: float = 0.5,
-) -> tuple[np.ndarray, str]:
+def training_pair(prompt: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """(image (24, 24, 3) uint8, caption). The base learns from mediocre data, so that it is mediocre at all
-    three tasks; a specialist sets to 0 what it should be good at. `caption_error`: share of content words
-    that are wrong; None = that of the prompt's task."""
+    three tasks: half the pictures have grain, half are dull, and a share of the captions' words is wrong."""
     spec = parse(prompt)
-    if caption_error is None:
-        caption_error = world.CAPTION_ERROR[spec.task]
     noisy, dull, level = rng.random(3)
-    noise = 0.10 + 0.04 * level if noisy < noise_prob else 0.0
-    image = render(prompt, rng, lively=dull >= dull_prob, noise=noise)
-    return image, world.misname(spec, rng, caption_error)
+    noise = 0.10 + 0.04 * level if noisy < 0.5 else 0.0
+    image = render(prompt, rng, lively=dull >= 0.5, noise=noise)
+    return image, world.misname(spec, rng, world.CAPTION_ERROR[spec.task])

@@ -19,12 +19,10 @@ MADE_BY = {
     "runs/mini-signs/pipeline": "python -m opd.mini.signs runs/mini-signs",
     "runs/mini-signs/base": "python -m opd.mini.build base runs/mini-signs/pipeline "
     "runs/mini-ocr-base/student runs/mini-signs/base, after python train.py mini-ocr-base",
+    "runs/mini-data/base": "python -m opd.mini.build data runs/mini-data/base runs/mini-pipeline",
     "runs/mini/student": "python train.py mini",
     "runs/mini-samples": "python sample.py --save latents --out runs/mini-samples",
 }
-DATA = "python -m opd.mini.build data runs/mini-data"
-MADE_BY["runs/mini-data/base"] = f"{DATA} runs/mini-pipeline base"
-MADE_BY |= {f"runs/mini-data/{task}": f"{DATA} opd/mini/weights/base {task}" for task in ENDINGS}
 
 EDITS = "runs/mini-edits"
 EDITS_PIPELINE = "runs/mini-edits-pipeline"
@@ -273,10 +271,6 @@ MINI_PRESETS: dict[str, RunConfig] = {
         save_every=500,
         sample_every=500,
     ),
-    # The base, fine-tuned on pictures of one task.
-    "mini-sft-compose": SFTConfig(**FINETUNE, data="runs/mini-data/compose", iterations=1200, ema=0.99),
-    "mini-sft-text": SFTConfig(**FINETUNE, data="runs/mini-data/text", iterations=500, ema=0.99),
-    "mini-sft-quality": SFTConfig(**FINETUNE, data="runs/mini-data/quality", iterations=500, ema=0.99),
 }
 MINI_PRESETS |= {
     f"mini-edit-{task}": GRPOConfig(
