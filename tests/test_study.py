@@ -56,7 +56,7 @@ def test_presets_are_the_studys():
     """The first command, watched; its teachers; the student that goes on."""
     default, watched = PRESETS["mini"], config("default")
     assert replace(watched, watch_every=0, watch_prompts=default.watch_prompts) == default
-    for task, name in (runs.EQUAL | {"compose": "long-compose"}).items():
+    for task, name in runs.EQUAL.items():
         assert config(name) == PRESETS[f"mini-{task}"]
     goes_on = PRESETS["mini-student-grpo"]
     assert goes_on.cold_start == f"{default.out}/student"

@@ -188,7 +188,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
         prompts={"compose": MINI_PROMPTS["compose"]},
         train_rewards={"compose": MINI_REWARDS["compose"]},
         lr=1.3e-3,
-        iterations=800,
+        iterations=320,
     ),
     "mini-text": GRPOConfig(
         **TEACHER,

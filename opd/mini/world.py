@@ -27,7 +27,7 @@ TASKS = ("compose", "text", "quality")
 # Share of wrong content words in the base's captions, so that it knows what to draw but not when: what RL can
 # mend. A sign scores by the character, a relation is right only if all five of its words are, and the base is
 # far from what its captions allow there, so text takes a higher rate.
-CAPTION_ERROR = {"compose": 0.05, "text": 0.35, "quality": 0.12}
+CAPTION_ERROR = {"compose": 0.10, "text": 0.35, "quality": 0.12}
 HELD_OUT = {"compose": 256, "text": 256, "quality": 24}
 PROMPT_DIR = Path(__file__).parent / "prompts"
 

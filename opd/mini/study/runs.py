@@ -57,8 +57,6 @@ QUALITY_OF_ALL = f"{TERMS} --lr 2e-3 --prompts {PROMPTS} --train-rewards {REWARD
 LEARNED = "".join(f" {task}={{of {name}}}" for task, name in EQUAL.items())
 LEARN = f"--teachers{LEARNED} --anchor quality"
 WATCHED = "--watch-every 20 --watch-prompts 128"
-# With the compose teacher that is shipped, of 2.5 times as many iterations.
-LEARN_LONG = LEARN.replace("{of equal-compose}", "{of long-compose}")
 LATE = "--anchor-weight 0.02 --anchor-levels 0.6=3 --iterations 100"
 # The mix that is rewarded for the quality of every task's pictures.
 MIX_ALL = (
@@ -95,12 +93,6 @@ RIVALS = {
         "**distilled for 50 steps, then that GRPO-mix**",
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
     ),
-}
-# The same with more of everything: a mix of 934 iterations sees as many images as the teachers in 768.
-LONG = {
-    "long-compose": Recipe("compose teacher of 800 iterations", "--iterations 800", preset="mini-compose"),
-    "long-mix": Mix("GRPO-mix, quality of all prompts", f"--iterations 934 {MIX_ALL}"),
-    "long-student": Recipe("**distilled, late anchor**", f"{LEARN_LONG} {LATE} {WATCHED}"),
 }
 # Other ways to one model.
 CONTROLS = {
@@ -197,7 +189,7 @@ for method, (title, _, preset, flags, *by_task) in METHODS.items():
         settings = f"--iterations {iterations} --lr {lr:g} --watch-every {iterations // 4} {flags}".strip()
         made = f"{task}: {title}, {96 * iterations:,} pictures"
         GROWN[f"{method}-{task}"] = Recipe(made, settings, preset.format(task=task))
-RECIPES = RIVALS | LONG | CONTROLS | ANCHORS | QUESTIONS | SPEED | GROWN
+RECIPES = RIVALS | CONTROLS | ANCHORS | QUESTIONS | SPEED | GROWN
 REFERENCES = {
     "base": Reference({"base": "base"}, "--adapters --guidance 1"),
     "guided": Reference(
@@ -217,8 +209,7 @@ TABLES = {
     "recipes": ("asked", "flow-opd", "diffusion-opd", "dance-opd", "gfd-opd"),
     "references": ("guided", "sft-start"),
     "questions": tuple(QUESTIONS),
-    "rivals": ("base", *RIVALS),
-    "long": ("base", *LONG, "default"),
+    "rivals": ("base", *RIVALS, "default"),
     "controls": ("mix", *CONTROLS),
     "anchors": tuple(ANCHORS),
     "levels": tuple(SPEED),

@@ -17,7 +17,8 @@ from opd.mini.study.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACH
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "opd/mini/study/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
-EARLIER = RESULTS / "earlier"  # runs on the base that was shipped before
+EARLIER = RESULTS / "earlier"  # runs on the first base that was shipped
+BEFORE = RESULTS / "before"  # runs on the second
 EDITS = RESULTS / "edits"  # what `python -m opd.evaluation` wrote of the editing miniature, a file per seed
 PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
 MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
@@ -31,7 +32,7 @@ OWN_COLUMNS = {
         {"compose and text above the first row's": "of the tasks", "quality of all above": "of all"},
     ),
     "questions": (THREE | {"mean of three": MEAN}, {"above the first row's": MEAN}),
-    "short": (THREE | {"variety": VARIETY}, {}),
+    "short": (THREE | {"diversity": DIVERSITY, "variety": VARIETY}, {}),
 }
 # README's recipes: run -> its presets, its paper, what is different.
 PAPERS = {
@@ -108,13 +109,13 @@ def load(folder: Path) -> list[dict]:
 
 def with_tables(page: str, results: list[dict]) -> str:
     """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`; with
-    `NAME earlier` it is of the earlier base."""
+    `NAME FOLDER` it is of another base, whose results lie in that folder."""
 
     def anew(found: re.Match) -> str:
-        of_base = load(EARLIER) if found[3] else results
+        of_base = load(RESULTS / found[3]) if found[3] else results
         return found[1] + table(found[2], of_base) + "<!-- end -->"
 
-    return re.sub(r"(<!-- table (\w+)( earlier)? -->\n).*?<!-- end -->", anew, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- table (\w+) ?(\w+)? -->\n).*?<!-- end -->", anew, page, flags=re.DOTALL)
 
 
 def table(name: str, results: list[dict]) -> str:
@@ -128,7 +129,7 @@ def table(name: str, results: list[dict]) -> str:
     if name == "recipes":
         scores = [[scores_of(one)[MEAN] for one in own] for _, own in rows_of(TABLES[name], results)]
         lines = [[*about, spread(found)] for about, found in zip(PAPERS.values(), scores, strict=True)]
-        return markdown(["paper", "what is different", "score"], lines, first="preset")
+        return markdown(["paper", "what is different", "score of `mini-`"], lines, first="preset")
     columns, above = OWN_COLUMNS.get(name, ({score: score for score in SCORES}, {}))
     return compared(TABLES[name], results, columns, above)
 
