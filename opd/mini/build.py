@@ -1,15 +1,17 @@
 """Make the miniature: a genuine StableDiffusion3Pipeline directory, its data, and its shipped weights.
 
-P=runs/mini-pipeline
-python -m opd.mini.build pipeline $P                       # encoders, trained VAE, untrained transformer
-python -m opd.mini.build data runs/mini-data/base $P       # its latents and captions
-torchrun train.py mini-base                                # pretrain the base
-python -m opd.mini.build base $P runs/mini-base/student    # install it in weights/base
-for t in compose text quality; do
-    torchrun train.py mini-$t                              # grow the teachers by GRPO
-    python -m opd.mini.build teacher runs/mini-$t $t       # install them in weights/
-done
-python -m opd.mini.build sha256                            # write weights/SHA256SUMS
+    P=runs/mini-pipeline
+    python -m opd.mini.build pipeline $P                       # encoders, trained VAE, untrained transformer
+    python -m opd.mini.build data runs/mini-data/base $P       # its latents and captions
+    torchrun train.py mini-base                                # pretrain the base
+    python -m opd.mini.build base $P runs/mini-base/student    # install it in weights/base
+    for t in compose text quality; do
+        torchrun train.py mini-$t                              # grow the teachers by GRPO
+        python -m opd.mini.build teacher runs/mini-$t $t       # install them in weights/
+    done
+    python -m opd.mini.build sha256                            # write weights/SHA256SUMS
+
+What the shipped ones are: opd/mini/weights/README.md.
 """
 
 import shutil
