@@ -36,7 +36,7 @@ OWN_COLUMNS = {
 }
 # README's recipes: run -> its presets, its paper, what is different.
 PAPERS = {
-    "asked": ("`mini-fold`", "ours", "guidance folded in, states weighed alike, merged start"),
+    "asked": ("`sd35-fold`, `mini-fold`", "ours", "guidance folded in, states weighed alike, merged start"),
     "flow-opd": ("`sd35`, `mini-flow-opd`", "Flow-OPD", "SDE walk, KL weights, merged start, anchor"),
     "diffusion-opd": (
         "`sd35-diffusion-opd`",
