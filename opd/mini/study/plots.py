@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from opd.files import replace
 from opd.mini.study.runs import METHODS, RECIPES, SPEED, TASKS, TEACHERS
-from opd.mini.study.tables import BEFORE, EARLIER, ROOT, level, load, rows_of, scores_of
+from opd.mini.study.tables import RESULTS, ROOT, level, load, rows_of, scores_of
 
 # Text stays text, and names inside the file do not change from run to run.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}
@@ -33,7 +33,7 @@ def draw(results: list[dict]) -> None:
     """The committed pictures, anew."""
     with matplotlib.rc_context(STYLE):
         for file, plot in PLOTS.items():
-            of_base = load(OF_BASE[file.name]) if file.name in OF_BASE else results
+            of_base = load(RESULTS / OF_BASE[file.name]) if file.name in OF_BASE else results
             save = partial(plot(of_base).savefig, format="svg", metadata={"Date": None})
             replace(file, save)
 
@@ -152,7 +152,7 @@ def grown(results: list[dict]) -> Figure:
     return figure
 
 
-OF_BASE = {"anchors.svg": EARLIER, "grown.svg": EARLIER, "levels.svg": BEFORE}
+OF_BASE = {"anchors.svg": "earlier", "grown.svg": "earlier", "levels.svg": "before"}
 PLOTS = {
     ROOT / "opd/mini/study/anchors.svg": trade,
     ROOT / "opd/mini/study/progress.svg": progress,

@@ -17,8 +17,6 @@ from opd.mini.study.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACH
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "opd/mini/study/results"
 OTHER = RESULTS / "other"  # the same runs on another split of the prompts
-EARLIER = RESULTS / "earlier"  # runs on the first base that was shipped
-BEFORE = RESULTS / "before"  # runs on the second
 EDITS = RESULTS / "edits"  # what `python -m opd.evaluation` wrote of the editing miniature, a file per seed
 PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
 MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
@@ -109,7 +107,8 @@ def load(folder: Path) -> list[dict]:
 
 def with_tables(page: str, results: list[dict]) -> str:
     """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`; with
-    `NAME FOLDER` it is of another base, whose results lie in that folder."""
+    `NAME FOLDER` it is of another base, whose results lie in that folder: `earlier` is the first that
+    was shipped, `before` the second."""
 
     def anew(found: re.Match) -> str:
         of_base = load(RESULTS / found[3]) if found[3] else results
