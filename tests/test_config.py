@@ -129,8 +129,8 @@ opd | --query-range 2 11 | --query-range 2 11 does not lie within the 10 states 
 opd | --noise-level 0 | --weight kl divides by the SDE's noise; with --noise-level 0 use --weight ode_kl
 opd | --noise-level 0 --weight uniform | --rollout sde with --noise-level 0 adds no noise; use --rollout ode
 opd | --rollout cps | --rollout cps with --weight kl: the last cps step has no noise, so its weight is
-opd | --rollout ode --weight ode_kl --estimator pg | --estimator pg takes the likelihood of noisy steps: got
-opd | --rollout cps --weight uniform --estimator pg_live | use --rollout sde, or cps with --skip-last
+opd | --rollout ode --weight ode_kl --estimator pg | --estimator pg takes the likelihood of noisy steps;
+opd | --rollout cps --weight uniform --estimator pg_live | step 10 of --rollout cps --noise-level 0.7 has
 opd | --walker teacher --estimator pg | judge the student's own steps; leave out --walker teacher
 opd | --walker teacher --routing reward --train-rewards red=a green=a blue=a | leave out --walker teacher
 opd | --teachers a.b=x | --teachers: the name 'a.b' is empty or has a dot, * or +; choose another
@@ -156,13 +156,14 @@ opd | --routing reward | --routing reward: task 'red' has no reward; add --train
 opd | --anchor nobody | --anchor 'nobody' is not among the teachers ['red', 'green', 'blue', 'base']; name one
 opd | --anchor-levels 0=1 | --anchor-levels 0=1.0: a noise level lies in (0, 1]
 grpo nft | --group 1 | --group 1: an advantage compares the images of one prompt, alone it is always 0; use
-grpo | --noise-level 0 | needs the likelihood of a noisy step: --rollout sde --noise-level 0.0; use --rollout
+grpo | --noise-level 0 | stage grpo takes the likelihood of noisy steps; step 1 of --rollout sde --noise-level
 grpo | --full --beta 0 | --full with --evaluate: the table compares adapters; add --no-evaluate
 grpo | --full --beta 0.5 | --beta 0.5 with --full: the reference is the base with the adapter off
 grpo nft | --updates 5 --prompts-per-step 12 | --updates 5 does not divide --prompts-per-step 12
 grpo nft | --train-rewards red=m:f | task 'green' has no reward to train on; add --train-rewards green=
-grpo | --rollout cps | --rollout cps: the last CPS step has no noise, hence no likelihood; add --skip-last
-grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | or end --window-range before it
+grpo | --rollout cps | has no noise; use --rollout sde and a noise above 0, or train on other states
+grpo | --rollout ode | step 1 of --rollout ode --noise-level 0.7 has no noise
+grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | step 6 of --rollout cps --noise-level
 grpo | --steps 6 --window 1 --window-range 0 7 | --window 1 does not fit into --window-range 0 7 of the 6
 nft | --steps 6 --level-range 2 7 | --level-range 2 7 does not lie within the 6 noise levels of the rollout's
 nft | --steps 6 --skip-last --levels 6 | --levels 6 exceeds the 5 noise levels that may be drawn; lower it,

@@ -176,11 +176,8 @@ class DistillationConfig(Rollout):
         if self.noise_level == 0 and self.rollout != "ode":
             silent = "with --noise-level 0 adds no noise"
             raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
-        last_is_silent = self.rollout == "cps" and self.steps - 1 in self.queryable()
-        if self.estimator != "pathwise" and (self.rollout == "ode" or last_is_silent):
-            need = f"--estimator {self.estimator} takes the likelihood of noisy steps"
-            got = f"got --rollout {self.rollout} --noise-level {self.noise_level}"
-            raise ValueError(f"{need}: {got}; use --rollout sde, or cps with --skip-last")
+        if self.estimator != "pathwise":
+            self.check_likelihoods(f"--estimator {self.estimator}", self.queryable())
         if self.walker == "teacher" and (self.estimator != "pathwise" or self.judged()):
             reason = "--estimator and --routing reward judge the student's own steps"
             raise ValueError(f"{reason}; leave out --walker {self.walker}")

@@ -87,22 +87,12 @@ class GRPOConfig(RewardedConfig):
             raise ValueError(f"--beta {self.beta} with --full: {reason}; use --beta 0 or a LoRA")
         if self.full and self.evaluate:
             raise ValueError("--full with --evaluate: the table compares adapters; add --no-evaluate")
-        self.check_noise()
-
-    def check_noise(self) -> None:
-        """Every state that is trained on needs a noisy step, whose likelihood the ratio is of."""
-        if self.rollout == "ode" or self.noise_level == 0:
-            got = f"--rollout {self.rollout} --noise-level {self.noise_level}"
-            way_out = "use --rollout sde or cps and a noise above 0"
-            raise ValueError(f"stage grpo needs the likelihood of a noisy step: {got}; {way_out}")
         low, high = self.window_range
         if self.window > 0 and not (0 <= low and low + self.window <= high <= self.states()):
             span = f"--window-range {low} {high} of the {self.states()} states (--steps, --skip-last)"
             raise ValueError(f"--window {self.window} does not fit into {span}")
-        last_is_trained = not self.skip_last and (self.window == 0 or high == self.steps)
-        if self.rollout == "cps" and last_is_trained:
-            reason = "the last CPS step has no noise, hence no likelihood"
-            raise ValueError(f"--rollout cps: {reason}; add --skip-last or end --window-range before it")
+        trained = range(low, high) if self.window > 0 else range(self.states())
+        self.check_likelihoods("stage grpo", trained)
 
     def states_per_sample(self) -> int:
         return self.window or self.states()

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import torch
+
 from opd import flow
 from opd.cli import (
     BelowOne,
@@ -240,6 +242,18 @@ class Rollout(RunConfig, Scores):
             if task not in self.rewards:
                 way_out = f"add --rewards {task}=module:function or --no-evaluate"
                 raise ValueError(f"task {task!r} has no scorer; {way_out}")
+
+    def check_likelihoods(self, what: str, states: range) -> None:
+        """ValueError unless each of `states`, which `what` trains on, is left by a noisy step."""
+        # Which steps have noise depends on no grid.
+        sigma = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+        std_T = flow.TRANSITIONS[self.rollout](sigma[:-1], sigma[1:], self.noise_level).std
+        for state in states:
+            if std_T[state] == 0:
+                got = f"--rollout {self.rollout} --noise-level {self.noise_level}"
+                silent = f"{what} takes the likelihood of noisy steps; step {state + 1} of {got} has no noise"
+                way_out = "use --rollout sde and a noise above 0, or train on other states (--skip-last)"
+                raise ValueError(f"{silent}; {way_out}")
 
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.group
