@@ -27,9 +27,11 @@ SD35_QUALITY = "0.0308*pickscore+0.04*deqa@http://localhost:8000"
 # ---- blocks that presets share -----------------------------------------------------------------------------
 
 STUDENT = {"rank": 32, "alpha": 64.0}
-REAL = {**STUDENT, "decay": "constant", "evaluate": False, "save_every": 25, "sample_every": 25}
+REAL = {**STUDENT, "decay": "constant", "evaluate": False}
+REAL_OPD = {**REAL, "iterations": 1000, "lr": 1e-4, "warmup": 10}
+EVERY_25 = {"save_every": 25, "sample_every": 25}
 # 160 samples a step, not the number of the paper, for few GPUs.
-REAL_OPD = {**REAL, "prompts_per_step": 40, "group": 4, "iterations": 1000, "lr": 1e-4, "warmup": 10}
+LARGE_STEPS = {"prompts_per_step": 40, "group": 4, **EVERY_25}
 FROM_BASE = {"cold_start": "base", "anchor_weight": 0.0}
 # Many small updates instead: two states a trajectory, of all noise levels and weighed alike. In the miniature
 # they come near the teachers' level in half the time and end a little lower (opd/mini/study/RESULTS.md, "How
@@ -46,18 +48,19 @@ SD35_TAUGHT = {"teachers": SD35_TEACHERS, "anchor": "deqa"}
 # Not the paper's: all tasks in every step, the last state trained on (43 to 48 % of the loss), loss by the
 # mean over dimensions, one forward pass (README, "Where we differ").
 FLOW_OPD = {**SD35_OPD, **SD35_TAUGHT, "guidance": 4.5, "teacher_guidance": 4.5}
+PAPER = {**FLOW_OPD, **LARGE_STEPS}
 
 # Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these: give
 # --teachers and --prompts, and an --anchor with its --anchor-weight if there is one.
 AT_1024 = {"resolution": "1024", "micro_batch": 1, "checkpointing": True}
-WITHOUT_TEACHERS = REAL_OPD | SMALL_STEPS | FROM_BASE | AT_1024
+WITHOUT_TEACHERS = {**REAL_OPD, **SMALL_STEPS, **FROM_BASE, **AT_1024}
 
 # Flow-GRPO's numbers, beta too, though our KL is 1 / D of its code's: 4.4 times as much over these states. A
 # rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
 BATCHES = {"prompts_per_step": 48, "group": 24, "updates": 2, "micro_batch": 8, "checkpointing": True}
 WALK = {"steps": 10, "skip_last": True, "guidance": 4.5, "reward_timeout": 900.0}
 OPTIMIZER = {"iterations": 2000, "warmup": 0, "clip_range": 1e-4, "ema": 0.9, "ema_every": 8}
-SD35_GRPO = {**SD35, **REAL, **BATCHES, **WALK, **OPTIMIZER}
+SD35_GRPO = {**SD35, **REAL, **EVERY_25, **BATCHES, **WALK, **OPTIMIZER}
 
 # DiffusionNFT's numbers: deterministic walks without guidance, nine of their ten noise levels for each
 # picture, an old policy that follows ever more slowly. Their solver is of second order, ours Euler's. A
@@ -65,25 +68,25 @@ SD35_GRPO = {**SD35, **REAL, **BATCHES, **WALK, **OPTIMIZER}
 # guidance above 1 (rewards stay flat), and Z-Image's base (they fall); FLUX.2-klein learns.
 NFT = {"prompts_per_step": 48, "group": 24, "micro_batch": 8, "checkpointing": True, "reward_timeout": 900.0}
 NFT |= {"steps": 10, "levels": 9, "lr": 3e-4, "iterations": 2000, "warmup": 0, "ema": 0.9}
-SD35_NFT = {**SD35, **REAL, **NFT}
+SD35_NFT = {**SD35, **REAL, **EVERY_25, **NFT}
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 
 REAL_PRESETS: dict[str, RunConfig] = {
-    "sd35": DistillationConfig(**FLOW_OPD, micro_batch=8),  # the paper's, as sd35-flow-opd
+    "sd35": DistillationConfig(**PAPER, micro_batch=8),  # the paper's, as sd35-flow-opd
     # One GPU of 24 GB, in steps that it makes in time: a fiftieth of those of sd35. The four adapters share
     # the base, samples go through in pairs, and activations are computed again, which an 80 GB card keeps.
-    "sd35-24gb": DistillationConfig(**FLOW_OPD | SMALL_STEPS, micro_batch=2, checkpointing=True),
-    "sd35-flow-opd": DistillationConfig(**FLOW_OPD, micro_batch=8),
+    "sd35-24gb": DistillationConfig(**FLOW_OPD, **SMALL_STEPS, micro_batch=2, checkpointing=True),
+    "sd35-flow-opd": DistillationConfig(**PAPER, micro_batch=8),
     # DiffusionOPD (arXiv 2605.15055): deterministic walks, half the squared distance of their steps, from the
     # base, without an anchor.
     "sd35-diffusion-opd": DistillationConfig(
-        **FLOW_OPD, **FROM_BASE, rollout="ode", weight="ode_kl", micro_batch=8
+        **PAPER, **FROM_BASE, rollout="ode", weight="ode_kl", micro_batch=8
     ),
     # DanceOPD (arXiv 2606.27377): one state per trajectory, mostly towards the data, all weighed alike. Here
     # a step's trajectories share it, there every sample draws its own.
     "sd35-dance-opd": DistillationConfig(
-        **FLOW_OPD,
+        **PAPER,
         **FROM_BASE,
         rollout="ode",
         weight="uniform",
@@ -97,6 +100,7 @@ REAL_PRESETS: dict[str, RunConfig] = {
     "sd35-gfd-opd": DistillationConfig(
         **SD35_OPD,
         **SD35_TAUGHT,
+        **LARGE_STEPS,
         **FROM_BASE,
         guidance=1.0,
         teacher_guidance=4.5,
@@ -107,12 +111,13 @@ REAL_PRESETS: dict[str, RunConfig] = {
     ),
     # What is near its teachers soonest in the miniature: guidance folded into the student, and small steps.
     "sd35-fold": DistillationConfig(
-        **SD35_OPD | SMALL_STEPS, **SD35_TAUGHT, guidance=1.0, teacher_guidance=4.5, micro_batch=10
+        **SD35_OPD, **SMALL_STEPS, **SD35_TAUGHT, guidance=1.0, teacher_guidance=4.5, micro_batch=10
     ),
     # Any model learns its own guided velocity: a picture then costs half the passes, at guidance 1.
     "guidance-distil": DistillationConfig(
         **SD35,
-        **REAL_OPD | SMALL_STEPS,
+        **REAL_OPD,
+        **SMALL_STEPS,
         **FROM_BASE,
         prompts={"all": SD35_PROMPTS["pickscore"]},
         teachers={"base": "base"},
@@ -125,6 +130,7 @@ REAL_PRESETS: dict[str, RunConfig] = {
     # It is 16 GB in bfloat16: --teacher-devices large=offload where that does not fit beside the student.
     "sd35-large-to-medium": DistillationConfig(
         **SD35_OPD,
+        **LARGE_STEPS,
         **FROM_BASE,
         teachers={"large": "stabilityai/stable-diffusion-3.5-large"},
         routes={"geneval": "large", "ocr": "large", "pickscore": "large"},

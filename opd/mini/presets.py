@@ -51,24 +51,24 @@ MINI_OPD = {
     "heldout": MINI_HELDOUT,
     "rewards": MINI_SCORERS,
     "mix": {"compose": 3},
-    "lr": 3e-3,
-    "prompts_per_step": 30,
     "micro_batch": 30,
     "eval_prompts": 64,
 }
 # The recipes of the papers, as opd/presets.py describes them.
-PAPER = {**MINI_OPD, "iterations": 80, "save_every": 40}
-FROM_BASE = {"cold_start": "base", "anchor_weight": 0.0}
-# Guidance folded into the student, states weighed alike, five of them per trajectory. kl weighs the states of
-# much noise, which decide the composition, hundreds of times less than the last ones, and a hundred steps are
-# too few to wait for them (opd/mini/study/RESULTS.md, "Open questions").
-EARLY = {"weight": "uniform", "queries": 5, "query_beta": (1.0, 1.5), "skip_last": True}
-FOLD = {**MINI_OPD, **EARLY, "teacher_guidance": 2.5, "save_every": 25}
+LARGE_STEPS = {"prompts_per_step": 30, "lr": 3e-3}
+PAPER = {**MINI_OPD, **LARGE_STEPS, "iterations": 80, "save_every": 40}
+NO_ANCHOR = {"anchor_weight": 0.0}
+FROM_BASE = {"cold_start": "base", **NO_ANCHOR}
+# States weighed alike, some of them per trajectory. kl weighs the states of much noise, which decide the
+# composition, hundreds of times less than the last ones, and a hundred steps are too few to wait for them
+# (opd/mini/study/RESULTS.md, "Open questions").
+EARLY = {"weight": "uniform", "query_beta": (1.0, 1.5), "skip_last": True}
+FOLD = {**MINI_OPD, **EARLY, "teacher_guidance": 2.5}  # guidance folded into the student
 # Many small updates come near the teachers' level in half the time, and end a little lower ("How soon"
 # there). An anchor of the low noise levels alone costs no pass at the others.
 SMALL_STEPS = {"prompts_per_step": 10, "queries": 2, "lr": 2e-3, "iterations": 120}
 SMALL_STEPS |= {"save_every": 40, "sample_every": 40}
-LATE = {"anchor_weight": 0.0, "anchor_levels": {"0.6": 3.0}}
+LATE = {**NO_ANCHOR, "anchor_levels": {"0.6": 3.0}}
 
 # GRPO. One early state is trained at a time, since early states decide the composition; groups share their
 # start, so that this state is computed once for all of a group, and rewards differ by the noise of its one
@@ -111,7 +111,7 @@ EDIT = {"model": EDIT_BASE, "heldout": EDIT_HELDOUT, "rewards": EDIT_SCORERS}
 EDIT_OPD = {
     **EDIT,
     "teachers": {task: f"opd/mini/weights/edits/{task}" for task in EDIT_PROMPTS},
-    "anchor_weight": 0.0,
+    **NO_ANCHOR,
     "prompts": EDIT_PROMPTS,
     "micro_batch": 30,
     "eval_prompts": 64,
@@ -122,7 +122,7 @@ EDIT_GRPO = {**EDIT, **GRPO, "window_range": (0, 3), "prompts_per_step": 12, "lr
 PRETRAIN = {"full": True, "weight_decay": 0.01}
 WHOLE = {"prompts_per_step": 64, "micro_batch": 64}
 EDIT_BATCH = {"prompts_per_step": 32, "micro_batch": 32}
-FINETUNE = {**MINI, **WHOLE, "warmup": 20, "save_every": 200, "sample_every": 200}
+FINETUNE = {"warmup": 20, "save_every": 200, "sample_every": 200}
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 
@@ -130,9 +130,11 @@ MINI_PRESETS: dict[str, RunConfig] = {
     # What is near its teachers soonest here: guidance folded in, small steps, an anchor that leaves the
     # composition alone. What is not named are the defaults of opd/config/: an SDE walk of ten steps, a start
     # merged from the teachers, guidance 1 for the student, and more; --dry-run prints all of it.
-    "mini": DistillationConfig(**FOLD | SMALL_STEPS | LATE),
+    "mini": DistillationConfig(**FOLD, **SMALL_STEPS, **LATE),
     # The study's: large steps, no anchor.
-    "mini-fold": DistillationConfig(**FOLD, anchor_weight=0.0, iterations=50),
+    "mini-fold": DistillationConfig(
+        **FOLD, **LARGE_STEPS, **NO_ANCHOR, queries=5, iterations=50, save_every=25
+    ),
     "mini-flow-opd": DistillationConfig(**PAPER),
     "mini-diffusion-opd": DistillationConfig(**PAPER, **FROM_BASE, rollout="ode", weight="ode_kl"),
     "mini-dance-opd": DistillationConfig(
@@ -249,16 +251,20 @@ MINI_PRESETS: dict[str, RunConfig] = {
         iterations=93,
     ),
     # An SFT start for "mini".
-    "mini-sft-start": SFTConfig(**FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200),
+    "mini-sft-start": SFTConfig(
+        **MINI, **WHOLE, **FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200
+    ),
     "mini-edit-recolour": SFTConfig(
-        **FINETUNE | EDIT_BATCH | {"model": EDIT_BASE},
+        **FINETUNE,
+        **EDIT_BATCH,
+        model=EDIT_BASE,
         data="runs/mini-edits-data/recolour",
         iterations=1000,
         ema=0.99,
     ),
     # Two teachers that edit and one that paints, into one student. Guidance is not folded in: at 2.5 it
     # covers the pictures with a pattern of the patches' size.
-    "mini-edit": DistillationConfig(**STUDENT | EARLY | SMALL_STEPS | EDIT_OPD),
+    "mini-edit": DistillationConfig(**STUDENT, **EARLY, **SMALL_STEPS, **EDIT_OPD),
     "mini-edit-base": SFTConfig(
         **PRETRAIN,
         model=EDITS_PIPELINE,
