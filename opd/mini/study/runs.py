@@ -65,18 +65,12 @@ MIX_ALL = (
 )
 # The same from a student: its rank, and a fifth of the learning rate, which else undoes what is there.
 GO_ON = f"--rank 32 --alpha 64 --lr 4e-4 {MIX_ALL}"
-LEARN_FROM_MIX = "--teachers" + "".join(f" {task}={{of mix-all}}" for task in TASKS) + " --anchor-weight 0"
 # One student from teachers on equal terms against one model by GRPO on all rewards. 384 iterations of the mix
 # see as many images as the teachers; the others take the seconds of distillation.
 RIVALS = {
     "equal-compose": Recipe("compose teacher", "--iterations 320", preset="mini-compose"),
     "equal-text": Recipe("text teacher", TERMS, preset="mini-text"),
     "all-quality": Recipe("quality teacher, prompts of all tasks", QUALITY_OF_ALL, preset="mini-quality"),
-    "stacked": Recipe(
-        "rewards stacked: compose, then text, then quality",
-        f"{QUALITY_OF_ALL} --cold-start {{of stacked-text}}",
-        preset="mini-quality",
-    ),
     "mix": Mix("GRPO-mix", "--iterations 550"),
     "mix-all": Mix("GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}"),
     # In the seconds of "mix-all"; stage nft's iteration takes four of GRPO's. At the teachers' rate it falls
@@ -86,24 +80,12 @@ RIVALS = {
         f"--iterations 140 --prompts-per-step 15 --lr 1e-3 {MIX_ALL}",
         preset="mini-nft-compose",
     ),
-    "mix-folded": Recipe("that GRPO-mix, folded into itself", LEARN_FROM_MIX),
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}"),
     # Of the 166 iterations that "mix-all" has beyond its teachers' images, 50 steps take the seconds of 73.
+    # The preset "mini-student-grpo".
     "rewarded": Mix(
         "**distilled for 50 steps, then that GRPO-mix**",
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
-    ),
-}
-# Other ways to one model.
-CONTROLS = {
-    "free-student": Recipe("distilled, no anchor", f"{LEARN} --anchor-weight 0 --iterations 100"),
-    "plain-student": Recipe("distilled, late anchor, nothing folded", f"{LEARN} {LATE} --teacher-guidance 1"),
-    "stacked-text": Recipe(
-        "compose, then text", f"{TERMS} --cold-start {{of equal-compose}}", preset="mini-text"
-    ),
-    # The preset "mini-student-grpo".
-    "student-mix": Mix(
-        "distilled for 100 steps, then that GRPO-mix", f"--iterations 93 --cold-start {{of student}} {GO_ON}"
     ),
 }
 # The anchor (MAR): a weight for all noise levels, or one for the low ones.
@@ -189,7 +171,7 @@ for method, (title, _, preset, flags, *by_task) in METHODS.items():
         settings = f"--iterations {iterations} --lr {lr:g} --watch-every {iterations // 4} {flags}".strip()
         made = f"{task}: {title}, {96 * iterations:,} pictures"
         GROWN[f"{method}-{task}"] = Recipe(made, settings, preset.format(task=task))
-RECIPES = RIVALS | CONTROLS | ANCHORS | QUESTIONS | SPEED | GROWN
+RECIPES = RIVALS | ANCHORS | QUESTIONS | SPEED | GROWN
 REFERENCES = {
     "base": Reference({"base": "base"}, "--adapters --guidance 1"),
     "guided": Reference(
@@ -210,7 +192,6 @@ TABLES = {
     "references": ("guided", "sft-start"),
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS, "default"),
-    "controls": ("mix", *CONTROLS),
     "anchors": tuple(ANCHORS),
     "levels": tuple(SPEED),
     "grown": ("base", *(f"{method}-{task}" for task in TASKS for method in METHODS)),

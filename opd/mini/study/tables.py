@@ -16,7 +16,6 @@ from opd.mini.study.runs import EQUAL, RECIPES, REFERENCES, TABLES, TASKS, TEACH
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "opd/mini/study/results"
-OTHER = RESULTS / "other"  # the same runs on another split of the prompts
 EDITS = RESULTS / "edits"  # what `python -m opd.evaluation` wrote of the editing miniature, a file per seed
 PAGES = (ROOT / "opd/mini/study/RESULTS.md", ROOT / "README.md")
 MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has of a model
@@ -75,7 +74,6 @@ CLAIMS = {
     "quality teacher above the base, quality of all": ("all-quality", "base", "of all"),
     "the same, text": ("all-quality", "base", "text"),
     "the same, compose": ("all-quality", "base", "compose"),
-    "stacked rewards above the text teacher, text": ("stacked", "equal-text", "text"),
     "student above the compose teacher, compose": ("student", "equal-compose", "compose"),
     "student above the text teacher, text": ("student", "equal-text", "text"),
     "student above the quality teacher, quality of all": ("student", "all-quality", "of all"),
@@ -83,21 +81,16 @@ CLAIMS = {
     "student above the mix rewarded for everything, mean": ("student", "mix-all", MEAN),
     "the teachers, each on its own task, above that mix": ("specialists", "mix-all", MEAN),
     "student above an NFT-mix rewarded so, mean": ("student", "nft-mix", MEAN),
-    "student above that mix folded into itself": ("student", "mix-folded", MEAN),
     "distilled, then that mix, above the usual mix": ("rewarded", "mix", MEAN),
     "distilled, then that mix, above the mix rewarded for everything": ("rewarded", "mix-all", MEAN),
-    "the same, above the mix folded into itself": ("rewarded", "mix-folded", MEAN),
     "the same, above the student": ("rewarded", "student", MEAN),
     "the same, above the compose teacher, compose": ("rewarded", "equal-compose", "compose"),
     "the same, above the text teacher, text": ("rewarded", "equal-text", "text"),
     "the same, above the quality teacher, quality of all": ("rewarded", "all-quality", "of all"),
-    "student without folding above that mix": ("plain-student", "mix-all", MEAN),
     "that mix above the base, variety": ("mix-all", "base", VARIETY),
     "the NFT-mix above the base, variety": ("nft-mix", "base", VARIETY),
-    "the same, folded into itself": ("mix-folded", "base", VARIETY),
     "student above the base, variety": ("student", "base", VARIETY),
     "distilled, then that mix, above the base, variety": ("rewarded", "base", VARIETY),
-    "student without folding above the base, variety": ("plain-student", "base", VARIETY),
 }
 
 
@@ -120,7 +113,7 @@ def with_tables(page: str, results: list[dict]) -> str:
 def table(name: str, results: list[dict]) -> str:
     """The lines of a table: every score of its runs, unless it has columns of its own."""
     if name == "claims":
-        return claims(results, load(OTHER))
+        return claims(results)
     if name == "edits":
         return edits(load(EDITS))
     if name == "levels":
@@ -243,19 +236,16 @@ def reaching(share: float, points: list[dict], results: list[dict]) -> float | N
 # ---- seed by seed ------------------------------------------------------------------------------------------
 
 
-def claims(results: list[dict], others: list[dict]) -> str:
-    """What one run has above another, seed by seed, on the shipped prompts, their mean, and on `others`'."""
-    shipped, other = by_seed(results), by_seed(others)
-    columns = [f"seed {seed}" for seed in shipped]
-    columns += ["mean of these", *[f"seed {seed}, other prompts" for seed in other]]
+def claims(results: list[dict]) -> str:
+    """What one run has above another, seed by seed, and their mean."""
+    seeds = by_seed(results)
     lines = []
     for title, claim in CLAIMS.items():
-        leads = [lead(*claim, source) for source in shipped.values()]
+        leads = [lead(*claim, source) for source in seeds.values()]
         cells = [spread(found) for found in [*leads, sum(leads, [])]]
-        cells += [spread(lead(*claim, source)) for source in other.values()]
         if any(cells):
             lines.append([title, *cells])
-    return markdown(columns, lines)
+    return markdown([*(f"seed {seed}" for seed in seeds), "mean of these"], lines)
 
 
 def lead(run: str, below: str, score: str, source: dict[str, dict]) -> list[float]:
