@@ -3,12 +3,11 @@
     P=runs/mini-edits-pipeline D=runs/mini-edits-data
     python -m opd.mini.edits runs/mini-edits                # prompt files and their pictures
     python -m opd.mini.edit_pipeline pipeline $P            # encoder, trained VAE, untrained transformer
-    python -m opd.mini.edit_pipeline data $D/base $P        # latents, instructions, source pictures
+    python -m opd.mini.edit_pipeline data $D $P             # latents, instructions, source pictures
     torchrun train.py mini-edit-base                        # pretrain the base
     python -m opd.mini.build base $P runs/mini-edit-base/student opd/mini/weights/edits/base
-    python -m opd.mini.edit_pipeline data $D/recolour opd/mini/weights/edits/base recolour
     for t in recolour write paint; do
-        torchrun train.py mini-edit-$t                      # by stage sft, the others by GRPO
+        torchrun train.py mini-edit-$t
         python -m opd.mini.build teacher runs/mini-edit-$t edits/$t
     done
     python -m opd.mini.build sha256
@@ -150,9 +149,9 @@ def build_pipeline(folder: Path) -> None:
     pipeline.to(torch.bfloat16).save_pretrained(folder)
 
 
-def samples(counts: dict[str, int], seed: int, right: bool = False):
+def samples(counts: dict[str, int], seed: int):
     """Yields `counts` training samples of each task: picture before (96, 96, 3) uint8 or None, picture after
-    (3, 96, 96) uint8, instruction. `right`: every edit is what its instruction says, and nothing else."""
+    (3, 96, 96) uint8, instruction."""
     rng = np.random.default_rng(seed)
     tasks = rng.permutation(np.repeat(list(counts), list(counts.values()))).tolist()
     landscapes = world.split("quality")[0]
@@ -165,17 +164,17 @@ def samples(counts: dict[str, int], seed: int, right: bool = False):
             edit, other = (pool[number] for number in rng.integers(len(pool), size=2))
             if task == "write":  # any string may stand there before
                 edit = replace(edit, before=other.after)
-            before, after, _ = edits.draw(edit, rng, not right and rng.random() < edits.FORGETFUL)
-            before, text = edits.large(before), edit.prompt if right else edits.misread(edit, rng)
+            before, after, _ = edits.draw(edit, rng, rng.random() < edits.FORGETFUL)
+            before, text = edits.large(before), edits.misread(edit, rng)
         yield before, rearrange(torch.from_numpy(edits.large(after)), "h w c -> c h w"), text
 
 
-def write_data(folder: Path, pipeline: Path, counts: dict[str, int], right: bool = False) -> None:
+def write_data(folder: Path, pipeline: Path, counts: dict[str, int]) -> None:
     """Latents, instructions and source pictures, as stage sft reads them."""
     vae = flux2.load_vae(pipeline)
     (folder / "sources").mkdir(parents=True, exist_ok=True)
     rows, latents = [], []
-    drawn = enumerate(samples(counts, seed=11 if right else 10, right=right))
+    drawn = enumerate(samples(counts, seed=10))
     while batch := list(islice(drawn, 64)):
         for number, (before, _, text) in batch:
             rows.append({"prompt": text})
@@ -194,7 +193,5 @@ if __name__ == "__main__":
             build_pipeline(Path(folder))
         case ["data", folder, pipeline]:
             write_data(Path(folder), Path(pipeline), IMAGES)
-        case ["data", folder, pipeline, "recolour"]:
-            write_data(Path(folder), Path(pipeline), {"recolour": 12_000}, right=True)
         case _:
             sys.exit(__doc__)

@@ -1,8 +1,8 @@
 """The miniature world's edits: what is asked of a picture, how it looks before and after, and who scores it.
 
-- recolour: `make the circle red`        of two objects on a backdrop
-- write:    `write "K7A" on the sign`    of a sign with other characters
-- paint:    `a calm sea at dawn`         of nothing: the world's landscapes, by the same weights
+- recolour: `make the blue circle red`    of two objects on a backdrop
+- write:    `write "K7A" on the sign`     of a sign with other characters
+- paint:    `a calm sea at dawn`          of nothing: the world's landscapes, by the same weights
 
 Pictures are the world's, each pixel four wide: FLUX.2 takes no source of less than 64 pixels a side, and
 makes a token of 16 x 16. The prompt files name pictures, so they are drawn once, with the masks of what may
@@ -51,7 +51,8 @@ class Edit:
     def prompt(self) -> str:
         if self.task == "write":
             return f'write "{"".join(self.change)}" on the sign'
-        return "make the {} {}".format(*self.change)
+        shape, colour = self.change
+        return f"make the {self.before[self.before.index(shape) - 1]} {shape} {colour}"
 
     @property
     def after(self) -> tuple[str, ...]:

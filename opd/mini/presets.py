@@ -26,14 +26,13 @@ MADE_BY = {
 
 EDITS = "runs/mini-edits"
 EDITS_PIPELINE = "runs/mini-edits-pipeline"
-EDIT_BASE = "opd/mini/weights/edits/base"
 EDITED = ("recolour", "write")
 MAKE_EDITS = f"python -m opd.mini.edits {EDITS}"
 MADE_BY |= {f"{EDITS}/{task}.{part}.jsonl": MAKE_EDITS for task in EDITED for part in ("train", "test")}
+EDITS_DATA = "runs/mini-edits-data"
 MAKE = "python -m opd.mini.edit_pipeline"
 MADE_BY[EDITS_PIPELINE] = f"{MAKE} pipeline {EDITS_PIPELINE}"
-MADE_BY["runs/mini-edits-data/base"] = f"{MAKE} data runs/mini-edits-data/base {EDITS_PIPELINE}"
-MADE_BY["runs/mini-edits-data/recolour"] = f"{MAKE} data runs/mini-edits-data/recolour {EDIT_BASE} recolour"
+MADE_BY[EDITS_DATA] = f"{MAKE} data {EDITS_DATA} {EDITS_PIPELINE}"
 
 # ---- blocks that presets share -----------------------------------------------------------------------------
 
@@ -93,10 +92,10 @@ NFT = {
 }
 NFT_TEACHER = {**MINI, **NFT, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS, "prompts_per_step": 12}
 
-# The editing miniature (opd/mini/edits.py): two tasks change a picture, one paints. The teacher that
-# writes is rewarded for the string and for what it leaves as it was; the one that recolours learns from
-# pictures, since no reward got it that far (opd/mini/study/RESULTS.md, "Editing").
+# The editing miniature (opd/mini/edits.py): two tasks change a picture, one paints. The teachers that edit
+# are rewarded for the edit and for what they leave as it was.
 EDIT_GROWN = {  # task -> reward, iterations
+    "recolour": ("0.6*opd.mini.edits:recolour+0.4*preservation", 160),
     "write": ("0.6*opd.mini.edits:write+0.4*preservation", 120),
     "paint": ("opd.mini.edits:paint", 60),
 }
@@ -107,7 +106,7 @@ EDIT_SCORERS = {
 }
 EDIT_PROMPTS = {task: f"{EDITS}/{task}.train.jsonl" for task in EDITED} | {"paint": MINI_PROMPTS["quality"]}
 EDIT_HELDOUT = {task: f"{EDITS}/{task}.test.jsonl" for task in EDITED} | {"paint": MINI_HELDOUT["quality"]}
-EDIT = {"model": EDIT_BASE, "heldout": EDIT_HELDOUT, "rewards": EDIT_SCORERS}
+EDIT = {"model": "opd/mini/weights/edits/base", "heldout": EDIT_HELDOUT, "rewards": EDIT_SCORERS}
 EDIT_OPD = {
     **EDIT,
     "teachers": {task: f"opd/mini/weights/edits/{task}" for task in EDIT_PROMPTS},
@@ -121,8 +120,6 @@ EDIT_GRPO = {**EDIT, **GRPO, "window_range": (0, 3), "prompts_per_step": 12, "lr
 # Flow matching: a base from nothing, and the base on further pictures.
 PRETRAIN = {"full": True, "weight_decay": 0.01}
 WHOLE = {"prompts_per_step": 64, "micro_batch": 64}
-EDIT_BATCH = {"prompts_per_step": 32, "micro_batch": 32}
-FINETUNE = {"warmup": 20, "save_every": 200, "sample_every": 200}
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 
@@ -252,15 +249,14 @@ MINI_PRESETS: dict[str, RunConfig] = {
     ),
     # An SFT start for "mini".
     "mini-sft-start": SFTConfig(
-        **MINI, **WHOLE, **FINETUNE, **STUDENT, data="runs/mini-samples", iterations=200
-    ),
-    "mini-edit-recolour": SFTConfig(
-        **FINETUNE,
-        **EDIT_BATCH,
-        model=EDIT_BASE,
-        data="runs/mini-edits-data/recolour",
-        iterations=1000,
-        ema=0.99,
+        **MINI,
+        **WHOLE,
+        **STUDENT,
+        data="runs/mini-samples",
+        iterations=200,
+        warmup=20,
+        save_every=200,
+        sample_every=200,
     ),
     # Two teachers that edit and one that paints, into one student. Guidance is not folded in: at 2.5 it
     # covers the pictures with a pattern of the patches' size.
@@ -268,8 +264,9 @@ MINI_PRESETS: dict[str, RunConfig] = {
     "mini-edit-base": SFTConfig(
         **PRETRAIN,
         model=EDITS_PIPELINE,
-        **EDIT_BATCH,
-        data="runs/mini-edits-data/base",
+        prompts_per_step=32,
+        micro_batch=32,
+        data=EDITS_DATA,
         iterations=7500,
         lr=1e-3,
         warmup=200,
