@@ -18,6 +18,9 @@ from torch import Tensor
 from opd.files import read_json
 from opd.formats.hub import variant_of
 
+# What a family has that does not say otherwise.
+__all__ = ["decode", "default_resolution", "encode_images", "log_shift", "pixels", "sigmas"]
+
 # ---- loading: `kind` is the class of diffusers -------------------------------------------------------------
 
 
@@ -219,6 +222,12 @@ def patches_along(side: int, unit: int, most: int | None = None) -> int:
     if rest != 0 or count < 1 or (most is not None and count > most):
         raise ValueError(f"resolution {side} does not fit this model: {way_out}")
     return count
+
+
+def packed_shape(folder: Path, unit: int, height: int, width: int) -> tuple[int, int, int]:
+    """(C, H, W) where a token of the transformer is a patch of `unit` pixels per side."""
+    rows, columns = patches_along(height, unit), patches_along(width, unit)
+    return transformer_config(folder)["in_channels"] // PATCH**2, PATCH * rows, PATCH * columns
 
 
 def time_of(sigma_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,20 +16,8 @@ from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition, pictures_of
 from opd.families import _parts as parts
-from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
-    PATCH,
-    decode,
-    default_resolution,
-    encode_images,
-    log_shift,
-    pack,
-    patches_along,
-    pixels,
-    sigmas,
-    stacked,
-    transformer_config,
-    unpack,
-)
+from opd.families._parts import *  # noqa: F403 (what is not said here)
+from opd.families._parts import PATCH
 
 PIPELINE = "FluxPipeline"
 # The single blocks have some of them too.
@@ -83,7 +71,7 @@ def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
-    config = transformer_config(folder)
+    config = parts.transformer_config(folder)
     return {
         "embeds": (T5_TOKENS, config["joint_attention_dim"]),
         "pooled": (config["pooled_projection_dim"],),
@@ -98,7 +86,7 @@ def encode_prompts(text: FluxPipeline, prompts: list[str], device: torch.device)
 
 
 # `embeds` (B, L, D), `pooled` (B, P).
-collate = stacked
+collate = parts.stacked
 
 
 # ---------------------------------------------------------------- velocity
@@ -122,7 +110,7 @@ def velocity(
     images = [x_BCHW, *pictures_of(text).values()]
     ids = [patch_ids(number, image) for number, image in enumerate(images)]
     (v_BTC,) = transformer(
-        hidden_states=torch.cat([pack(image).to(embeds.dtype) for image in images], dim=1),
+        hidden_states=torch.cat([parts.pack(image).to(embeds.dtype) for image in images], dim=1),
         timestep=parts.time_of(sigma_B, embeds.dtype),
         guidance=told,
         encoder_hidden_states=embeds,
@@ -132,7 +120,7 @@ def velocity(
         return_dict=False,
     )
     rows, tokens = x_BCHW.shape[2] // PATCH, len(ids[0])
-    return unpack(v_BTC[:, :tokens], rows)
+    return parts.unpack(v_BTC[:, :tokens], rows)
 
 
 def patch_ids(number: int, image_BCHW: Tensor) -> Tensor:
@@ -152,6 +140,4 @@ guide = None
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """ValueError where a side is not made of whole patches."""
-    unit = PATCH * pixels(folder)
-    rows, columns = patches_along(height, unit), patches_along(width, unit)
-    return transformer_config(folder)["in_channels"] // PATCH**2, PATCH * rows, PATCH * columns
+    return parts.packed_shape(folder, PATCH * parts.pixels(folder), height, width)

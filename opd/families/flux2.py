@@ -25,7 +25,8 @@ from torch import Tensor
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition, Editing, pictures_of
 from opd.families import _parts as parts
-from opd.families._parts import PATCH, default_resolution, patches_along, transformer_config  # noqa: F401
+from opd.families._parts import *  # noqa: F403 (what is not said here)
+from opd.families._parts import PATCH
 from opd.files import read_json
 
 PIPELINE = "Flux2KleinPipeline"
@@ -76,7 +77,7 @@ def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
-    return {"embeds": (tokens_of(folder), transformer_config(folder)["joint_attention_dim"])}
+    return {"embeds": (tokens_of(folder), parts.transformer_config(folder)["joint_attention_dim"])}
 
 
 def tokens_of(folder: Path) -> int:
@@ -204,5 +205,5 @@ def statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """ValueError where a side is not made of whole patches."""
-    rows, columns = (patches_along(side, pixels(folder)) for side in (height, width))
-    return transformer_config(folder)["in_channels"], rows, columns
+    rows, columns = (parts.patches_along(side, pixels(folder)) for side in (height, width))
+    return parts.transformer_config(folder)["in_channels"], rows, columns

@@ -10,43 +10,20 @@ from pathlib import Path
 from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 
-from opd.families import Editing
+from opd.families import Editing, flux
 from opd.families import _parts as parts
-from opd.families._parts import PATCH
-from opd.families.flux import (  # noqa: F401 (the contract's)
-    LORA_TARGETS,
-    NEGATIVE,
-    arguments,
-    blocks,
-    collate,
-    convert_lora,
-    decode,
-    default_resolution,
-    encode_images,
-    encode_prompts,
-    guide,
-    latent_shape,
-    load_text_of,
-    load_transformer,
-    load_vae,
-    log_shift,
-    pixels,
-    sigmas,
-    skeleton,
-    text_shapes,
-    velocity,
-)
+from opd.families.flux import *  # noqa: F403 (what is not said here)
 
 PIPELINE = "FluxKontextPipeline"
 
-load_text = partial(load_text_of, FluxKontextPipeline)
+load_text = partial(flux.load_text_of, FluxKontextPipeline)
 
 
 def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
     """The one of the sizes that Kontext was trained on that is nearest in shape, in whole patches."""
     preferred = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
     _, wide, high = min((abs(width / height - w / h), w, h) for w, h in preferred)
-    unit = PATCH * pixels(folder)
+    unit = parts.PATCH * parts.pixels(folder)
     return wide // unit * unit, high // unit * unit
 
 

@@ -17,16 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition, pictures_of
 from opd.families import _parts as parts
-from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
-    PATCH,
-    log_shift,
-    pack,
-    patches_along,
-    sigmas,
-    transformer_config,
-    unpack,
-    vae_config,
-)
+from opd.families._parts import *  # noqa: F403 (what is not said here)
+from opd.families._parts import PATCH
 
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION
@@ -60,7 +52,7 @@ def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
-    return {"embeds": (TOKENS, transformer_config(folder)["joint_attention_dim"])}
+    return {"embeds": (TOKENS, parts.transformer_config(folder)["joint_attention_dim"])}
 
 
 @torch.no_grad()
@@ -100,7 +92,7 @@ def velocity(
     # The source pictures' tokens stand behind those of x, and their velocity is nobody's.
     images = [x_BCHW, *pictures_of(text).values()]
     shapes = [(1, image.shape[2] // PATCH, image.shape[3] // PATCH) for image in images]
-    tokens = [pack(image).to(text["embeds"].dtype) for image in images]
+    tokens = [parts.pack(image).to(text["embeds"].dtype) for image in images]
     (v_BTC,) = transformer(
         hidden_states=torch.cat(tokens, dim=1),
         timestep=parts.time_of(sigma_B, text["embeds"].dtype),
@@ -109,23 +101,23 @@ def velocity(
         img_shapes=[shapes] * len(x_BCHW),
         return_dict=False,
     )
-    return unpack(v_BTC[:, : tokens[0].shape[1]], shapes[0][1])
+    return parts.unpack(v_BTC[:, : tokens[0].shape[1]], shapes[0][1])
 
 
 def guide(v: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
     """u |v| / |u| with u = v_u + g (v - v_u), norms over the numbers of a patch; float32."""
-    wanted_BTC = pack(v.float())
-    guided_BTC = pack(flow.guided(v, v_uncond, scale))
+    wanted_BTC = parts.pack(v.float())
+    guided_BTC = parts.pack(flow.guided(v, v_uncond, scale))
     norm_BT1 = guided_BTC.norm(dim=-1, keepdim=True)
     rescaled_BTC = guided_BTC * (wanted_BTC.norm(dim=-1, keepdim=True) / norm_BT1)
-    return unpack(rescaled_BTC, v.shape[2] // PATCH)
+    return parts.unpack(rescaled_BTC, v.shape[2] // PATCH)
 
 
 # ---------------------------------------------------------------- images and latents
 
 
 def pixels(folder: Path) -> int:
-    return 2 ** len(vae_config(folder)["temperal_downsample"])
+    return 2 ** len(parts.vae_config(folder)["temperal_downsample"])
 
 
 @torch.no_grad()
@@ -154,9 +146,7 @@ def statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """ValueError where a side is not made of whole patches."""
-    unit = PATCH * pixels(folder)
-    rows, columns = patches_along(height, unit), patches_along(width, unit)
-    return transformer_config(folder)["in_channels"] // PATCH**2, PATCH * rows, PATCH * columns
+    return parts.packed_shape(folder, PATCH * pixels(folder), height, width)
 
 
 def default_resolution(folder: Path) -> int:

@@ -13,28 +13,9 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as theirs
 from PIL import Image
 
-from opd.families import Condition, Editing
+from opd.families import Condition, Editing, qwen_image
 from opd.families import _parts as parts
-from opd.families.qwen_image import (  # noqa: F401 (the contract's)
-    LORA_TARGETS,
-    NEGATIVE,
-    arguments,
-    blocks,
-    collate,
-    convert_lora,
-    decode,
-    default_resolution,
-    encode_images,
-    guide,
-    latent_shape,
-    load_transformer,
-    load_vae,
-    log_shift,
-    pixels,
-    sigmas,
-    skeleton,
-    velocity,
-)
+from opd.families.qwen_image import *  # noqa: F403 (what is not said here)
 
 PIPELINE = "QwenImageEditPlusPipeline"
 MOST = 3  # what the model was trained with
@@ -73,7 +54,7 @@ def read_with(
         small = theirs.calculate_dimensions(theirs.CONDITION_IMAGE_SIZE, picture.width / picture.height)
         seen.append(picture.resize(small, Image.Resampling.LANCZOS))
     condition = {}
-    for name, words in (("embeds", prompt), ("negative_embeds", NEGATIVE)):
+    for name, words in (("embeds", prompt), ("negative_embeds", qwen_image.NEGATIVE)):
         (condition[name],), _ = text.encode_prompt([words], image=seen, device=device)
     return condition
 

@@ -14,14 +14,7 @@ from torch import Tensor
 from opd import flow
 from opd.families import JOINT_ATTENTION, Condition, has_t5
 from opd.families import _parts as parts
-from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
-    decode,
-    encode_images,
-    patches_along,
-    pixels,
-    stacked,
-    transformer_config,
-)
+from opd.families._parts import *  # noqa: F403 (what is not said here)
 from opd.families._sd3_attention import attend_to_copies
 from opd.families._sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.files import read_json
@@ -83,7 +76,7 @@ def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
     """CLIP's 77 tokens and T5's, or one for as many zeros as CLIP has."""
-    config = transformer_config(folder)
+    config = parts.transformer_config(folder)
     width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
     clip = read_json(folder / "text_encoder" / "config.json")["max_position_embeddings"]
     if t5 and has_t5(folder):
@@ -111,7 +104,7 @@ def encode_prompts(
 
 
 # `embeds` (B, L, D), `pooled` (B, P), `blank` (B, 1, D) where there is one.
-collate = stacked
+collate = parts.stacked
 
 
 # ---------------------------------------------------------------- velocity
@@ -155,7 +148,7 @@ def log_shift(folder: Path, shape_CHW: tuple[int, int, int]) -> float:
 
 def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
     """Number of patches."""
-    patch = transformer_config(folder)["patch_size"]
+    patch = parts.transformer_config(folder)["patch_size"]
     return (shape_CHW[1] // patch) * (shape_CHW[2] // patch)
 
 
@@ -164,12 +157,12 @@ def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """ValueError where the patches of a side do not fit the model."""
-    config = transformer_config(folder)
+    config = parts.transformer_config(folder)
     patch = config["patch_size"]
-    unit, most = patch * pixels(folder), config["pos_embed_max_size"]
-    rows, columns = patches_along(height, unit, most), patches_along(width, unit, most)
+    unit, most = patch * parts.pixels(folder), config["pos_embed_max_size"]
+    rows, columns = parts.patches_along(height, unit, most), parts.patches_along(width, unit, most)
     return config["in_channels"], patch * rows, patch * columns
 
 
 def default_resolution(folder: Path) -> int:
-    return transformer_config(folder)["sample_size"] * pixels(folder)
+    return parts.transformer_config(folder)["sample_size"] * parts.pixels(folder)

@@ -18,17 +18,8 @@ from torch import Tensor
 from opd import flow
 from opd.families import Condition
 from opd.families import _parts as parts
-from opd.families._parts import (  # noqa: F401 (some are the contract's alone)
-    PATCH,
-    decode,
-    default_resolution,
-    encode_images,
-    image_tokens,
-    log_shift,
-    patches_along,
-    pixels,
-    transformer_config,
-)
+from opd.families._parts import *  # noqa: F403 (what is not said here)
+from opd.families._parts import PATCH
 
 PIPELINE = "ZImagePipeline"
 # The attention of the joint layers; an adapter from elsewhere may adapt the refiners too.
@@ -77,7 +68,7 @@ def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
 
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
-    return {"embeds": (TOKENS, transformer_config(folder)["cap_feat_dim"])}
+    return {"embeds": (TOKENS, parts.transformer_config(folder)["cap_feat_dim"])}
 
 
 @torch.no_grad()
@@ -118,7 +109,7 @@ guide = flow.guided
 
 def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[float]:
     """The scheduler's, from the pipeline's 1, 1 - 1/N, ... 1/N, which it computes in float32."""
-    mu = parts.linear_mu(folder, image_tokens(shape_CHW))
+    mu = parts.linear_mu(folder, parts.image_tokens(shape_CHW))
     return parts.noise_levels(folder, steps, mu, parts.even_levels(steps, torch.float32))
 
 
@@ -127,8 +118,11 @@ def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[fl
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     """ValueError where the patches of a side do not fit the model."""
-    config = transformer_config(folder)
+    config = parts.transformer_config(folder)
     _, most_rows, most_columns = config["axes_lens"]  # positions that the model knows: text, down, across
-    unit = PATCH * pixels(folder)
-    rows, columns = patches_along(height, unit, most_rows), patches_along(width, unit, most_columns)
+    unit = PATCH * parts.pixels(folder)
+    rows, columns = (
+        parts.patches_along(height, unit, most_rows),
+        parts.patches_along(width, unit, most_columns),
+    )
     return config["in_channels"], PATCH * rows, PATCH * columns
