@@ -32,8 +32,9 @@ def planned_run(cfg):
 @pytest.mark.slow
 def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
     """opd/bench/BENCHMARKS.md, "SD3.5-Medium's shape": 5.31 GiB of live tensors in bfloat16 at 128 px."""
-    one = {"steps": 1, "prompts_per_step": 1, "group": 1, "micro_batch": 1, "teachers": 1}
-    work = replace(bench.WORKS["sd35-medium"], pixels=128, dtype="bfloat16", **one)
+    one = {"steps": 1, "prompts_per_step": 1, "group": 1, "micro_batch": 1}
+    work = replace(bench.WORKS["sd35-medium"], resolution="128", dtype="bfloat16", **one)
+    work = bench.with_teachers(work, 1)
     parts = bench.predicted(work, CPU)
     measured = {"peak": 5.31, "base": 4.60, "adapters": 0.175, "optimizer": 0.140, "gradients": 0.070}
     for part, size in measured.items():

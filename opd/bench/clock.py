@@ -1,5 +1,5 @@
-"""How `opd.bench` measures a stage: seconds without instruments first, then FLOPs and memory, in updates of
-their own, so that no instrument slows what is timed."""
+"""How `opd.bench` measures a stage: seconds and memory, then FLOPs in an update of its own, so that counting
+slows nothing that is timed."""
 
 import datetime
 import gc
@@ -12,35 +12,22 @@ import time
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from opd import compiled
-from opd.bench.model import Work, make_stage, predicted
+from opd.bench.model import make_stage, predicted
+from opd.config import DistillationConfig
 from opd.model import Model
-from opd.report.memory import LiveTensors
 from train import Distillation
 
 
-def measure(structure: str, work: Work, device: torch.device, updates: int, rate: float) -> dict:
-    """One structure, "ours" or "released", from its model to its numbers; {"error": words} where memory runs
-    out. `rate`: of a large matrix product, FLOP/s."""
-    before = forget_peak(device)
-    try:
-        stage = make_stage(structure, work, device)
-        forget_peak(device)  # making it is not measured
-        numbers = measure_stage(stage, updates, rate, before)
-    except torch.OutOfMemoryError as error:
-        return {"error": str(error).split("\n")[0]}
-    numbers["predicted"] = {}
-    if structure == "ours":
-        numbers["predicted"] = predicted(work, device)
-    return numbers
-
-
-def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -> dict:
-    """What `updates` updates cost, the first for warming up, and two more under instruments. `before`: bytes
-    in use before the stage was built."""
-    graphs, device = compiled.graphs(), stage.model.device
+def measure(structure: str, cfg: DistillationConfig, device: torch.device, updates: int, rate: float) -> dict:
+    """What `updates` updates of a structure, "ours" or "released", cost, the first for warming up, and one
+    more whose FLOPs are counted. `rate`: of a large matrix product, FLOP/s. On a CPU nobody measures the peak
+    of memory."""
+    before, graphs, peak = forget_peak(device), compiled.graphs(), 0
+    stage = make_stage(structure, cfg, device)
+    forget_peak(device)  # making it is not measured
     first, norm = stage.step(0)
     if not math.isfinite(norm):
         raise ValueError(f"the first update's gradient norm is {norm}")
@@ -50,18 +37,17 @@ def measure_stage(stage: Distillation, updates: int, rate: float, before: int) -
         peak = torch.cuda.max_memory_allocated(device) - before
     graphs = compiled.graphs() - graphs
     flops = flops_of(stage, updates)
-    if device.type == "cpu":
-        peak = live_peak(stage, updates + 1)
     return {
         "loss": first["loss"],
         "grad_norm": norm,
         "updates": seconds,
         "seconds_per_update": usual,
-        "trajectories_per_second": stage.cfg.samples_per_step() / usual,
+        "trajectories_per_second": cfg.samples_per_step() / usual,
         "graphs": graphs,
         "flops_per_update": flops,
         "matmul_share": flops / usual / rate,
         "memory": parts(stage, peak),
+        "predicted": predicted(cfg, device) if structure == "ours" else {},
     }
 
 
@@ -105,20 +91,10 @@ def about(device: torch.device, dtype: torch.dtype) -> dict:
 
 def flops_of(stage: Distillation, step: int) -> int:
     """Of matrix products and attention in one update."""
-    # The counter sees operators, which a compiled kernel has none of.
-    with flop_counter() as flops, torch.compiler.set_stance("force_eager"):
+    # The counter sees operators, which a compiled kernel has none of; of attention that of a GPU.
+    with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
         stage.step(step)
     return flops.get_total_flops()
-
-
-def flop_counter() -> FlopCounterMode:
-    """PyTorch's own, which knows the attention of accelerators alone, with that of CPUs."""
-    counter, aten = FlopCounterMode(display=False), torch.ops.aten
-    counter.flop_registry |= {
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-    }
-    return counter
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -151,20 +127,3 @@ def forget_peak(device: torch.device) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def live_peak(stage: Distillation, step: int) -> int:
-    """Peak bytes of live tensors in one update. Not in the one whose FLOPs are counted: PyTorch's counter
-    holds on to activations that are recomputed."""
-    live = LiveTensors()
-    live.add(alive())
-    with live, torch.compiler.set_stance("force_eager"):
-        stage.step(step)
-    return live.peak
-
-
-def alive() -> list[Tensor]:
-    """Every tensor that Python holds and that has storage."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
-    return [tensor for tensor in tensors if tensor.device.type != "meta"]

@@ -1,12 +1,12 @@
 """The fused ops against the eager equations: whether they agree, and how near they come to the memory's own
 speed. BENCHMARKS.md says how bytes are counted; `python -m opd.bench gpu` runs it."""
 
-import time
 from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from opd import compiled, flow, kernels
 from opd.kernels.common import backend
@@ -96,21 +96,10 @@ def bytes_per_element(op: str, teachers: int) -> int:
     return {"sde_step": step + 4, "log_prob": taken, "velocity_mse": loss, "opd_step": step + loss}[op]
 
 
-def milliseconds(run: Callable, device: torch.device, repeats: int = 30) -> float:
-    """The median of single runs. On a GPU each follows a write of 1 GiB, which empties the caches and lasts
-    long enough for the host to queue the whole run: launch overhead on the host is not counted."""
+def milliseconds(run: Callable, device: torch.device) -> float:
+    """The median of single runs, on a GPU each with empty caches."""
     if device.type == "cpu":  # a rehearsal
-        run()
-        started = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - started)
-    flush, times = torch.empty(2**30, dtype=torch.int8, device=device), []
-    for _ in range(repeats + 3):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize(device)
-    return sorted(start.elapsed_time(end) for start, end in times[3:])[repeats // 2]
+        return 1e3 * Timer("run()", globals={"run": run}).timeit(1).median
+    from triton.testing import do_bench  # not on every system
+
+    return do_bench(run, return_mode="median")

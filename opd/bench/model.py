@@ -63,77 +63,46 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one update does. Fields that DistillationConfig has are its own."""
-
-    size: str
-    """A name in SIZES."""
-    pixels: int
-    """Per side of the image."""
-    prompts_per_step: int
-    group: int
-    """Trajectories per prompt."""
-    micro_batch: int
-    """Samples per forward pass."""
-    steps: int
-    """Of a trajectory."""
-    rank: int
-    """Of every LoRA."""
-    teachers: int = 3
-    """Tasks, each with a teacher; a further one is the anchor."""
-    guidance: float = 1.0
-    """Of the student; 1 is one forward row."""
-    dtype: str = "auto"
-    checkpointing: bool = False
-    """Recompute activations in backward."""
-    compile: bool = False
-    """Our structure, compiled."""
-
-    def config(self) -> DistillationConfig:
-        """The settings of a run with this work."""
-        tasks = [f"task{k}" for k in range(self.teachers)]
-        own = ("size", "pixels", "teachers")
-        same = {name: value for name, value in vars(self).items() if name not in own}
-        return DistillationConfig(
-            out="unused",
-            model="random",
-            alpha=2.0 * self.rank,
-            teachers=dict.fromkeys([*tasks, FURTHER], "random"),
-            anchor=FURTHER,
-            anchor_weight=0.02,
-            weight="uniform",
-            cold_start="base",
-            prompts=dict.fromkeys(tasks, "random"),
-            warmup=0,
-            decay="constant",
-            evaluate=False,
-            **same,
-        )
+def with_teachers(cfg: DistillationConfig, count: int) -> DistillationConfig:
+    """The same with so many tasks, each with a teacher, and a further teacher that is the anchor alone."""
+    tasks = [f"task{k}" for k in range(count)]
+    teachers = dict.fromkeys([*tasks, FURTHER], "random")
+    return replace(cfg, teachers=teachers, prompts=dict.fromkeys(tasks, "random"))
 
 
-# What is measured on each size, with changes.
+PLAIN = DistillationConfig(
+    out="unused",
+    anchor=FURTHER,
+    anchor_weight=0.02,
+    weight="uniform",
+    cold_start="base",
+    warmup=0,
+    decay="constant",
+    evaluate=False,
+    group=2,
+)
+# What is measured on each size, with changes. `model` is a name in SIZES.
+TINY_WORK = replace(PLAIN, model="tiny", resolution="64", rank=4, alpha=8.0)
+MEDIUM_WORK = replace(PLAIN, model="sd35-medium", resolution="512", rank=32, alpha=64.0)
 WORKS = {
-    "tiny": Work("tiny", pixels=64, prompts_per_step=6, group=2, micro_batch=4, steps=3, rank=4),
-    "sd35-medium": Work(
-        "sd35-medium", pixels=512, prompts_per_step=12, group=2, micro_batch=8, steps=10, rank=32
-    ),
+    "tiny": with_teachers(replace(TINY_WORK, prompts_per_step=6, micro_batch=4, steps=3), 3),
+    "sd35-medium": with_teachers(replace(MEDIUM_WORK, prompts_per_step=12, micro_batch=8, steps=10), 3),
 }
 
 
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
-def make_stage(structure: str, work: Work, device: torch.device) -> Distillation:
+def make_stage(structure: str, cfg: DistillationConfig, device: torch.device) -> Distillation:
     """The stage of a structure, "ours" or "released", on its model: the same numbers at every call."""
-    cfg, model, size = work.config(), planned(work, device), SIZES[work.size]
+    model, size = planned(cfg, device), SIZES[cfg.model]
     # Equal steps, shifted: s -> shift s / (1 + (shift - 1) s).
     equal = [1 - i / cfg.steps for i in range(cfg.steps + 1)]
     model.grids[cfg.steps] = [SHIFT * s / (1 + (SHIFT - 1) * s) for s in equal]
     pools = {task: [Prompt(f"{task} prompt {n}", task) for n in range(PROMPTS)] for task in cfg.prompts}
     prompts = [prompt.text for pool in pools.values() for prompt in pool]
     model.conditioning.kept = random_conditions([*prompts, sd3.NEGATIVE], size.text_shapes(), model.dtype)
-    model.transformer = random_transformer(work.size, model.dtype, device)
+    model.transformer = random_transformer(cfg.model, model.dtype, device)
     if structure == "ours":
         parts.with_fused_norms(model.transformer)
     student, *others = (random_lora(model.skeleton, cfg, n) for n in range(1 + len(cfg.teachers)))
@@ -158,13 +127,12 @@ def make_stage(structure: str, work: Work, device: torch.device) -> Distillation
     return Distillation(cfg, model, pools, {}, Trained(cfg, model))
 
 
-def planned(work: Work, device: torch.device) -> Model:
+def planned(cfg: DistillationConfig, device: torch.device) -> Model:
     """The model before its weights."""
-    size, dtype, folder = SIZES[work.size], compute_dtype(work.dtype, device), Path("no-folder")
-    side = work.pixels // FACTOR
+    dtype, folder, side = compute_dtype(cfg.dtype, device), Path("no-folder"), int(cfg.resolution) // FACTOR
+    shape = SIZES[cfg.model].config["in_channels"], side, side
     conditioning = Conditioning(sd3, folder, dtype, device)
-    skeleton = skeleton_of(work.size)
-    return Model(sd3, folder, skeleton, (size.config["in_channels"], side, side), conditioning, dtype, device)
+    return Model(sd3, folder, skeleton_of(cfg.model), shape, conditioning, dtype, device)
 
 
 @cache
@@ -220,10 +188,10 @@ def in_dtype(transformer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
     return torch.nn.Module.to(transformer, dtype)
 
 
-def predicted(work: Work, device: torch.device) -> dict[str, int]:
+def predicted(cfg: DistillationConfig, device: torch.device) -> dict[str, int]:
     """What opd.report.memory predicts of our structure, by the names under which memory is measured."""
-    cfg, model = work.config(), planned(work, device)
+    model = planned(cfg, device)
     teachers = memory.assumed_teachers(cfg, model)
-    found = memory.predict(cfg, model, SIZES[work.size].text_shapes(), teachers, world=1)
+    found = memory.predict(cfg, model, SIZES[cfg.model].text_shapes(), teachers, world=1)
     same = {name: found[name] for name in ("base", "optimizer", "gradients", "activations")}
     return same | {"adapters": found["adapters"] + found["teachers"], "peak": memory.peak(found)}
