@@ -163,7 +163,7 @@ def test_held_out_tasks_are_watched_and_scored_and_a_failing_scorer_is_said(worl
 
 HERE = "tests.test_grpo_run"
 BAD_REWARDS = [
-    ("train_rewards", "no.such:reward", "cannot be imported"),
+    ("train_rewards", "no.such:reward", "No module named 'no'"),
     ("train_rewards", f"{HERE}:whole_numbers", "which is not floating"),
     ("train_rewards", f"{HERE}:too_long", r"returned shape \(3,\) for 2 images"),
     ("train_rewards", f"{HERE}:needy", "needs 'include' with every prompt"),

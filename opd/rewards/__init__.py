@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from opd.data import Prompt
-from opd.files import path_of
+from opd.files import path_of, reading
 from opd.rewards.scoring import Scoring, fault_of
 
 SHORT = {
@@ -133,11 +133,8 @@ class Reward:
             function = term.function
             if not hasattr(function, "load") or id(function) in _LOADED:
                 continue
-            try:
+            with reading(f"scorer {self.spec!r}: load({device}) of {term.name}"):
                 function.load(device)
-            except Exception as error:  # whatever the user's code raises
-                what = f"load({device}) of {term.name} raised {type(error).__name__}"
-                raise ValueError(f"scorer {self.spec!r}: {what}: {error}") from error
             _LOADED[id(function)] = function
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
@@ -203,17 +200,12 @@ def _find_function(name: str, spec: str) -> Callable:
             f"scorer {spec!r}: no short name {path!r} ({known}); use file.py:function or module:function"
         )
     module, _, attribute = SHORT.get(path, path).rpartition(":")
-    try:
+    with reading(f"scorer {spec!r}: {name}"):  # whatever the user's module or class raises
         function = getattr(_import(module), attribute)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"scorer {spec!r} cannot be imported: {error}") from error
-    if inspect.isclass(function):
-        try:
+        if inspect.isclass(function):
             function = _instance(function, *argument)
-        except Exception as error:  # whatever the user's class raises
-            raise ValueError(f"scorer {spec!r}: the class {name} cannot be made: {error}") from error
-    elif argument:
-        raise ValueError(f"scorer {spec!r}: {path} is no class and takes no argument; drop @{argument[0]}")
+        elif argument:
+            raise ValueError(f"it is no class and takes no argument; drop @{argument[0]}")
     try:
         inspect.signature(function).bind(None, None, None)
     except (TypeError, ValueError) as error:
@@ -227,8 +219,6 @@ def _import(module: str) -> ModuleType:
     if not module.endswith(".py"):
         return importlib.import_module(module)
     path = path_of(module).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
     found = importlib.util.spec_from_file_location(f"reward file {path}", path)
     loaded = importlib.util.module_from_spec(found)
     sys.modules[found.name] = loaded  # where dataclasses and pickle look for it

@@ -1,7 +1,4 @@
-"""CLIP, as the preference scores and GenEval's colours use it: unit vectors of pictures and of texts.
-
-transformers' `get_image_features` returns a tensor in version 4 and an object in version 5, so the towers and
-their projections are called themselves."""
+"""CLIP, as the preference scores and GenEval's colours use it: unit vectors of pictures and of texts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +35,7 @@ class Clip:
         """The same of pixels that are resized and normalised already."""
         rows = []
         for batch_BCHW in pixels_BCHW.split(BATCH):
-            pooled_BD = self.model.vision_model(pixel_values=batch_BCHW.to(self.device)).pooler_output
-            rows.append(self.model.visual_projection(pooled_BD).cpu())
+            rows.append(self.model.get_image_features(batch_BCHW.to(self.device)).pooler_output.cpu())
         return F.normalize(torch.cat(rows), dim=1)
 
     @torch.no_grad()
@@ -49,8 +45,8 @@ class Clip:
         tokens = self.processor.tokenizer(
             texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(self.device)
-        pooled_BD = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-        return F.normalize(self.model.text_projection(pooled_BD).cpu(), dim=1)
+        projected_BD = self.model.get_text_features(**tokens).pooler_output
+        return F.normalize(projected_BD.cpu(), dim=1)
 
 
 def with_clip(sources: str, clip: str) -> tuple[str, str]:

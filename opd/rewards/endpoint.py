@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from opd.files import reading
+
 TIMEOUT = 60.0  # seconds for one request
 TRIES = 3
 PAUSE = 1.0  # seconds before the second try; doubled before each further one
 TOGETHER = 16  # requests under way at once
-LONGEST = 16 * 2**20  # bytes of an answer; longer ones are garbage
 
 
 def ask(url: str, body: dict | None = None, key: str = "") -> dict:
@@ -51,24 +52,17 @@ def _ask_once(url: str, body: dict | None, key: str) -> dict:
     if body is not None:
         request.data = json.dumps(body).encode()
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        text = response.read(LONGEST)
-    try:
-        answer = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {text[:80]!r}") from error
-    if not isinstance(answer, dict):
-        raise ValueError(f"no JSON object: {text[:80]!r}")
-    return answer
+        text = response.read()
+    with reading(f"not JSON: {text[:80]!r}"):
+        return json.loads(text)
 
 
 def text_at(url: str, answer: dict, *path: str | int) -> str:
     """What the server's answer holds at a path of keys and positions. ValueError if there is nothing."""
     value = answer
-    for step in path:
-        try:
+    with reading(f"{url} answered {str(answer)[:80]}"):
+        for step in path:
             value = value[step]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{url}: no {step!r} in its answer: {str(answer)[:80]}") from error
     return str(value)
 
 

@@ -12,7 +12,7 @@ run it as a worker (opd/rewards/remote.py)."""
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights, with_clip
@@ -141,11 +141,9 @@ class HPSv2:
 
 def padded_to_square(picture: Image.Image, size: int) -> Image.Image:
     """Longest side `size` (bicubic), in the middle of a black square."""
-    scale = size / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
     square = Image.new("RGB", (size, size))
-    small = picture.resize((width, height), Image.Resampling.BICUBIC)
-    square.paste(small, ((size - width) // 2, (size - height) // 2))
+    small = ImageOps.contain(picture, square.size, Image.Resampling.BICUBIC)
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
     return square
 
 

@@ -21,18 +21,16 @@ import math
 import torch
 from torch import Tensor
 
-from opd.rewards.endpoint import ask, checked_url, gather, png_base64, text_at
+from opd.rewards.endpoint import ask, checked_url, png_base64, text_at
 from opd.rewards.inputs import pictures
 
 BATCH = 16  # images per request
 
 
 class Remote:
-    """A worker of any name. `low`, `high`: what lies outside is no score."""
+    """A worker of any name."""
 
     name = ""
-    low = -math.inf
-    high = math.inf
 
     def __init__(self, endpoint: str = ""):
         self.endpoint = checked_url(endpoint, f"{self.name or 'remote'}@http://localhost:8000")
@@ -59,22 +57,11 @@ class Remote:
                 wanted = f'wanted {{"scores": [...]}} with {count} numbers'
                 raise ValueError(f"{self.endpoint}: {wanted}, got {str(answer)[:80]}")
             scores += answer["scores"]
-        return gather(self._checked, scores, prompts)
-
-    def _checked(self, score, prompt: str) -> float:
-        """ValueError for what is no number of the scorer's range."""
-        if type(score) not in (int, float) or not math.isfinite(score):
-            raise ValueError(f"{self.endpoint}: {score!r} is no score")
-        if not self.low <= score <= self.high:
-            limits = f"{self.low:g} to {self.high:g}"
-            raise ValueError(f"{self.endpoint}: the score {score:g} is not in {limits}")
-        return float(score)
+        return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32)
 
 
 class Deqa(Remote):
     name = "deqa"
-    low = 1.0
-    high = 5.0
     divisor = 5.0
 
 
