@@ -9,19 +9,13 @@ import diffusers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from opd.config import DistillationConfig, NFTConfig, RewardedConfig, RunConfig
-from opd.files import digest, replace, resolve
+from opd.files import digest, reading, replace, resolve
 from opd.formats.export import Deployment, deployment_of
 from opd.formats.hub import variant_of
 from opd.formats.lora_files import find_adapter
 from opd.lora import BASE
 from opd.model import Model
-
-METHODS = {
-    "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
-    "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
-    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117, or AWM, 2509.25050)",
-    "sft": "flow matching on images with captions",
-}
+from opd.report.page import STAGES
 
 
 def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str) -> None:
@@ -35,7 +29,7 @@ def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str
 
 # {name_of(cfg)}
 
-Made by {METHODS[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, seed {cfg.seed}.
+Made by {STAGES[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, seed {cfg.seed}.
 
 ## How to sample it
 
@@ -164,12 +158,8 @@ def check_login(push: str) -> None:
     """ValueError if something is to be pushed and the Hub does not know who asks."""
     if not push:
         return
-    try:
+    with reading(f"--push {push!r}: log in first (hf auth login), or leave it out"):
         HfApi().whoami()
-    except Exception as error:  # not logged in, no network
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        way_out = "log in first (hf auth login), or leave it out"
-        raise ValueError(f"--push {push!r}: {way_out} ({reason})") from error
 
 
 def push_student(folder: Path, push: str) -> str:

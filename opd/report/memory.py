@@ -155,12 +155,16 @@ def held_by_teachers(model: Model, teachers: dict[str, Lora | Whole]) -> int:
 def held_at_once(teacher: Whole) -> int:
     """How many of its numbers are on the device at a time."""
     skeleton = teacher.model.skeleton
-    whole = numbers([*skeleton.parameters(), *skeleton.buffers()])
-    if not teacher.offload:
-        return whole
-    # What is in no block, the block at work, and the one on its way.
-    blocks = [numbers([*block.parameters()]) for block in teacher.model.family.blocks(skeleton)]
-    return whole - sum(blocks) + sum(sorted(blocks)[-2:])
+    weights = numbers(skeleton.parameters())
+    if teacher.offload:
+        weights = with_two_blocks(teacher.model)
+    return weights + numbers(skeleton.buffers())
+
+
+def with_two_blocks(model: Model) -> int:
+    """Numbers of what is in no block, of the block at work, and of the one on its way."""
+    blocks = sorted(numbers(block.parameters()) for block in model.family.blocks(model.skeleton))
+    return numbers(model.skeleton.parameters()) - sum(blocks[:-2])
 
 
 def lora_numbers(cfg: RunConfig, model: Model) -> int:
@@ -175,13 +179,11 @@ def fresh_lora(cfg: RunConfig, model: Model) -> Lora:
 
 
 def gathered(cfg: RunConfig, model: Model) -> int:
-    """Numbers of sharded weights that stand whole on a rank: two blocks, one of them on its way, and what is
-    in no block; all of them where they are only replicated by FSDP."""
-    whole = numbers(model.skeleton.parameters())
+    """Numbers of sharded weights that stand whole on a rank; all of them where they are only replicated by
+    FSDP."""
     if cfg.shard_size == 1:
-        return whole * cfg.full
-    blocks = [numbers(block.parameters()) for block in model.family.blocks(model.skeleton)]
-    return whole - sum(blocks) + sum(sorted(blocks)[-2:])
+        return cfg.full * numbers(model.skeleton.parameters())
+    return with_two_blocks(model)
 
 
 def trajectories(cfg: RunConfig, model: Model, world: int) -> int:

@@ -23,10 +23,10 @@ from opd.rewards import specs_of
 WIDEST, SMALL = 1200, 600  # pixels: the newest picture, and the earlier ones
 SHOWN = 12  # pictures of a page
 STAGES = {
-    "opd": "distillation from teachers",
-    "grpo": "reinforcement learning from rewards (GRPO)",
-    "nft": "reinforcement learning from rewards, without likelihoods",
-    "sft": "flow matching on images",
+    "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
+    "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
+    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117, or AWM, 2509.25050)",
+    "sft": "flow matching on images with captions",
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1120px; margin: auto; padding: 2em }

@@ -7,17 +7,13 @@ from PIL import Image
 
 from opd.config import RunConfig
 from opd.formats.settings import to_json
+from opd.rewards.inputs import need
 
 
 def check_tracker(name: str) -> None:
     """ValueError where --tracker names a package that is not installed."""
-    try:
-        if name == "tensorboard":
-            import torch.utils.tensorboard  # noqa: F401
-        elif name == "wandb":
-            import wandb  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f'--tracker {name} is not installed: pip install "flow-opd[{name}]"') from error
+    if name != "none":
+        need(name, name)
 
 
 class Tracker:
