@@ -20,9 +20,9 @@ from opd import ranks
 from opd.data import Asked, Prompt, asked_of
 from opd.files import digest, path_of, reading, writing
 from opd.files import replace as replace_file
-from opd.formats.latents import find_files, read_metadata
+from opd.formats.latents import find_files
 from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
-from opd.formats.sources import source_pictures
+from opd.formats.prompts import load_prompts
 
 LINES = "records.jsonl"
 THUMBNAIL = 8  # pixels per side
@@ -191,18 +191,14 @@ def read_pictures(folder: RecordFolder) -> list[Record]:
     known = folder.merge()
     records = list(known.values())
     if not known or (folder.path / "metadata.jsonl").is_file():
-        captions, rows = read_metadata(folder.path)
-        find_files(folder.path, rows)  # refuses those that are missing, or not in this folder
-        for index, (text, row) in enumerate(zip(captions, rows, strict=True)):
-            file = row["file_name"]
-            if not text.strip():
-                raise ValueError(f"{folder.path}/metadata.jsonl: {file!r} has an empty prompt")
-            place = {"row": folder.path.name or "pictures", "split": "pictures", "task": "pictures"}
-            place |= {name: str(row[name]) for name in place if name in row}
-            metadata = {name: row[name] for name in row if name not in ("file_name", "prompt", *place)}
+        prompts = load_prompts(str(folder.path / "metadata.jsonl"), "pictures", None)
+        find_files(folder.path, prompts)  # refuses what is missing
+        for index, prompt in enumerate(prompts):
+            file = prompt.metadata.pop("file_name")
+            place = {"row": folder.path.name or "pictures", "split": "pictures"}
+            for name in place.keys() & prompt.metadata.keys():
+                place[name] = str(prompt.metadata.pop(name))
             if file not in known:
-                sources = source_pictures(metadata, folder.path, f"{folder.path}/metadata.jsonl: {file!r}")
-                prompt = Prompt(text.strip(), place["task"], metadata, pictures=sources)
                 record = record_of(place["row"], place["split"], prompt, index, seed=0, settings={})
                 records.append(replace(record, file=file))
     missing = [record.file for record in records if not folder.has_pictures([record])]

@@ -7,17 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.data import Asked, asked_of, seed_of
-from opd.files import path_of, replace, write_safetensors
+from opd.data import Asked, Prompt, seed_of
+from opd.errors import require
+from opd.files import path_of, reading, replace, write_safetensors
 from opd.formats.pictures import read_image, to_tensor
-from opd.formats.prompts import read_jsonl, require_prompt
-from opd.formats.sources import source_pictures
-
-CAPTION_KEYS = ("prompt", "text", "caption")
+from opd.formats.prompts import load_prompts
 
 
 @dataclass
@@ -43,74 +40,40 @@ class Images:
 def load_images(source: str, model) -> Images:
     """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once."""
     folder = path_of(source)
-    captions, rows = read_metadata(folder)
-    sources = [
-        source_pictures(row, folder, f"{folder}/metadata.jsonl: line {n}") for n, row in enumerate(rows, 1)
-    ]
-    captions = [asked_of(*pair) for pair in zip(captions, sources, strict=True)]
+    prompts = load_prompts(str(folder / "metadata.jsonl"), "images", None)
+    captions = [prompt.asked for prompt in prompts]
     log_shift = model.family.log_shift(model.folder, model.shape)
     if (folder / "latents.safetensors").is_file():
-        latents = read_latents(folder / "latents.safetensors", (len(rows), *model.shape))
+        latents = read_latents(folder / "latents.safetensors", (len(prompts), *model.shape))
     else:
-        latents = encode_files(find_files(folder, rows), model)
+        latents = encode_files(find_files(folder, prompts), model)
     return Images(latents, captions, log_shift)
 
 
-def read_metadata(folder: Path) -> tuple[list[str], list[dict]]:
-    """Captions, the first text under one of CAPTION_KEYS, and rows of metadata.jsonl."""
-    file = folder / "metadata.jsonl"
-    if not file.is_file():
-        wanted = 'one line {"file_name", "prompt"} per image, or {"prompt"} per latent of latents.safetensors'
-        raise FileNotFoundError(f"{str(folder)!r} holds no metadata.jsonl; give {wanted}")
-    lines = list(read_jsonl(file))
-    if not lines:
-        raise ValueError(f"{file} is empty")
-    captions = []
-    for number, row in lines:
-        texts = [row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)]
-        if not texts:
-            wanted = f"expected a text under one of {', '.join(CAPTION_KEYS)}"
-            raise ValueError(f"{file}:{number}: no caption; {wanted}")
-        require_prompt(texts[0], f"{file}:{number}")
-        captions.append(texts[0])
-    return captions, [row for _, row in lines]
-
-
 def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
-    """The tensor `latents`, which must have the shape `wanted`; it is checked before the data is read."""
-    try:
-        with safe_open(file, "pt") as content:
-            shape = tuple(content.get_slice("latents").get_shape())
-    except SafetensorError as error:
-        raise ValueError(f"{file} holds no tensor 'latents' ({error})") from error
-    if shape != wanted:
+    """The tensor `latents`, which must have the shape `wanted`."""
+    with reading(str(file)):
+        latents = load_file(file)["latents"]
+    if latents.shape != wanted:
         fitting = f"with {wanted[0]} captions and this model and --resolution it must be {wanted}"
-        raise ValueError(f"{file} has shape {shape}; {fitting}")
-    latents = load_file(file)["latents"]
+        raise ValueError(f"{file} has shape {tuple(latents.shape)}; {fitting}")
     bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"{file}: {len(bad)} latents hold NaN or infinity, first: number {bad[0]}")
     return latents
 
 
-def find_files(folder: Path, rows: list[dict]) -> list[Path]:
-    """The image of every row. ValueError for one that is no path below `folder`: whoever made the data would
-    choose which of the user's files are read."""
-    for number, row in enumerate(rows, 1):
-        line = f"{folder}/metadata.jsonl: line {number}"
-        if "file_name" not in row:
-            raise ValueError(f'{line} has no "file_name", and there is no latents.safetensors')
-        name = row["file_name"]
-        if not isinstance(name, str) or "\0" in name:
-            raise ValueError(f'{line}: "file_name" is {name!r:.60}; expected the path of an image')
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            way_out = "keep the images inside it"
-            raise ValueError(f'{line}: "file_name" {name!r} leads out of the folder; {way_out}')
-    missing = [row["file_name"] for row in rows if not (folder / row["file_name"]).is_file()]
+def find_files(folder: Path, prompts: list[Prompt]) -> list[Path]:
+    """The image of every prompt. ValueError or FileNotFoundError naming one that has none."""
+    for prompt in prompts:
+        named = "file_name" in prompt.metadata
+        require(named, f'{prompt.source} has no "file_name", and there is no latents.safetensors')
+    files = [folder / prompt.metadata["file_name"] for prompt in prompts]
+    missing = [file for file in files if not file.is_file()]
     if missing:
         named = f"{folder}/metadata.jsonl names {len(missing)} images"
-        raise FileNotFoundError(f"{named} that do not exist, first: {missing[0]!r}")
-    return [folder / row["file_name"] for row in rows]
+        raise FileNotFoundError(f"{named} that do not exist, first: {str(missing[0])!r}")
+    return files
 
 
 def encode_files(files: list[Path], model, batch: int = 16) -> Tensor:
