@@ -3,6 +3,8 @@
 diffusers has such a translation for its other families (`Pipeline.lora_state_dict`), none for SD3.
 """
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -74,17 +76,12 @@ def diffusers_names(flat: str) -> list[str]:
     for native, name in OUTSIDE.items():
         if flat in (flatten(native), flatten(name)):
             return [name]
-    stem, _, rest = flat.partition("_blocks_")
-    number, _, rest = rest.partition("_")
-    if stem not in ("joint", "transformer") or not number.isdecimal():
-        return []
+    block = re.fullmatch(r"(?:joint|transformer)_blocks_(\d+)_(.+)", flat)
+    names = []
     for native, ends in BLOCK.items():
-        for end in ends:
-            if rest == flatten(end):
-                return [f"transformer_blocks.{number}.{end}"]
-        if rest == flatten(native):
-            return [f"transformer_blocks.{number}.{end}" for end in ends]
-    return []
+        own = [end for end in ends if block and block[2] in (flatten(native), flatten(end))]
+        names += [f"transformer_blocks.{block[1]}.{end}" for end in own]
+    return names
 
 
 def flatten(name: str) -> str:
