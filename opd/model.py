@@ -19,7 +19,7 @@ from opd.data import Asked, alike, seed_of
 from opd.families import Condition, family_of, unconditional
 from opd.files import reading
 from opd.formats import lora_files
-from opd.formats.hub import check_encoders, check_scale, check_weights, find_pipeline, stored, weight_files
+from opd.formats.hub import check_encoders, check_weights, find_pipeline, stored, weight_files
 from opd.formats.lora_files import Lora
 from opd.trajectory import State
 
@@ -83,7 +83,6 @@ class Model:
         with reading(f"model {source!r}"):
             skeleton = family.skeleton(folder)
             check_weights(stored(weight_files(folder / "transformer")), skeleton)
-            check_scale(folder)
             own = family.default_resolution(folder)
             height, width = pixels_of(resolution or str(own))
             shape = family.latent_shape(folder, height, width)

@@ -253,7 +253,7 @@ def test_of_several_records_the_largest_guidance_counts(folder, tmp_path, capsys
     args = sample.Arguments(adapters=sources | {"student": student(folder)})
     names = ("guidance", "steps", "resolution")
     assert export.completed(args, [], names) == replace(args, guidance=4.0)
-    said = "recorded with high: guidance 4.0 (the largest recorded; low 1.5, student 2.5)\n"
+    said = "recorded with high: guidance 4 (the largest recorded; low 1.5, student 2.5)\n"
     assert capsys.readouterr().out == said
     assert export.completed(args, ["--guidance=1"], names) == args
 
@@ -268,8 +268,6 @@ def test_a_broken_record_ends_in_one_line_before_weights_load(folder, tmp_path):
 
 
 BROKEN = {
-    '{"guidance": null}': "'guidance' is None; it must be a float, and finite",
-    '{"guidance": 1e999}': "'guidance' is inf",
-    '{"t5": 1}': "'t5' is 1; it must be a bool",
+    '{"steps": 1': "not JSON",
     '{"steps": 0}': "--steps is 0",
 }

@@ -150,7 +150,10 @@ def test_a_file_without_alpha_says_so_and_takes_the_users(tmp_path, capsys):
 
 def test_an_alpha_that_is_none_or_contradicts_the_file_is_refused(tmp_path):
     silent, states = str(single_file(tmp_path / "x", keyed(pairs()))), str(peft_dir(tmp_path / "y", pairs()))
-    refused = [("many", silent, "'many', not a number"), ("0", silent, "must be positive")]
+    refused = [
+        ("many", silent, "alpha: could not convert string to float: 'many'"),
+        ("0", silent, "must be positive"),
+    ]
     refused += [("7", states, "the file states its alpha, so leave out :alpha=7")]
     for asked, source, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -214,12 +217,12 @@ POSITIVE = "must be positive and finite"
 REFUSED = {
     "nowhere": (lambda folder: folder, "no such file or directory"),
     "empty directory": (empty, "neither adapter_model.safetensors nor"),
-    "not safetensors": (of_bytes(b"version https://git-lfs.github.com/"), "not a readable safetensors"),
-    "a huge header": (of_bytes(HUGE), "not a readable safetensors file"),
+    "not safetensors": (of_bytes(b"version https://git-lfs.github.com/"), "SafetensorError"),
+    "a huge header": (of_bytes(HUGE), "SafetensorError"),
     "a broken config": (of_bytes(b"{", "adapter_config.json"), "adapter_config.json: not JSON"),
     "broken metadata": (
         lambda folder: single_file(folder, keyed(pairs()), {"lora_adapter_metadata": "["}),
-        "lora_adapter_metadata is no JSON object",
+        "its lora_adapter_metadata: Expecting value",
     ),
     "nothing": (lambda folder: single_file(folder, {}), "0 A and 0 B factors"),
     "zero B": (changed(zero_b), "zero everywhere.*saved before training.*write 'base'"),

@@ -144,10 +144,7 @@ def test_other_architectures_are_refused(name, shape, problem, world, place, tmp
         refused(world, tmp_path, tmp_path / teacher, message)
 
 
-@pytest.mark.parametrize(
-    "scale", ["{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv", "{}.SCB", "{}.weight.absmax"]
-)
-def test_scaled_8_bit_weights_are_refused_by_name(scale, world, place, tmp_path, no_weights):
+def test_scaled_8_bit_weights_are_refused_by_name(world, place, tmp_path, no_weights):
     """In the base, in a pipeline that teaches and in a transformer that does: without its scales a float8
     weight is another one."""
     base = shutil.copytree(world / "pipeline", tmp_path / "base")
@@ -156,10 +153,9 @@ def test_scaled_8_bit_weights_are_refused_by_name(scale, world, place, tmp_path,
     for name in [name for name in tensors if ".attn." in name and tensors[name].dim() == 2]:
         factor = tensors[name].abs().max() / 448
         tensors[name] = (tensors[name] / factor).to(torch.float8_e4m3fn)
-        tensors[scale.format(name.removesuffix(".weight"))] = factor
+        tensors[f"{name.removesuffix('.weight')}.scale_weight"] = factor
     save_file(tensors, file)
-    first = scale.format("transformer_blocks.0.attn.add_k_proj")
-    message = rf"15 weights are unknown scales of quantised weights.*in bfloat16\): \['{first}'"
+    message = r"15 weights are unknown: \['transformer_blocks.0.attn.add_k_proj.scale_weight'"
     for teacher in (base, base / "transformer"):
         refused(world, tmp_path, teacher, message)
     with pytest.raises(ValueError, match=message) as caught:
@@ -248,11 +244,11 @@ def test_a_transformer_by_its_authors_names_is_what_diffusers_reads(family, tmp_
 
     name = next(name for name in content if name.endswith(".weight"))
     save_file(content | {name.replace(".weight", ".scale_weight"): torch.ones(1)}, file)
-    with pytest.raises(ValueError, match="1 weights are unknown scales of quantised weights"):
+    with pytest.raises(ValueError, match="1 weights are unknown: .*scale_weight"):
         read_transformer(file, model)
     del content[name]
     save_file(content, file)
-    with pytest.raises(ValueError, match="1 weights are missing|cannot be converted .KeyError: '"):
+    with pytest.raises(ValueError, match="1 weights are missing|cannot be converted: .*KeyError: '"):
         read_transformer(file, model)
 
 

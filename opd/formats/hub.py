@@ -1,6 +1,5 @@
 """What the user names: a path or a Hub repository, and what a pipeline's folder must hold to be one."""
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -126,15 +125,6 @@ def check_encoders(folder: Path, t5: bool) -> None:
             raise FileNotFoundError(f"{part} holds none of {listed}; download the pipeline again")
 
 
-def check_scale(folder: Path) -> None:
-    """ValueError for a VAE whose config cannot scale latents; some scale them otherwise than by a factor."""
-    config = read_json(folder / "vae" / "config.json")
-    for name, above in (("scaling_factor", 0), ("shift_factor", -math.inf)):
-        if name in config and not (type(config[name]) in (int, float) and above < config[name] < math.inf):
-            wanted = "it must be a finite number, and a scale be above 0"
-            raise ValueError(f"{folder}/vae/config.json: {name} is {config[name]!r}; {wanted}")
-
-
 def variant_of(folder: Path, name: str = "diffusion_pytorch_model") -> str | None:
     """The variant, such as fp16, that a model's weights are there in; None where they are there plain, or in
     several. diffusers loads a variant when it is told so alone."""
@@ -182,10 +172,4 @@ def check_weights(tensors: dict[str, Tensor], skeleton: torch.nn.Module) -> None
     }
     for problem, names in problems.items():
         if names:
-            quantised = problem == "unknown" and any(QUANTISED.search(name) for name in names)
-            why = " scales of quantised weights, which are not applied (use the model in bfloat16)"
-            raise ValueError(f"{len(names)} weights are {problem}{why * quantised}: {sorted(names)[:3]}")
-
-
-QUANTISED = re.compile(r"scale\w*$|\.absmax|\.quant_|\.SCB$")
-"""What stands beside weights in 8 or 4 bits: scaled float8, bitsandbytes."""
+            raise ValueError(f"{len(names)} weights are {problem}: {sorted(names)[:3]}")

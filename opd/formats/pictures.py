@@ -18,7 +18,6 @@ FONT = ImageFont.load_default(14)
 LINE = 18  # height of a line of text
 GAP = 4  # between images
 CELL = 120  # least size of an image
-MOST_PIXELS = 10**8  # of a source picture: 300 MB
 
 
 def read_image(file: Path) -> Image.Image:
@@ -29,16 +28,14 @@ def read_image(file: Path) -> Image.Image:
 
 @cache
 def size_of_image(path: str) -> tuple[int, int]:
-    """(width, height) by the file's header. ValueError for a film, for what would fill the memory, and for
-    greys of more than 8 bits, which as RGB would be white."""
+    """(width, height) by the file's header. ValueError for a film, and for greys of more than 8 bits, which
+    as RGB would be white."""
     with Image.open(path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are greys of mode {image.mode}; save it with 8 bits of RGB")
         # Behind a camera's photo a .jpg may hold its preview or its depth.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"it has {image.n_frames} frames; save one of them as a picture of its own")
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"it is {image.width} x {image.height}; make it smaller than 100 megapixels")
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # a camera held upright
         return image.size[::-1] if turned else image.size
 
@@ -80,11 +77,12 @@ def labelled_grid(
     columns: list[str],
     notes: dict[str, list[str]] | None = None,
 ) -> Image.Image:
-    """One picture: a row of images (3, H, W) per name, a caption above every column. `notes`: name -> what
-    stands in a corner of each image, such as its score."""
+    """One picture: a row of images (3, H, W) per name, above every column three lines of its caption at most.
+    `notes`: name -> what stands in a corner of each image, such as its score."""
     tiles = {name: [to_pil(image, CELL) for image in images] for name, images in rows.items()}
     width, height = next(iter(tiles.values()))[0].size
-    captions = [wrapped(caption, width) for caption in columns]
+    letters = max(6, int(width / FONT.getlength("n")))
+    captions = [textwrap.wrap(caption, letters)[:3] for caption in columns]
     top = 8 + LINE * max(len(lines) for lines in captions)
     left = 16 + int(max(FONT.getlength(part) for name in rows for part in name.split("\n")))
     size = left + len(columns) * (width + GAP), top + len(rows) * (height + GAP)
@@ -104,9 +102,3 @@ def labelled_grid(
                     place, notes[name][column], "white", FONT, "rs", stroke_width=2, stroke_fill="black"
                 )
     return canvas
-
-
-def wrapped(caption: str, width: int) -> list[str]:
-    """At most three lines that are no wider than an image."""
-    letters = max(6, int(width / FONT.getlength("n")))
-    return textwrap.wrap(caption, letters)[:3]

@@ -20,12 +20,8 @@ def to_json(cfg: Settings) -> dict:
 
 def read_config(file: str | Path, stages: dict[str, type]) -> Settings:
     """The settings in a saved config.json. ValueError naming the file, and the field where one is wrong."""
-    path = path_of(file)
-    if not path.is_file():
-        raise ValueError(f"config {str(file)!r}: no such file")
-    values = read_json(path)
     with reading(f"config {str(file)!r}"):
-        return from_json(values, stages)
+        return from_json(read_json(path_of(file)), stages)
 
 
 def from_json(values: dict, stages: dict[str, type]) -> Settings:
@@ -38,13 +34,10 @@ def from_json(values: dict, stages: dict[str, type]) -> Settings:
     kind = stages[stage]
     hints = get_type_hints(kind, include_extras=True)
     known = [setting.name for setting in fields(kind)]
-    unknown = [name for name in own if name not in known]
-    if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"stage {stage} has no field {names} (another version's, or misspelt)")
-    missing = [name for name in known if name not in own]
-    if missing:
-        raise ValueError(f"field {', '.join(map(repr, missing))} is missing")
+    wrong = own.keys() ^ set(known)
+    if wrong:
+        names = ", ".join(map(repr, sorted(wrong)))
+        raise ValueError(f"stage {stage}: unknown or missing: {names} (another version's, or misspelt)")
     return kind(**{name: restored_value(name, own[name], hints[name]) for name in known})
 
 

@@ -156,11 +156,8 @@ def by_own_names(tensors: dict[str, Tensor], skeleton: ModelMixin) -> dict[str, 
     if any(name.startswith(WHOLE) for name in tensors):
         tensors = {name.removeprefix(WHOLE): tensors[name] for name in tensors if name.startswith(WHOLE)}
     left = dict(tensors)  # the converters take out what they use
-    try:
+    with reading("its names cannot be converted"):  # a library's errors
         converted = SINGLE_FILE_LOADABLE_CLASSES[type(skeleton).__name__]["checkpoint_mapping_fn"](left)
-    except Exception as error:  # a library's, on a file that it was not written for
-        lost = f"its names cannot be converted ({type(error).__name__}: {error})"
-        raise ValueError(lost) from error
     return left | converted
 
 
