@@ -15,11 +15,16 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from opd import flow
 from opd.files import read_json
 from opd.formats.hub import variant_of
 
 # What a family has that does not say otherwise.
-__all__ = ["decode", "default_resolution", "encode_images", "log_shift", "pixels", "sigmas"]
+__all__ = ["NEGATIVE", "EDITING", "collate", "decode", "default_resolution", "encode_images", "guide"]
+__all__ += ["log_shift", "pixels", "sigmas"]
+NEGATIVE = ""
+EDITING = None
+guide = flow.guided
 
 # ---- loading: `kind` is the class of diffusers -------------------------------------------------------------
 
@@ -165,8 +170,8 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 # ---- text and patches --------------------------------------------------------------------------------------
 
 
-def stacked(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Conditions of one length, name by name in a batch."""
+def collate(conditions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditions of one length, name by name in a batch, the source pictures too."""
     return {name: torch.stack([condition[name] for condition in conditions]) for name in conditions[0]}
 
 

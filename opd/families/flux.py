@@ -22,8 +22,6 @@ from opd.families._parts import PATCH
 PIPELINE = "FluxPipeline"
 # The single blocks have some of them too.
 LORA_TARGETS = JOINT_ATTENTION
-NEGATIVE = ""
-EDITING = None
 T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
 
 
@@ -83,10 +81,6 @@ def encode_prompts(text: FluxPipeline, prompts: list[str], device: torch.device)
     embeds_BLD, pooled_BP, _ = text.encode_prompt(prompts, device=device, max_sequence_length=T5_TOKENS)
     pairs = zip(embeds_BLD, pooled_BP, strict=True)
     return [{"embeds": embeds_LD, "pooled": pooled_P} for embeds_LD, pooled_P in pairs]
-
-
-# `embeds` (B, L, D), `pooled` (B, P).
-collate = parts.stacked
 
 
 # ---------------------------------------------------------------- velocity

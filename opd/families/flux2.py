@@ -22,7 +22,6 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from opd import flow
 from opd.families import JOINT_ATTENTION, Condition, Editing, pictures_of
 from opd.families import _parts as parts
 from opd.families._parts import *  # noqa: F403 (what is not said here)
@@ -38,7 +37,6 @@ LORA_TARGETS = (
 )
 # The pipeline's own: it pads every prompt, and the transformer sees the padding. A tokenizer may allow fewer.
 TOKENS = 512
-NEGATIVE = ""
 LARGEST = 1024**2  # pixels of a source picture
 STEPS = 50  # the pipeline's default: its shift depends on the number of steps
 
@@ -92,10 +90,6 @@ def encode_prompts(text: Flux2KleinPipeline, prompts: list[str], device: torch.d
     return [{"embeds": embeds_LD} for embeds_LD in embeds_BLD]
 
 
-# `embeds` (B, L, D) and the pictures.
-collate = parts.stacked
-
-
 # ---------------------------------------------------------------- velocity
 
 
@@ -126,9 +120,6 @@ def ids_of(number: int, image_BCHW: Tensor) -> Tensor:
     ids_T4 = parts.positions(1, *image_BCHW.shape[2:], 1, device=image_BCHW.device)
     ids_T4[:, 0] = 10 * number
     return ids_T4
-
-
-guide = flow.guided
 
 
 # ---------------------------------------------------------------- source pictures

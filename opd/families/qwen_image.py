@@ -23,7 +23,6 @@ from opd.families._parts import PATCH
 PIPELINE = "QwenImagePipeline"
 LORA_TARGETS = JOINT_ATTENTION
 NEGATIVE = " "  # what the model's card asks for
-EDITING = None
 TOKENS = 512  # the pipeline cuts longer prompts off
 SIZE = 1024  # pixels per side; no config says so
 
@@ -76,7 +75,7 @@ def collate(conditions: list[Condition]) -> dict[str, Tensor | None]:
         mask_BL = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         mask_BL = mask_BL.to(embeds[0].device, non_blocking=True)
     text = {"embeds": pad_sequence(embeds, batch_first=True), "mask": mask_BL}
-    return text | parts.stacked([pictures_of(condition) for condition in conditions])
+    return text | parts.collate([pictures_of(condition) for condition in conditions])
 
 
 # ---------------------------------------------------------------- velocity

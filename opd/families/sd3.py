@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from opd import flow
 from opd.families import JOINT_ATTENTION, Condition, has_t5
 from opd.families import _parts as parts
 from opd.families._parts import *  # noqa: F403 (what is not said here)
@@ -22,8 +21,6 @@ from opd.formats.hub import variant_of
 
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
-NEGATIVE = ""
-EDITING = None
 T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
@@ -103,10 +100,6 @@ def encode_prompts(
     return conditions
 
 
-# `embeds` (B, L, D), `pooled` (B, P), `blank` (B, 1, D) where there is one.
-collate = parts.stacked
-
-
 # ---------------------------------------------------------------- velocity
 
 
@@ -128,9 +121,6 @@ def velocity(
         return_dict=False,
     )
     return v_BCHW
-
-
-guide = flow.guided
 
 
 # ---------------------------------------------------------------- noise levels

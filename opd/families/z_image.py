@@ -15,7 +15,6 @@ import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
-from opd import flow
 from opd.families import Condition
 from opd.families import _parts as parts
 from opd.families._parts import *  # noqa: F403 (what is not said here)
@@ -29,8 +28,6 @@ LORA_TARGETS = (
     "layers.*.attention.to_v",
     "layers.*.attention.to_out.0",
 )
-NEGATIVE = ""
-EDITING = None
 TOKENS = 512  # where the pipeline cuts a prompt off
 
 
@@ -99,9 +96,6 @@ def velocity(
         list(frames.unbind(0)), (1000 - 1000 * sigma_B.float()) / 1000, text, return_dict=False
     )
     return -torch.stack(toward_data).squeeze(2)
-
-
-guide = flow.guided
 
 
 # ---------------------------------------------------------------- noise levels
