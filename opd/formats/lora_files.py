@@ -80,7 +80,8 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
     place, _, asked = source.partition(":alpha=")
     path = find_adapter(source)
     with reading(f"adapter {source!r}"):
-        tensors, metadata = read_tensors(path)
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         A, B, keys = factors(tensors)
         ranks = {layer: len(a_RI) for layer, a_RI in A.items()}
         config = peft_config(path, metadata)
@@ -119,12 +120,6 @@ def find_adapter(source: str) -> Path:
     return only_weights("adapter", source, path, f"neither {WEIGHTS[0]} nor {WEIGHTS[1]}")
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-
-
 # ---- factors -----------------------------------------------------------------------------------------------
 
 
@@ -134,14 +129,12 @@ def factors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
     for key, tensor in tensors.items():
         layer, part = split_key(key)
         half = {"A": A, "B": B, "alpha": alpha}[part]
-        if layer in half:
-            raise ValueError(f"{layer} is given twice: {key!r} is its second {part}")
+        require(layer not in half, f"{layer} is given twice: {key!r} is its second {part}")
         half[layer] = tensor
-    if A.keys() != B.keys() or not A:
-        lonely = sorted(A.keys() ^ B.keys())
-        raise ValueError(f"{len(A)} A and {len(B)} B factors; without partner: {lonely[:3]}")
-    if alpha.keys() - A.keys():
-        raise ValueError(f"alpha without a layer: {sorted(alpha.keys() - A.keys())[:3]}")
+    lonely, astray = sorted(A.keys() ^ B.keys()), sorted(alpha.keys() - A.keys())
+    paired = len(A) > 0 and not lonely
+    require(paired, f"{len(A)} A and {len(B)} B factors; without partner: {lonely[:3]}")
+    require(not astray, f"alpha without a layer: {astray[:3]}")
     for layer in A:
         check_pair(layer, A[layer], B[layer])
         A[layer], B[layer] = A[layer].float(), B[layer].float()
@@ -173,16 +166,14 @@ def split_key(key: str) -> tuple[str, str]:
 def check_pair(layer: str, a_RI: Tensor, b_OR: Tensor) -> None:
     """ValueError unless A (r, in) and B (out, r) are finite floats of one rank that is low for the layer."""
     shapes = f"{layer} has factors of shapes {tuple(a_RI.shape)} and {tuple(b_OR.shape)}"
-    if not a_RI.dim() == b_OR.dim() == 2:
-        raise ValueError(f"{shapes}; only linear layers can be adapted")
+    require(a_RI.dim() == b_OR.dim() == 2, f"{shapes}; only linear layers can be adapted")
     rank, other_rank = a_RI.shape[0], b_OR.shape[1]
-    if rank != other_rank or not 0 < rank <= max(a_RI.shape[1], b_OR.shape[0]):
-        raise ValueError(f"{shapes}: rank {rank} in A, {other_rank} in B")
+    low = 0 < rank <= max(a_RI.shape[1], b_OR.shape[0])
+    require(low and rank == other_rank, f"{shapes}: rank {rank} in A, {other_rank} in B")
     for factor in (a_RI, b_OR):
-        if not factor.is_floating_point():
-            raise ValueError(f"{layer} holds {factor.dtype}; the factors of an adapter are floating-point")
-        if not factor.float().isfinite().all():
-            raise ValueError(f"{layer} has values that are not finite")
+        numbers = f"{layer} holds {factor.dtype}; the factors of an adapter are floating-point"
+        require(factor.is_floating_point(), numbers)
+        require(bool(factor.float().isfinite().all()), f"{layer} has values that are not finite")
 
 
 # ---- alpha -------------------------------------------------------------------------------------------------
@@ -202,8 +193,7 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
             stated[layer] = pattern_alpha(layer, patterns, general)
             if config.get("use_rslora"):
                 stated[layer] *= ranks[layer] ** 0.5
-    if stated and asked:
-        raise ValueError(f"the file states its alpha, so leave out :alpha={asked}")
+    require(not (stated and asked), f"the file states its alpha, so leave out :alpha={asked}")
     if asked:
         stated = dict.fromkeys(ranks, number("alpha", asked))
     if stated and stated.keys() != ranks.keys():
@@ -245,15 +235,12 @@ def peft_config(path: Path, metadata: dict[str, str]) -> dict:
 def check_settings(config: dict) -> None:
     """ValueError for an adapter that the factors alone do not describe: of another kind, with more than
     factors, or made for a base that PEFT had changed first."""
-    if config.get("peft_type") not in (None, "LORA"):
-        raise ValueError(
-            f"its config says peft_type {config['peft_type']!r}; only plain LoRAs can be attached"
-        )
-    if config.get("bias") not in (None, "none"):
-        raise ValueError(f"its config says bias={config['bias']!r}: the base's biases were trained too")
+    kind, bias = config.get("peft_type"), config.get("bias")
+    plain = "only plain LoRAs can be attached"
+    require(kind in (None, "LORA"), f"its config says peft_type {kind!r}; {plain}")
+    require(bias in (None, "none"), f"its config says bias={bias!r}: the base's biases were trained too")
     for setting in OTHER_SETTINGS:
-        if config.get(setting):
-            raise ValueError(f"its config says {setting}: only plain LoRAs can be attached")
+        require(not config.get(setting), f"its config says {setting}: {plain}")
     if str(config.get("init_lora_weights")).lower() not in PLAIN_STARTS:
         raise ValueError(
             f"its config says init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes the "
@@ -277,8 +264,7 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
     if not foreign:
         return lora
     unknown = f"layer names like {foreign[0]!r} are not known for this model family"
-    if convert is None:
-        raise ValueError(unknown)
+    require(convert is not None, unknown)
     folded = {}
     for layer in foreign:
         # The converters tell the tools apart by their spelling: kohya's for flat names.
@@ -287,12 +273,10 @@ def translated(lora: Lora, convert: Convert | None) -> Lora:
         folded[f"{names[layer]}.{b_name}.weight"] = lora.scale[layer] * lora.B[layer]
     with reading(unknown):  # a library's errors, on a file that it was not written for
         A, B, _ = factors(convert(folded))
-    if any(layer.startswith(FOREIGN) for layer in A):
-        raise ValueError(unknown)
+    require(not any(layer.startswith(FOREIGN) for layer in A), unknown)
     scale = dict.fromkeys(A, 1.0)
     for layer in lora.A.keys() - set(foreign):
-        if layer in A:
-            raise ValueError(f"{layer} is given twice, once by another tool's name")
+        require(layer not in A, f"{layer} is given twice, once by another tool's name")
         A[layer], B[layer], scale[layer] = lora.A[layer], lora.B[layer], lora.scale[layer]
     whole = Lora(lora.source, lora.sha256, A, B, scale)
     if not math.isclose(whole.norm(), lora.norm(), rel_tol=1e-3):

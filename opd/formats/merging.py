@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from opd.errors import require
 from opd.formats.lora_files import Lora
 
 Factors = tuple[Tensor, Tensor]  # A (q, in) and B (out, q) float32, whose product B A is an update
@@ -21,8 +22,7 @@ def merge(mode: str, loras: list[Lora], share: float, rank: int, alpha: float) -
 
     ValueError where there is nothing to merge and where the mode cannot merge these adapters.
     """
-    if not loras:
-        raise ValueError("--cold-start merge: there is no adapter to merge; use --cold-start base")
+    require(len(loras) > 0, "--cold-start merge: there is no adapter to merge; use --cold-start base")
     A, B = {}, {}
     spare = torch.Generator().manual_seed(0)
     for module in sorted(set().union(*(lora.A for lora in loras))):
@@ -53,11 +53,9 @@ def svd(loras: list[Lora], module: str, share: float, rank: int) -> Factors:
 
 def naive(loras: list[Lora], module: str, share: float, rank: int) -> Factors:
     ranks = [len(lora.A[module]) if module in lora.A else 0 for lora in loras]
-    if len(set(ranks)) > 1:
-        same = "--merge naive averages factors, so all adapters must have one rank and the same layers"
-        raise ValueError(f"{same}; their ranks at {module}: {ranks}; use --merge svd")
-    if ranks[0] > rank:
-        raise ValueError(f"--merge naive keeps the adapters' rank: use --rank {ranks[0]} or more")
+    same = "--merge naive averages factors, so all adapters must have one rank and the same layers"
+    require(len(set(ranks)) == 1, f"{same}; their ranks at {module}: {ranks}; use --merge svd")
+    require(ranks[0] <= rank, f"--merge naive keeps the adapters' rank: use --rank {ranks[0]} or more")
     a_RI = sum(share * lora.A[module] for lora in loras)
     b_OR = sum(share * (lora.scale[module] * lora.B[module]) for lora in loras)
     return a_RI, b_OR
