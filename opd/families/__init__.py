@@ -1,7 +1,8 @@
 """Model families: all that the code knows about one diffusers pipeline is in one module of this folder.
 
-A family is a module with the names of `CONTRACT`. To support another pipeline, write opd/families/NAME.py and
-give its tiny pipeline a row in tests/test_families.py; nothing else changes.
+A family is a module with the names of `CONTRACT`; what most of them share comes with _parts.py by `import *`.
+To support another pipeline, write opd/families/NAME.py and give its tiny pipeline a row in
+tests/test_families.py; nothing else changes.
 
 Shapes: B batch, C latent channels, H x W latent size. `folder` is the pipeline's directory.
 """
@@ -99,11 +100,7 @@ def pictures_of(condition: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def family_of(folder: Path) -> ModuleType:
     """The family of a pipeline's directory. ValueError where it is of none, or breaks the contract."""
-    index = folder / "model_index.json"
-    settings = read_json(index)
-    if "_class_name" not in settings:
-        raise ValueError(f"{index} names no _class_name; it is not a pipeline's")
-    pipeline, known = str(settings["_class_name"]), pipelines()
+    pipeline, known = read_json(folder / "model_index.json").get("_class_name"), pipelines()
     if pipeline not in known:
         raise ValueError(f"model {str(folder)!r} is a {pipeline}; known pipelines: {', '.join(known)}")
     name = known[pipeline]
