@@ -21,6 +21,7 @@ from opd.cli import in_pixels
 from opd.data import Edit, seed_of
 from opd.evaluation import evaluate, records
 from opd.families import family_of, flux, flux2, flux_kontext, pictures_of, qwen_image_edit
+from opd.formats import pictures as opd_pictures
 from opd.formats.latents import write_samples
 from opd.formats.pictures import read_image, size_of_image, to_tensor
 from opd.formats.prompts import load_prompts
@@ -320,7 +321,7 @@ def refusal(pipeline: Path, folder: Path, images: list[str]) -> str:
 
 
 @IN_ONE_FAMILY
-def test_pictures_that_nobody_can_read_are_refused(case, tmp_path):
+def test_pictures_that_nobody_can_read_are_refused(case, tmp_path, monkeypatch):
     Image.new("RGB", (80, 80)).save(
         tmp_path / "film.gif", save_all=True, append_images=[Image.new("RGB", (80, 80), 1)]
     )
@@ -331,6 +332,8 @@ def test_pictures_that_nobody_can_read_are_refused(case, tmp_path):
     assert "prompts.jsonl:1: no source picture" in refusal(case.pipeline, tmp_path, ["none.png"])
     assert "film.gif': it has 2 frames" in refusal(case.pipeline, tmp_path, ["film.gif"])
     assert "words.png': cannot be read" in refusal(case.pipeline, tmp_path, ["words.png"])
+    monkeypatch.setattr(opd_pictures, "MOST_PIXELS", 6399)
+    assert "large.png': it is 80 x 80; make it smaller" in refusal(case.pipeline, tmp_path, ["large.png"])
     too_many = refusal(case.pipeline, tmp_path, ["large.png"] * 11)
     assert f"'redder' has 11 source pictures; {case.family.PIPELINE} takes" in too_many
 

@@ -7,12 +7,15 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opd.config import STAGES
+from opd.data import Prompt
 from opd.families import sd3
 from opd.formats import lora_files
+from opd.formats.latents import find_files
 from opd.formats.settings import from_json, to_json
 from tests.test_config import EVERY
 
@@ -82,6 +85,16 @@ def broken(file: Path, content: bytes):
 def test_values_of_every_field(cfg, data):
     values = json.loads(with_junk(json.dumps(to_json(cfg)).encode(), data))
     refused(lambda: from_json(values, STAGES).check(1))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "sub/../../secret.png", "link.png"])
+def test_no_image_is_read_outside_its_folder(tmp_path, name):
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        find_files(folder, [Prompt("x", "images", {"file_name": name})])
 
 
 @fuzz(60)

@@ -137,6 +137,7 @@ SETTINGS = [
     ({"lora_alpha": 1e38}, "its update is too large for float32; its largest alpha is 1e[+]38"),
     ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'to_q': could not convert string to float: 'x'"),
     ({"alpha_pattern": {"(": 2}}, "cannot be read .*missing"),
+    ({"alpha_pattern": {r"(.|..)+\d\d": 2}}, "cannot be read .TimeoutError: regex timed out"),
 ]
 
 

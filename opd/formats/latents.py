@@ -64,10 +64,14 @@ def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
 
 
 def find_files(folder: Path, prompts: list[Prompt]) -> list[Path]:
-    """The image of every prompt. ValueError or FileNotFoundError naming one that has none."""
+    """The image of every prompt. ValueError or FileNotFoundError naming one that has none, or one elsewhere:
+    whoever made the data would choose which of the user's files are read."""
     for prompt in prompts:
         named = "file_name" in prompt.metadata
         require(named, f'{prompt.source} has no "file_name", and there is no latents.safetensors')
+        file = folder / prompt.metadata["file_name"]
+        inside = file.resolve().is_relative_to(folder.resolve())
+        require(inside, f"{prompt.source}: {str(file)!r} leads out of the folder; keep the images inside it")
     files = [folder / prompt.metadata["file_name"] for prompt in prompts]
     missing = [file for file in files if not file.is_file()]
     if missing:

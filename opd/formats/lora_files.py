@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -203,9 +204,11 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
 
 def pattern_alpha(layer: str, patterns: dict, general: float) -> float:
     """PEFT's rule: the first key of alpha_pattern counts that, as a regular expression, is the layer's name
-    or its end behind a dot."""
+    or its end behind a dot. ValueError for one that is none, or would take long."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", layer):
+        with reading(f"alpha_pattern {key[:80]!r}"):
+            found = regex.match(rf"(.*\.)?({key})$", layer, timeout=1)
+        if found:
             return number(f"alpha_pattern {key!r}", value)
     return general
 

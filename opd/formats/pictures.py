@@ -18,6 +18,7 @@ FONT = ImageFont.load_default(14)
 LINE = 18  # height of a line of text
 GAP = 4  # between images
 CELL = 120  # least size of an image
+MOST_PIXELS = 10**8  # of a source picture: 300 MB
 
 
 def read_image(file: Path) -> Image.Image:
@@ -28,14 +29,16 @@ def read_image(file: Path) -> Image.Image:
 
 @cache
 def size_of_image(path: str) -> tuple[int, int]:
-    """(width, height) by the file's header. ValueError for a film, and for greys of more than 8 bits, which
-    as RGB would be white."""
+    """(width, height) by the file's header. ValueError for a film, for what would fill the memory, and for
+    greys of more than 8 bits, which as RGB would be white."""
     with Image.open(path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are greys of mode {image.mode}; save it with 8 bits of RGB")
         # Behind a camera's photo a .jpg may hold its preview or its depth.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"it has {image.n_frames} frames; save one of them as a picture of its own")
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it is {image.width} x {image.height}; make it smaller than 100 megapixels")
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # a camera held upright
         return image.size[::-1] if turned else image.size
 
