@@ -4,7 +4,6 @@ import hashlib
 import html
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opd.evaluation import tables
 from opd.report import card, plots
-from opd.report.__main__ import main
+from opd.report.page import write_page
 from opd.report.plots import png
 from tests import forked, tiny
 from tests.tiny_grpo import BRIGHT
@@ -57,9 +56,9 @@ def pictures_of(text):
 
 
 def test_the_page_of_a_run(folder):
-    """Curves, maps and two grids; every number of cells.json; the verdict."""
+    """Curves and two grids; every number of cells.json; the verdict."""
     text = (folder / "report.html").read_text()
-    assert len(pictures_of(text)) == 2 + len(list((folder / "samples").iterdir())) > 3
+    assert len(pictures_of(text)) == 1 + len(list((folder / "samples").iterdir())) > 2
     assert "<h1>my &lt;run&gt;</h1>" in text and "<td>3 of 3</td>" in text
     assert html.escape('"deploy_guidance": 1.5') in text
     table = (folder / "table.txt").read_text()
@@ -90,28 +89,6 @@ def rows_of(text):
     return found
 
 
-def test_two_runs_on_one_page(folder, tmp_path, capsys):
-    """A copy with another seed, and brighter; two runs by hand."""
-    other = shutil.copytree(folder, tmp_path / "other")
-    changes = {"config.json": ('"seed": 0', '"seed": 7'), "cells.json": ('"mean": 0.', '"mean": 1.')}
-    for name, change in changes.items():
-        (other / name).write_text((other / name).read_text().replace(*change))
-    main([str(folder), str(other)])
-    assert capsys.readouterr().out.strip() == str(other / "compare.html")
-    text = (other / "compare.html").read_text()
-    assert len(pictures_of(text)) == 3
-    differ = text.partition("Settings that differ")[2].partition("<h2>")[0]
-    assert re.findall("<t[hd]>(.*?)</t[hd]>", differ)[3:] == ["seed", "0", "7"]
-    shown = rows_of(text)["held-out prompts"]
-    students = [shown[f"student, {name}"]["red"] for name in ("my &lt;run&gt;", "other")]
-    assert students[1] == students[0].replace("0.", "1.", 1)
-    assert shown["students, other − my &lt;run&gt;"]["red"].startswith("+1.000")
-    runs = {"a": [{"step": 1, "loss": 3.0}], "b": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
-    [panel] = plots.comparison(runs).axes
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
-    assert drawn == {"a": [[1, 3]], "b": [[1, 2], [2, 1]]}
-
-
 def by_hand(folder, rows, pictures=0):
     (folder / "samples").mkdir(parents=True)
     settings = {"stage": "opd", "model": "m<o>del", "iterations": 30, "full": False}
@@ -119,8 +96,7 @@ def by_hand(folder, rows, pictures=0):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(1, pictures + 1):
         Image.fromarray(np.full((4, 20, 3), step, np.uint8)).save(folder / "samples" / f"{step:06d}.png")
-    main([str(folder)])
-    return (folder / "report.html").read_text()
+    return write_page(folder).read_text()
 
 
 def test_without_scores_the_verdict_is_the_distance_to_the_teachers(tmp_path):
@@ -136,7 +112,7 @@ def test_without_scores_the_verdict_is_the_distance_to_the_teachers(tmp_path):
 
 
 def test_a_page_by_hand(tmp_path):
-    """The newest picture, then a strip of earlier ones; a cut line; folders without a run."""
+    """The newest picture, then a strip of earlier ones; a cut line."""
     folder = tmp_path / "run"
     text = by_hand(folder, [{"step": 5}], pictures=30)
     steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)<", text)]
@@ -145,11 +121,7 @@ def test_a_page_by_hand(tmp_path):
     assert "Curves" not in text and "m&lt;o&gt;del" in text and len(pictures_of(text)) == 12
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    main([str(folder)])
-    assert "<td>5 of 30</td>" in (folder / "report.html").read_text()
-    for arguments in ([str(tmp_path)], [], ["--help"], [str(folder)] * 2, [str(folder), str(tmp_path)]):
-        with pytest.raises(SystemExit, match="error: .*usage: python -m opd.report RUN"):
-            main(arguments)
+    assert "<td>5 of 30</td>" in write_page(folder).read_text()
 
 
 def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monkeypatch):
@@ -168,26 +140,10 @@ def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monk
     many = [{"step": step, "loss": float(step % 2)} for step in range(20)]
     raw, mean = plots.curve_figure(many).axes[0].lines
     assert raw.get_ydata().tolist() == [0, 1] * 10 and mean.get_ydata()[10] == pytest.approx(0.4)
-    assert plots.curve_figure([]) is None and plots.kl_figure(rows) is None
+    assert plots.curve_figure([]) is None
     monkeypatch.setattr(plots, "png", png)
     by_hand(tmp_path / "run", rows)
     assert len(np.unique(np.asarray(Image.open(tmp_path / "run/curves.png")))) > 10
-
-
-def test_a_map_holds_the_mean_kl_of_each_noise_level_and_step():
-    """Dark is large; steps share columns; what was not measured and what is no number are told apart."""
-    logged = [{"step": step, "red": {"kl": {"1.000": 10.0**-step, "0.500": 10.0}}} for step in range(3)]
-    logged.append({"step": 3, "red": {"kl": {"0.500": float("inf")}}, "blue": {"kl": {"0.500": 0.0}}})
-    red, blue, _ = plots.kl_figure(logged).axes  # the third is the scale
-    [image] = red.images
-    colours = image.to_rgba(image.get_array())[..., 0]  # of red, light to dark
-    assert colours[0, 0] < colours[0, 1] < colours[0, 2] and colours[1, 0] < colours[0, 0]
-    assert colours[1, 3] == 0 and colours[0, 3] == pytest.approx(0xE8 / 255, abs=0.01)
-    [image] = blue.images
-    assert image.get_array().mask.tolist() == [[True, True, True, False]]
-    assert (image.to_rgba(image.get_array())[0, 3] == 1).all()
-    many = [(step, {"1.000": float(step)}) for step in range(160)]
-    assert plots.kl_grid(many)[0].tolist() == [2 * column + 0.5 for column in range(80)]
 
 
 def test_the_card_says_what_the_student_is(world, folder):

@@ -1,5 +1,5 @@
 """report.html: a run on one page, which needs nothing but itself; written at every save and at the end. Its
-figures are beside it, curves.png and kl.png."""
+curves are beside it, curves.png."""
 
 import base64
 import io
@@ -88,15 +88,12 @@ def write_page(folder: Path) -> Path:
     its path."""
     run = read_run(folder)
     rows = [("", [f"<th>{name}</th>", f"<td>{escape(text)}</td>"]) for name, text in facts(run).items()]
-    kl = drawn("kl", folder, plots.kl_figure(run.rows))
     curves = drawn("curves", folder, plots.curve_figure(run.rows, teachers_scores(run)))
     saved = escape((folder / "config.json").read_text(encoding="utf-8"))
     parts = [f"<h1>{escape(run.name)}</h1>", html_table("facts", rows), *verdict(run)]
     parts += pictures(folder / "samples") + scores(run)
     if curves:
         parts += ["<h2>Curves</h2>", curves, f"<p><small>{plots.NOTE}</small></p>"]
-    if kl:
-        parts.append(folded("KL to the teachers, by noise level and step (grey: not measured)", kl))
     parts.append(folded("Settings (config.json)", f"<pre>{saved}</pre>"))
     return write_html(folder / "report.html", f"{run.name}: {run.settings['stage']}", parts)
 
@@ -176,14 +173,14 @@ def scores(run: Run) -> list[str]:
     for split in splits:
         apart = tables.differences(run.cells, split, run.first, run.routes)
         less = {f"{STUDENT} − {whom}": row for whom, row in apart.items()}
-        parts.append(number_table(f"{split} prompts", blocks[split], less, [STUDENT]))
+        parts.append(number_table(f"{split} prompts", blocks[split], less))
     behind = [tables.aligned(title, block) for title, block in blocks.items() if title not in splits]
     whole = "\n\n".join([text, *("\n".join(lines) for lines in behind)])
     return [*parts, folded("As text, with tags and diversity", f"<pre>{escape(whole)}</pre>")]
 
 
-def number_table(title: str, block: tables.Block, apart: tables.Block, bold: list[str]) -> str:
-    """Means with their errors, then differences, coloured beyond two standard errors."""
+def number_table(title: str, block: tables.Block, apart: tables.Block) -> str:
+    """Means with their errors, the student's bold, then differences, coloured beyond two standard errors."""
     headings = list(dict.fromkeys(heading for row in block.values() for heading in row))
     lines = [("", [f"<th>{escape(text)}</th>" for text in [title, *headings]])]
     for name, row in {**block, **apart}.items():
@@ -193,7 +190,7 @@ def number_table(title: str, block: tables.Block, apart: tables.Block, bold: lis
             mean, _, error = number.partition(" ")
             kind = tables.stands(*row[heading]).split()[0] if less and heading in row else ""
             cells.append(f'<td class="{kind}">{mean} <small>{error}</small></td>')
-        lines.append(("apart" if less else STUDENT if name in bold else "", cells))
+        lines.append(("apart" if less else STUDENT if name == STUDENT else "", cells))
     return html_table("numbers", lines)
 
 
