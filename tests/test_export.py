@@ -18,10 +18,10 @@ import sample
 from opd import lora
 from opd.evaluation import evaluate
 from opd.families import sd3
-from opd.formats import export, lora_files
+from opd.formats import export
 from opd.formats.export import Deployment, deployment_of, guidance_of
 from tests import tiny
-from tests.tiny_lora import under, velocity
+from tests.tiny_lora import ours, under, velocity
 
 DEPLOYED = Deployment("some/model", 2.5, "8", 2, False, 12)
 
@@ -39,12 +39,6 @@ def saved(base, world, tmp_path_factory):
     return folder, under(transformer, "student")
 
 
-def by_ours(base, world, source):
-    transformer = copy.deepcopy(base)
-    lora.attach(transformer, "x", lora_files.read_lora(str(source)), torch.float32)
-    return under(transformer, "x")
-
-
 def by_peft(base, world, folder):
     return velocity(PeftModel.from_pretrained(copy.deepcopy(base), folder).eval())
 
@@ -58,8 +52,8 @@ def by_diffusers(base, world, folder, **which):
 
 SINGLE = "pytorch_lora_weights.safetensors"
 READERS = {
-    "ours": by_ours,
-    "our reader of the diffusers file": lambda base, world, folder: by_ours(base, world, folder / SINGLE),
+    "ours": ours,
+    "our reader of the diffusers file": lambda base, world, folder: ours(base, world, folder / SINGLE),
     "PEFT": by_peft,
     "diffusers": by_diffusers,
     "diffusers by file name": lambda *given: by_diffusers(*given, weight_name=SINGLE),

@@ -1,12 +1,18 @@
-"""Adapter files for the tiny pipeline, written by hand, and the velocity of the model under an adapter."""
+"""Adapter files for the tiny pipeline, written by hand or by PEFT, read or refused, and the velocity of the
+model under an adapter."""
 
+import copy
 import json
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from opd import lora
 from opd.families import sd3
+from opd.formats import lora_files
+from opd.model import Model
 
 MODULES = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
 TARGETS = ("attn.to_q", "attn.to_out.0")
@@ -53,3 +59,30 @@ def velocity(transformer):
 def under(transformer, name):
     with lora.use(transformer, name):
         return velocity(transformer)
+
+
+def peft_model(base, **config):
+    """PEFT's model of rank 4 and alpha 8 unless told."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS)} | config
+    return get_peft_model(copy.deepcopy(base), LoraConfig(**settings)).eval()
+
+
+def train(model):
+    for name, factor in model.named_parameters():
+        if ".lora_" in name:
+            factor.data += 0.05 * torch.randn(factor.shape)
+
+
+def ours(base, world, source):
+    """The velocity of the base under the adapter that is there."""
+    plan = Model.plan(str(world / "pipeline"), "float32", "", torch.device("cpu"), True)
+    transformer = copy.deepcopy(base)
+    lora.attach(transformer, "x", plan.read_lora(str(source)), torch.float32)
+    return under(transformer, "x")
+
+
+def refused(source, message, convert=sd3.convert_lora):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        lora_files.read_lora(str(source), convert)
+    assert repr(str(source)) in str(caught.value) and "\n" not in str(caught.value)
