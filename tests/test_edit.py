@@ -29,9 +29,9 @@ from opd.model import Model, Sampling
 from opd.report import memory
 from opd.report.card import write_card
 from tests import forked, test_families, tiny, tiny_families
-from tests.test_families import CPU, Fixture, Theirs, made, packed, unpacked_flux, unpacked_qwen
+from tests.test_families import CPU, Fixture, Theirs, made, noise, packed, unpacked_flux, unpacked_qwen
+from tests.test_family_runs import goes_on_and_two_ranks_are_one
 
-WEIGHTS = "student/adapter_model.safetensors"
 SIZE = (8, 12)  # height, width of what is painted
 LANDSCAPE, PORTRAIT = (100, 70), (64, 96)
 
@@ -82,14 +82,7 @@ def prompts_of(case) -> list[Edit]:
 
 
 def ours(case, prompts: list[Edit], dtype: str = "float32") -> Model:
-    model = Model.plan(str(case.pipeline), dtype, in_pixels(*SIZE), CPU, True)
-    model.prepare(prompts)
-    model.load()
-    return model
-
-
-def start(model: Model, index: int) -> torch.Tensor:
-    return kernels.normal((1, *model.shape), seed_of(4, "start"), torch.tensor([index]))
+    return test_families.ours(case, in_pixels(*SIZE), prompts, dtype)
 
 
 def theirs(case, x, prompt: Edit, guidance: float, dtype=torch.float32):
@@ -106,7 +99,7 @@ def test_velocities_and_pictures_are_the_pipelines(guidance, case):
     assert family_of(case.pipeline) is case.family
     pictures = model.images(lora.BASE, prompts, [5, 0, 17], Sampling(3, 4, guidance))
     for prompt, index, picture in zip(prompts, [5, 0, 17], pictures, strict=True):
-        steps, images = theirs(case, start(model, index), prompt, guidance)
+        steps, images = theirs(case, noise(model, index=(index,)), prompt, guidance)
         assert (picture - images[0]).abs().max() < 1e-4 and picture.shape[1:] == SIZE
         for x, sigma, velocity in steps:
             with torch.no_grad():
@@ -121,7 +114,7 @@ def test_in_bfloat16_too(guidance, case):
     """
     prompt = prompts_of(case)[0]
     model, exact = ours(case, [prompt], "bfloat16"), ours(case, [prompt])
-    steps, _ = theirs(case, start(model, 5), prompt, guidance, dtype=torch.bfloat16)
+    steps, _ = theirs(case, noise(model, index=(5,)), prompt, guidance, dtype=torch.bfloat16)
     for x, sigma, velocity in steps:
         sigma_B = sigma.expand(1)
         with torch.no_grad():
@@ -133,8 +126,6 @@ def test_in_bfloat16_too(guidance, case):
 
 
 # ---- runs: one mixes painting and editing, where the family can both ----
-
-
 @pytest.fixture(scope="module")
 def world(case):
     """Task blue edits: pictures of two shapes, one prompt with as many as the family takes. Task red paints,
@@ -230,27 +221,13 @@ def main():
     train.main()
 
 
-def test_a_killed_run_and_two_ranks_are_one_rank(case, world, tmp_path):
-    """To the same bits after a kill; on two ranks up to rounding, the second step with sharded weights."""
-    row = case.family.__name__.split(".")[-1]
-
+def test_a_run_goes_on_to_the_same_bits_and_two_ranks_are_one(case, world, tmp_path):
     def command(out: Path, **changes) -> list[str]:
-        once = {"prompts_per_step": 4, "group": 1, "steps": 2, "iterations": 2, "save_every": 1}
+        once = {"prompts_per_step": 4, "group": 1, "steps": 2, "save_every": 1}
         return forked.command_line(tiny.config(world, **settings(world, out) | once | changes))
 
-    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
-    run = forked.main("tests.test_edit", tmp_path / "log", command(whole), FAMILY=row)
-    assert run.ended() == 0, run.printed()
-    run = forked.main("tests.test_edit", tmp_path / "log", command(killed, iterations=1), FAMILY=row)
-    assert run.ended() == 0, run.printed()
-    run = forked.main("tests.test_edit", tmp_path / "log", command(killed), FAMILY=row)
-    assert run.ended() == 0, run.printed()
-    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    for iterations, shard_size in ((1, 1), (2, 2)):
-        given = command(two, iterations=iterations, shard_size=shard_size, micro_batch=2)
-        runs = forked.ranks(tmp_path / str(shard_size), 2, given, module="tests.test_edit", FAMILY=row)
-        forked.finished(runs)
-    assert forked.losses(two) == pytest.approx(forked.losses(whole), rel=1e-4)
+    row = case.family.__name__.split(".")[-1]
+    goes_on_and_two_ranks_are_one(tmp_path, command, 2, "tests.test_edit", FAMILY=row)
 
 
 @pytest.mark.parametrize("case", ["flux2"], indirect=True)  # of two pictures
@@ -287,7 +264,7 @@ def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
     assert "pipeline_tag: image-to-image" in card and "--prompts 'make it red' --image a.png" in card
     [code] = re.findall("```python\n(.*?)\n```", card, re.DOTALL)
     code = code.replace("THIS_FOLDER", str(student)).replace("a.png", case.paths[0])
-    names = {"start": case.fixture.pack(start(model, 0))}
+    names = {"start": case.fixture.pack(noise(model, index=(0,)))}
     exec(code.replace("pipe(image", "pipe(output_type='pt', latents=start, image"), names)
     lora.attach(model.transformer, "mine", model.read_lora(str(student)), torch.float32)
     mine, base = (model.images(name, [prompt], [0], Sampling(3, 4, 3.0))[0] for name in ("mine", lora.BASE))
@@ -308,8 +285,6 @@ def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path, capsys):
 
 
 # ---- what is refused, before weights load ----
-
-
 def refusal(pipeline: Path, folder: Path, images: list[str]) -> str:
     """What a prompt with these source pictures is refused with."""
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "redder", "image": images}))
@@ -322,11 +297,10 @@ def refusal(pipeline: Path, folder: Path, images: list[str]) -> str:
 
 @IN_ONE_FAMILY
 def test_pictures_that_nobody_can_read_are_refused(case, tmp_path, monkeypatch):
-    Image.new("RGB", (80, 80)).save(
-        tmp_path / "film.gif", save_all=True, append_images=[Image.new("RGB", (80, 80), 1)]
-    )
+    large, other = Image.new("RGB", (80, 80)), Image.new("RGB", (80, 80), 1)
+    large.save(tmp_path / "film.gif", save_all=True, append_images=[other])
     (tmp_path / "words.png").write_text("no picture")
-    Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
+    large.save(tmp_path / "large.png")
     Image.new("I;16", (80, 80), 30000).save(tmp_path / "deep.png")
     assert "deep.png': its pixels are greys of mode I;16" in refusal(case.pipeline, tmp_path, ["deep.png"])
     assert "prompts.jsonl:1: no source picture" in refusal(case.pipeline, tmp_path, ["none.png"])
@@ -367,15 +341,11 @@ def test_a_teacher_that_reads_text_alone_is_refused_by_its_name(case, world, tmp
         tiny.build(tiny.config(world, teachers=teachers, **settings(world, tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "image, reason",
-    [
-        (3, "expected a path or a list"),
-        ([1], "expected a path or a list"),
-        ("a\0.png", "holds a NUL"),
-        ("a" * 300, "no source picture"),
-    ],
-)
+NO_PATHS = [(3, "expected a path or a list"), ([1], "expected a path or a list")]
+NO_PATHS += [("a\0.png", "holds a NUL"), ("a" * 300, "no source picture")]
+
+
+@pytest.mark.parametrize("image, reason", NO_PATHS)
 def test_a_field_image_that_is_no_path_is_refused(image, reason, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "image": image}))
     with pytest.raises((ValueError, FileNotFoundError), match=f"p.jsonl:1: .*{reason}"):
@@ -436,15 +406,10 @@ def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
     """One that is another file by now, or a film, is refused by its name; pictures that someone else made
     have sources too."""
     Image.new("RGB", LANDSCAPE).save(tmp_path / "a.png")
-    (tmp_path / "blue.jsonl").write_text(json.dumps({"prompt": "redder", "image": "a.png"}))
+    prompts = tmp_path / "blue.jsonl"
+    prompts.write_text(json.dumps({"prompt": "redder", "image": "a.png"}))
     how = ["--model", str(case.pipeline), "--resolution", in_pixels(*SIZE), "--steps", "2", "--adapters"]
-    how += [
-        "--prompts",
-        f"blue={tmp_path / 'blue.jsonl'}",
-        "--heldout",
-        "--records",
-        str(tmp_path / "records"),
-    ]
+    how += ["--prompts", f"blue={prompts}", "--heldout", "--records", str(tmp_path / "records")]
     command = [*how, "--count", "1", "--rewards", "blue=preservation"]
     evaluate.main(command)
     Image.new("RGB", LANDSCAPE, "blue").save(tmp_path / "a.png")
@@ -453,7 +418,7 @@ def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
         evaluate.main(command)
     film = [Image.new("RGB", (80, 80)), Image.new("RGB", (80, 80), "red")]
     film[0].save(tmp_path / "b.gif", save_all=True, append_images=film[1:])
-    (tmp_path / "blue.jsonl").write_text(json.dumps({"prompt": "redder", "image": "b.gif"}))
+    prompts.write_text(json.dumps({"prompt": "redder", "image": "b.gif"}))
     with pytest.raises(SystemExit, match="b.gif'.: it has 2 frames"):
         evaluate.main(command)
 

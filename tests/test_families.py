@@ -98,9 +98,9 @@ def made(row: str, folder: Path, rows: dict[str, Fixture] = FIXTURES):
         yield SimpleNamespace(fixture=fixture, family=fixture.family, pipeline=folder / "pipeline")
 
 
-def ours(case, size: str = "") -> Model:
-    model = Model.plan(str(case.pipeline), "float32", size or case.fixture.resolution, CPU, True)
-    model.prepare(PROMPTS)
+def ours(case, size: str = "", prompts: list = PROMPTS, dtype: str = "float32") -> Model:
+    model = Model.plan(str(case.pipeline), dtype, size or case.fixture.resolution, CPU, True)
+    model.prepare(prompts)
     model.load()
     return model
 
@@ -221,9 +221,7 @@ def test_the_networks_time_is_the_pipelines_in_bfloat16(case):
     theirs.pipe.transformer.register_forward_pre_hook(remember, with_kwargs=True)
     theirs.run(torch.randn(3, *case.family.latent_shape(case.pipeline, 8, 8)).bfloat16(), 28, 1.0, (8, 8))
     wanted, times[:] = list(times), []
-    model = Model.plan(str(case.pipeline), "bfloat16", "8", CPU, True)
-    model.prepare(PROMPTS)
-    model.load()
+    model = ours(case, "8", dtype="bfloat16")
     model.transformer.register_forward_pre_hook(remember, with_kwargs=True)
     with torch.no_grad():
         for sigma in model.sigmas(28)[:-1]:
@@ -308,9 +306,8 @@ def test_a_size_that_does_not_fit_is_refused(case):
     most = {"sd3": " up to 16", "z_image": " up to 32"}.get(case.family.__name__.split(".")[-1], "")
     for side in (-8, 0, 6, 7, *([36] if most else [])):
         for size in ((side, 8), (8, side)):
-            with pytest.raises(
-                ValueError, match=f"{side} does not fit this model: use a multiple of 4{most}"
-            ):
+            message = f"{side} does not fit this model: use a multiple of 4{most}"
+            with pytest.raises(ValueError, match=message):
                 case.family.latent_shape(case.pipeline, *size)
 
 

@@ -5,6 +5,8 @@ SD3 is what most other tests run, and tests/test_edit.py runs FLUX.1, FLUX.2 and
 
 import math
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,21 @@ from tests.test_families import PROMPTS, Theirs, made, noise, ours
 from tests.tiny import run
 
 WEIGHTS = "student/adapter_model.safetensors"
+
+
+def goes_on_and_two_ranks_are_one(place: Path, command, micro_batch: int, module="train", **environment):
+    """To the same bits after one of two steps; up to rounding on two ranks, which take the first step with
+    the weights replicated, and the second one, resumed, with the weights sharded."""
+    whole, parts, two = (place / name for name in ("whole", "parts", "two"))
+    for out, iterations in ((whole, 2), (parts, 1), (parts, 2)):
+        run = forked.main(module, place / "log", command(out, iterations=iterations), **environment)
+        assert run.ended() == 0, run.printed()
+    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    for iterations, shard_size in ((1, 1), (2, 2)):
+        given = command(two, iterations=iterations, shard_size=shard_size, micro_batch=micro_batch)
+        forked.finished(forked.ranks(place / str(shard_size), 2, given, module, **environment))
+    assert losses(two) == pytest.approx(losses(whole), rel=1e-4)
+    assert len(set(losses(whole))) == 2 and min(losses(whole)) > 0
 
 
 @pytest.fixture(scope="module", params=["z_image", pytest.param("qwen_image", marks=pytest.mark.slow)])
@@ -39,23 +56,12 @@ def settings(own, **changes):
 
 def distil(own, out, **changes) -> list[str]:
     world, all_of_them = settings(own, out=str(out), prompts_per_step=2, **changes)
-    once = {"steps": 2, "iterations": 2, "save_every": 1}
+    once = {"steps": 2, "save_every": 1}
     return forked.command_line(tiny.config(world, **once | all_of_them))
 
 
 def test_a_run_goes_on_to_the_same_bits_and_two_ranks_are_one(own, tmp_path):
-    """Two ranks take the first step with the weights replicated, and the second one, resumed, with the
-    weights sharded."""
-    whole, parts, two = (tmp_path / name for name in ("whole", "parts", "two"))
-    for out, iterations in ((whole, 2), (parts, 1), (parts, 2)):
-        run = forked.train(tmp_path / "log", distil(own, out, iterations=iterations))
-        assert run.ended() == 0, run.printed()
-    assert (parts / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    for iterations, shard_size in ((1, 1), (2, 2)):
-        given = distil(own, two, iterations=iterations, shard_size=shard_size, micro_batch=1)
-        forked.finished(forked.ranks(tmp_path / str(shard_size), 2, given))
-    assert losses(two) == pytest.approx(losses(whole), rel=1e-4)
-    assert len(set(losses(whole))) == 2 and min(losses(whole)) > 0
+    goes_on_and_two_ranks_are_one(tmp_path, partial(distil, own), micro_batch=1)
 
 
 def test_a_distillation_pulls_the_student_to_its_teachers(own, case, tmp_path):
