@@ -98,21 +98,3 @@ def test_a_grid_shows_the_prompts_that_the_user_names(world, tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps(lines[0] | {"route": "green"}) + "\n")
     with pytest.raises(ValueError, match="names 'green', which is not among the teachers"):
         tiny.build(replace(cfg, out=str(tmp_path / "other")))
-
-
-def test_a_run_begins_with_what_it_will_do_and_a_grid(world, tmp_path):
-    cfg = tiny.config(world, out=str(tmp_path / "run"), sample_every=2, eval_steps=2, iterations=3)
-    run = forked.train(tmp_path / "log", forked.command_line(cfg))
-    assert run.ended() == 0
-    printed = run.printed()
-    assert 8 <= len(printed[printed.index("model  ") : printed.index("folder  ")].splitlines()) <= 10
-    assert sorted(file.stem for file in (tmp_path / "run/samples").iterdir()) == [
-        "000000",
-        "000002",
-        "000003",
-    ]
-    assert (
-        "step 0: distance to the teachers in percent of the base's (0: as the teacher): red 100, blue 100"
-        in printed
-    )
-    assert [set(row["distance"]) for row in forked.rows(tmp_path / "run")[1:]] == [{"red", "blue"}] * 2

@@ -198,5 +198,6 @@ def test_tensorboard_gets_the_flat_numbers_and_the_grids(folder):
     }.items():
         assert [event.value for event in events.Scalars(name)] == pytest.approx(values)
     assert [event.step for event in events.Images("samples")] == [0, 2, 3]
+    assert ["distance" in row for row in logged] == [False, True, True]
     saved = Image.open(folder / "samples" / "000003.png")
     assert (events.Images("samples")[1].width, events.Images("samples")[1].height) == saved.size
