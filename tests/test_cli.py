@@ -34,12 +34,6 @@ def test_a_slip_of_the_keyboard_gets_the_nearest_preset(slip, meant):
     assert re.match(rf"unknown preset '{slip}', did you mean {meant}( or [\w-]+)?\? ", str(caught.value))
 
 
-def test_a_slip_of_the_keyboard_gets_the_nearest_flag(capsys):
-    with pytest.raises(SystemExit):
-        parse(["mini", "--micro-batchs", "2"], PRESETS)
-    assert re.search(r"Perhaps you meant:\W+--micro-batch ", capsys.readouterr().err)
-
-
 def test_pairs_replace_the_default_as_a_whole():
     flags = "--teachers a=path/to=it b=owner/name:sub --prompts a=a.txt b=b.txt --mix a=3 --rewards --routes"
     cfg = parse(flags.split(), PRESETS)
