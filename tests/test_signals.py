@@ -144,15 +144,24 @@ def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch, confi
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state().items())
 
 
-def test_a_signal_does_not_wait_for_a_reward(world, tmp_path):
-    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:asleep")
+@pytest.mark.parametrize(
+    "reward, number, where",
+    [
+        ("asleep", signal.SIGUSR1, " after step 0 of 2"),
+        ("LoadsForever", signal.SIGTERM, f"; {GO_ON} after the last checkpoint"),
+    ],
+)
+def test_a_signal_waits_for_no_reward(world, tmp_path, reward, number, where):
+    """Neither for its scores nor, before training, for its weights."""
+    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:{reward}")
     cfg = tiny.grpo_config(world, out=str(tmp_path / "run"), train_rewards=rewards, reward_timeout=900.0)
-    sleeping = tmp_path / "sleeping"
-    run = forked.train(tmp_path / "log", forked.command_line(cfg), BEGUN=str(sleeping))
-    forked.wait_for(sleeping.exists)
-    run.signal(signal.SIGUSR1)
+    begun = tmp_path / "begun"
+    run = forked.train(tmp_path / "log", forked.command_line(cfg), BEGUN=str(begun))
+    forked.wait_for(begun.exists)
+    run.signal(number)
     assert run.ended(5) == 0
-    assert "stopped by SIGUSR1 after step 0 of 2" in run.printed()
+    assert f"stopped by {signal.Signals(number).name}{where}" in run.printed()
+    assert "Traceback" not in run.printed()
 
 
 def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world, tmp_path):
@@ -170,18 +179,6 @@ def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world
     assert run.ended(5) == 128 + signal.SIGUSR1
     assert "Traceback" not in run.printed()
     assert latest_state(out) == 0
-
-
-def test_a_signal_before_training_ends_it_in_a_line(world, tmp_path):
-    rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:LoadsForever")
-    cfg = tiny.grpo_config(world, out=str(tmp_path / "run"), train_rewards=rewards)
-    loading = tmp_path / "loading"
-    run = forked.train(tmp_path / "log", forked.command_line(cfg), BEGUN=str(loading))
-    forked.wait_for(loading.exists)
-    run.signal(signal.SIGTERM)
-    assert run.ended(5) == 0
-    assert f"stopped by SIGTERM; {GO_ON} after the last checkpoint" in run.printed()
-    assert "Traceback" not in run.printed()
 
 
 def test_ctrl_c_that_nobody_handles_is_a_line():
