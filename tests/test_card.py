@@ -16,7 +16,7 @@ from opd.formats.export import deployment_of
 from opd.model import Model
 from opd.report.card import origins, write_card
 from tests import tiny
-from tests.test_families import CPU, FIXTURES, made, noise
+from tests.test_families import FIXTURES, made, noise
 
 
 def carded(folder: Path, cfg, model: Model) -> str:
@@ -38,10 +38,6 @@ def by_sample(flags: list[str], out: Path, row: str = "student") -> np.ndarray:
     more = ["--prompts", "two red circles", "--dtype", "float32", "--device", "cpu", "--out", str(out)]
     sample.main([*flags, *more])
     return np.asarray(Image.open(out / f"two-red-circles.0.{row}.png")).astype(int)
-
-
-def planned(cfg) -> Model:
-    return Model.plan(cfg.model, "float32", cfg.resolution, CPU, cfg.t5)
 
 
 HOW = {"resolution": "16x8", "guidance": 3.0, "eval_steps": 4}
@@ -67,7 +63,7 @@ def test_the_same_of_a_pipeline_that_is_there_in_float16_alone(row, shard, world
 
 
 def same_pictures(case, cfg, place: Path) -> None:
-    model = planned(cfg)
+    model = tiny.planned(cfg)
     folder = tiny.save(tiny.random_lora(case.pipeline, 7, family=case.family), place / "student")
     card = carded(folder, cfg, model)
     [command] = re.findall("^    python sample.py (.*)$", card, re.MULTILINE)
@@ -79,7 +75,7 @@ def same_pictures(case, cfg, place: Path) -> None:
 
 def test_so_does_a_student_of_all_weights(world, tmp_path):
     cfg = tiny.sft_config(world, full=True, **HOW)
-    model = planned(cfg)
+    model = tiny.planned(cfg)
     card = carded(tiny.fold(world, "red", tmp_path / "student"), cfg, model)
     theirs = by_snippet(card, noise(model, 0, (0,)))
     flags = ["--model", cfg.model, "--adapters", f"red={world / 'red'}"]

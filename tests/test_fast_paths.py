@@ -11,15 +11,14 @@ opd/bench/BENCHMARKS.md has losses of real kernels.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import train
 from opd import compiled, lora, ranks
 from opd.families import z_image
-from opd.optim import Trained
-from opd.setup import set_up
 from tests import forked, tiny, tiny_families
 
 DTYPES = {"float32": 1e-5, "bfloat16": 2**-6}
@@ -29,15 +28,7 @@ PATHS = {"batched": {"micro_batch": 8}, "recomputed": {"checkpointing": True}}
 def numbers(world, dtype, **changes):
     """[loss and gradient norm of two steps]; 5 samples of two teachers and an anchor, 3 states, guided."""
     settings = {"prompts_per_step": 5, "group": 1, "steps": 3, "guidance": 2.0, "micro_batch": 1}
-    cfg = tiny.config(world, dtype=dtype, **settings | changes)
-    cfg.check(ranks.declared_world())
-    model, data, rewards = set_up(cfg, ranks.start())
-    stage = train.choose_stage(cfg, model, data, rewards, Trained(cfg, model))
-    found = []
-    for step in range(2):
-        metrics, norm = stage.step(step)
-        found += [metrics["loss"], norm]
-    return found
+    return steps(world, 2, dtype=dtype, **settings | changes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +52,19 @@ def test_compiled_in_bfloat16(world, plain, monkeypatch):
     assert found == pytest.approx(plain["bfloat16"], rel=DTYPES["bfloat16"])
 
 
+def main():
+    """Prints what these ranks find, by dtype and shard size. The tiny world's folder is the argument."""
+    found = {}
+    for dtype in DTYPES:
+        for shard_size in (1, 2):
+            found[f"{dtype}, {shard_size}"] = numbers(Path(sys.argv[1]), dtype, shard_size=shard_size)
+    print("FOUND " + json.dumps(found), flush=True)
+    ranks.stop()
+
+
 @pytest.mark.slow
 def test_on_two_ranks_replicated_and_sharded(world, tmp_path, plain):
-    printed = forked.finished(forked.ranks(tmp_path, 2, [str(world)], "tests.fast_paths_run"))
+    printed = forked.finished(forked.ranks(tmp_path, 2, [str(world)], "tests.test_fast_paths"))
     (line,) = [line for line in printed.splitlines() if line.startswith("FOUND ")]
     for key, found in json.loads(line.removeprefix("FOUND ")).items():
         dtype = key.partition(",")[0]

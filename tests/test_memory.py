@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd.bench import model as bench
 from opd.formats.teacher_files import read_teachers
-from opd.model import Model
 from opd.report import memory
 from opd.report.memory import LiveTensors, peak
 from tests import tiny
@@ -22,11 +21,7 @@ def counted(monkeypatch):
     """(settings, bytes of teachers) -> the parts; those that are found by running are left out."""
     monkeypatch.setattr(memory, "activations", lambda *arguments: 0)
     monkeypatch.setattr(memory, "decoding", lambda *arguments: 0)
-    return lambda cfg, teachers=0: memory.predict_run(cfg, planned_run(cfg), teachers)
-
-
-def planned_run(cfg):
-    return Model.plan(cfg.model, cfg.dtype, cfg.resolution, CPU, cfg.t5)
+    return lambda cfg, teachers=0: memory.predict_run(cfg, tiny.planned(cfg), teachers)
 
 
 @pytest.mark.slow
@@ -45,14 +40,14 @@ def test_full_size_is_predicted_within_a_tenth_of_its_measurement():
 
 def test_decoding_is_what_a_decoding_takes(world):
     cfg = tiny.config(world)
-    model = planned_run(cfg)
+    model = tiny.planned(cfg)
     vae = model.family.load_vae(model.folder)
     live = LiveTensors()
     live.add([*vae.parameters(), *vae.buffers()])
     before = live.bytes
     with live:
         model.family.decode(vae, torch.zeros(9, *model.shape))
-    parts = memory.predict_run(cfg, planned_run(cfg), 0)
+    parts = memory.predict_run(cfg, tiny.planned(cfg), 0)
     assert parts["decoding"] == pytest.approx(live.peak - before, rel=0.1)
     assert parts["vae"] == 4 * sum(p.numel() for p in vae.parameters())
     assert peak(parts) == sum(parts.values()) - min(parts["decoding"], parts["activations"])
@@ -109,7 +104,7 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     where they come one at a time."""
     red, blue = (str(world / name) for name in ("red", "blue"))
     cfg = tiny.config(world, rank=16)
-    model = planned_run(cfg)
+    model = tiny.planned(cfg)
     read = memory.held_by_teachers(model, read_teachers(cfg, model))
     assert read == memory.assumed_teachers(cfg, model) // 4 > 0
     full = str(tiny.fold(world, "red", tmp_path / "full"))
@@ -122,7 +117,7 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     assert "taken for a LoRA of --rank 16: blue:" in memory.forecast(absent)
     deep = tiny.make_world(tmp_path / "deep", layers=5)
     away = tiny.config(deep, teachers={"red": str(deep / "pipeline")}, teacher_devices={"red": "offload"})
-    model = planned_run(away)
+    model = tiny.planned(away)
     skeleton, left_out = model.skeleton, model.skeleton.transformer_blocks[2:]
     held = {*skeleton.parameters(), *skeleton.buffers()} - {*left_out.parameters()}
     assert memory.held_by_teachers(model, read_teachers(away, model)) == 4 * memory.numbers(held)

@@ -24,7 +24,6 @@ from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
 from opd.formats.pictures import save_image
 from opd.formats.settings import read_config
 from opd.formats.state import save_state
-from opd.model import Model
 from opd.report.page import write_page
 from opd.runfolder import FREE, RunFolder, check_same_run
 from opd.setup import contents
@@ -42,8 +41,6 @@ def rows(*steps):
 
 
 # ---- metrics and resuming ----------------------------------------------------------------------------------
-
-
 def hold(folder, held):
     run = RunFolder(DistillationConfig(out=str(folder)), active=True)
     held.set()
@@ -262,11 +259,7 @@ def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, da
 # (files, links, message); links lead to what is beside the run folder.
 NOT_A_RUNS = [
     ({"config.json": '{"model_type": "llama"}'}, [], "holds 'config.json' and no run; choose an empty --out"),
-    (
-        {"config.json": '{"stage": "opd"}', "student/x": ""},
-        [],
-        "a student, but no state/ to resume from; choose",
-    ),
+    ({"config.json": '{"stage": "opd"}', "student/x": ""}, [], "a student, but no state/ to resume from"),
     ({}, ["student"], "student is a link; a run writes into its own folder"),
     ({"checkpoints/x": ""}, ["checkpoints/000020"], "000020 is a link"),
 ]
@@ -289,33 +282,27 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(world, tmp_path, files, links
 
 
 # ---- the same run ------------------------------------------------------------------------------------------
-def planned(cfg):
-    return Model.plan(cfg.model, cfg.dtype, "", torch.device("cpu"), True)
-
-
 def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_path, capsys):
     shutil.copytree(world, tmp_path / "one", ignore=shutil.ignore_patterns("cache", "run"))
     out = str(tmp_path / "run")
     cfg = tiny.config(tmp_path / "one", out=out)
     folder = RunFolder(cfg, active=True)
-    folder.check_contents(contents(cfg, planned(cfg), {}))
+    folder.check_contents(contents(cfg, tiny.planned(cfg), {}))
     save_state(folder.path, 1, {"x": torch.ones(1)})
 
     shutil.move(tmp_path / "one", tmp_path / "two")
     moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)
-    RunFolder(moved, active=True).check_contents(contents(moved, planned(moved), {}))
+    RunFolder(moved, active=True).check_contents(contents(moved, tiny.planned(moved), {}))
 
     with open(tmp_path / "two" / "red.txt", "a") as file:
         file.write("a red line more\n")
     tiny.save(tiny.random_lora(tmp_path / "two/pipeline", seed=9), tmp_path / "two/blue")
     base = tmp_path / "two/pipeline/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
-    changed = contents(moved, planned(replace(moved, dtype="bfloat16")), {})
+    changed = contents(moved, tiny.planned(replace(moved, dtype="bfloat16")), {})
     kept = snapshot(tmp_path / "run")
-    message = (
-        "began with another dtype, base, teacher blue, prompt file of red .task 1.; restore that, choose"
-    )
-    with pytest.raises(ValueError, match=message):
+    others = "dtype, base, teacher blue, prompt file of red .task 1."
+    with pytest.raises(ValueError, match=f"began with another {others}; restore that, choose"):
         RunFolder(moved, active=True).check_contents(changed)
     assert snapshot(tmp_path / "run") == kept
     with pytest.raises(ValueError, match="lr 0.01 -> 0.5"):

@@ -9,14 +9,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from opd import lora, ranks
+from opd import lora
 from opd.evaluation import evaluate
 from opd.families import sd3
 from opd.formats.teacher_files import read_teachers
-from opd.optim import Trained
-from opd.report.report import Report
-from opd.runfolder import RunFolder
-from opd.setup import set_up
 from opd.teachers import load_teacher
 from tests import tiny, tiny_families
 
@@ -67,6 +63,11 @@ def answer(cfg, model, name):
     return load_teacher(cfg, model, name)(*states(), PROMPTS)
 
 
+def velocity(model, adapter, guidance=1.0):
+    with lora.use(model.transformer, adapter), torch.no_grad():
+        return model.velocity(*states(), model.text(PROMPTS), guidance)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_a_pipeline_answers_with_its_own_weights_encoders_and_guidance(guidance, world, place, tmp_path):
     """Against diffusers alone: its encoders, its transformer, guidance by the formula."""
@@ -78,11 +79,11 @@ def test_a_pipeline_answers_with_its_own_weights_encoders_and_guidance(guidance,
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPTS, None, None, **how)
     x, sigma = states()
 
-    def velocity(embeds, pooled):
+    def by_pipe(embeds, pooled):
         return pipe.transformer(x, embeds, pooled, 1000 * sigma, return_dict=False)[0]
 
     with torch.no_grad():
-        v, v_uncond = velocity(embeds, pooled), velocity(negative, negative_pooled)
+        v, v_uncond = by_pipe(embeds, pooled), by_pipe(negative, negative_pooled)
     expected = v_uncond + guidance * (v - v_uncond)
     assert (answer(cfg, model, "red") - expected).abs().max() < 1e-4
     assert len(model.teachers["red"].transformer.transformer_blocks) == 3
@@ -104,11 +105,8 @@ def test_the_table_scores_a_pipeline_by_its_own_weights_encoders_and_guidance(wo
     """Its row is that of an evaluation in which it is the model itself."""
     scores = {"rewards": dict.fromkeys(("red", "blue"), PATTERN), "evaluate": True, "eval_prompts": 5}
     changes = scores | {"teacher_guidances": {"red": 2.5}, "eval_steps": 2, "out": str(tmp_path)}
-    cfg = tiny.config(world, teachers={"red": str(place / "larger"), "blue": str(world / "blue")}, **changes)
-    cfg.check(1)
-    model, data, rewards = set_up(cfg, ranks.start())
-    report = Report(cfg, model, data, rewards, RunFolder(cfg, active=True))
-    report.table(Trained(cfg, model))
+    teachers = {"red": str(place / "larger"), "blue": str(world / "blue")}
+    tiny.run(tiny.config(world, teachers=teachers, iterations=0, **changes))
     table = json.loads((tmp_path / "scores.json").read_text())
     assert list(table) == ["base", "red g=2.5", "blue", "student"]
     files = [f"{task}={world / task}.txt" for task in ("red", "blue")]
@@ -128,11 +126,8 @@ def test_every_teacher_has_the_guidance_that_it_is_given(world, tmp_path):
     changes |= {"teacher_guidances": {"guided": 3.0, "base": 1.0}}
     cfg, model, *_ = built(world, tmp_path, "", **changes)
     model.prepare(PROMPTS)
-    text = model.text(PROMPTS)
     for name, adapter, guidance in [("guided", "base", 3.0), ("base", "base", 1.0), ("red", "red", 2.0)]:
-        with lora.use(model.transformer, adapter), torch.no_grad():
-            expected = model.velocity(*states(), text, guidance)
-        assert torch.equal(answer(cfg, model, name), expected), name
+        assert torch.equal(answer(cfg, model, name), velocity(model, adapter, guidance)), name
 
 
 @pytest.mark.parametrize("source", [*lora.WITHOUT_WEIGHTS, "start"])
@@ -144,16 +139,12 @@ def test_a_teacher_without_weights_is_the_adapter_of_its_source(source, world, t
     assert list(read_teachers(cfg, model)) == ["blue"]
     for step in range(3):
         stage.step(step)
-    with lora.use(model.transformer, source), torch.no_grad():
-        expected = model.velocity(*states(), model.text(PROMPTS), 1.0)
+    expected = velocity(model, source)
     torch.testing.assert_close(answer(cfg, model, "red"), expected, rtol=0, atol=0)
-    with lora.use(model.transformer, "student"), torch.no_grad():
-        assert (model.velocity(*states(), model.text(PROMPTS), 1.0) - expected).abs().max() > 1e-3
+    assert (velocity(model, "student") - expected).abs().max() > 1e-3
     if source == "start":
         lora.attach(model.transformer, "file", model.read_lora(str(world / "red")), torch.float32)
-        with lora.use(model.transformer, "file"), torch.no_grad():
-            began = model.velocity(*states(), model.text(PROMPTS), 1.0)
-        assert (began - expected).abs().max() < 1e-5
+        assert (velocity(model, "file") - expected).abs().max() < 1e-5
 
 
 def test_the_moving_average_of_the_student_teaches(world, tmp_path):
@@ -162,10 +153,9 @@ def test_the_moving_average_of_the_student_teaches(world, tmp_path):
     before = answer(cfg, model, "self")
     for step in range(3):
         stage.step(step)
-    with lora.use(model.transformer, "student"), torch.no_grad():
-        now = model.velocity(*states(), model.text(PROMPTS), 1.0)
-        with trained.averaged():
-            averaged = model.velocity(*states(), model.text(PROMPTS), 1.0)
+    now = velocity(model, "student")
+    with trained.averaged():
+        averaged = velocity(model, "student")
     after = answer(cfg, model, "self")
     torch.testing.assert_close(after, averaged)  # a frozen adapter is summed with the weights first
     assert min((after - other).abs().max() for other in (before, now)) > 1e-3

@@ -21,6 +21,7 @@ from opd.families import sd3
 from opd.formats import export, lora_files
 from opd.formats.settings import to_json
 from opd.mini import build as mini
+from opd.model import Model
 from opd.optim import Trained
 from opd.report.report import Report
 from opd.runfolder import RunFolder
@@ -189,9 +190,13 @@ def shared_with(cfg: RunConfig, stage: type) -> dict:
     return {name: value for name, value in vars(cfg).items() if name in names}
 
 
+def planned(cfg: RunConfig) -> Model:
+    return Model.plan(cfg.model, cfg.dtype, cfg.resolution, torch.device("cpu"), cfg.t5)
+
+
 def build(cfg: RunConfig):
-    """(cfg, model, data, trained, stage): a run set up as train.py does, on one rank."""
-    cfg.check(1)
+    """(cfg, model, data, trained, stage): a run set up as train.py does."""
+    cfg.check(ranks.declared_world())
     model, data, rewards = set_up(cfg, ranks.start())
     trained = Trained(cfg, model)
     return cfg, model, data, trained, train.choose_stage(cfg, model, data, rewards, trained)
