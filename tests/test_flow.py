@@ -9,6 +9,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from opd import flow, kernels, trajectory
 from opd.trajectory import Path
+from tests.tiny import cps_by_formula, sde_by_formula
 
 MEAN, STD = 1.5, 0.6  # the Gaussian "data set": N(MEAN, STD^2 I)
 
@@ -31,24 +32,6 @@ def random_step(batch=4, dims=6):
     sigma = torch.tensor([1.0, 0.9, 0.5, 0.1], dtype=torch.float64)
     sigma_next = torch.tensor([0.9, 0.7, 0.4, 0.0], dtype=torch.float64)
     return x, v, v_teacher, z, sigma, sigma_next
-
-
-def sde_by_formula(x, v, sigma, sigma_next, noise_level):
-    """(mean, std of the step, s) of eq. 5-6 as the paper writes them, with one sigma per sample."""
-    sigma, sigma_next = sigma[:, None], sigma_next[:, None]
-    denominator = torch.where(sigma == 1, 1 - sigma_next, 1 - sigma)
-    s = noise_level * torch.sqrt(sigma / denominator)
-    dt = sigma - sigma_next
-    mean = x + (v + s**2 / (2 * sigma) * (x + (1 - sigma) * v)) * -dt
-    return mean, s * dt.sqrt(), s
-
-
-def cps_by_formula(x, v, sigma, sigma_next, noise_level):
-    """(mean, std of the step) of Flow-CPS as its paper writes them."""
-    sigma, sigma_next = sigma[:, None], sigma_next[:, None]
-    std = sigma_next * math.sin(noise_level * math.pi / 2)
-    x0, x1 = x - sigma * v, x + (1 - sigma) * v
-    return (1 - sigma_next) * x0 + torch.sqrt(sigma_next**2 - std**2) * x1, std
 
 
 # ---------------------------------------------------------------- sampling a Gaussian exactly
@@ -120,13 +103,6 @@ def test_without_noise_every_step_is_the_ode(name):
     quiet = flow.TRANSITIONS[name](sigma, sigma_next, 0.0)
     euler = flow.ode_transition(sigma, sigma_next, 0.0)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(quiet, euler, strict=True))
-
-
-def test_coefficients_of_one_state_of_a_grid():
-    *_, sigma, sigma_next = random_step()
-    grid = flow.sde_transition(sigma, sigma_next, 0.7)
-    alone = flow.sde_transition(sigma[2], sigma_next[2], 0.7)
-    assert [float(a) for a in grid.at(2)] == [float(a) for a in alone] and alone.keep.ndim == 0
 
 
 # ---------------------------------------------------------------- likelihood, KL and the weights

@@ -227,19 +227,30 @@ def main(cfg: RunConfig, folder: Path) -> None:
                 ranks.stop()
 
 
+def sde_by_formula(x, v, sigma, sigma_next, noise_level):
+    """(mean, std of the step, s) of eq. 5-6 as the paper writes them, with one sigma per sample."""
+    sigma, sigma_next = (level.view(-1, *[1] * (x.dim() - 1)) for level in (sigma, sigma_next))
+    denominator = torch.where(sigma == 1, 1 - sigma_next, 1 - sigma)
+    s = noise_level * torch.sqrt(sigma / denominator)
+    dt = sigma - sigma_next
+    mean = x + (v + s**2 / (2 * sigma) * (x + (1 - sigma) * v)) * -dt
+    return mean, s * dt.sqrt(), s
+
+
+def cps_by_formula(x, v, sigma, sigma_next, noise_level):
+    """(mean, std of the step) of Flow-CPS as its paper writes them."""
+    sigma, sigma_next = (level.view(-1, *[1] * (x.dim() - 1)) for level in (sigma, sigma_next))
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    x0, x1 = x - sigma * v, x + (1 - sigma) * v
+    return (1 - sigma_next) * x0 + torch.sqrt(sigma_next**2 - std**2) * x1, std
+
+
 def step_by_hand(rollout: str, grid: list[float], i: int, x, v) -> tuple:
-    """(mean, std) of a step of noise level 0.7 as its paper writes it: eq. 5-6, or Flow-CPS."""
-    sigma, after = grid[i], grid[i + 1]
-    if rollout == "cps":
-        std = after * math.sin(0.7 * math.pi / 2)
-        x0, x1 = x - sigma * v, x + (1 - sigma) * v
-        return (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1, std
-    dt = sigma - after
+    """(mean, std) of a step of noise level 0.7 as its paper writes it."""
     if rollout == "ode":
-        return x - dt * v, 0.0
-    s = 0.7 * math.sqrt(sigma / (1 - (grid[1] if sigma == 1 else sigma)))
-    mean = x * (1 - s**2 * dt / (2 * sigma)) - v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
-    return mean, s * math.sqrt(dt)
+        return x - (grid[i] - grid[i + 1]) * v, 0.0
+    by_formula = {"sde": sde_by_formula, "cps": cps_by_formula}[rollout]
+    return by_formula(x, v, *torch.tensor(grid[i : i + 2]).view(2, 1), 0.7)[:2]
 
 
 def velocity_by_hand(model, adapter: str, x, sigma: float, text: str, guidance: float) -> torch.Tensor:
