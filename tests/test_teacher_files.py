@@ -1,23 +1,18 @@
 """Files of teachers: told apart by what they hold, refused where they cannot teach this student."""
 
 import json
+import re
 import shutil
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    Flux2Transformer2DModel,
-    SD3Transformer2DModel,
-    ZImageTransformer2DModel,
-)
 from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
 from opd.families._sd3_names import BLOCK, OUTSIDE
-from opd.formats.lora_files import FILES
+from opd.formats.lora_files import FILES, read_lora
 from opd.formats.teacher_files import KINDS, Whole, holds_transformer, read_transformer
 from opd.model import Model
 from tests import tiny, tiny_families
@@ -48,10 +43,11 @@ def test_a_full_teacher_is_held_in_the_compute_dtype(world, place, tmp_path):
     assert {p.dtype for p in own.parameters()} == {torch.bfloat16}
 
 
-def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_path, monkeypatch):
+def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_path, monkeypatch, capsys):
     """Weights are fetched once it is clear which are wanted."""
     calls = []
-    folders = {"owner/lora": world / "red", "owner/full": place, "owner/larger": place / "larger"}
+    folders = {"owner/lora": world / "red", "owner/two": world, "owner/full": place}
+    folders["owner/larger"] = place / "larger"
 
     def download(repo, allow_patterns):
         calls.append((repo, allow_patterns))
@@ -59,13 +55,20 @@ def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_p
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # of a README that is not there
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo, use_safetensors: folders[repo])
-    for source in ("owner/lora", "owner/full:full", "owner/larger"):
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda repo, use_safetensors: folders[repo])
+    adapters = {"owner/lora": "red", "owner/two:blue": "blue"}
+    for source in (*adapters, "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
-        assert ("red" in model.teachers) == (source != "owner/lora")
+        assert ("red" in model.teachers) == (source not in adapters)
+    printed = capsys.readouterr().out
+    for source, name in adapters.items():
+        sha256 = read_lora(str(world / name)).sha256
+        assert f"teacher red: {source}  sha256 {sha256[:12]} " in printed
     assert calls == [
         ("owner/lora", KINDS),
         ("owner/lora", FILES),
+        ("owner/two", [f"blue/{name}" for name in KINDS]),
+        ("owner/two", [f"blue/{name}" for name in FILES]),
         ("owner/full", [f"full/{name}" for name in KINDS]),
         ("owner/full", ["full/*.json", "full/*.safetensors"]),
         ("owner/larger", KINDS),
@@ -102,7 +105,7 @@ def other_channels(folder):
 
 def ddim(folder):
     shutil.rmtree(folder / "scheduler")
-    DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    diffusers.DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
 
 
 OTHER_LATENTS = [
@@ -136,11 +139,9 @@ def test_other_architectures_are_refused(name, shape, problem, world, place, tmp
         tensors[name] = torch.ones(shape)
     shutil.copytree(place / "full", tmp_path / "full")
     message = rf"1 weights are {problem}: \['{name}'\]; to learn from .* a whole pipeline's directory"
-    for teacher, file in (
-        ("full", tmp_path / "full" / WEIGHTS),
-        ("x.safetensors", tmp_path / "x.safetensors"),
-    ):
-        save_file(tensors, file)
+    save_file(tensors, tmp_path / "full" / WEIGHTS)
+    save_file(tensors, tmp_path / "x.safetensors")
+    for teacher in ("full", "x.safetensors"):
         refused(world, tmp_path, tmp_path / teacher, message)
 
 
@@ -208,9 +209,7 @@ def by_tongyi(own):
         if ".to_q." in name:
             tensors[name.replace("to_q", "qkv")] = torch.cat([tensor] * 3)
         elif ".to_k." not in name and ".to_v." not in name:
-            name = name.replace("all_final_layer.2-1", "final_layer").replace(
-                "all_x_embedder.2-1", "x_embedder"
-            )
+            name = re.sub("all_(final_layer|x_embedder).2-1", r"\1", name)
             name = name.replace(".norm_q", ".q_norm").replace(".norm_k", ".k_norm")
             tensors[name.replace(".to_out.0", ".out")] = tensor
     return tensors
@@ -218,9 +217,9 @@ def by_tongyi(own):
 
 HALVES = [("x", ""), ("context", "added_")]
 AUTHORS = {
-    "sd3": (tiny.make_pipeline, SD3Transformer2DModel, by_stability),
-    "flux2": (tiny_families.make_flux2, Flux2Transformer2DModel, by_bfl),
-    "z_image": (tiny_families.make_z_image, ZImageTransformer2DModel, by_tongyi),
+    "sd3": (tiny.make_pipeline, diffusers.SD3Transformer2DModel, by_stability),
+    "flux2": (tiny_families.make_flux2, diffusers.Flux2Transformer2DModel, by_bfl),
+    "z_image": (tiny_families.make_z_image, diffusers.ZImageTransformer2DModel, by_tongyi),
 }
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from opd import lora
 from opd.families import sd3
 from opd.formats import lora_files
-from opd.model import Model
+from tests import tiny
 
 MODULES = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
 TARGETS = ("attn.to_q", "attn.to_out.0")
@@ -28,11 +28,8 @@ def pairs(ranks=(3,), seed=0):
 
 
 def keyed(weights, prefix="base_model.model."):
-    return {
-        f"{prefix}{m}.lora_{kind}.weight": t
-        for m, ab in weights.items()
-        for kind, t in zip("AB", ab, strict=True)
-    }
+    named = {f"{prefix}{m}.lora_A.weight": a for m, (a, b) in weights.items()}
+    return named | {f"{prefix}{m}.lora_B.weight": b for m, (a, b) in weights.items()}
 
 
 def peft_dir(folder, weights, **config):
@@ -61,11 +58,14 @@ def under(transformer, name):
         return velocity(transformer)
 
 
-def peft_model(base, **config):
+def peft_model(base, trained=False, **config):
     """PEFT's model of rank 4 and alpha 8 unless told."""
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS)} | config
-    return get_peft_model(copy.deepcopy(base), LoraConfig(**settings)).eval()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**settings)).eval()
+    if trained:
+        train(model)
+    return model
 
 
 def train(model):
@@ -76,10 +76,16 @@ def train(model):
 
 def ours(base, world, source):
     """The velocity of the base under the adapter that is there."""
-    plan = Model.plan(str(world / "pipeline"), "float32", "", torch.device("cpu"), True)
+    plan = tiny.planned(tiny.config(world))
     transformer = copy.deepcopy(base)
     lora.attach(transformer, "x", plan.read_lora(str(source)), torch.float32)
     return under(transformer, "x")
+
+
+def alike(theirs, base, world, source):
+    """That the base under the adapter that is there is PEFT's model."""
+    assert (velocity(theirs) - velocity(base)).abs().max() > 1e-2
+    assert (ours(base, world, source) - velocity(theirs)).abs().max() < 1e-5
 
 
 def refused(source, message, convert=sd3.convert_lora):
