@@ -7,16 +7,14 @@ import types
 import pytest
 import torch
 
-from opd import rewards
 from opd.formats.pictures import to_pil
 from opd.rewards.blip import BlipVqa
-from tests.tiny_scorers import save_blip
+from tests.tiny_scorers import loaded, save_blip
 
 WORDS = "a the red green dog cat bowl apple small".split()
 PROMPTS = ["a red apple and a green bowl", "a small dog"]
 PHRASES = [["a red apple", "a green bowl"], ["a small dog"]]
 METADATA = [{"noun_phrases": phrases} for phrases in PHRASES]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +29,7 @@ def images_BCHW():
 
 @pytest.fixture
 def reward(folder):
-    found = rewards.find_reward(f"blip_vqa@{folder}")
-    found.load(CPU)
-    return found
+    return loaded(f"blip_vqa@{folder}")
 
 
 def yes_of_generation(folder, image_CHW, phrase):

@@ -6,11 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from opd import rewards
 from opd.formats.pictures import to_pil
 from opd.rewards import geneval
 from opd.rewards.geneval import Found, dense, kept, official, relations, strict
-from tests.tiny_scorers import save_clip, save_detector
+from tests.tiny_scorers import loaded, save_clip, save_detector
 
 # A scene is written as words: "name colour confidence left top" for a thing of 10 x 10 pixels.
 
@@ -146,9 +145,7 @@ def sources(tmp_path_factory):
 def test_detector_and_colours_run_through_the_whole_path(sources):
     spec = f"@{sources}/detector,{sources}/clip"
     names = ["geneval", "geneval_strict", "geneval_dense"]
-    found = [rewards.find_reward(name + spec) for name in names]
-    for reward in found:
-        reward.load(torch.device("cpu"))
+    found = [loaded(name + spec) for name in names]
     images_BCHW = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     sign, dog = asked("single_object", clause("stop sign")), ONE
     metadata = [sign, dog, asked("colors", clause("stop sign", color="red"))]
@@ -193,6 +190,5 @@ def test_the_colour_of_a_cut_out_object_is_the_nearest_of_ten_by_hand(sources):
 
 
 def test_a_detector_that_sees_nothing_is_refused(sources):
-    reward = rewards.find_reward(f"geneval@{sources}/blind,{sources}/clip")
     with pytest.raises(ValueError, match=r"finds nothing in a picture of a stop sign \(best confidence 0.0"):
-        reward.load(torch.device("cpu"))
+        loaded(f"geneval@{sources}/blind,{sources}/clip")

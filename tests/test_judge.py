@@ -1,4 +1,4 @@
-"""Judges and workers against a local server that is slow, sends garbage, answers 500 or out of range."""
+"""Judges and workers against a local server that is slow, sends garbage or answers 500."""
 
 import base64
 import io
@@ -16,6 +16,7 @@ from PIL import Image
 from opd import rewards
 from opd.rewards import endpoint, judge
 from tests import forked
+from tests.tiny_scorers import loaded
 
 CPU = torch.device("cpu")
 ABOUT = {"name": "deqa", "about": "zhiyuanyou/DeQA-Score-Mix3, MIT, 7 B: expected grade; transformers 4.36"}
@@ -97,12 +98,6 @@ def chat(grades):
     return reply
 
 
-def loaded(spec):
-    reward = rewards.find_reward(spec)
-    reward.load(CPU)
-    return reward
-
-
 def pixels(*levels):
     """A flat 8 px picture per level of grey."""
     return torch.stack([torch.full((3, 8, 8), level / 255) for level in levels])
@@ -181,33 +176,43 @@ def test_an_edit_is_shown_after_its_sources_and_its_lesser_grade_counts(serve, t
         reward(pixels(3), ["redder"], metadata[:1])
 
 
+# Who is asked, its answer about a dog, what is said of it, and how often it was asked for the dog alone.
 BAD = [
-    (lambda body: None, "3 tries failed, the last: no answer within 0.25 s", 3),
-    (lambda body: 404, "status 404: b'broken'", 1),
-    (lambda body: b"<html>", "3 tries failed, the last: not JSON: b'<html>'", 3),
-    (lambda body: said("I like it"), "no grade in 'I like it'", 1),
-    (lambda body: said("<OverallScore>9</OverallScore>"), "the grade 9 is not in 1-5", 1),
+    ("qwenvl", lambda body: None, "3 tries failed, the last: no answer within 0.25 s", 6),
+    ("qwenvl", lambda body: 404, "status 404: b'broken'", 2),
+    ("qwenvl", lambda body: b"<html>", "3 tries failed, the last: not JSON: b'<html>'", 6),
+    ("qwenvl", lambda body: said("I like it"), "no grade in 'I like it'", 2),
+    ("qwenvl", lambda body: said("<OverallScore>9</OverallScore>"), "the grade 9 is not in 1-5", 2),
+    ("deqa", lambda body: {"outputs": [3.0]}, 'wanted {"scores": [...]} with 1 numbers', 1),
+    ("deqa", lambda body: b'{"scores": [NaN]}', "returned nan", 1),
 ]
 
 
-@pytest.mark.parametrize("grade, reason, tries", BAD, ids=[reason for _, reason, _ in BAD])
-def test_a_judge_that_misbehaves_gives_a_reason_and_never_a_zero(serve, monkeypatch, grade, reason, tries):
-    """Asked once for the batch, and once more for the prompt alone."""
+@pytest.mark.parametrize("name, answer, reason, times", BAD, ids=[reason for _, _, reason, _ in BAD])
+def test_who_misbehaves_gives_a_reason_and_never_a_zero(serve, monkeypatch, name, answer, reason, times):
+    """Asked once for the batch, a judge picture by picture, and once more for the prompt alone."""
     if "no answer" in reason:
         monkeypatch.setattr(endpoint, "TIMEOUT", 0.25)
+    dogs = []
 
-    def only_the_dog(body):
-        if "a dog" in prompt_in(body):
-            return grade(body)
-        return said("<OverallScore>4</OverallScore>")
+    def grade(body):
+        if "a cat" in prompt_in(body):
+            return said("<OverallScore>4</OverallScore>")
+        dogs.append(body)
+        return answer(body)
 
-    server = serve(chat(only_the_dog))
-    reward = loaded(f"qwenvl@{server.url}/v1")
+    def scores(body):
+        if body["prompts"] == ["a dog"]:
+            dogs.append(body)
+            return answer(body)
+        return {"scores": [None if prompt == "a dog" else 4.0 for prompt in body["prompts"]]}
+
+    place = f"{serve(chat(grade)).url}/v1" if name == "qwenvl" else serve(worker(scores)).url
+    reward = loaded(f"{name}@{place}")
     scores_B, reasons, _ = reward.start(pixels(0, 1), ["a dog", "a cat"], [{}] * 2, 30.0).result()
     assert scores_B[0].isnan() and scores_B[1] == 4
-    assert list(reasons) == [0] and reason in reasons[0] and "1 of 1 images" in reasons[0]
-    dogs = [body for _, body in server.asked if body and "a dog" in prompt_in(body)]
-    assert len(dogs) == 2 * tries
+    assert list(reasons) == [0] and reason in reasons[0] and len(dogs) == times
+    assert ("1 of 1 images" in reasons[0]) == (name == "qwenvl")
 
 
 def test_missing_judges_are_named_before_training(serve):
@@ -253,25 +258,6 @@ def test_a_worker_gets_png_prompts_and_metadata_in_batches(serve):
     assert bodies[1]["prompts"] == ["p16", "p17", "p18", "p19"] and bodies[1]["metadata"][0] == {"n": 16}
     about = f"{ABOUT['about']}, at {server.url}; reward: score / 5"
     assert reward.about == {f"deqa@{server.url}": about}
-
-
-BAD_WORKERS = [
-    (lambda body: {"outputs": [3.0]}, 'wanted {"scores": [...]} with 1 numbers'),
-    (lambda body: b'{"scores": [NaN]}', "returned nan"),
-]
-
-
-@pytest.mark.parametrize("scores, reason", BAD_WORKERS, ids=[reason for _, reason in BAD_WORKERS])
-def test_a_worker_that_misbehaves_gives_a_reason_and_never_a_zero(serve, scores, reason):
-    def all_but_dogs(body):
-        if body["prompts"] == ["a dog"]:
-            return scores(body)
-        return {"scores": [None if prompt == "a dog" else 2.0 for prompt in body["prompts"]]}
-
-    reward = loaded(f"deqa@{serve(worker(all_but_dogs)).url}")
-    scores_B, reasons, _ = reward.start(pixels(0, 1), ["a dog", "a cat"], [{}] * 2, 30.0).result()
-    assert scores_B[0].isnan() and scores_B[1] == 2
-    assert list(reasons) == [0] and reason in reasons[0]
 
 
 def test_another_worker_or_half_a_worker_is_refused(serve):

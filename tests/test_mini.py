@@ -18,9 +18,9 @@ from opd.formats.prompts import load_prompts
 from opd.mini import build, rewards, signs, world
 from opd.mini.presets import MINI_PRESETS
 from opd.presets import PRESETS
-from opd.rewards import find_reward
 from opd.setup import read_by, set_up
 from tests import forked
+from tests.tiny_scorers import loaded
 
 
 def test_shipped_weights_have_the_recorded_sha256():
@@ -114,8 +114,7 @@ def test_the_reader_reads_what_is_drawn_and_what_the_vae_makes_of_it(tmp_path):
     images_BCHW = drawn.permute(0, 3, 1, 2) / 255
     vae = signs.sd3.load_vae(signs.build.WEIGHTS / "base")
     decoded_BCHW = signs.sd3.decode(vae, signs.sd3.encode_images(vae, images_BCHW))
-    reward = find_reward("ocr")
-    reward.load(torch.device("cpu"))
+    reward = loaded("ocr")
     prompts = [signs.prompt_of(string) for string in strings[:24]]
     for images in (images_BCHW, decoded_BCHW):
         assert reward(images, prompts, [{}] * 24).mean() > 0.95

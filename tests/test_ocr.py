@@ -5,6 +5,7 @@ import torch
 
 from opd import rewards
 from opd.rewards import ocr
+from tests.tiny_scorers import loaded
 
 FORMULA = [
     ("Hello World", "hELLOwORLD", 1),  # case and spaces do not count
@@ -51,9 +52,7 @@ def test_a_target_stands_in_the_first_pair_of_straight_quotes():
 @pytest.fixture(scope="module")
 def reward():
     pytest.importorskip("rapidocr", reason="the extra ocr is not installed; .[test] brings it")
-    found = rewards.find_reward("ocr")
-    found.load(torch.device("cpu"))
-    return found
+    return loaded("ocr")
 
 
 def test_a_blank_picture_scores_zero_without_a_word(reward, capfd):

@@ -13,7 +13,7 @@ from opd import rewards
 from opd.formats.pictures import to_pil
 from opd.rewards import preference
 from opd.rewards.clip import load_clip
-from tests.tiny_scorers import SIZE, clip_parts, save_clip
+from tests.tiny_scorers import SIZE, clip_parts, loaded, save_clip
 
 PROMPTS = ["a red dog", "a photo of two blue cat", "the green object of a dog"]
 CPU = torch.device("cpu")
@@ -38,9 +38,7 @@ def outputs(images_BCHW, prompts=PROMPTS):
 
 
 def scored(spec, images_BCHW, prompts=PROMPTS):
-    reward = rewards.find_reward(spec)
-    reward.load(CPU)
-    return reward(images_BCHW, prompts, [{}] * len(prompts))
+    return loaded(spec)(images_BCHW, prompts, [{}] * len(prompts))
 
 
 def test_clipscore_is_the_cosine_of_each_pair_and_pickscore_scales_it(folder, images_BCHW):
@@ -72,13 +70,11 @@ def test_clip_direction_is_the_cosine_of_two_changes(folder, images_BCHW, tmp_pa
         results = of_pictures([to_pil(image, 0) for image in images_BCHW[:2]])
         change_BD = results - of_pictures([Image.open(source) for source in sources])
         wanted_B = F.cosine_similarity(change_BD, of_texts(afters) - of_texts(befores))
-    reward = rewards.find_reward(f"clip_direction@{folder}")
-    reward.load(CPU)
     metadata = [
         {"source": [str(source)], "source_caption": before, "target_caption": after}
         for source, before, after in zip(sources, befores, afters, strict=True)
     ]
-    scores_B = reward(images_BCHW[:2], ["redder"] * 2, metadata)
+    scores_B = loaded(f"clip_direction@{folder}")(images_BCHW[:2], ["redder"] * 2, metadata)
     assert wanted_B.abs().min() > 0.02 and torch.allclose(scores_B, wanted_B, atol=1e-4)
 
 
@@ -227,7 +223,7 @@ def test_missing_weights_are_named(folder, tmp_path):
     missing[f"hpsv2@{folder},{folder}"] = "HPSv2 .*there is no file 'HPS_v2.1_compressed.pt'"
     for spec, message in missing.items():
         with pytest.raises(ValueError, match=message):
-            rewards.find_reward(spec).load(CPU)
+            loaded(spec)
 
 
 def test_each_says_what_it_is_and_its_divisor():

@@ -6,11 +6,18 @@ import torch
 import transformers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
+from opd import rewards
 from opd.mini.build import make_tokenizer
 from opd.rewards.geneval import CLASSES
 
 WORDS = "a photo of red green blue dog cat object two the".split()
 SIZE = 28
+
+
+def loaded(spec: str) -> rewards.Reward:
+    reward = rewards.find_reward(spec)
+    reward.load(torch.device("cpu"))
+    return reward
 
 
 def pil_processor(name: str):
@@ -49,9 +56,8 @@ def save_detector(folder: Path, seen: str) -> Path:
     """A Mask2Former on Swin that takes every query for a `seen`, or for nothing at all."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    stages = dict(
-        depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], out_features=[f"stage{n}" for n in (1, 2, 3, 4)]
-    )
+    stages = dict(depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
+    stages["out_features"] = [f"stage{n}" for n in (1, 2, 3, 4)]
     torch.manual_seed(0)
     widths = dict(hidden_dim=32, feature_size=32, mask_feature_size=32)
     widths |= dict(encoder_feedforward_dim=16, dim_feedforward=16)
