@@ -1,18 +1,21 @@
 """Stage grpo: the gradient against the policy gradient written out, advantages by brute force, a reward that
-rises."""
+rises; and as a run: every knob, groups computed once, rewards that fail, bad input."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from opd import flow, grpo, kernels
-from opd.data import prompts_of_step
-from opd.rewards import groups
-from tests import tiny
+import train
+from opd import flow, grpo, kernels, ranks
+from opd.data import MicroBatch, prompts_of_step
+from opd.model import Model
+from opd.rewards import find_reward, groups
+from tests import forked, tiny
 from tests.tiny import distance, gradient_of, grpo_config, step_by_hand, steps_by_hand, velocity_by_hand
-from tests.tiny_grpo import advantages_by_hand, build, recorded
+from tests.tiny_grpo import BRIGHT, advantages_by_hand, build, recorded
 
 SETTINGS = [{"guidance": 2.0, "micro_batch": 3}, {"window": 2, "window_range": (0, 4)}]
 SETTINGS += [{"rollout": "cps", "skip_last": True}]
@@ -99,3 +102,171 @@ def test_reward_rises_on_the_tiny_model(world, tmp_path):
     means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
     spread = rows[0]["reward_std"]["red"]
     assert np.mean(means[-5:]) > np.mean(means[:3]) + spread, (means, spread)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+def test_parts_and_epochs_make_so_many_updates_of_whole_groups(world):
+    *_, trained, stage = build(world, updates=2, epochs=3)
+    calls, original = [], trained.update
+    trained.update = lambda *a: calls.append(a) or original(*a)
+    stage.step(5)
+    assert calls == [(5, turn, 6) for turn in range(6)]
+    halves = [recorded(world, u, updates=2, lr=1e-9, cold_start=str(world / "red"))[0] for u in (0, 1)]
+    assert distance((halves[0] + halves[1]) / 2, recorded(world, cold_start=str(world / "red"))[0]) < 1e-3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_share_their_start_only_if_asked(world, shared):
+    """Same first state for a group, other noise after it, other first states for other groups."""
+    cfg, model, data, _, stage = build(world, shared_start=shared, window=2, window_range=(0, 2))
+    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
+    batch = MicroBatch(list(range(8)), [1] * 8, list(range(8)))
+    sampled = stage.sample(batch, "red", prompts, 0)
+    first, second = (state.x.view(2, 4, *model.shape) for state in sampled.states)
+    assert torch.equal(first[:, :1].expand_as(first), first) == shared
+    assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])
+
+
+GROUPS = [{}, {"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}]
+
+
+@pytest.mark.parametrize("changes", GROUPS, ids=str)
+def test_a_group_that_stands_together_is_computed_once(world, monkeypatch, changes):
+    """The same gradient as with a forward pass for every sample, from fewer samples in the transformer."""
+
+    def everyone(batch):
+        alone = list(range(len(batch.samples)))
+        return grpo.SharedPrefix(alone, torch.tensor(alone), torch.tensor(alone))
+
+    changes = dict(changes, shared_start=True, beta=0.1, cold_start=str(world / "red"))
+    gradients, samples = [], []
+    for once in (True, False):
+        cfg, model, *_, trained, stage = build(world, **changes)
+        if not once:
+            monkeypatch.setattr(stage, "shared_prefix", everyone)
+        rows = []
+        model.transformer.register_forward_hook(lambda *given, rows=rows: rows.append(len(given[-1][0])))
+        monkeypatch.setattr(trained, "update", lambda *_: 1.0)
+        stage.step(0)
+        gradients.append(gradient_of(trained))
+        samples.append(sum(rows))
+    assert gradients[1].norm() > 1e-4 and distance(gradients[0], gradients[1]) < 1e-4
+    cfg = grpo_config(world, **changes)
+    first = grpo.trained_states(cfg, 0)[0]
+    branches = 1 + (cfg.guidance != 1.0)
+    # one rollout up to the first trained state, then policy and reference in the update
+    spared = cfg.prompts_per_step * (cfg.group - 1) * (first + 1 + 2) * branches
+    assert samples[1] - samples[0] == spared > 0
+
+
+def test_window_moves_over_its_range_and_only_over_it(world):
+    cfg = grpo_config(world, steps=10, window=2, window_range=(1, 6))
+    drawn = [grpo.trained_states(cfg, step) for step in range(200)]
+    assert {tuple(d) for d in drawn} == {(1, 2), (2, 3), (3, 4), (4, 5)}
+    assert drawn == [grpo.trained_states(cfg, step) for step in range(200)]
+
+
+def test_self_test_names_causes_when_training_sees_another_policy(world):
+    *_, model, _, _, stage = build(world)
+
+    def rounded(module, given, output):
+        if torch.is_grad_enabled():
+            return (output[0].bfloat16().float(),)
+
+    model.transformer.register_forward_hook(rounded)
+    causes = r"a ratio is .* off 1 \(tolerance 5e-05.*dtype.*dropout.*guidance"
+    with pytest.raises(RuntimeError, match=causes):
+        stage.step(0)
+
+
+def test_alternate_gives_each_step_one_task(world):
+    rows = [recorded(world, alternate=True)[1], recorded(world)[1]]
+    assert list(rows[0]["reward"]) == ["red"] and list(rows[1]["reward"]) == ["red", "blue"]
+
+
+def test_zero_spread_groups_are_counted_and_teach_nothing(world):
+    gradient, row = recorded(world, train_rewards={"red": "tests.tiny_grpo:constant", "blue": BRIGHT})
+    assert row["groups"] == {"zero_spread": 2, "dropped": 0, "all": 4} and gradient.norm() > 0
+
+
+CALLS = []
+
+
+def failing(images, prompts, metadata):
+    """Fine at first; later it raises for one prompt's images."""
+    CALLS.append(prompts)
+    if len(CALLS) > 4 and "a red circle" in prompts:
+        raise OSError("no more memory")
+    return images.mean((1, 2, 3))
+
+
+def test_a_reward_killed_mid_run_leaves_training_running_and_the_count_in_the_log(world, tmp_path):
+    """How else a reward may fail: tests/test_rewards.py."""
+    CALLS.clear()
+    rewards = {"red": "tests.test_grpo:failing", "blue": BRIGHT}
+    rows = tiny.run(grpo_config(world, out=str(tmp_path), iterations=8, train_rewards=rewards))[0].metrics()
+    dropped = [row["groups"]["dropped"] for row in rows]
+    assert len(rows) == 8 and sum(dropped) >= 1 and dropped[0] == 0 and max(dropped) == 1
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    named = [text for row in rows if "failed_rewards" in row for text in row["failed_rewards"]]
+    assert len(named) == sum(dropped)
+    assert all("'a red circle'" in text and "raised OSError: no more memory" in text for text in named)
+
+
+@pytest.mark.parametrize("config", [grpo_config, tiny.nft_config])
+def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, config):
+    """Not even by the momentum of a step before, and no old policy; and the next step learns again."""
+    *_, trained, stage = tiny.build(config(world, weight_decay=0.1))
+    states = []
+    for step, spec in enumerate((BRIGHT, "tests.tiny_grpo:nothing", BRIGHT)):
+        stage.scorers.of_task = dict.fromkeys(("red", "blue"), [(1.0, find_reward(spec))])
+        row, norm = stage.step(step)
+        states.append(torch.cat([ranks.full(value.detach()).flatten() for value in trained.state().values()]))
+        assert row["groups"]["dropped"] == (0 if spec == BRIGHT else 4) and (norm > 0) == (spec == BRIGHT)
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
+
+
+def test_held_out_tasks_are_watched_and_scored_and_a_failing_scorer_is_said(world, tmp_path, capsys):
+    """Whether they are trained on, as red, or not. The failure is said on the way and ends the whole run."""
+    files = {t: str(world / f"{t}.txt") for t in ("red", "blue")}
+    scorers = {"red": BRIGHT, "blue": "tests.tiny_grpo:nothing"}
+    scored = {"heldout": files, "rewards": scorers, "watch_every": 2, "watch_prompts": 3}
+    table = {"evaluate": True, "eval_prompts": 4, "eval_steps": 2}
+    trained_on = {"prompts": {"red": files["red"]}, "iterations": 3}
+    cfg = grpo_config(world, out=str(tmp_path), **scored, **table, **trained_on)
+    with pytest.raises(SystemExit, match="^error: pictures of blue have no score; mend the scorer; "):
+        train.run(cfg)
+    assert (tmp_path / "student/README.md").is_file() and (tmp_path / "table.txt").is_file()
+    line = "held-out blue, tests.tiny_grpo:nothing: pictures without a score: 3, first: prompt 'two blue"
+    printed = capsys.readouterr().out
+    assert all(f"step {step}: student, {line}" in printed for step in (2, 3))
+    rows = forked.rows(tmp_path)
+    assert list(rows[0]["reward"]) == ["red"] and ["watch" in row for row in rows] == [False, True, True]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == ["base", "student"]
+    for found in (rows[1]["watch"], rows[2]["watch"], scores["student"]["held-out"]):
+        assert 0 < found["red"] < 1 and math.isnan(found["blue"])
+
+
+BAD_REWARDS = [
+    ("train_rewards", "no.such:reward", "No module named 'no'"),
+    ("train_rewards", f"{__name__}:whole_numbers", "which is not floating"),
+    ("train_rewards", "tests.tiny_grpo:too_long", r"returned shape \(3,\) for 2 images"),
+    ("train_rewards", "tests.test_rewards:needs_target", "needs 'target' with every prompt"),
+    ("rewards", "tests.test_rewards:needs_target", "needs 'target' with every prompt"),
+]
+
+
+@pytest.mark.parametrize("field, spec, message", BAD_REWARDS)
+def test_bad_rewards_are_refused_before_weights_load(world, field, spec, message, monkeypatch):
+    """That train, and that watch and score."""
+    monkeypatch.setattr(Model, "load", lambda *a: pytest.fail("weights were loaded"))
+    changes = {field: {"red": BRIGHT, "blue": spec}}
+    if field == "rewards":
+        changes |= {"heldout": {"blue": str(world / "blue.txt")}, "watch_every": 1}
+    with pytest.raises(ValueError, match=message):
+        build(world, **changes)
+
+
+def whole_numbers(images, prompts, metadata):
+    return torch.ones(len(images), dtype=torch.long)

@@ -20,7 +20,7 @@ from opd.rewards import find_reward
 from opd.rewards.groups import advantages_of_each
 from tests import tiny
 from tests.tiny import distance, gradient_of, steps_by_hand, velocity_by_hand
-from tests.tiny_grpo import advantages_by_hand
+from tests.tiny_grpo import BRIGHT, advantages_by_hand, update_of
 
 CFG = NFTConfig()
 
@@ -39,10 +39,6 @@ def gradient(loss_B, v):
     return torch.autograd.grad(loss_B.sum(), v)[0]
 
 
-def per_sample(value_B):
-    return value_B.view(-1, 1, 1, 1)
-
-
 def mean(x):
     return x.flatten(1).mean(1)
 
@@ -51,7 +47,7 @@ def mean(x):
 def test_nft_is_the_released_loss(b):
     """On predicted images x0' = x - sigma v': mean (x0' - x0)^2 / mean |x0' - x0|, the latter constant."""
     x0, eps, v, noised = drawn()
-    sigma, r = per_sample(noised.sigma_B), (noised.advantage_B / 10 + 0.5).clamp(0, 1)
+    sigma, r = noised.sigma_B.view(-1, 1, 1, 1), (noised.advantage_B / 10 + 0.5).clamp(0, 1)
     x = (1 - sigma) * x0 + sigma * eps
     terms = []
     for policy in (b * v + (1 - b) * noised.v_old, (1 + b) * noised.v_old - b * v):
@@ -116,20 +112,6 @@ def behind(world, **changes):
     return *others, trained, stage
 
 
-def recorded(world, **changes):
-    """(gradient of an iteration's first optimizer step, its metrics)."""
-    *_, trained, stage = behind(world, **changes)
-    gradients, original = [], trained.update
-
-    def update(*arguments):
-        gradients.append(gradient_of(trained))
-        return original(*arguments)
-
-    trained.update = update
-    metrics, _ = stage.step(0)
-    return gradients[0], metrics
-
-
 SETTINGS = [{"guidance": 2.0, "micro_batch": 3}, {"objective": "awm", "beta": 0.5}]
 SETTINGS += [{"strength": 0.1, "levels": 0, "rollout": "sde"}]
 SETTINGS += [{"old_decay": (0.0, 0.0, 0.0), "beta": 0.0, "levels": 1, "level_range": (1, 3)}]
@@ -169,7 +151,7 @@ def test_the_first_update_written_out(world, changes):
     total.backward()
     wanted = gradient_of(trained)
     assert wanted.norm() > 1e-4
-    assert distance(recorded(world, **changes)[0], wanted) < 1e-4
+    assert distance(update_of(behind(world, **changes))[0], wanted) < 1e-4
 
 
 def test_every_picture_draws_its_own_levels_once(world):
@@ -241,11 +223,9 @@ def test_terms_of_a_reward_are_normalised_one_by_one():
         wanted = np.clip((total - total.mean()) / (total.std() + 1e-4), -1.2, 1.2)
         assert np.allclose(got[groups], wanted)
     assert np.isnan(got[3]).all()
-    apart = find_reward("0.7*tests.tiny_grpo:brightness+0.3*opd.mini.rewards:quality").apart()
-    assert [(weight, reward.spec) for weight, reward in apart] == [
-        (0.7, "tests.tiny_grpo:brightness"),
-        (0.3, "opd.mini.rewards:quality"),
-    ]
+    apart = find_reward(f"0.7*{BRIGHT}+0.3*opd.mini.rewards:quality").apart()
+    specs = [(weight, reward.spec) for weight, reward in apart]
+    assert specs == [(0.7, BRIGHT), (0.3, "opd.mini.rewards:quality")]
 
 
 def contrast(images, prompts, metadata):
@@ -258,8 +238,7 @@ def contrast(images, prompts, metadata):
 @pytest.mark.parametrize("weight", [-2.0, 0.0])
 def test_a_task_of_two_terms_beside_one_of_one(world, weight):
     """A term that fails drops its own task's groups, whatever its weight."""
-    of_red = f"0.7*tests.tiny_grpo:brightness+{weight}*{__name__}:contrast"
-    rewards = {"red": of_red, "blue": "tests.tiny_grpo:brightness"}
+    rewards = {"red": f"0.7*{BRIGHT}+{weight}*{__name__}:contrast", "blue": BRIGHT}
     settings = {"prompts_per_step": 10, "micro_batch": 3, "updates": 2, "advantage_std": "each"}
     cfg, model, data, _, stage = build(world, train_rewards=rewards, **settings)
     prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
@@ -274,13 +253,10 @@ def test_a_task_of_two_terms_beside_one_of_one(world, weight):
 
     scored, stage.update = [], update
     metrics, _ = stage.step(0)
+    squares = [prompt for prompt in prompts if prompt.task == "red" and "square" in prompt.text]
     scores, wanted = scores.reshape(2, 10, 4), np.full((10, 4), np.nan)
     for task, weights in (("red", (0.7, weight)), ("blue", (1.0, 0.0))):
-        groups = [
-            p
-            for p, prompt in enumerate(prompts)
-            if prompt.task == task and ("square" not in prompt.text or task == "blue")
-        ]
+        groups = [p for p, prompt in enumerate(prompts) if prompt.task == task and prompt not in squares]
         own = scores[:, groups]
         each = (own - own.mean(2, keepdims=True)) / (own.std(2, keepdims=True) + 1e-4)
         total = weights[0] * each[0] + weights[1] * each[1]
@@ -288,20 +264,7 @@ def test_a_task_of_two_terms_beside_one_of_one(world, weight):
         summed = weights[0] * own[0] + weights[1] * own[1]
         assert metrics["reward"][task] == pytest.approx(summed.mean())
     np.testing.assert_allclose(scored[0], wanted, rtol=1e-3, atol=1e-4)
-    squares = [prompt for prompt in prompts if prompt.task == "red" and "square" in prompt.text]
     assert metrics["groups"]["dropped"] == len(squares) > 0 and len(metrics["failed_rewards"]) > 0
-
-
-def test_a_step_without_any_reward_changes_nothing(world):
-    """Neither the policy nor the old one."""
-    nothing = dict.fromkeys(("red", "blue"), "tests.tiny_grpo:nothing")
-    *_, trained, stage = build(world)
-    stage.step(0)
-    before = {name: value.clone() for name, value in trained.state().items()}
-    stage.scorers.of_task = {task: [(1.0, find_reward(spec))] for task, spec in nothing.items()}
-    row, norm = stage.step(1)
-    assert row["groups"]["dropped"] == 4 and norm == 0
-    assert all(torch.equal(value, before[name]) for name, value in trained.state().items())
 
 
 @pytest.mark.parametrize("objective, lr", [("nft", 2e-2), ("awm", 3e-2)])
@@ -337,9 +300,8 @@ def test_what_a_run_shows_of_itself(world, tmp_path, capsys):
 def test_guidance_is_warned_of(world, capsys, monkeypatch):
     """But where it is a number that the network is told."""
     build(world, guidance=2.0)
-    assert (
-        capsys.readouterr().out.count("--guidance 2: stage nft is known to learn little with guidance") == 1
-    )
+    warning = "--guidance 2: stage nft is known to learn little with guidance"
+    assert capsys.readouterr().out.count(warning) == 1
     monkeypatch.setattr(sd3, "guide", None)
     build(world, guidance=2.0)
     assert "--guidance" not in capsys.readouterr().out

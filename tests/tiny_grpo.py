@@ -4,7 +4,7 @@ import torch
 
 from tests import tiny
 
-BRIGHT = "tests.tiny_grpo:brightness"
+BRIGHT, DARK = "tests.tiny_grpo:brightness", "-1*tests.tiny_grpo:brightness"
 
 
 def brightness(images, prompts, metadata):
@@ -14,6 +14,10 @@ def brightness(images, prompts, metadata):
 
 def constant(images, prompts, metadata):
     return torch.full((len(images),), 0.25)
+
+
+def too_long(images, prompts, metadata):
+    return torch.ones(len(images) + 1)
 
 
 def nothing(images, prompts, metadata):
@@ -35,8 +39,12 @@ def advantages_by_hand(images: list, prompts: list) -> list[float]:
 
 
 def recorded(world, turn: int = 0, **changes):
+    return update_of(build(world, **changes), turn)
+
+
+def update_of(built, turn: int = 0):
     """(gradient of optimizer step number `turn` of one iteration, the iteration's metrics)."""
-    *_, trained, stage = build(world, **changes)
+    *_, trained, stage = built
     gradients, original = [], trained.update
 
     def update(*arguments):
