@@ -23,7 +23,7 @@ from opd.model import Sampling
 from opd.rewards import Reward, Term
 from tests import tiny
 from tests.test_sample import Terminal
-from tests.tiny_grpo import brightness, nothing  # noqa: F401 (scorers by name)
+from tests.tiny_grpo import BRIGHT, brightness
 
 HERE = "tests.test_evaluate"
 TEXTS = ("a red circle", "a blue circle", "two red circles")
@@ -40,17 +40,6 @@ def only_circles(images, prompts, metadata):
     return torch.where(torch.tensor([text == "two red circles" for text in prompts]), math.nan, scores)
 
 
-def too_short(images, prompts, metadata):
-    return torch.zeros(1)
-
-
-def needs_target(images, prompts, metadata):
-    return torch.tensor([float(m["target"]) for m in metadata])
-
-
-needs_target.metadata_keys = ("target",)
-
-
 class Darkness:
     """Scores that are right only after load on the CPU."""
 
@@ -64,16 +53,12 @@ class Darkness:
         return 1 - images.mean((1, 2, 3))
 
 
-def records_of(model, adapter="red", reward=brightness, count=7, timeout=30.0, **changes):
-    settings = dict(steps=3, seed=0, guidance=1.0) | changes
-    rows = {adapter: Row(adapter, Sampling(**settings))}
-    batches = planned(rows, {"train": {"red": POOL}}, {adapter: {}}, count, batch=3)
-    scorers = Scorers({"red": [Reward("spy", [Term(1.0, "spy", reward)])]}, timeout, strict=True)
+def records_of(model, reward=brightness):
+    """Of seven pictures by red in batches of three."""
+    rows = {"red": Row("red", Sampling(3, 0, 1.0))}
+    batches = planned(rows, {"train": {"red": POOL}}, {"red": {}}, 7, batch=3)
+    scorers = Scorers({"red": [Reward("spy", [Term(1.0, "spy", reward)])]}, 30.0, strict=True)
     return score(batches, scorers, model)
-
-
-def mean_of(model, adapter="red", reward=brightness, **changes):
-    return mean_score(records_of(model, adapter, reward, **changes), "spy")
 
 
 def brightness_one_by_one(model, count):
@@ -98,7 +83,7 @@ def test_mean_is_over_exactly_the_images_asked_for(model):
         return brightness(images, prompts, metadata)
 
     # A rounding to 8 bits may fall the other way.
-    assert mean_of(model, reward=reward) == pytest.approx(sum(single) / 7, abs=1e-4)
+    assert mean_score(records_of(model, reward), "spy") == pytest.approx(sum(single) / 7, abs=1e-4)
     assert seen == [(POOL[order[i % 3]].text, order[i % 3]) for i in range(7)]
 
 
@@ -121,7 +106,7 @@ def test_images_without_a_score_are_left_out_of_the_mean(model):
     order, single = brightness_one_by_one(model, 7)
     known = [value for index, value in enumerate(single) if TEXTS[order[index % 3]] != "two red circles"]
     assert 4 <= len(known) <= 5
-    records = records_of(model, reward=only_circles)
+    records = records_of(model, only_circles)
     assert mean_score(records, "spy") == pytest.approx(sum(known) / len(known), abs=1e-4)
     missing = [record for record in records if record.lacks("spy")]
     assert len(missing) == 7 - len(known) and all(record.scores["spy"] is None for record in missing)
@@ -133,7 +118,7 @@ def command(world, *changes):
     files = f"red={world / 'red.txt'}"
     model = ["--model", str(world / "pipeline"), "--adapters", f"red={world / 'red'}", "--dtype", "float32"]
     sampling = ["--count", "3", "--steps", "2"]
-    tasks = ["--prompts", files, "--heldout", files, "--rewards", f"red={HERE}:brightness"]
+    tasks = ["--prompts", files, "--heldout", files, "--rewards", f"red={BRIGHT}"]
     evaluate.main([*model, *sampling, *tasks, *changes])
 
 
@@ -157,7 +142,7 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
 REFUSED = [
     (["--per-prompt", "0"], "--per-prompt is 0"),
     (["--rewards", "blue=a:b"], "task 'red' has no scorer; add --rewards red=module:function"),
-    (["--rewards", f"red={HERE}:needs_target"], "reward 'tests.test_evaluate:needs_target' needs 'target'"),
+    (["--rewards", "red=tests.test_rewards:needs_target"], "needs_target' needs 'target'"),
     (["--prompts", "--heldout"], "both empty"),
     (["--adapters", "type=x"], "--adapters: the name 'type' is taken; choose another"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),
@@ -175,11 +160,11 @@ def test_bad_arguments_are_refused_before_the_model(world, flags, message):
 
 
 @pytest.mark.parametrize(
-    "scorer, message", [("too_short", r"returned shape \(1,\) for 2 images"), ("nothing", "returned nan")]
+    "scorer, message", [("too_long", r"returned shape \(3,\) for 2 images"), ("nothing", "returned nan")]
 )
 def test_a_scorer_that_is_wrong_ends_the_command_with_its_reason(world, scorer, message):
-    with pytest.raises(SystemExit, match=f"error: task 'red': .*'{HERE}:{scorer}'.*{message}"):
-        command(world, "--rewards", f"red={HERE}:{scorer}")
+    with pytest.raises(SystemExit, match=f"error: task 'red': .*'tests.tiny_grpo:{scorer}'.*{message}"):
+        command(world, "--rewards", f"red=tests.tiny_grpo:{scorer}")
 
 
 def record(row="student", task="t", prompt="p", index=0, tag="", thumbnail="", reasons=None, **scores):

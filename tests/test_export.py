@@ -21,6 +21,7 @@ from opd.families import sd3
 from opd.formats import export
 from opd.formats.export import Deployment, deployment_of, guidance_of
 from tests import tiny
+from tests.tiny_grpo import BRIGHT
 from tests.tiny_lora import ours, under, velocity
 
 DEPLOYED = Deployment("some/model", 2.5, "8", 2, False, 12)
@@ -129,16 +130,6 @@ def test_the_folder_and_the_single_file_say_it(saved, world, tmp_path):
     assert guidance_of(sources, 2.0) == dict.fromkeys(sources, 2.0)
 
 
-def test_an_edited_record_counts(saved, tmp_path):
-    """The folder's file, not the metadata of the weights beside it."""
-    edited = shutil.copytree(saved[0], tmp_path / "edited")
-    (edited / export.FILE).write_text(json.dumps({"guidance": 4, "of a later version": 1}))
-    assert guidance_of({"a": str(edited)})["a"] == 4.0
-
-
-BRIGHT = "tests.test_evaluate:brightness"
-
-
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
     """A run whose student is deployed at 2.5, with grids, watch and table."""
@@ -239,10 +230,11 @@ def test_sample_takes_what_is_recorded_unless_told(world, folder, tmp_path, caps
 
 
 def test_of_several_records_the_largest_guidance_counts(folder, tmp_path, capsys):
-    """Also where an older version wrote no more than the guidance."""
+    """Of the folders' files, not of the metadata of the weights beside them; also where an older version
+    wrote no more than the guidance, and a later one more."""
     for name, scale in (("high", 4), ("low", 1.5)):
         shutil.copytree(student(folder), tmp_path / name)
-        (tmp_path / name / export.FILE).write_text(json.dumps({"guidance": scale}))
+        (tmp_path / name / export.FILE).write_text(json.dumps({"guidance": scale, "of a later version": 1}))
     sources = {name: str(tmp_path / name) for name in ("low", "high")}
     args = sample.Arguments(adapters=sources | {"student": student(folder)})
     names = ("guidance", "steps", "resolution")

@@ -19,8 +19,8 @@ from opd.trajectory import State
 from tests import tiny
 from tests.test_train import build, gradient, record
 from tests.tiny import distance
+from tests.tiny_grpo import BRIGHT, DARK
 
-BRIGHT, DARK = "tests.tiny_grpo:brightness", "-1*tests.tiny_grpo:brightness"
 ALONE = {"anchor_weight": 0.0}  # the routed teachers alone
 
 
@@ -30,8 +30,6 @@ def plain(world):
 
 
 # ---- targets past the teacher ------------------------------------------------------------------------------
-
-
 def test_extrapolation_adds_what_lies_between_teacher_and_reference(world, plain):
     """Of a squared distance the gradient is linear in the target, so it moves in proportion to l - 1."""
     past = [dict.fromkeys(("red", "blue"), factor) for factor in (1.25, 1.5)]
@@ -106,13 +104,9 @@ def test_routing_by_reward_asks_the_teacher_whose_reward_finds_most(world):
     changes = {"routing": "reward", "train_rewards": {"red": BRIGHT, "blue": DARK}, **ALONE}
     cfg, model, _, _, stage = build(world, **changes)
     plan = stage.plan(0)
-    bright_N = torch.zeros(len(plan.prompts_N))
-    with torch.no_grad(), lora.use(model.transformer, "student"):
-        for n, prompt in enumerate(plan.prompts_N):
-            text = model.text([prompt.text])
-            for state in stage.walk(0, [n], cfg.steps):
-                state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
-            bright_N[n] = model.decode(state.x_next).mean()
+    rollouts = [cfg.rollout] * cfg.steps
+    steps = tiny.steps_by_hand(cfg, model, plan.prompts_N[:: cfg.group], "student", rollouts)
+    bright_N = torch.stack([model.decode(after).mean() for _, i, _, after in steps if i == cfg.steps - 1])
     expected = ["red" if brightness > bright_N.mean() else "blue" for brightness in bright_N]
     by_task = [prompt.task for prompt in plan.prompts_N]
     assert plan.route_N == expected and set(expected) == {"red", "blue"} and expected != by_task
