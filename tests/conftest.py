@@ -1,4 +1,3 @@
-import json
 import os
 
 # Before torch starts: on models this small threads only wait for each other, tenfold where two processes
@@ -12,9 +11,9 @@ if "GPU_TESTS" not in os.environ:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 
 from opd.families import sd3  # noqa: E402
+from opd.formats.latents import write_samples  # noqa: E402
 from opd.report import plots  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -34,9 +33,8 @@ def base(world):
 def latents(tmp_path_factory):
     """Six latents with captions, to fine-tune on."""
     folder, generator = tmp_path_factory.mktemp("latents"), torch.Generator().manual_seed(0)
-    save_file({"latents": torch.randn(6, 4, 4, 4, generator=generator)}, folder / "latents.safetensors")
-    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in (*tiny.PROMPTS["red"], "a dot")]
-    (folder / "metadata.jsonl").write_text("".join(lines))
+    rows = [{"prompt": prompt} for prompt in (*tiny.PROMPTS["red"], "a dot")]
+    write_samples(folder, torch.randn(6, 4, 4, 4, generator=generator), rows)
     return folder
 
 

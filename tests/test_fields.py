@@ -1,37 +1,33 @@
 """Every setting does something: changed, it changes what is trained, or how a run goes, which is read."""
 
 import ast
-import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from opd.cli import field_names
 from opd.config import STAGES, Logistics, Scores
+from opd.formats.latents import write_samples
 from tests import tiny
 from tests.test_packaging import sources
+from tests.tiny_grpo import BRIGHT, DARK
 
-BRIGHT, DARK = "tests.tiny_grpo:brightness", "-1*tests.tiny_grpo:brightness"
 COLOURS = {"red": "place/red", "blue": "place/blue"}
-PROMPTS = {"red": "place/red.txt", "blue": "place/blue.txt"}
 REWARDS = {"red": BRIGHT, "blue": BRIGHT}
 
 
-RUN = {"out": "run", "model": "place/pipeline", "dtype": "float32", "iterations": 2}
-RUN |= {"rank": 4, "alpha": 8.0, "cold_start": "base", "prompts_per_step": 2, "micro_batch": 4}
-RUN |= {"lr": 1e-2, "warmup": 0, "decay": "constant"}
-ROLLOUT = RUN | {"prompts": PROMPTS, "group": 2, "steps": 2, "evaluate": False}
+RUN = {"out": "run", "iterations": 2, "prompts_per_step": 2, "micro_batch": 4}
+ROLLOUT = RUN | {"group": 2, "steps": 2}
+PLACE = Path("place")
 BASES = {
-    "opd": ROLLOUT | {"teachers": COLOURS, "anchor": "blue", "anchor_weight": 0.1},
-    "grpo": ROLLOUT | {"train_rewards": REWARDS, "beta": 0.0},
-    "nft": ROLLOUT | {"train_rewards": REWARDS, "beta": 0.0},
-    "sft": RUN | {"data": "place/images"},
+    "opd": tiny.config(PLACE, **ROLLOUT),
+    "grpo": tiny.grpo_config(PLACE, **ROLLOUT),
+    "nft": tiny.nft_config(PLACE, levels=0, **ROLLOUT),
+    "sft": tiny.sft_config(PLACE, data="place/latents", **RUN),
 }
 
 MERGED = {"cold_start": "merge", "merge_from": COLOURS, "rank": 8}
@@ -122,7 +118,7 @@ CHANGES = {
     "sft": {
         "prompts_per_step": ([4], {}),
         "full": ([True], {}),
-        "data": (["place/other_images"], {}),
+        "data": (["place/other_latents"], {}),
         "caption_dropout": ([0.9], {}),
     },
 }
@@ -180,7 +176,7 @@ def trained_by(place):
     known = {}
 
     def find(stage: str, settings: dict) -> dict[str, torch.Tensor]:
-        cfg = replace(STAGES[stage](), **BASES[stage] | settings)
+        cfg = replace(BASES[stage], **settings)
         if repr(cfg) not in known:
             *_, trained, work = tiny.build(cfg)
             for step in range(cfg.iterations):
@@ -193,26 +189,17 @@ def trained_by(place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """place/ in the current directory: the tiny world with one block, other pipelines, two sets of images."""
+    """place/ in the current directory: the tiny world of one block, other pipelines, two sets of latents."""
     folder = tmp_path_factory.mktemp("fields") / "place"
     tiny.make_world(folder, layers=1)
     tiny.make_pipeline_with_t5(folder / "pipeline_with_t5", layers=1)
     other = tiny.make_pipeline(folder / "other_pipeline", layers=1)
     file = other / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor / 2 for name, tensor in load_file(file).items()}, file)
-    for seed, name in enumerate(("images", "other_images")):
-        save_images(folder / name, seed)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("latents", "other_latents"):
+        latents = torch.randn(5, 4, 4, 4, generator=generator)
+        write_samples(folder / name, latents, [{"prompt": prompt} for prompt in tiny.PROMPTS["red"]])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)
         yield folder
-
-
-def save_images(folder: Path, seed: int) -> None:
-    """A --data directory of noisy pictures, one per red prompt."""
-    folder.mkdir()
-    noise, lines = np.random.default_rng(seed), []
-    for number, prompt in enumerate(tiny.PROMPTS["red"]):
-        pixels = noise.integers(256, size=(16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "prompt": prompt}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

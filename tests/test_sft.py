@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from opd import kernels, lora
 from opd.data import seed_of
-from opd.files import write_safetensors
+from opd.formats.latents import write_samples
 from tests import tiny
 from tests.tiny import distance, gradient_of
 
@@ -19,8 +19,7 @@ def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     captions = ["a red circle", "a blue circle"] * 5
     values = torch.stack([torch.full((4, 4, 4), 1.0 if "red" in c else -1.0) for c in captions])
-    write_safetensors(folder / "latents.safetensors", {"latents": values})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps({"prompt": c}) + "\n" for c in captions))
+    write_samples(folder, values, [{"prompt": caption} for caption in captions])
     return folder
 
 
