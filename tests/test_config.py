@@ -91,12 +91,7 @@ BOUNDS = [
     (SFT, "model", "", "--model is empty: give a pipeline directory or a Hub id owner/name"),
     (GRPO, "reward_timeout", 1e300, "--reward-timeout is 1e+300; it must be positive, at most"),
     (GRPO, "mix", {"red": 3, "blue": 0}, "--mix is red=3 blue=0; it must be at least 1 and at most 10000"),
-    (
-        DISTIL,
-        "query_beta",
-        (1e30, 1.0),
-        "--query-beta is 1e+30 1.0; it must be at least 0.01 and at most",
-    ),
+    (DISTIL, "query_beta", (1e30, 1.0), "--query-beta is 1e+30 1.0; it must be at least 0.01 and at most"),
 ]
 
 
@@ -275,6 +270,3 @@ def test_presets_name_the_package_relative_to_its_folder():
     sources = re.findall(r'"(opd/[^"]*)"', text)
     assert len(sources) > 20 and str(Path(config.__file__).parents[2]) not in text
     assert all(resolve(source).exists() for source in sources)
-
-
-# ---- the classes -------------------------------------------------------------------------------------------

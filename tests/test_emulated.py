@@ -36,9 +36,8 @@ def begun(*arguments, **environment):
     """Its guard must be there before torch is, hence the separate process."""
     command = [sys.executable, "-m", "tests.emulated", *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "1"} | environment
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **shown)
 
 
 @outside
@@ -52,9 +51,8 @@ def test_on_the_emulated_gpu(which):
 
 def shared(world):
     """Settings whose step has a turn with padding on two ranks."""
-    return tiny.config(
-        world, **SMALL | {"dtype": "float32", "prompts_per_step": 3, "group": 1, "micro_batch": 1}
-    )
+    other = {"dtype": "float32", "prompts_per_step": 3, "group": 1, "micro_batch": 1}
+    return tiny.config(world, **SMALL | other)
 
 
 @outside

@@ -93,8 +93,6 @@ def test_the_trained_adapter_says_the_same_with_and_without_gradients(dtype, tol
 
 
 # ---- a model -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def transformer(base, world):
     """With the adapters red and blue."""

@@ -218,8 +218,6 @@ def test_wrong_names_are_refused(spec, message):
 
 
 # ---- before training --------------------------------------------
-
-
 def test_a_reward_is_tried_on_grey_images_of_the_size_asked_for():
     seen = []
 
