@@ -9,7 +9,7 @@ import pytest
 
 from opd.cli import dashed, describe, parse
 from opd.config import STAGES
-from opd.formats.settings import from_json, read_config, to_json
+from opd.formats.settings import read_config, to_json
 from opd.presets import DEFAULT, PRESETS
 from tests.test_config import DISTIL, SFT
 
@@ -68,15 +68,6 @@ def test_help_names_what_to_set_first(stage, capsys):
     first, flags = capsys.readouterr().out.split("Presets:")
     named = re.findall(r"--\w[\w-]+", first)
     assert len(named) > 5 and all(re.search(rf"\n\W*{flag} ", flags) for flag in named)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_settings_survive_json(name):
-    cfg = PRESETS[name]
-    saved = json.loads(json.dumps(to_json(cfg)))
-    assert list(saved) == ["stage", *(field.name for field in fields(cfg))]
-    restored = from_json(saved, STAGES)
-    assert repr(restored) == repr(cfg)  # and so of equal types
 
 
 def written(folder, **changes):

@@ -19,7 +19,7 @@ from opd.cli import Given, Range, bounds_of, check_bounds, dashed, field_names, 
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, SFTConfig
 from opd.evaluation import evaluate
 from opd.files import resolve
-from opd.formats.settings import to_json
+from opd.formats.settings import from_json, to_json
 from opd.mini.study import run as study
 from opd.presets import PRESETS
 from opd.rewards import find_reward
@@ -241,7 +241,7 @@ def test_a_familys_preset_samples_as_its_pipeline_does(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_passes_and_can_be_parsed(name):
+def test_every_preset_passes_can_be_parsed_and_survives_json(name):
     cfg = PRESETS[name]
     if name in FAMILIES:
         replace(cfg, **OWN).check(world=1)
@@ -249,6 +249,9 @@ def test_every_preset_passes_and_can_be_parsed(name):
         cfg.check(world=1)
     assert cfg.out == f"runs/{name}"
     assert parse([name, "--seed", "7"], PRESETS) == replace(cfg, seed=7)
+    saved = json.loads(json.dumps(to_json(cfg)))
+    assert list(saved) == ["stage", *(field.name for field in fields(cfg))]
+    assert repr(from_json(saved, config.STAGES)) == repr(cfg)  # and so of equal types
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("sd35-grpo-")])

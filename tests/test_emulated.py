@@ -139,24 +139,17 @@ def test_distillation(own, changes, most, gpu):
     assert found.total() <= most, dict(found)
 
 
-MORE = {"shared_start": True, "guard": True, "epochs": 2}
+MORE = {"shared_start": True, "guard": True, "epochs": 2, "clip_range": 10.0}
+SLOWER = [(tiny.grpo_config, MORE, 5), *((tiny.nft_config, {"objective": x}, 4) for x in ("nft", "awm"))]
+REWARDED = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER]
 
 
 @there
-@pytest.mark.parametrize("changes, most", [({}, 4), pytest.param(MORE, 5, marks=pytest.mark.slow)])
-def test_grpo(world, changes, most, gpu):
+@pytest.mark.parametrize("config, changes, most", [(tiny.grpo_config, {"clip_range": 10.0}, 4), *REWARDED])
+def test_stages_of_rewards(world, config, changes, most, gpu):
     """An iteration waits for the pictures of its two micro-batches, for their scores, and in each update."""
-    found = waits(tiny.grpo_config(world, **SMALL | {"beta": 0.1, "clip_range": 10.0} | changes))
+    found = waits(config(world, **SMALL | {"beta": 0.1} | changes))
     assert found.total() <= most, dict(found)
-
-
-@there
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["nft", "awm"])
-def test_nft(world, objective, gpu):
-    """Like stage grpo."""
-    found = waits(tiny.nft_config(world, objective=objective, **SMALL | {"beta": 0.1}))
-    assert found.total() <= 4, dict(found)
 
 
 @there
