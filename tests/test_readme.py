@@ -69,6 +69,12 @@ def test_a_teacher_grows_from_a_reward_in_a_file(place):
     assert all("mine" in row["reward"] for row in forked.rows(place / "runs/teacher"))
 
 
+def test_own_loras_come_early():
+    """Fewer than 500 words stand before the first command for them, and 1,000 are read to the end."""
+    assert len(README.split()) <= 1000 and README.count("\n") <= 110
+    assert len(README[: README.index("python train.py sd35-24gb \\")].split()) < 500
+
+
 def test_the_guide_says_where_each_equation_is():
     """By names that exist: `module.function` of the package, or its files."""
     guide = (ROOT / "opd/GUIDE.md").read_text()
