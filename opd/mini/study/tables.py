@@ -100,8 +100,7 @@ def load(folder: Path) -> list[dict]:
 
 def with_tables(page: str, results: list[dict]) -> str:
     """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`; with
-    `NAME FOLDER` it is of another base, whose results lie in that folder: `earlier` is the first that
-    was shipped, `before` the second."""
+    `NAME FOLDER` it is of another base, whose results lie in that folder."""
 
     def anew(found: re.Match) -> str:
         of_base = load(RESULTS / found[3]) if found[3] else results
