@@ -156,8 +156,8 @@ grpo | --full --beta 0 | --full with --evaluate: the table compares adapters; ad
 grpo | --full --beta 0.5 | --beta 0.5 with --full: the reference is the base with the adapter off
 grpo nft | --updates 5 --prompts-per-step 12 | --updates 5 does not divide --prompts-per-step 12
 grpo nft | --train-rewards red=m:f | task 'green' has no reward to train on; add --train-rewards green=
-grpo | --rollout cps | has no noise; use --rollout sde and a noise above 0, or train on other states
-grpo | --rollout ode | step 1 of --rollout ode --noise-level 0.7 has no noise
+grpo | --rollout cps | has no noise; add --skip-last, or train on earlier states alone
+grpo | --rollout ode | --noise-level 0.7 has no noise; use --rollout sde and a noise above 0
 grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | step 6 of --rollout cps --noise-level
 grpo | --steps 6 --window 1 --window-range 0 7 | --window 1 does not fit into --window-range 0 7 of the 6
 nft | --steps 6 --level-range 2 7 | --level-range 2 7 does not lie within the 6 noise levels of the rollout's

@@ -185,6 +185,7 @@ BAD = [
     ("qwenvl", lambda body: said("<OverallScore>9</OverallScore>"), "the grade 9 is not in 1-5", 2),
     ("deqa", lambda body: {"outputs": [3.0]}, 'wanted {"scores": [...]} with 1 numbers', 1),
     ("deqa", lambda body: b'{"scores": [NaN]}', "returned nan", 1),
+    ("deqa", lambda body: {"scores": [0.0]}, "returned nan", 1),
 ]
 
 

@@ -84,6 +84,8 @@ SETTINGS = [
     ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'to_q': could not convert string to float: 'x'"),
     ({"alpha_pattern": {"to_q": -2}}, "alpha_pattern 'to_q' is -2.0; it must be positive and finite"),
     ({"alpha_pattern": {"(": 2}}, "cannot be read .*missing"),
+    ({"lora_alpha": True}, "lora_alpha: could not convert string to float: 'True'"),
+    ({"alpha_pattern": {"((a{99}){99}){99}": 2}}, "counts too many repetitions"),
     ({"alpha_pattern": {r"(.|..)+\d\d": 2}}, "cannot be read .TimeoutError: regex timed out"),
 ]
 

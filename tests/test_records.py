@@ -205,7 +205,7 @@ def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path, c
 
 ONE = {"file_name": "a.png", "prompt": "p"}
 WRONG_FOLDERS = [
-    (None, "metadata.jsonl: .*No such file"),
+    (None, "holds no metadata.jsonl; give one line"),
     (ONE | {"file_name": "b.png"}, "1 images that do not exist, first: '.*b.png'"),
     (ONE | {"file_name": "bad.png"}, "image '.*bad.png': cannot be read"),
     (ONE | {"prompt": " "}, "metadata.jsonl:1: no prompt on this line"),

@@ -46,7 +46,7 @@ def measure(structure: str, cfg: DistillationConfig, device: torch.device, updat
         "graphs": graphs,
         "flops_per_update": flops,
         "matmul_share": flops / usual / rate,
-        "memory": parts(stage, peak),
+        "memory": parts(stage, peak) if peak > 0 else {},
         "predicted": predicted(cfg, device) if structure == "ours" else {},
     }
 
@@ -91,7 +91,7 @@ def about(device: torch.device, dtype: torch.dtype) -> dict:
 
 def flops_of(stage: Distillation, step: int) -> int:
     """Of matrix products and attention in one update."""
-    # The counter sees operators, which a compiled kernel has none of; of attention that of a GPU.
+    # The counter sees operators, which a compiled kernel has none of; it knows no attention of CPUs.
     with FlopCounterMode(display=False) as flops, torch.compiler.set_stance("force_eager"):
         stage.step(step)
     return flops.get_total_flops()

@@ -252,7 +252,9 @@ class Rollout(RunConfig, Scores):
             if std_T[state] == 0:
                 got = f"--rollout {self.rollout} --noise-level {self.noise_level}"
                 silent = f"{what} takes the likelihood of noisy steps; step {state + 1} of {got} has no noise"
-                way_out = "use --rollout sde and a noise above 0, or train on other states (--skip-last)"
+                way_out = "use --rollout sde and a noise above 0"
+                if std_T.any():
+                    way_out = "add --skip-last, or train on earlier states alone"
                 raise ValueError(f"{silent}; {way_out}")
 
     def samples_per_step(self) -> int:

@@ -20,9 +20,8 @@ from opd import ranks
 from opd.data import Asked, Prompt, asked_of
 from opd.files import digest, path_of, reading, writing
 from opd.files import replace as replace_file
-from opd.formats.latents import find_files
+from opd.formats.latents import find_files, load_captions
 from opd.formats.pictures import read_image, save_image, to_pil, to_tensor
-from opd.formats.prompts import load_prompts
 
 LINES = "records.jsonl"
 THUMBNAIL = 8  # pixels per side
@@ -186,12 +185,12 @@ def read_pictures(folder: RecordFolder) -> list[Record]:
     """What records.jsonl knows, and what metadata.jsonl says of further pictures: a line each with
     "file_name" and "prompt", also row, split, task, tag, and image, an edit's source (collectives).
 
-    FileNotFoundError for missing pictures, or where nothing is known; ValueError for a wrong line.
+    FileNotFoundError for missing pictures; ValueError where nothing is known, or for a wrong line.
     """
     known = folder.merge()
     records = list(known.values())
     if not known or (folder.path / "metadata.jsonl").is_file():
-        prompts = load_prompts(str(folder.path / "metadata.jsonl"), "pictures", None)
+        prompts = load_captions(folder.path)
         find_files(folder.path, prompts)  # refuses what is missing
         for index, prompt in enumerate(prompts):
             file = prompt.metadata.pop("file_name")

@@ -105,16 +105,6 @@ def differences(cells: list[Cell], split: str, first: dict[str, str], routes: di
     return {whom: row for whom, row in found.items() if row}
 
 
-def subtract(row: Row, other: Row) -> Row:
-    """Differences of two runs under the headings that both rows have. Their errors are those of independent
-    means, which is too much where both have the same prompts."""
-    both = [heading for heading in row if heading in other]
-    return {
-        heading: (row[heading][0] - other[heading][0], math.hypot(row[heading][1], other[heading][1]))
-        for heading in both
-    }
-
-
 def teacher_of(task: str, block: Block, routes: dict[str, str]) -> str:
     """The row of a task's teacher: that of `routes` (task -> teacher), else the one that bears its name, else
     the only one; "" where there is none."""

@@ -19,7 +19,8 @@ from opd import flow
 from opd.files import read_json
 from opd.formats.hub import variant_of
 
-# What a family has that does not say otherwise.
+# What a family has that does not say otherwise: AutoencoderKL's scaling, FLUX's schedule. Who adds a family
+# looks at each of these, since nothing else would notice that one does not fit.
 __all__ = ["NEGATIVE", "EDITING", "collate", "decode", "default_resolution", "encode_images", "guide"]
 __all__ += ["log_shift", "pixels", "sigmas"]
 NEGATIVE = ""

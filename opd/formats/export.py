@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from opd.cli import check_bounds, given_fields
+from opd.cli import Finite, check_bounds, given_fields
 from opd.config import RunConfig
 from opd.families import has_t5
 from opd.files import read_json, reading, write_json, write_safetensors
@@ -157,12 +157,25 @@ def records_of(adapters: dict[str, str]) -> dict[str, dict]:
     return {name: record for name, record in records.items() if record}
 
 
+KINDS = {"guidance": (float, int), "steps": (int,), "resolution": (str,), "t5": (bool,)}
+"""What programs take from a record."""
+
+
 def recorded(source: str) -> dict:
     """What `deployment.json` in the folder of an adapter says, else the metadata of a single file; {} where
-    neither is."""
+    neither is. ValueError naming the file that is wrong."""
     path = find_adapter(source)
-    if path.name in WEIGHTS and (path.parent / FILE).is_file():
-        return read_json(path.parent / FILE)
-    with reading(f"adapter {source!r}: {path}"), safe_open(path, "pt") as weights:
-        metadata = weights.metadata() or {}
-        return json.loads(metadata[KEY]) if KEY in metadata else {}
+    record, file = {}, path.parent / FILE
+    if path.name in WEIGHTS and file.is_file():
+        record = read_json(file)
+    else:
+        file = path
+        with reading(f"adapter {source!r}: {path}"), safe_open(path, "pt") as weights:
+            metadata = weights.metadata() or {}
+            if KEY in metadata:
+                record = dict(json.loads(metadata[KEY]))
+    for key in KINDS.keys() & record.keys():
+        value, kinds = record[key], KINDS[key]
+        if type(value) not in kinds or key == "guidance" and value not in Finite:
+            raise ValueError(f"{file}: {key!r} is {value!r}; it must be a {kinds[0].__name__}, and finite")
+    return record

@@ -40,7 +40,7 @@ class Images:
 def load_images(source: str, model) -> Images:
     """Read a data directory. Latents are taken as they are; images are encoded by the model's VAE, once."""
     folder = path_of(source)
-    prompts = load_prompts(str(folder / "metadata.jsonl"), "images", None)
+    prompts = load_captions(folder)
     captions = [prompt.asked for prompt in prompts]
     log_shift = model.family.log_shift(model.folder, model.shape)
     if (folder / "latents.safetensors").is_file():
@@ -48,6 +48,14 @@ def load_images(source: str, model) -> Images:
     else:
         latents = encode_files(find_files(folder, prompts), model)
     return Images(latents, captions, log_shift)
+
+
+def load_captions(folder: Path) -> list[Prompt]:
+    """The lines of a folder's metadata.jsonl."""
+    file = folder / "metadata.jsonl"
+    wanted = 'one line {"file_name", "prompt"} per image, or {"prompt"} per latent of latents.safetensors'
+    require(file.is_file(), f"{str(folder)!r} holds no metadata.jsonl; give {wanted}")
+    return load_prompts(str(file), "pictures", None)
 
 
 def read_latents(file: Path, wanted: tuple[int, ...]) -> Tensor:
@@ -67,7 +75,7 @@ def find_files(folder: Path, prompts: list[Prompt]) -> list[Path]:
     """The image of every prompt. ValueError or FileNotFoundError naming one that has none, or one elsewhere:
     whoever made the data would choose which of the user's files are read."""
     for prompt in prompts:
-        named = "file_name" in prompt.metadata
+        named = isinstance(prompt.metadata.get("file_name"), str)
         require(named, f'{prompt.source} has no "file_name", and there is no latents.safetensors')
         file = folder / prompt.metadata["file_name"]
         inside = file.resolve().is_relative_to(folder.resolve())

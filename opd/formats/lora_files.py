@@ -204,8 +204,11 @@ def alphas(ranks: dict[str, int], keys: dict[str, Tensor], config: dict, asked: 
 
 def pattern_alpha(layer: str, patterns: dict, general: float) -> float:
     """PEFT's rule: the first key of alpha_pattern counts that, as a regular expression, is the layer's name
-    or its end behind a dot. ValueError for one that is none, or would take long."""
+    or its end behind a dot. ValueError for one that is none, or would take long or
+    much memory."""
     for key, value in patterns.items():
+        endless = re.search(r"\{[^}]*\d{3}|(\{.*){3}", key)
+        require(not endless, f"alpha_pattern {key[:80]!r} counts too many repetitions; write out the layers")
         with reading(f"alpha_pattern {key[:80]!r}"):
             found = regex.match(rf"(.*\.)?({key})$", layer, timeout=1)
         if found:
@@ -216,7 +219,7 @@ def pattern_alpha(layer: str, patterns: dict, general: float) -> float:
 def number(what: str, value: Tensor | float | str) -> float:
     """A positive float, finite in float32, or ValueError."""
     with reading(what):
-        result = float(value)
+        result = float(str(value) if isinstance(value, bool) else value)
     positive = 0 < result < torch.finfo(torch.float32).max
     require(positive, f"{what} is {result}; it must be positive and finite")
     return result

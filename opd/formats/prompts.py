@@ -20,7 +20,7 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
 
     A "task" field or column overrides `task` and must be among `tasks` (None: any). "image" names a source
     picture, or in JSON a list of them, seen from the file's folder. Every other field becomes metadata.
-    ValueError names the file, the line and the fix.
+    ValueError names the file, the line and the fix; FileNotFoundError a source picture that is not there.
     """
     file = resolve(path)
     readers = {".txt": _read_txt, ".jsonl": read_jsonl, ".csv": _read_csv}

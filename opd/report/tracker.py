@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from opd.config import RunConfig
+from opd.files import reading
 from opd.formats.settings import to_json
 from opd.rewards.inputs import need
 
@@ -13,7 +14,8 @@ from opd.rewards.inputs import need
 def check_tracker(name: str) -> None:
     """ValueError where --tracker names a package that is not installed."""
     if name != "none":
-        need(name, name)
+        with reading(f"--tracker {name}"):
+            need(name, name)
 
 
 class Tracker:

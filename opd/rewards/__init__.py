@@ -200,7 +200,8 @@ def _find_function(name: str, spec: str) -> Callable:
             f"scorer {spec!r}: no short name {path!r} ({known}); use file.py:function or module:function"
         )
     module, _, attribute = SHORT.get(path, path).rpartition(":")
-    with reading(f"scorer {spec!r}: {name}"):  # whatever the user's module or class raises
+    # Whatever the user's module or class raises.
+    with reading(f"scorer {spec!r}: importing or making {name}"):
         function = getattr(_import(module), attribute)
         if inspect.isclass(function):
             function = _instance(function, *argument)

@@ -28,9 +28,11 @@ BATCH = 16  # images per request
 
 
 class Remote:
-    """A worker of any name."""
+    """A worker of any name. `low`, `high`: what lies outside is no score."""
 
     name = ""
+    low = -math.inf
+    high = math.inf
 
     def __init__(self, endpoint: str = ""):
         self.endpoint = checked_url(endpoint, f"{self.name or 'remote'}@http://localhost:8000")
@@ -46,7 +48,7 @@ class Remote:
         self.about = f"{about}, at {self.endpoint}"
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        """Scores (B,); NaN where the worker gave none."""
+        """Scores (B,); NaN where the worker gave none, or no number of its range."""
         images = [png_base64(picture) for picture in pictures(images_BCHW)]
         scores = []
         for start in range(0, len(images), BATCH):
@@ -57,11 +59,15 @@ class Remote:
                 wanted = f'wanted {{"scores": [...]}} with {count} numbers'
                 raise ValueError(f"{self.endpoint}: {wanted}, got {str(answer)[:80]}")
             scores += answer["scores"]
-        return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32)
+        numbers = [score if type(score) in (int, float) else math.nan for score in scores]
+        scores_B = torch.tensor(numbers, dtype=torch.float32)
+        return scores_B.where((self.low <= scores_B) & (scores_B <= self.high), math.nan)
 
 
 class Deqa(Remote):
     name = "deqa"
+    low = 1.0
+    high = 5.0
     divisor = 5.0
 
 

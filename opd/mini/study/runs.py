@@ -73,8 +73,8 @@ RIVALS = {
     "all-quality": Recipe("quality teacher, prompts of all tasks", QUALITY_OF_ALL, preset="mini-quality"),
     "mix": Mix("GRPO-mix", "--iterations 550"),
     "mix-all": Mix("GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}"),
-    # In the seconds of "mix-all"; stage nft's iteration takes four of GRPO's. At the teachers' rate it falls
-    # apart.
+    # In the seconds of "mix-all"; an iteration of stage nft takes more than three of GRPO's. At the teachers'
+    # rate it falls apart.
     "nft-mix": Recipe(
         "NFT-mix, quality of all prompts",
         f"--iterations 140 --prompts-per-step 15 --lr 1e-3 {MIX_ALL}",
@@ -82,7 +82,7 @@ RIVALS = {
     ),
     "student": Recipe("**distilled, late anchor**", f"{LEARN} {LATE} {WATCHED}"),
     # Of the 166 iterations that "mix-all" has beyond its teachers' images, 50 steps take the seconds of 73.
-    # The preset "mini-student-grpo".
+    # The preset "mini-student-grpo" has these settings and another start.
     "rewarded": Mix(
         "**distilled for 50 steps, then that GRPO-mix**",
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
