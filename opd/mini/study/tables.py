@@ -118,7 +118,7 @@ def table(name: str, results: list[dict]) -> str:
     if name == "recipes":
         scores = [[scores_of(one)[MEAN] for one in own] for _, own in rows_of(TABLES[name], results)]
         lines = [[*about, spread(found)] for about, found in zip(PAPERS.values(), scores, strict=True)]
-        return markdown(["paper", "what is different", "score of `mini-`"], lines, first="preset")
+        return markdown(["paper", "what is different", "mean"], lines, first="preset")
     columns, above = OWN_COLUMNS.get(name, ({score: score for score in SCORES}, {}))
     return compared(TABLES[name], results, columns, above)
 
