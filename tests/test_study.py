@@ -80,6 +80,10 @@ def test_scores_by_hand():
     assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 | .188 |"
 
 
+def test_without_the_teachers_there_is_no_level():
+    assert tables.table("levels", [result("default", 0, 0.6, 0.9, (0.6, 0.6, 0.6), curve=[])]) == ""
+
+
 def test_runs_are_compared_seed_by_seed():
     results = [result("asked", seed, 0.3 + 0.3 * seed, 0.9, (0.6 + 0.3 * seed,) * 3) for seed in (0, 1)]
     results += [result("ode", seed, 0.6, 0.9, (0.6, 0.6, 0.6)) for seed in (0, 1, 2)]

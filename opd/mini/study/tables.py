@@ -208,7 +208,9 @@ def level(scores: dict[str, float], results: list[dict]) -> float:
 
 def levels(names: tuple[str, ...], results: list[dict]) -> str:
     """A row per recipe: seconds of training until a run first watches a share of its teachers' level; the
-    level in the end, and the seconds until then."""
+    level in the end, and the seconds until then. Nothing where the base or its teachers have no result."""
+    if not {"base", "guided"} <= {result["recipe"] for result in results}:
+        return ""
     lines = []
     for title, own in rows_of(names, results):
         cells = []
