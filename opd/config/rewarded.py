@@ -144,6 +144,11 @@ class NFTConfig(RewardedConfig):
         if self.levels > count:
             wanted = f"--levels {self.levels} exceeds the {count} noise levels that may be drawn"
             raise ValueError(f"{wanted}; lower it, raise --steps or widen --level-range")
+        for name, objective in (("strength", "nft"), ("proximal", "awm")):
+            value, unused = getattr(self, name), getattr(NFTConfig, name)
+            if self.objective != objective and value != unused:
+                only = f"--{name} {value:g} is for --objective {objective} alone"
+                raise ValueError(f"{only}; leave it at {unused:g}")
         if self.old_decay[-1] >= 1:
             decay = " ".join(f"{number:g}" for number in self.old_decay)
             raise ValueError(f"--old-decay {decay}: the old policy would never move; use a last below 1")
