@@ -115,8 +115,6 @@ def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
     config = parts.transformer_config(folder)
     _, most_rows, most_columns = config["axes_lens"]  # positions that the model knows: text, down, across
     unit = PATCH * parts.pixels(folder)
-    rows, columns = (
-        parts.patches_along(height, unit, most_rows),
-        parts.patches_along(width, unit, most_columns),
-    )
+    rows = parts.patches_along(height, unit, most_rows)
+    columns = parts.patches_along(width, unit, most_columns)
     return config["in_channels"], PATCH * rows, PATCH * columns

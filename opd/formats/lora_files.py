@@ -38,10 +38,8 @@ OWN = ("transformer_blocks.", "single_transformer_blocks.")  # no other tool's, 
 NATIVE = re.compile(r"(?:double_blocks|single_blocks|joint_blocks|final_layer)\.|.+\.attention\.(?:qkv|out)$")
 FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(?:\.default)?|lora[_.](down|up))\.weight")
 # What in PEFT's config makes more of an adapter than its factors say.
-OTHER_SETTINGS = (
-    *("use_dora", "lora_bias", "modules_to_save", "target_parameters", "layer_replication", "use_qalora"),
-    *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
-)
+OTHER_SETTINGS = "use_dora lora_bias modules_to_save target_parameters layer_replication use_qalora".split()
+OTHER_SETTINGS += "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config".split()
 # PEFT's starts that leave the base as it is; the others take the start of the factors off its weights.
 PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
