@@ -39,7 +39,7 @@ def test_every_committed_result_is_of_a_run_as_it_is_now():
 
 def test_every_run_is_in_a_table_is_allowed_and_is_no_other():
     listed = {name for names in runs.TABLES.values() for name in names}
-    assert listed == set(runs.RECIPES | runs.REFERENCES)
+    assert listed | set(runs.STARTS) == set(runs.RECIPES | runs.REFERENCES)
     configs = [config(name) for name in runs.RECIPES]
     for cfg, recipe in zip(configs, runs.RECIPES.values(), strict=True):
         cfg.check(1)
@@ -76,8 +76,9 @@ def result(name, seed, compose, text, qualities, **more):
 
 def test_scores_by_hand():
     apart = {"diversity": {"quality": 0.125}, "variety": {"compose": 0.25, "text": 0.125, "quality": 0.5}}
-    *_, row = tables.table("rivals", [result("mix", 0, 0.3, 0.9, (0.6, 0.4, 0.8), **apart)]).split("\n")[:-1]
-    assert row == "| GRPO-mix | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 | .188 |"
+    page = tables.table("rivals", [result("equal-text", 0, 0.3, 0.9, (0.6, 0.4, 0.8), **apart)])
+    row = page.splitlines()[-1]
+    assert row == "| text teacher | 1 | .300 | .900 | .800 | .600 | .400 | .600 | .600 | .125 | .188 |"
 
 
 def test_without_the_teachers_there_is_no_level():
@@ -132,11 +133,11 @@ def test_a_run_makes_what_it_needs_once_then_trains_then_scores(tmp_path, calls)
     # A result alone, as in a fresh clone, is no teacher.
     (tmp_path / "equal-text-5.json").write_text('{"recipe": "of no table"}')
     for _ in range(2):
-        study.main(["--runs", "from-sft", "anchor-0", "--seeds", "5", *places, "--train=--dtype float32"])
+        study.main(["--runs", "from-sft", "ode", "--seeds", "5", *places, "--train=--dtype float32"])
     assert calls[0][0] == "sample.py" and calls[1][:2] == ["train.py", "mini-sft-start"]
     trained = [c for c in calls if c[0] == "train.py" and "--out" in c]
     names = [Path(c[c.index("--out") + 1]).name for c in trained]
-    assert names == ["equal-compose-5", "equal-text-5", "all-quality-5", "from-sft-5", "anchor-0-5"]
+    assert names == ["equal-compose-5", "equal-text-5", "all-quality-5", "from-sft-5", "ode-5"]
     assert f"text={tmp_path / 'out/equal-text-5/student'}" in trained[3]
     assert trained[3][trained[3].index("--seed") + 1] == "5" and trained[3][-2:] == ["--dtype", "float32"]
     found = json.loads((tmp_path / "from-sft-5.json").read_text())

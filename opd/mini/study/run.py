@@ -1,9 +1,9 @@
 """The miniature's study: every run of a table as data, run where its result is missing.
 
     python -m opd.mini.study                        # what is missing, run by run; then tables and plots anew
-    python -m opd.mini.study --runs mix student --seeds 0 1 2
+    python -m opd.mini.study --runs mix-all student --seeds 0 1 2
     python -m opd.mini.study --tables               # from the results alone
-    python -m opd.mini.study --quick --runs mix     # a fiftieth as long, to try the commands
+    python -m opd.mini.study --quick --runs mix-all # a fiftieth as long, to try the commands
     python -m opd.mini.world --salt other --out runs/other/prompts
     python -m opd.mini.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
         --results runs/other/results           # on another split of the prompts, and another seed
@@ -134,9 +134,7 @@ def run(args: Arguments, name: str, seed: int) -> None:
     if args.other_prompts():
         about["prompts"] = args.prompts
     if name in REFERENCES:
-        flags = REFERENCES[name].flags
-        prepare(flags)
-        result = {"flags": flags} | scores(args, name, seed)
+        result = {"flags": REFERENCES[name].flags} | scores(args, name, seed)
     else:
         prepare(RECIPES[name].flags)
         for need in RECIPES[name].needs():

@@ -71,7 +71,6 @@ RIVALS = {
     "equal-compose": Recipe("compose teacher", "--iterations 320", preset="mini-compose"),
     "equal-text": Recipe("text teacher", TERMS, preset="mini-text"),
     "all-quality": Recipe("quality teacher, prompts of all tasks", QUALITY_OF_ALL, preset="mini-quality"),
-    "mix": Mix("GRPO-mix", "--iterations 550"),
     "mix-all": Mix("GRPO-mix, quality of all prompts", f"--iterations 550 {MIX_ALL}"),
     # In the seconds of "mix-all"; an iteration of stage nft takes more than three of GRPO's. At the teachers'
     # rate it falls apart.
@@ -88,23 +87,8 @@ RIVALS = {
         f"--iterations 93 --cold-start {{of anchor-late}} {GO_ON}",
     ),
 }
-# The anchor (MAR): a weight for all noise levels, or one for the low ones.
-ANCHORS = {
-    "anchor-0": Recipe("no anchor", f"{LEARN} --anchor-weight 0"),
-    "anchor-0.02": Recipe("anchor .02", f"{LEARN} --anchor-weight 0.02"),
-    "anchor-0.1": Recipe("anchor .1", f"{LEARN} --anchor-weight 0.1"),
-    "anchor-0.5": Recipe("anchor .5", f"{LEARN} --anchor-weight 0.5"),
-    "anchor-2": Recipe("anchor 2", f"{LEARN} --anchor-weight 2"),
-    "anchor-late-4": Recipe(
-        "anchor .02 above noise level .6, 4 below", f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.6=4"
-    ),
-    "anchor-late-3x80": Recipe(
-        "anchor .02, 3 below .6; 80 steps of three states",
-        f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.6=3 --queries 3 --iterations 80",
-    ),
-    "anchor-earlier": Recipe(
-        "anchor .02 above noise level .7, 2 below", f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.7=2"
-    ),
+# What "rewarded" starts from.
+STARTS = {
     "anchor-late": Recipe(
         "anchor .02 above noise level .6, 2 below",
         f"{LEARN} --anchor-weight 0.02 --anchor-levels 0.6=2 --watch-every 10 --watch-prompts 128",
@@ -156,22 +140,7 @@ SPEED = {
         preset="mini",
     ),
 }
-# Stage 1 by three methods, each task's teacher in as many seconds of one core: method -> title, seconds of an
-# iteration (of mini-compose and mini-nft-compose in turns), preset, settings, iterations and learning rate by
-# task. GRPO trains one state and computes it once for a group, stage nft four noise levels of every picture.
-AWM = "--objective awm --proximal 0 --beta 0.1"
-METHODS = {
-    "grpo": ("GRPO", 1.46, "mini-{task}", "", (92, 46, 46), (1.3e-3, 2e-3, 2e-3)),
-    "nft": ("DiffusionNFT", 5.13, "mini-nft-{task}", "", (24, 12, 12), (3e-3, 3e-3, 3e-3)),
-    "awm": ("AWM", 5.18, "mini-nft-{task}", AWM, (24, 12, 12), (4e-3, 4e-3, 4e-3)),
-}
-GROWN = {}
-for method, (title, _, preset, flags, *by_task) in METHODS.items():
-    for task, iterations, lr in zip(TASKS, *by_task, strict=True):
-        settings = f"--iterations {iterations} --lr {lr:g} --watch-every {iterations // 4} {flags}".strip()
-        made = f"{task}: {title}, {96 * iterations:,} pictures"
-        GROWN[f"{method}-{task}"] = Recipe(made, settings, preset.format(task=task))
-RECIPES = RIVALS | ANCHORS | QUESTIONS | SPEED | GROWN
+RECIPES = RIVALS | STARTS | QUESTIONS | SPEED
 REFERENCES = {
     "base": Reference({"base": "base"}, "--adapters --guidance 1"),
     "guided": Reference(
@@ -183,16 +152,13 @@ REFERENCES = {
         },
         "--guidance 2.5",
     ),
-    "sft-start": Reference({"start": "SFT start, 0 steps"}, f"--adapters start={SFT_START} --guidance 1"),
 }
 # Table -> its rows.
 TABLES = {
     "short": ("base", "mix-all", "student"),
     "recipes": ("asked", "flow-opd", "diffusion-opd", "dance-opd", "gfd-opd"),
-    "references": ("guided", "sft-start"),
+    "references": ("guided",),
     "questions": tuple(QUESTIONS),
     "rivals": ("base", *RIVALS, "default"),
-    "anchors": tuple(ANCHORS),
     "levels": tuple(SPEED),
-    "grown": ("base", *(f"{method}-{task}" for task in TASKS for method in METHODS)),
 }

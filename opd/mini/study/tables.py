@@ -22,14 +22,10 @@ MEASURED = ("held_out", "errors", "quality_of", *MEASURES)  # what a result has 
 MEAN = "mean of compose, text, quality of all"
 SCORES = (*TASKS, "quality of shapes", "of signs", "of all", MEAN, DIVERSITY, VARIETY)
 THREE = {"compose": "compose", "text": "text", "quality of all": "of all"}
-# Table -> heading and score of its columns, and of those that show what a row has above the first one.
+# Table -> heading and score of its columns, where it does not have all.
 OWN_COLUMNS = {
-    "anchors": (
-        {name: name for name in SCORES if name != VARIETY},
-        {"compose and text above the first row's": "of the tasks", "quality of all above": "of all"},
-    ),
-    "questions": (THREE | {"mean of three": MEAN}, {"above the first row's": MEAN}),
-    "short": (THREE | {"diversity": DIVERSITY, "variety": VARIETY}, {}),
+    "questions": THREE | {"mean of three": MEAN},
+    "short": THREE | {"diversity": DIVERSITY, "variety": VARIETY},
 }
 # README's recipes: run -> its presets, its paper, what is different.
 PAPERS = {
@@ -97,14 +93,12 @@ def load(folder: Path) -> list[dict]:
 
 
 def with_tables(page: str, results: list[dict]) -> str:
-    """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`; with
-    `NAME FOLDER` it is of another base, whose results lie in that folder."""
+    """`page` with its tables anew: each stands between `<!-- table NAME -->` and `<!-- end -->`."""
 
     def anew(found: re.Match) -> str:
-        of_base = load(RESULTS / found[3]) if found[3] else results
-        return found[1] + table(found[2], of_base) + "<!-- end -->"
+        return found[1] + table(found[2], results) + "<!-- end -->"
 
-    return re.sub(r"(<!-- table (\w+) ?(\w+)? -->\n).*?<!-- end -->", anew, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- table (\w+) -->\n).*?<!-- end -->", anew, page, flags=re.DOTALL)
 
 
 def table(name: str, results: list[dict]) -> str:
@@ -119,8 +113,8 @@ def table(name: str, results: list[dict]) -> str:
         scores = [[scores_of(one)[MEAN] for one in own] for _, own in rows_of(TABLES[name], results)]
         lines = [[*about, spread(found)] for about, found in zip(PAPERS.values(), scores, strict=True)]
         return markdown(["paper", "what is different", "mean"], lines, first="preset")
-    columns, above = OWN_COLUMNS.get(name, ({score: score for score in SCORES}, {}))
-    return compared(TABLES[name], results, columns, above)
+    columns = OWN_COLUMNS.get(name, {score: score for score in SCORES})
+    return compared(TABLES[name], results, columns, above=name == "questions")
 
 
 def markdown(columns: list[str], lines: list[list[str]], first: str = "") -> str:
@@ -141,7 +135,6 @@ def scores_of(result: dict) -> dict[str, float]:
     of_all = fmean(quality.values())
     found = own | {"quality of shapes": quality["compose"], "of signs": quality["text"], "of all": of_all}
     found[MEAN] = fmean([own["compose"], own["text"], of_all])
-    found["of the tasks"] = fmean([own["compose"], own["text"]])
     if DIVERSITY in result:  # of landscapes
         found[DIVERSITY] = result[DIVERSITY]["quality"]
     if VARIETY in result:  # of shapes and of signs, whose prompts ask for no background
@@ -149,22 +142,20 @@ def scores_of(result: dict) -> dict[str, float]:
     return found
 
 
-def compared(
-    names: tuple[str, ...], results: list[dict], columns: dict[str, str], above: dict[str, str]
-) -> str:
-    """A row per recipe or model, a column per heading in `columns` and `above`: mean and standard deviation
-    of a score over seeds, and of the difference from the first row's run of the same seed."""
+def compared(names: tuple[str, ...], results: list[dict], columns: dict[str, str], above: bool) -> str:
+    """A row per recipe or model, a column per heading in `columns`: mean and standard deviation of a score
+    over seeds. `above`: also of the mean of three less that of the first row's run of the same seed."""
     first = {result["seed"]: scores_of(result) for _, own in rows_of(names[:1], results) for result in own}
     lines = []
     for title, own in rows_of(names, results):
-        scores = [scores_of(result) for result in own]
-        cells = [spread([found[name] for found in scores if name in found]) for name in columns.values()]
-        for name in above.values():
-            seeds = [result["seed"] for result in own]
-            pairs = [(found, first[seed]) for found, seed in zip(scores, seeds, strict=True) if seed in first]
-            cells.append(spread([found[name] - below[name] for found, below in pairs]))
+        scores = {result["seed"]: scores_of(result) for result in own}
+        cells = [
+            spread([found[name] for found in scores.values() if name in found]) for name in columns.values()
+        ]
+        if above:
+            cells.append(spread([scores[seed][MEAN] - first[seed][MEAN] for seed in scores if seed in first]))
         lines.append([title, str(len(own)), *cells])
-    return markdown(["seeds", *columns, *above], lines)
+    return markdown(["seeds", *columns, *["above the first row's"] * above], lines)
 
 
 def rows_of(names: tuple[str, ...], results: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -237,36 +228,29 @@ def reaching(share: float, points: list[dict], results: list[dict]) -> float | N
 
 def claims(results: list[dict]) -> str:
     """What one run has above another, seed by seed, and their mean."""
-    seeds = by_seed(results)
+    seeds = sorted({result["seed"] for result in results if result["recipe"] == "student"})
+    scores = by_seed(seeds, results)
     lines = []
-    for title, claim in CLAIMS.items():
-        leads = [lead(*claim, source) for source in seeds.values()]
-        cells = [spread(found) for found in [*leads, sum(leads, [])]]
-        if any(cells):
-            lines.append([title, *cells])
+    for title, (run, below, score) in CLAIMS.items():
+        both = [seed for seed in seeds if {(run, seed), (below, seed)} <= scores.keys()]
+        leads = {seed: scores[run, seed][score] - scores[below, seed][score] for seed in both}
+        cells = [short(leads[seed]) if seed in leads else "" for seed in seeds]
+        if leads:
+            lines.append([title, *cells, spread(list(leads.values()))])
     return markdown([*(f"seed {seed}" for seed in seeds), "mean of these"], lines)
 
 
-def lead(run: str, below: str, score: str, source: dict[str, dict]) -> list[float]:
-    """[What a run has above another of the same seed], [] where either has no result."""
-    if run in source and below in source:
-        return [scores_of(source[run])[score] - scores_of(source[below])[score]]
-    return []
-
-
-def by_seed(results: list[dict]) -> dict[int, dict[str, dict]]:
-    """Seed of a student -> recipe -> its result; with the base, and the teachers as one, each on its own
-    task."""
-    found = {}
-    for seed in sorted({result["seed"] for result in results if result["recipe"] == "student"}):
-        source = {r["recipe"]: r for r in results if r["recipe"] in RECIPES and r["seed"] == seed}
+def by_seed(seeds: list[int], results: list[dict]) -> dict[tuple[str, int], dict[str, float]]:
+    """Recipe and seed -> its scores; with the base, and the teachers as one, each on its own task."""
+    found = {(one["recipe"], one["seed"]): one for one in results if one["recipe"] in RECIPES}
+    for seed in seeds:
         for _, (base,) in rows_of(("base",), results):
-            source["base"] = base
-        if set(TEACHERS) <= set(source):
-            own = {task: source[name]["held_out"][task] for task, name in EQUAL.items()}
-            source["specialists"] = {"held_out": own, "quality_of": source["all-quality"]["quality_of"]}
-        found[seed] = source
-    return found
+            found["base", seed] = base
+        if all((name, seed) in found for name in TEACHERS):
+            own = {task: found[name, seed]["held_out"][task] for task, name in EQUAL.items()}
+            looks = found["all-quality", seed]["quality_of"]
+            found["specialists", seed] = {"held_out": own, "quality_of": looks}
+    return {key: scores_of(result) for key, result in found.items()}
 
 
 # ---- numbers in words --------------------------------------------------------------------------------------
