@@ -31,9 +31,8 @@ def mean_score(reward, images_BCHW, prompts):
 
 # --- prompts ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", world.TASKS)
-@pytest.mark.parametrize("salt", ["", "other"])
-def test_prompts_parse_back_and_test_is_held_out(salt, task):
-    train, test = world.split(task, salt)
+def test_prompts_parse_back_and_test_is_held_out(task):
+    train, test = world.split(task)
     assert sorted(train + test) == sorted(world.all_prompts(task))
     assert len(test) == world.HELD_OUT[task]
     assert all(world.parse(p).prompt == p and world.parse(p).task == task for p in train + test)
@@ -51,16 +50,6 @@ def test_mirrored_relations_are_one_composition():
 def test_shipped_prompt_files_are_the_generated_ones():
     on_disk = {path.name: path.read_text(encoding="utf-8") for path in world.PROMPT_DIR.iterdir()}
     assert on_disk == world.prompt_files()
-
-
-def test_a_salt_makes_another_split_of_the_same_prompts(tmp_path):
-    with pytest.raises(SystemExit, match="give another folder to --out"):
-        world.write(salt="other")
-    world.write(tmp_path, "other")
-    for task in world.TASKS:
-        test, ours = (set(world.split(task, salt)[1]) for salt in ("other", ""))
-        assert 0 < len(test & ours) < len(test)
-    assert {path.name for path in tmp_path.iterdir()} == set(world.prompt_files())
 
 
 def test_metadata_follows_geneval():

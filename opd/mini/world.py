@@ -13,14 +13,12 @@ A prompt is a handful of content words (`Spec.words`); everything else follows f
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 SIZE, CELL = 24, 12
 TASKS = ("compose", "text", "quality")
@@ -196,34 +194,34 @@ def _composition(prompt: str) -> str:
     return min(prompt, mirrored.prompt)
 
 
-def shuffled(keys, salt: str = "") -> list:
-    """A fixed order that depends on no library's random generator; every salt has its own."""
-    return sorted(keys, key=lambda k: hashlib.sha256(f"{salt}{k}".encode()).hexdigest())
+def shuffled(keys) -> list:
+    """A fixed order that depends on no library's random generator."""
+    return sorted(keys, key=lambda k: hashlib.sha256(str(k).encode()).hexdigest())
 
 
 @cache
-def split(task: str, salt: str = "") -> tuple[list[str], list[str]]:
-    """(train, test) prompts; no composition, string or scene of test occurs in train. The shipped split is
-    that of no salt, whose test prompts the base has never seen."""
+def split(task: str) -> tuple[list[str], list[str]]:
+    """(train, test) prompts; no composition, string or scene of test occurs in train, nor has the base seen
+    it."""
     prompts = all_prompts(task)
     if task == "compose":
         quota = {"single_object": 3, "counting": 13, "two_object": 40, "position": 80}  # compositions
         tags = {_composition(p): parse(p).metadata["tag"] for p in prompts}
         held = set()
         for tag, count in quota.items():
-            held.update(shuffled((key for key in tags if tags[key] == tag), salt)[:count])
+            held.update(shuffled(key for key in tags if tags[key] == tag)[:count])
     else:
-        held = set(shuffled(prompts, salt)[: HELD_OUT[task]])
+        held = set(shuffled(prompts)[: HELD_OUT[task]])
     test = [p for p in prompts if _composition(p) in held]
     assert len(test) == HELD_OUT[task], (task, len(test))
     return [p for p in prompts if _composition(p) not in held], test
 
 
-def prompt_files(salt: str = "") -> dict[str, str]:
-    """File name -> content of the prompt files of a split."""
+def prompt_files() -> dict[str, str]:
+    """File name -> content of the prompt files."""
     files = {}
     for task in TASKS:
-        for name, lines in zip(("train", "test"), split(task, salt), strict=True):
+        for name, lines in zip(("train", "test"), split(task), strict=True):
             ending = "txt"
             if task == "compose":
                 lines, ending = [json.dumps(parse(prompt).metadata) for prompt in lines], "jsonl"
@@ -256,18 +254,6 @@ def misname(spec: Spec, rng: np.random.Generator, rate: float) -> str:
     return spec.prompt
 
 
-# --- command ---------------------------------------------------------------------------------
-
-
-def write(out: Path = PROMPT_DIR, salt: str = "") -> None:
-    """Write the prompt files into `out`. `salt`: any word makes another split into training and test."""
-    if salt and out == PROMPT_DIR:
-        sys.exit(f"--salt {salt} makes other prompts than the shipped ones; give another folder to --out")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in prompt_files(salt).items():
-        (out / name).write_text(content, encoding="utf-8")
-        print(f"{name}: {len(content.splitlines())} prompts")
-
-
 if __name__ == "__main__":
-    tyro.cli(write)
+    for name, content in prompt_files().items():
+        (PROMPT_DIR / name).write_text(content, encoding="utf-8")

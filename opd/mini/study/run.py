@@ -4,9 +4,6 @@
     python -m opd.mini.study --runs mix-all student --seeds 0 1 2
     python -m opd.mini.study --tables               # from the results alone
     python -m opd.mini.study --quick --runs mix-all # a fiftieth as long, to try the commands
-    python -m opd.mini.world --salt other --out runs/other/prompts
-    python -m opd.mini.study --runs mix student --seeds 3 --prompts runs/other/prompts --out runs/other \\
-        --results runs/other/results           # on another split of the prompts, and another seed
 
 A run (runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result is a small
 JSON file in results/, so a study can be stopped, continued and spread over machines; delete one, and its run
@@ -21,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -29,28 +26,24 @@ from opd import errors, files
 from opd.cli import Count, Range, check_bounds, parse
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, read_metrics, write_json
-from opd.mini.presets import MINI_HELDOUT, MINI_PROMPTS, MINI_SCORERS
+from opd.mini.presets import MINI_SCORERS
 from opd.mini.study import plots
 from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, TABLES, Recipe
 from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, table, with_tables
 from opd.presets import PRESETS
 
-PROMPTS = ROOT / "opd/mini/prompts"
-OUT = "runs/study"
 QUALITY = MINI_SCORERS["quality"]
+NAMES = (*RECIPES, *REFERENCES)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    runs: tuple[str, ...] = ()
-    """What to run. None: everything."""
+    runs: tuple[Literal[NAMES], ...] = NAMES
+    """What to run."""
     seeds: Annotated[tuple[int, ...], Range(0, 10**6)] = (0, 1, 2)
     """A training run of each recipe per seed; what is only scored has seed 0."""
-    out: str = OUT
+    out: str = "runs/study"
     """Where the run folders lie."""
-    prompts: str = str(PROMPTS)
-    """A folder with the prompts of the three tasks, for training and held out (opd/mini/world.py writes
-    another split); others than the shipped ones need other --out and --results."""
     results: str = str(RESULTS)
     """Where the results lie. The pages are written from the committed ones only; of others, the tables of
     these runs are printed."""
@@ -64,37 +57,14 @@ class Arguments:
     """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
 
     def check(self) -> None:
-        """ValueError for an unknown run, prompts that are not there, and runs or results that would be mixed
-        with those of other prompts."""
+        """ValueError for a number that is out of bounds, or none."""
         check_bounds(self)
-        known = [*RECIPES, *REFERENCES]
-        unknown = [name for name in self.runs if name not in known]
-        if unknown:
-            raise ValueError(f"--runs names {', '.join(unknown)}; known: {', '.join(known)}")
         if not self.seeds:
             raise ValueError("--seeds is empty")
-        for file in (*MINI_PROMPTS.values(), *MINI_HELDOUT.values()):
-            if not (Path(self.prompts) / Path(file).name).is_file():
-                raise ValueError(f"--prompts {self.prompts}: there is no {Path(file).name} in it")
-        if self.other_prompts() and self.out == OUT:
-            reason = f"--prompts {self.prompts} makes other teachers than those of {OUT}"
-            raise ValueError(f"{reason}; give another folder to --out")
-        if self.committed() and self.other_prompts():
-            reason = "--prompts makes results that do not belong to the committed ones"
-            raise ValueError(f"{reason}; give another folder to --results")
 
     def committed(self) -> bool:
         """Whether --results are the repository's."""
         return Path(self.results).resolve() == RESULTS.resolve()
-
-    def other_prompts(self) -> bool:
-        """Whether --prompts is another split than the shipped one."""
-        return Path(self.prompts).resolve() != PROMPTS.resolve()
-
-    def here(self, prompts: dict[str, str]) -> list[str]:
-        """TASK=FILE with the file in --prompts that is called as the shipped one."""
-        folder = Path(self.prompts).absolute()
-        return [f"{task}={folder / Path(file).name}" for task, file in prompts.items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,8 +74,6 @@ def main(arguments: list[str] | None = None) -> None:
         args = replace(args, out=out, results=f"{out}/results", seeds=args.seeds[:1], count=24)
     with errors.in_one_line(ValueError):
         args.check()
-    if not args.runs:
-        args = replace(args, runs=(*RECIPES, *REFERENCES))
     if not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)
@@ -131,8 +99,6 @@ def missing(args: Arguments) -> list[tuple[str, int]]:
 def run(args: Arguments, name: str, seed: int) -> None:
     """Make a result, and what it needs before."""
     about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
-    if args.other_prompts():
-        about["prompts"] = args.prompts
     if name in REFERENCES:
         result = {"flags": REFERENCES[name].flags} | scores(args, name, seed)
     else:
@@ -160,9 +126,6 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     cfg = parse([recipe.preset, *shlex.split(flags)], PRESETS)
     command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
     command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
-    if args.other_prompts():
-        command += ["--prompts", *args.here(cfg.prompts)]
-        command += ["--heldout", *args.here(cfg.heldout)]
     wanted = cfg.iterations
     if args.quick:
         wanted = max(2, wanted // 50)
@@ -204,7 +167,7 @@ def scores(args: Arguments, name: str, seed: int) -> dict[str, dict]:
     if name in REFERENCES:
         rows = list(REFERENCES[name].titles)
         command = ["-m", "opd.evaluation", *shlex.split(REFERENCES[name].flags)]
-    command += ["--prompts", "--heldout", *args.here(MINI_HELDOUT), "--count", str(args.count)]
+    command += ["--prompts", "--count", str(args.count)]
     call([*command, "--scorers", QUALITY, "--out", str(file)])
     found = {what: {row: {} for row in rows} for what in MEASURED}
     for cell in read_json(file)["cells"]:
