@@ -66,24 +66,7 @@ def test_a_preset_says_what_makes_what_it_reads(name, tmp_path, monkeypatch):
 def test_every_world_prompt_fits_the_tokenizer():
     pipe = sd3.load_text(build.WEIGHTS / "base", torch.float32, torch.device("cpu"), t5=True)
     for prompt in world.specs():
-        assert len(pipe.tokenizer(prompt).input_ids) <= build.TOKENS, prompt
-
-
-def test_vae_training_learns_and_normalises_its_latents():
-    images, _ = build.draw(256, 0)
-    torch.manual_seed(0)
-    vae = build.make_vae((8, 16)).requires_grad_(True)
-    before = reconstruction_error(vae, images)
-    build.set_statistics(vae, build.train_vae(vae, images, steps=60, batch=16))
-    assert reconstruction_error(vae, images) < 0.5 * before
-    latents = sd3.encode_images(vae, images / 255)
-    assert abs(latents.mean()) < 0.01 and abs(latents.std() - 1) < 0.01
-
-
-@torch.no_grad()
-def reconstruction_error(vae, images):
-    x = images.float() / 127.5 - 1
-    return float((vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().mean())
+        assert len(pipe.tokenizer(prompt).input_ids) <= pipe.tokenizer.model_max_length, prompt
 
 
 def test_first_command_ends_with_the_table_and_a_folder_that_holds_everything(tmp_path):
@@ -112,8 +95,8 @@ def test_the_reader_reads_what_is_drawn_and_what_the_vae_makes_of_it(tmp_path):
     rng = np.random.default_rng(0)
     drawn = torch.from_numpy(np.stack([signs.draw(string, rng) for string in strings[:24]]))
     images_BCHW = drawn.permute(0, 3, 1, 2) / 255
-    vae = signs.sd3.load_vae(signs.build.WEIGHTS / "base")
-    decoded_BCHW = signs.sd3.decode(vae, signs.sd3.encode_images(vae, images_BCHW))
+    vae = sd3.load_vae(build.WEIGHTS / "base")
+    decoded_BCHW = sd3.decode(vae, sd3.encode_images(vae, images_BCHW))
     reward = loaded("ocr")
     prompts = [signs.prompt_of(string) for string in strings[:24]]
     for images in (images_BCHW, decoded_BCHW):

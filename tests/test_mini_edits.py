@@ -9,6 +9,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Qwen2Tokenizer
 
 import train
 from opd import lora
@@ -99,8 +100,9 @@ def test_prompt_files_name_pictures_that_rewards_find(task, folder):
 
 
 def test_what_is_made_is_trained_on(tmp_path):
-    """With the shipped pipeline: the data's latents are normalised and decode to what the scorer reads."""
-    base = WEIGHTS / "base"
+    """The data's latents are normalised and decode to what the scorer reads."""
+    base = tmp_path / "pipeline"
+    edit_pipeline.build_pipeline(base)
     edit_pipeline.write_data(tmp_path, base, {"recolour": 8, "write": 40, "paint": 16})
     rows = [json.loads(line) for line in open(tmp_path / "metadata.jsonl")]
     latents = load_file(tmp_path / "latents.safetensors")["latents"].float()
@@ -118,22 +120,12 @@ def test_what_is_made_is_trained_on(tmp_path):
 
 
 def test_every_prompt_fits_the_tokenizer():
-    tokenizer = edit_pipeline.make_tokenizer()
+    tokenizer = Qwen2Tokenizer.from_pretrained(edit_pipeline.BASE / "tokenizer")
     texts = [edit.prompt for task in edits.EDITED for part in edits.split(task) for edit in part]
     for text in [*texts, *world.all_prompts("quality")]:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
         words = 10 if "sign" in text else len(text.split())  # a string is read by the character
-        assert len(tokenizer(chat).input_ids) == 1 + words <= edit_pipeline.TOKENS, text
-
-
-def test_vae_statistics_are_those_of_its_patches():
-    vae = edit_pipeline.make_vae()
-    images = torch.rand(8, 3, 96, 96)
-    with torch.no_grad():
-        z = vae.encode(images * 2 - 1).latent_dist.mode()
-    edit_pipeline.set_batch_norm(vae, z)
-    latents = flux2.encode_images(vae, images)
-    assert abs(latents.mean((0, 2, 3))).max() < 1e-3 and abs(latents.std((0, 2, 3)) - 1).max() < 0.05
+        assert len(tokenizer(chat).input_ids) == 1 + words <= tokenizer.model_max_length, text
 
 
 def test_plain_diffusers_edits_by_a_shipped_teacher(folder):
@@ -161,7 +153,7 @@ def edited(pipe, prompt) -> torch.Tensor:
         width=edits.SIZE,
         num_inference_steps=10,
         guidance_scale=1.0,
-        max_sequence_length=edit_pipeline.TOKENS,
+        max_sequence_length=12,
         output_type="pt",
         generator=torch.Generator().manual_seed(0),
     ).images.float()

@@ -20,12 +20,12 @@ from opd.data import seed_of
 from opd.families import sd3
 from opd.formats import export, lora_files
 from opd.formats.settings import to_json
-from opd.mini import build as mini
 from opd.model import Model
 from opd.optim import Trained
 from opd.report.report import Report
 from opd.runfolder import RunFolder
 from opd.setup import set_up
+from tests import tiny_clip
 
 PROMPTS = {
     "red": ["a red circle", "two red circles", "a red square", "a red triangle", "a red dot"],
@@ -43,19 +43,19 @@ def make_pipeline(folder: Path, layers: int = 2, heads: int = 2, encoders: tuple
     """8 px images, 4x4x4 latents, `layers` transformer blocks, `heads` x 16 wide, random (not zero) weights,
     float32. `encoders`: seeds of the text encoders."""
     torch.manual_seed(0)
-    tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
+    tokenizer = tiny_clip.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
     sizes = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 4}
     blocks = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 16}
-    text = {"joint_attention_dim": 2 * mini.WIDTH, "pooled_projection_dim": 2 * mini.WIDTH}
+    text = {"joint_attention_dim": 2 * tiny_clip.WIDTH, "pooled_projection_dim": 2 * tiny_clip.WIDTH}
     text |= {"caption_projection_dim": 16 * heads, "qk_norm": "rms_norm"}
     transformer = diffusers.SD3Transformer2DModel(**sizes, **blocks, **text)
     diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         vae=make_vae(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=mini.make_text_encoder(tokenizer, encoders[0]),
+        text_encoder=tiny_clip.make_text_encoder(tokenizer, encoders[0]),
         tokenizer=tokenizer,
-        text_encoder_2=mini.make_text_encoder(tokenizer, encoders[1]),
+        text_encoder_2=tiny_clip.make_text_encoder(tokenizer, encoders[1]),
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,

@@ -8,8 +8,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from opd.mini import build as mini
-from tests import tiny
+from tests import tiny, tiny_clip
 
 WIDTH = 32
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -21,7 +20,7 @@ def make_flux(folder: Path, kind: type = diffusers.FluxPipeline) -> Path:
     """4x4x4 latents, one double and one single block, told its guidance."""
     torch.manual_seed(0)
     t5, t5_tokenizer = tiny.make_t5(WIDTH)
-    tokenizer = mini.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
+    tokenizer = tiny_clip.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
     kind(
         transformer=diffusers.FluxTransformer2DModel(
             **ONE_OF_EACH,

@@ -7,8 +7,8 @@ import transformers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from opd import rewards
-from opd.mini.build import make_tokenizer
 from opd.rewards.geneval import CLASSES
+from tests.tiny_clip import make_tokenizer
 
 WORDS = "a photo of red green blue dog cat object two the".split()
 SIZE = 28

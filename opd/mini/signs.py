@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
@@ -84,11 +83,7 @@ def pairs(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
 def make(folder: Path, images: int = IMAGES) -> None:
     """Pipeline, data and prompts below `folder`. Text encoders and VAE are the small miniature's: the VAE is
     convolutional, and what it makes of a sign is read as well as the sign."""
-    torch.manual_seed(0)
-    transformer = build.make_transformer(latent=SIZE // 2, patch=4)
-    parts = {"transformer": transformer, "text_encoder_3": None, "tokenizer_3": None}
-    shipped = StableDiffusion3Pipeline.from_pretrained(build.WEIGHTS / "base", **parts)
-    shipped.to(torch.bfloat16).save_pretrained(folder / "pipeline")
+    build.build_pipeline(folder / "pipeline", latent=SIZE // 2, patch=4)
     vae = sd3.load_vae(folder / "pipeline")
     build.write_data(folder / "data", vae, *pairs(images, seed=0))
     for name, strings in zip(("train", "test"), split(), strict=True):
