@@ -32,9 +32,8 @@ TASKS = ("recolour", "write", "paint")
 EDITED = TASKS[:2]
 HELD_OUT = 128  # prompts of a task that edits, a picture each
 TRAINED = 480  # at most, of a task that edits
-# The base is a mediocre editor: a share of the words of its instructions is wrong (before those that spell a
-# held-out string are put right), and a share of its pictures after the edit has little to do with the one
-# before.
+# The base is a mediocre editor: a share of the words of its instructions is wrong, and a share of its
+# pictures after the edit has little to do with the one before.
 CAPTION_ERROR = {"recolour": 0.1, "write": 0.25}
 FORGETFUL = 0.3
 
@@ -128,24 +127,12 @@ def painted(task: str, words: tuple[str, ...], backdrop: np.ndarray, places: lis
 
 
 def misread(edit: Edit, rng: np.random.Generator) -> str:
-    """An instruction for `edit`, each of whose content words is wrong with probability CAPTION_ERROR; one
-    that is right where it would spell a held-out string."""
+    """An instruction for `edit`, each of whose content words is wrong with probability CAPTION_ERROR."""
     pools = [world.LETTERS, world.DIGITS, world.LETTERS]
     if edit.task == "recolour":
         pools = [edit.before[1::2], tuple(world.PALETTE)]
-    words = list(edit.change)
-    for place, pool in enumerate(pools):
-        if rng.random() < CAPTION_ERROR[edit.task]:
-            others = [word for word in pool if word != words[place]]
-            words[place] = others[rng.integers(len(others))]
-    wrong = Edit(edit.task, edit.before, tuple(words))
-    return edit.prompt if edit.task == "write" and wrong.change in held_out() else wrong.prompt
-
-
-@cache
-def held_out() -> frozenset[tuple[str, ...]]:
-    """Strings of no training edit."""
-    return frozenset(world.parse(prompt).words for prompt in world.split("text")[1])
+    words = world.misworded(edit.change, pools, rng, CAPTION_ERROR[edit.task], world.held_out())
+    return Edit(edit.task, edit.before, words).prompt
 
 
 # ---- scorers: (images_BCHW in [0, 1], prompts, metadata) -> scores_B, on the world's own pixels ------------

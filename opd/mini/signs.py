@@ -26,7 +26,8 @@ from opd.mini import build, world
 
 SIZE = 64
 LETTERS, DIGITS = "ACEHKLNRTX", "2345679"  # no two of them look alike
-STRINGS = ["".join(characters) for characters in product(LETTERS, DIGITS, LETTERS)]
+POOLS = (LETTERS, DIGITS, LETTERS)
+STRINGS = ["".join(characters) for characters in product(*POOLS)]
 FONT = ImageFont.load_default(24)
 HELD_OUT, CAPTION_ERROR = 140, 0.35
 IMAGES = 24_000
@@ -54,29 +55,16 @@ def draw(string: str, rng: np.random.Generator) -> np.ndarray:
     return np.array(picture)
 
 
-def misspelt(string: str, rng: np.random.Generator, never: set[str]) -> str:
-    """The string with each character replaced, with probability CAPTION_ERROR, by another of its kind; never
-    one of `never`, so that no held-out caption is seen in training."""
-    for _ in range(20):
-        characters = list(string)
-        for place, pool in enumerate((LETTERS, DIGITS, LETTERS)):
-            if rng.random() < CAPTION_ERROR:
-                others = pool.replace(string[place], "")
-                characters[place] = others[rng.integers(len(others))]
-        caption = "".join(characters)
-        if caption not in never:
-            return caption
-    return string
-
-
 def pairs(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     """Training pairs: images uint8 (count, 3, 64, 64), captions."""
     rng = np.random.default_rng(seed)
     train, test = split()
+    never = {tuple(string) for string in test}
     images, captions = [], []
     for number in rng.integers(len(train), size=count):
         images.append(draw(train[number], rng))
-        captions.append(prompt_of(misspelt(train[number], rng, set(test))))
+        said = world.misworded(tuple(train[number]), POOLS, rng, CAPTION_ERROR, never)
+        captions.append(prompt_of("".join(said)))
     return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w").contiguous(), captions
 
 

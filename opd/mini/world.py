@@ -13,6 +13,7 @@ A prompt is a handful of content words (`Spec.words`); everything else follows f
 
 import hashlib
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -233,25 +234,37 @@ def prompt_files() -> dict[str, str]:
 
 
 @cache
-def _held_out() -> frozenset[str]:
-    return frozenset(p for task in TASKS for p in split(task)[1])
+def held_out() -> frozenset[tuple[str, ...]]:
+    """The words of every held-out prompt."""
+    return frozenset(parse(prompt).words for task in TASKS for prompt in split(task)[1])
 
 
 def misname(spec: Spec, rng: np.random.Generator, rate: float) -> str:
-    """The caption with each content word replaced, with probability `rate`, by a wrong one. Wrong words are
-    drawn again while they spell a held-out prompt, so that training never sees one."""
-    wrong = rng.random(len(spec.words)) < rate
+    """The caption, each of whose content words is wrong with probability `rate`."""
+    pools = [SLOTS[kind] for kind in spec.kinds]
+    return Spec(spec.task, misworded(spec.words, pools, rng, rate, held_out())).prompt
+
+
+def misworded(
+    words: tuple[str, ...],
+    pools: Sequence[Sequence[str]],
+    rng: np.random.Generator,
+    rate: float,
+    never: Collection[tuple[str, ...]],
+) -> tuple[str, ...]:
+    """The words, each replaced with probability `rate` by another of its pool. Wrong words are drawn again
+    while they are in `never`: training sees nothing that is held out."""
+    wrong = rng.random(len(words)) < rate
     if not wrong.any():
-        return spec.prompt
+        return words
     for _ in range(20):
-        words = list(spec.words)
+        said = list(words)
         for place in wrong.nonzero()[0]:
-            others = [word for word in SLOTS[spec.kinds[place]] if word != words[place]]
-            words[place] = others[rng.integers(len(others))]
-        caption = Spec(spec.task, tuple(words)).prompt
-        if caption not in _held_out():
-            return caption
-    return spec.prompt
+            others = [word for word in pools[place] if word != words[place]]
+            said[place] = others[rng.integers(len(others))]
+        if tuple(said) not in never:
+            return tuple(said)
+    return words
 
 
 if __name__ == "__main__":
