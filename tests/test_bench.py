@@ -105,8 +105,7 @@ def test_the_real_command_holds_what_is_predicted(tmp_path, monkeypatch, alive, 
         measured["average"] = sum(average.nbytes for average in trained.average.values())
         measured["to undo"] = sum(tensor.nbytes for tensor in trained.before[1].values())
         measured["activations"] -= measured["vae"] + measured["average"] + measured["to undo"]
-        teachers = memory.assumed_teachers(cfg, stage.model)
-        found.extend([measured, memory.predict_run(cfg, stage.model, teachers)])
+        found.extend([measured, memory.predict_run(cfg, stage.model)])
         return finished
 
     monkeypatch.setattr(train, "train", counted)

@@ -280,7 +280,7 @@ def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path, capsys):
     latents = [pictures_of(condition).values() for condition in model.text(prompts_of(case))]
     assert sum(map(math.prod, shapes.values())) == max(sum(x.numel() for x in own) for own in latents)
     text = case.family.text_shapes(case.pipeline, True)
-    few, many = (memory.activations(cfg, model, own, 1) for own in (text, text | shapes))
+    few, many = (memory.activations(cfg, model, own) for own in (text, text | shapes))
     assert many > 1.2 * few
 
 

@@ -117,7 +117,7 @@ def test_memory_is_predicted(case):
     """A guided pass runs without a weight."""
     model = ours(case)
     cfg = DistillationConfig(teachers={"a": "base"}, prompts_per_step=2, group=1, rank=2)
-    parts = memory.predict_run(cfg, model, 0)
-    guided = memory.predict_run(replace(cfg, guidance=3.0), model, 0)
+    parts = memory.predict_run(cfg, model)
+    guided = memory.predict_run(replace(cfg, guidance=3.0), model)
     assert guided["activations"] >= parts["activations"] > 0
     assert parts["base"] == sum(t.nbytes for t in model.transformer.state_dict().values())

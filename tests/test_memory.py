@@ -8,7 +8,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd.bench import model as bench
-from opd.formats.teacher_files import read_teachers
 from opd.report import memory
 from opd.report.memory import LiveTensors, peak
 from tests import tiny
@@ -18,10 +17,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def counted(monkeypatch):
-    """(settings, bytes of teachers) -> the parts; those that are found by running are left out."""
+    """Settings -> the parts; those that are found by running are left out."""
     monkeypatch.setattr(memory, "activations", lambda *arguments: 0)
     monkeypatch.setattr(memory, "decoding", lambda *arguments: 0)
-    return lambda cfg, teachers=0: memory.predict_run(cfg, tiny.planned(cfg), teachers)
+    return lambda cfg: memory.predict_run(cfg, tiny.planned(cfg))
 
 
 @pytest.mark.slow
@@ -47,7 +46,7 @@ def test_decoding_is_what_a_decoding_takes(world):
     before = live.bytes
     with live:
         model.family.decode(vae, torch.zeros(9, *model.shape))
-    parts = memory.predict_run(cfg, tiny.planned(cfg), 0)
+    parts = memory.predict_run(cfg, tiny.planned(cfg))
     assert parts["decoding"] == pytest.approx(live.peak - before, rel=0.1)
     assert parts["vae"] == 4 * sum(p.numel() for p in vae.parameters())
     assert peak(parts) == sum(parts.values()) - min(parts["decoding"], parts["activations"])
@@ -67,8 +66,8 @@ def test_what_autograd_keeps_of_a_chain_is_counted_without_storage():
 
 def test_sharding_divides_what_is_held_and_gathers_blocks(world, counted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    whole = counted(tiny.config(world, ema=0.9), teachers=4000)
-    half = counted(tiny.config(world, ema=0.9, shard_size=2), teachers=4000)
+    whole = counted(tiny.config(world, ema=0.9))
+    half = counted(tiny.config(world, ema=0.9, shard_size=2))
     for part in ("gradients", "optimizer", "average"):
         assert half[part] == whole[part] > 0
     assert half["teachers"] == whole["teachers"] // 2 > 0
@@ -105,19 +104,17 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     red, blue = (str(world / name) for name in ("red", "blue"))
     cfg = tiny.config(world, rank=16)
     model = tiny.planned(cfg)
-    read = memory.held_by_teachers(model, read_teachers(cfg, model))
-    assert read == memory.assumed_teachers(cfg, model) // 4 > 0
+    read = memory.held_by_teachers(cfg, model)
     full = str(tiny.fold(world, "red", tmp_path / "full"))
-    one = read_teachers(replace(cfg, teachers={"red": full, "blue": blue}), model)
-    assert memory.held_by_teachers(model, one) == read // 2 + counted(cfg)["base"]
+    one = replace(cfg, teachers={"red": full, "blue": blue})
+    assert memory.held_by_teachers(one, model) == read // 2 + counted(cfg)["base"]
     # What --dry-run says: of what is not here, four times the rank.
     absent = replace(cfg, teachers={"red": red, "blue": "owner/blue"})
-    for each, size in ((cfg, read), (absent, read // 2 + 2 * read)):
-        assert f"teachers     {memory.in_words(size):>12}" in memory.forecast(each)
+    assert memory.held_by_teachers(absent, model) == read // 2 + 2 * read > 0
     assert "taken for a LoRA of --rank 16: blue:" in memory.forecast(absent)
     deep = tiny.make_world(tmp_path / "deep", layers=5)
     away = tiny.config(deep, teachers={"red": str(deep / "pipeline")}, teacher_devices={"red": "offload"})
     model = tiny.planned(away)
     skeleton, left_out = model.skeleton, model.skeleton.transformer_blocks[2:]
     held = {*skeleton.parameters(), *skeleton.buffers()} - {*left_out.parameters()}
-    assert memory.held_by_teachers(model, read_teachers(away, model)) == 4 * memory.numbers(held)
+    assert memory.held_by_teachers(away, model) == 4 * memory.numbers(held)

@@ -191,7 +191,6 @@ def in_dtype(transformer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
 def predicted(cfg: DistillationConfig, device: torch.device) -> dict[str, int]:
     """What opd.report.memory predicts of our structure, by the names under which memory is measured."""
     model = planned(cfg, device)
-    teachers = memory.assumed_teachers(cfg, model)
-    found = memory.predict(cfg, model, SIZES[cfg.model].text_shapes(), teachers, world=1)
+    found = memory.predict(cfg, model, SIZES[cfg.model].text_shapes())
     same = {name: found[name] for name in ("base", "optimizer", "gradients", "activations")}
     return same | {"adapters": found["adapters"] + found["teachers"], "peak": memory.peak(found)}

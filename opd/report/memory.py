@@ -24,7 +24,7 @@ from opd.families import Condition
 from opd.families._parts import children_of, with_fused_norms
 from opd.files import read_json, resolve
 from opd.formats.prompts import load_tasks
-from opd.formats.teacher_files import Whole, read_teachers
+from opd.formats.teacher_files import read_teachers
 from opd.lora import STUDENT, Lora
 from opd.model import Model
 from opd.report.start import SHOWN
@@ -45,16 +45,9 @@ def forecast(cfg: RunConfig) -> str:
         return f"# memory: not predicted, as model {cfg.model!r} is not on this disk"
     # Whatever this machine has: memory is what a GPU is short of, and there --dtype auto is bfloat16.
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, torch.device("cuda"), cfg.t5)
-    teachers, assumed = 0, ""
-    if isinstance(cfg, DistillationConfig):
-        here = {name: source for name, source in cfg.teachers.items() if resolve(source).exists()}
-        away = {name: source for name, source in cfg.teachers.items() if name not in here}
-        teachers = held_by_teachers(model, read_teachers(replace(cfg, teachers=here), model))
-        teachers += assumed_teachers(replace(cfg, teachers=away), model)
-        absent = [name for name, source in away.items() if source not in lora.WITHOUT_WEIGHTS]
-        if absent:
-            assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent)}"
-    parts = predict_run(cfg, model, teachers)
+    parts, assumed = predict_run(cfg, model), ""
+    if absent(cfg):
+        assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent(cfg))}"
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [f"# predicted memory of one of {ranks.declared_world()} GPUs, {dtype}{assumed}:"]
     for name, size in {**parts, "peak": peak(parts)}.items():
@@ -72,15 +65,15 @@ def in_words(size: int) -> str:
 # ---- the prediction ----------------------------------------------------------------------------------------
 
 
-def predict_run(cfg: RunConfig, model: Model, teachers: int) -> dict[str, int]:
-    """Bytes by what they hold, on one of the declared ranks; `teachers`: bytes of what teachers load."""
+def predict_run(cfg: RunConfig, model: Model) -> dict[str, int]:
+    """Bytes by what they hold, on one of the declared ranks."""
     config = read_json(model.folder / "vae" / "config.json")
     with torch.device("meta"):
         vae = getattr(diffusers, config["_class_name"]).from_config(config)
     text = model.family.text_shapes(model.folder, cfg.t5) | picture_shapes(cfg, model)
     pixels = prod(model.pixels)
     images = min(max(cfg.micro_batch, SHOWN), max(1, model.decode_pixels // pixels))
-    parts = predict(cfg, model, text, teachers, ranks.declared_world())
+    parts = predict(cfg, model, text)
     return parts | {"vae": 4 * numbers(vae.parameters()), "decoding": decoding(model, vae, images)}
 
 
@@ -99,10 +92,8 @@ def picture_shapes(cfg: RunConfig, model: Model) -> dict[str, tuple[int, ...]]:
     return most
 
 
-def predict(
-    cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]], teachers: int, world: int
-) -> dict[str, int]:
-    """Bytes by what they hold, on one of `world` ranks, but for the VAE. `text`: shapes of a Condition."""
+def predict(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Bytes by what they hold, but for the VAE. `text`: shapes of a Condition."""
     weights, buffers = numbers(model.skeleton.parameters()), numbers(model.skeleton.buffers())
     width, share = model.dtype.itemsize, cfg.shard_size
     # The student, which every rank holds whole, and the memory of its start, which is frozen.
@@ -116,14 +107,14 @@ def predict(
     return {
         "base": base // share + width * (buffers + gathered(cfg, model)),
         "adapters": loras + old,
-        "teachers": teachers // share,
+        "teachers": held_by_teachers(cfg, model) // share,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "average": average,
         # All that a step of several updates changes, as it was before.
         "to undo": (12 * trained + average + old) * (cfg.updates_per_step() > 1),
-        "trajectories": trajectories(cfg, model, world),
-        "activations": activations(cfg, model, text, world),
+        "trajectories": trajectories(cfg, model),
+        "activations": activations(cfg, model, text),
     }
 
 
@@ -133,32 +124,29 @@ def peak(parts: dict[str, int]) -> int:
     return sum(steady) + max(parts[name] for name in IN_TURN if name in parts)
 
 
-def assumed_teachers(cfg: RunConfig, model: Model) -> int:
-    """Bytes of the teachers if each that is not made of base and student is a LoRA of --rank."""
+def absent(cfg: RunConfig) -> list[str]:
+    """The teachers whose weights are not on this disk."""
+    if not isinstance(cfg, DistillationConfig):
+        return []
+    own = {name: source for name, source in cfg.teachers.items() if source not in lora.WITHOUT_WEIGHTS}
+    return [name for name, source in own.items() if not resolve(source).exists()]
+
+
+def held_by_teachers(cfg: RunConfig, model: Model) -> int:
+    """Bytes that teachers take on the student's device."""
     if not isinstance(cfg, DistillationConfig):
         return 0
-    own = [source for source in cfg.teachers.values() if source not in lora.WITHOUT_WEIGHTS]
-    return len(own) * model.dtype.itemsize * lora_numbers(cfg, model)
-
-
-def held_by_teachers(model: Model, teachers: dict[str, Lora | Whole]) -> int:
-    """Bytes that these teachers take on the student's device."""
-    size = 0
-    for teacher in teachers.values():
+    away = absent(cfg)
+    here = {name: source for name, source in cfg.teachers.items() if name not in away}
+    held = len(away) * lora_numbers(cfg, model)
+    for teacher in read_teachers(replace(cfg, teachers=here), model).values():
         if isinstance(teacher, Lora):
-            size += model.dtype.itemsize * numbers([*teacher.A.values(), *teacher.B.values()])
+            held += numbers([*teacher.A.values(), *teacher.B.values()])
         elif teacher.model.device == model.device:
-            size += model.dtype.itemsize * held_at_once(teacher)
-    return size
-
-
-def held_at_once(teacher: Whole) -> int:
-    """How many of its numbers are on the device at a time."""
-    skeleton = teacher.model.skeleton
-    weights = numbers(skeleton.parameters())
-    if teacher.offload:
-        weights = with_two_blocks(teacher.model)
-    return weights + numbers(skeleton.buffers())
+            skeleton = teacher.model.skeleton
+            weights = with_two_blocks(teacher.model) if teacher.offload else numbers(skeleton.parameters())
+            held += weights + numbers(skeleton.buffers())
+    return held * model.dtype.itemsize
 
 
 def with_two_blocks(model: Model) -> int:
@@ -186,20 +174,21 @@ def gathered(cfg: RunConfig, model: Model) -> int:
     return with_two_blocks(model)
 
 
-def trajectories(cfg: RunConfig, model: Model, world: int) -> int:
+def trajectories(cfg: RunConfig, model: Model) -> int:
     """Bytes of the states that are kept, in float32, from the rollout to the update."""
     states = 0
     if isinstance(cfg, GRPOConfig):
         states = cfg.states_per_sample() + 1
     if isinstance(cfg, NFTConfig):  # the pictures' latents
         states = 1
-    return 4 * states * sum(rows(cfg, world)) * prod(model.shape)
+    return 4 * states * sum(rows(cfg)) * prod(model.shape)
 
 
-def rows(cfg: RunConfig, world: int) -> list[int]:
+def rows(cfg: RunConfig) -> list[int]:
     """Samples of this rank's micro-batches."""
     samples = dict.fromkeys(range(cfg.samples_per_step()), "any")
-    return [len(batch.samples) for batch in micro_batches(samples, cfg.micro_batch, world, rank=0)]
+    mine = micro_batches(samples, cfg.micro_batch, ranks.declared_world(), rank=0)
+    return [len(batch.samples) for batch in mine]
 
 
 def numbers(tensors) -> int:
@@ -209,7 +198,7 @@ def numbers(tensors) -> int:
 # ---- tensors without storage -------------------------------------------------------------------------------
 
 
-def activations(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]], world: int) -> int:
+def activations(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]]) -> int:
     """Bytes of one micro-batch's forward and backward pass beyond weights and gradients, a teacher's forward
     pass in between."""
     with FakeTensorMode():
@@ -222,7 +211,7 @@ def activations(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]], 
         transformer = fake.transformer
         live.add([*transformer.parameters(), *transformer.buffers(), *(p.grad for p in trained)])
         before = live.bytes
-        samples, guidance = max(rows(cfg, world)), 1.0
+        samples, guidance = max(rows(cfg)), 1.0
         if isinstance(cfg, Rollout):
             guidance = cfg.guidance
         with live:
