@@ -14,7 +14,8 @@ from PIL import Image
 import sample
 from opd.formats.export import deployment_of
 from opd.model import Model
-from opd.report.card import origins, write_card
+from opd.report.card import write_card
+from opd.report.start import facts
 from tests import tiny
 from tests.test_families import FIXTURES, made, noise
 
@@ -85,5 +86,5 @@ def test_so_does_a_student_of_all_weights(world, tmp_path):
 
 def test_the_anchor_is_named_with_its_levels(world):
     cfg = replace(tiny.config(world), anchor_weight=0.0, anchor_levels={"0.6": 2.0})
-    assert "- anchor: blue, weight 0, from noise level 0.6 down 2" in origins(cfg)
-    assert "anchor" not in origins(replace(cfg, anchor_levels={}))
+    assert facts(cfg)["anchor"] == "blue, weight 0, from noise level 0.6 down 2"
+    assert "anchor" not in facts(replace(cfg, anchor_levels={}))

@@ -24,7 +24,6 @@ from opd.config import STAGES, DistillationConfig, GRPOConfig, SFTConfig
 from opd.formats.pictures import save_image
 from opd.formats.settings import read_config
 from opd.formats.state import save_state
-from opd.report.page import write_page
 from opd.runfolder import FREE, RunFolder, check_same_run
 from opd.setup import contents
 from tests import forked, tiny
@@ -184,25 +183,14 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
 
 @pytest.mark.parametrize("line", ['{"step": 1', "", "\xff", "3", "{}", '{"step": "x"}'])
 def test_a_damaged_log_is_named_before_weights_load(tmp_path, line):
-    """By the run that goes on, and by its page."""
     cfg, path = with_state(config(tmp_path))
     text = "\n".join([json.dumps(row) for row in rows(1)] + [line, '{"step": 2}', '{"step": 3, "cut by a ki'])
     (path / "metrics.jsonl").write_text(text, encoding="latin1")
     named = f"{path}/metrics.jsonl: line 2 is none of a run's log, delete it: "
     with pytest.raises(ValueError, match=named):
         RunFolder(cfg, active=True)
-    with pytest.raises(ValueError, match=named):
-        write_page(path)
     (path / "metrics.jsonl").write_text(text.replace(f"{line}\n", "", 1))
     assert RunFolder(cfg, active=True).metrics() == [*rows(1), {"step": 2}]
-
-
-@pytest.mark.parametrize("cells", ["[", "3", '[{"row": "base"}]'])
-def test_damaged_scores_are_named(tmp_path, cells):
-    _, path = with_state(config(tmp_path))
-    (path / "cells.json").write_text(cells)
-    with pytest.raises(ValueError, match=f"{path}/cells.json: "):
-        write_page(path)
 
 
 def test_a_state_past_the_last_step_is_refused_and_a_copy_of_one_is_no_state(tmp_path):

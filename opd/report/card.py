@@ -2,20 +2,17 @@
 
 import inspect
 import shlex
-from functools import cache
 from pathlib import Path
 
 import diffusers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from opd.config import DistillationConfig, NFTConfig, RewardedConfig, RunConfig
-from opd.files import digest, reading, replace, resolve
+from opd.config import RunConfig
+from opd.files import reading, replace, resolve
 from opd.formats.export import Deployment, deployment_of
 from opd.formats.hub import variant_of
-from opd.formats.lora_files import find_adapter
-from opd.lora import BASE
 from opd.model import Model
-from opd.report.page import STAGES
+from opd.report.start import facts
 
 
 def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str) -> None:
@@ -23,13 +20,14 @@ def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str
     deployment, licence = deployment_of(cfg, model), licence_of(model)
     named = licence.get("license_name") or licence.get("license") or "not known; look it up"
     t5 = f"used, {deployment.max_sequence_length} tokens" if deployment.t5 else "not used"
+    origins = "\n".join(f"- {name}: {fact}" for name, fact in facts(cfg).items())
     text = f"""---
 {front_matter(cfg, model, licence).to_yaml()}
 ---
 
 # {name_of(cfg)}
 
-Made by {STAGES[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, seed {cfg.seed}.
+Made in {done} steps of {cfg.samples_per_step()} samples, seed {cfg.seed}.
 
 ## How to sample it
 
@@ -47,7 +45,7 @@ Made by {STAGES[cfg.stage]}, {done} steps of {cfg.samples_per_step()} samples, s
 
 ## What it was made from
 
-{origins(cfg)}
+{origins}
 """
     if table:
         text += f"\n## Scores\n\n```\n{table}\n```\n"
@@ -114,35 +112,6 @@ def snippet(cfg: RunConfig, model: Model, deployment: Deployment) -> str:
         size += f", max_area={height * width}"  # else the pipeline paints a megapixel, whatever it is told
     lines += [f"image = pipe({about}, {told},", f"    {size}).images[0]"]
     return "\n".join(lines)
-
-
-def origins(cfg: RunConfig) -> str:
-    """What was trained, and teachers with their digests, or rewards."""
-    trained = "all weights" if cfg.full else f"LoRA of rank {cfg.rank}, alpha {cfg.alpha:g}"
-    lines = [f"- trained: {trained}", f"- start: `{cfg.cold_start}`"]
-    if isinstance(cfg, DistillationConfig):
-        for name, source in cfg.teachers.items():
-            lines.append(f"- teacher {name}: `{source}`{digest_text(source)}")
-        lines.append(f"- guidance of the teachers {cfg.teacher_guidance:g}, of the student {cfg.guidance:g}")
-        if cfg.anchored():
-            levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
-            lines.append(f"- anchor: {cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}")
-    if isinstance(cfg, NFTConfig):
-        lines.append(f"- objective: {cfg.objective}")
-    if isinstance(cfg, RewardedConfig):
-        lines += [f"- reward of {task}: `{spec}`" for task, spec in cfg.train_rewards.items()]
-    return "\n".join(lines)
-
-
-@cache
-def digest_text(source: str) -> str:
-    """The sha256 of an adapter's file; nothing for the base and for whole models."""
-    if source == BASE or not resolve(source.partition(":")[0]).exists():
-        return ""
-    try:
-        return f", sha256 `{digest(find_adapter(source))}`"
-    except FileNotFoundError:
-        return ""
 
 
 def name_of(cfg: RunConfig) -> str:

@@ -3,7 +3,6 @@ curves are beside it, curves.png."""
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -13,21 +12,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from opd.config import RunConfig
 from opd.evaluation import tables
 from opd.evaluation.statistics import Cell, headline
-from opd.files import read_json, read_metrics, reading, replace
+from opd.files import replace
 from opd.lora import STUDENT
 from opd.report import plots
-from opd.rewards import specs_of
+from opd.report.start import facts
 
 WIDEST, SMALL = 1200, 600  # pixels: the newest picture, and the earlier ones
 SHOWN = 12  # pictures of a page
-STAGES = {
-    "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
-    "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
-    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117, or AWM, 2509.25050)",
-    "sft": "flow matching on images with captions",
-}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1120px; margin: auto; padding: 2em }
 h1 { font-size: 1.6em; margin: 0 0 .4em; overflow-wrap: anywhere }
@@ -52,42 +46,26 @@ pre { font: 13px/1.4 ui-monospace, monospace; background: #f6f6f4; padding: .8em
 
 @dataclass(frozen=True)
 class Run:
-    """What lies in a run's folder."""
+    """What a page shows."""
 
     folder: Path
-    settings: dict
+    cfg: RunConfig
     rows: list[dict]  # lines of metrics.jsonl
     cells: list[Cell]
     first: dict[str, str]
     """Task -> the scorer that makes its mean."""
+    routes: dict[str, str]  # task -> teacher, where one is set
+    table: str
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
-    @property
-    def routes(self) -> dict[str, str]:
-        return self.settings.get("routes", {})
 
-
-def read_run(folder: Path) -> Run:
-    settings, file = read_json(folder / "config.json"), folder / "cells.json"
-    cells = []
-    if file.is_file():
-        with reading(str(file)):
-            cells = [Cell(**cell) for cell in json.loads(file.read_bytes())]
-    first = {cell.task: cell.scorer for cell in reversed(cells)}
-    for task, specs in settings.get("rewards", {}).items():
-        if any((cell.task, cell.scorer) == (task, specs_of(specs)[0]) for cell in cells):
-            first[task] = specs_of(specs)[0]
-    return Run(folder, settings, read_metrics(folder / "metrics.jsonl"), cells, first)
-
-
-def write_page(folder: Path) -> Path:
-    """Write FOLDER/report.html from config.json, metrics.jsonl, samples/, cells.json and table.txt. Returns
-    its path."""
-    run = read_run(folder)
-    rows = [("", [f"<th>{name}</th>", f"<td>{escape(text)}</td>"]) for name, text in facts(run).items()]
+def write_page(run: Run) -> None:
+    """report.html in the run's folder, with the pictures that lie there."""
+    folder = run.folder
+    rows = [("", [f"<th>{name}</th>", f"<td>{escape(text)}</td>"]) for name, text in about(run).items()]
     curves = drawn("curves", folder, plots.curve_figure(run.rows, teachers_scores(run)))
     saved = escape((folder / "config.json").read_text(encoding="utf-8"))
     parts = [f"<h1>{escape(run.name)}</h1>", html_table("facts", rows), *verdict(run)]
@@ -95,23 +73,16 @@ def write_page(folder: Path) -> Path:
     if curves:
         parts += ["<h2>Curves</h2>", curves, f"<p><small>{plots.NOTE}</small></p>"]
     parts.append(folded("Settings (config.json)", f"<pre>{saved}</pre>"))
-    return write_html(folder / "report.html", f"{run.name}: {run.settings['stage']}", parts)
+    write_html(folder / "report.html", f"{run.name}: {run.cfg.stage}", parts)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What ran."""
-    settings, done = run.settings, run.rows[-1]["step"] if run.rows else 0
-    found = {"stage": STAGES[settings["stage"]], "model": settings["model"]}
-    if "objective" in settings:
-        found["objective"] = settings["objective"]
-    for name in ("teachers", "train_rewards"):
-        if settings.get(name):
-            listed = ", ".join(f"{key}: {value}" for key, value in settings[name].items())
-            found[name.replace("train_", "")] = listed
-    found["steps"] = f"{done} of {settings['iterations']}"
+def about(run: Run) -> dict[str, str]:
+    """What ran, and how far."""
+    done = run.rows[-1]["step"] if run.rows else 0
+    found = facts(run.cfg) | {"steps": f"{done} of {run.cfg.iterations}"}
     if run.rows:
         last = (run.folder / "metrics.jsonl").stat().st_mtime
         found["last step at"] = f"{datetime.fromtimestamp(last):%Y-%m-%d %H:%M}"
@@ -163,20 +134,19 @@ def figure(file: Path, widest: int) -> str:
 
 def scores(run: Run) -> list[str]:
     """A table per split, then all that is behind it."""
-    file = run.folder / "table.txt"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if not run.cells:
-        return [f"<h2>Scores</h2>\n<pre>{escape(text)}</pre>"] if text else []
-    parts = [f"<h2>Scores</h2>\n<p><small>{escape(text.partition(chr(10))[0])}</small></p>"]
-    blocks = tables.blocks_of(run.cells, run.first)
-    splits = sorted({cell.split for cell in run.cells})
-    for split in splits:
-        apart = tables.differences(run.cells, split, run.first, run.routes)
-        less = {f"{STUDENT} − {whom}": row for whom, row in apart.items()}
-        parts.append(number_table(f"{split} prompts", blocks[split], less))
-    behind = [tables.aligned(title, block) for title, block in blocks.items() if title not in splits]
-    whole = "\n\n".join([text, *("\n".join(lines) for lines in behind)])
-    return [*parts, folded("As text, with tags and diversity", f"<pre>{escape(whole)}</pre>")]
+        return []
+    note, splits = run.table.partition("\n")[0], {cell.split for cell in run.cells}
+    parts = [f"<h2>Scores</h2>\n<p><small>{escape(note)}</small></p>"]
+    behind = [f"<pre>{escape(run.table)}</pre>"]
+    for title, block in tables.blocks_of(run.cells, run.first).items():
+        if title in splits:
+            apart = tables.differences(run.cells, title, run.first, run.routes)
+            less = {f"{STUDENT} − {whom}": row for whom, row in apart.items()}
+            parts.append(number_table(f"{title} prompts", block, less))
+        else:
+            behind.append(number_table(title, block, {}))
+    return [*parts, folded("As text, with tags and diversity", "".join(behind))]
 
 
 def number_table(title: str, block: tables.Block, apart: tables.Block) -> str:
@@ -228,7 +198,7 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def write_html(file: Path, title: str, parts: list[str]) -> Path:
+def write_html(file: Path, title: str, parts: list[str]) -> None:
     body = "\n".join(parts)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -238,4 +208,3 @@ def write_html(file: Path, title: str, parts: list[str]) -> Path:
 </body></html>
 """
     replace(file, lambda path: path.write_text(page, encoding="utf-8"))
-    return file

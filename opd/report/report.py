@@ -23,7 +23,7 @@ from opd.model import Model, Sampling
 from opd.optim import Trained, due
 from opd.ranks import say
 from opd.report.card import push_student, write_card
-from opd.report.page import write_page
+from opd.report.page import Run, write_page
 from opd.report.start import SHOWN, distances, head
 from opd.report.tracker import Tracker
 from opd.rewards import Reward, specs_of
@@ -56,12 +56,14 @@ class Report:
             self.measured = shown_prompts(cfg, data)
             pools = data | {f"{task}, shown": pool for task, pool in self.measured.items()}
             self.teachers = load_teachers(cfg, model, pools)
-        self.scores = ""
-        """The table, once there is one."""
+        self.routes = cfg.routes if isinstance(cfg, DistillationConfig) else {}
+        self.scores, self.cells, self.first = "", [], {}
+        """The table and its numbers, once there are some; task -> the scorer that makes its mean."""
         if is_scored(cfg):
             self.splits = splits(cfg, data)
             own = {task: [rewards[spec] for spec in specs_of(text)] for task, text in cfg.rewards.items()}
             self.scorers = Scorers(own, cfg.reward_timeout, strict=False)
+            self.first = self.scorers.first
 
     def begin(self, trained: Trained, done: int) -> None:
         """Say what will run, and show what it starts from: of step `done`, what a run that was stopped there
@@ -222,10 +224,9 @@ class Report:
         with trained.averaged():
             records = self.records(rows, self.splits, cfg.eval_prompts)
         scorers = self.scorers
-        cells = summarise(records, scorers.specs())
+        self.cells = cells = summarise(records, scorers.specs())
         note = f"n={cfg.eval_prompts} per task, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
-        routes = cfg.routes if isinstance(cfg, DistillationConfig) else {}
-        lines = [tables.table(cells, scorers.first, note, labels_of(records), routes=routes)]
+        lines = [tables.table(cells, scorers.first, note, labels_of(records), self.routes)]
         self.scores = "\n".join([*lines, *tables.remarks(records, scorers.specs()), *scorers.abouts()])
         say(self.scores)
         if self.folder.active:
@@ -249,7 +250,8 @@ class Report:
         for student in (path / "student", path / "checkpoints" / f"{done:06d}"):
             if student.is_dir():
                 write_card(student, self.cfg, self.model, done, self.scores)
-        write_page(path)
+        rows = self.folder.metrics()
+        write_page(Run(path, self.cfg, rows, self.cells, self.first, self.routes, self.scores))
 
 
 def rows_of_table(cfg: RunConfig) -> dict[str, Row]:

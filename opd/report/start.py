@@ -11,57 +11,64 @@ from opd.formats.latents import Images
 from opd.lora import BASE, START
 from opd.model import Model
 from opd.optim import Trained
-from opd.teachers import Teacher, mean_velocity, route_of, teacher_names
+from opd.teachers import Teacher, mean_velocity, route_of
 from opd.trajectory import State
 
 SHOWN = 9
 """Prompts of a sample grid, over all tasks."""
 
 
-def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Images) -> list[str]:
-    """A line for each thing that decides what a run does and how long it takes."""
-    model = trained.model
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    dtype = str(model.dtype).removeprefix("torch.")
-    count = sum(parameter.numel() for parameter in trained.parameters.values()) / 1e6
-    kind = "all weights" if cfg.full else f"a LoRA of rank {cfg.rank}"
+STAGES = {
+    "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
+    "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
+    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117, or AWM, 2509.25050)",
+    "sft": "flow matching on images with captions",
+}
+
+
+def facts(cfg: RunConfig) -> dict[str, str]:
+    """What the log, the page and the student's card say of a run."""
+    kind = "all weights" if cfg.full else f"a LoRA of rank {cfg.rank}, alpha {cfg.alpha:g}"
     start = cfg.cold_start
     if start == "merge":
         start = f"the merge of {', '.join(cfg.merged())}"
-    facts = {
-        "model": f"{cfg.model}, {model.resolution} px",
-        "device": f"{ranks.world()} x {model.device.type}, {dtype}{threads}",
-        "trained": f"{kind}, {count:.2f} M parameters, from {start}",
-    }
-    if cfg.iterations == 0:
-        facts["steps"] = "none: the start is the student"
-        return [f"{name:9} {fact}" for name, fact in (facts | {"folder": cfg.out}).items()]
+    found = {"stage": STAGES[cfg.stage], "model": cfg.model, "trained": f"{kind}, from {start}"}
+    if isinstance(cfg, DistillationConfig):
+        for name, source in cfg.teachers.items():
+            found[f"teacher {name}"] = f"{source}, at guidance {cfg.guidance_of(name):g}"
+        if cfg.anchored():
+            levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
+            found["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}"
+    if isinstance(cfg, NFTConfig):
+        found["objective"] = cfg.objective
+    if isinstance(cfg, RewardedConfig):
+        found |= {f"reward of {task}": spec for task, spec in cfg.training_rewards().items()}
+    return found
+
+
+def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Images) -> list[str]:
+    """A line for each thing that decides what a run does and how long it takes."""
+    model, found = trained.model, facts(cfg)
+    count = sum(parameter.numel() for parameter in trained.parameters.values()) / 1e6
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    found["parameters"] = f"{count:.2f} M"
+    found["device"] = f"{ranks.world()} x {model.device.type}, {dtype}{threads}"
     if isinstance(data, Images):
-        facts["images"] = f"{len(data.captions)}, {cfg.prompts_per_step} a step"
+        found["images"] = f"{len(data.captions)}, {cfg.prompts_per_step} a step"
     else:
         pools = ", ".join(f"{task} {len(pool)}" for task, pool in data.items())
-        facts["prompts"] = f"{pools}; {cfg.prompts_per_step} a step, {cfg.group} x each"
+        found["prompts"] = f"{pools}; {cfg.prompts_per_step} a step, {cfg.group} x each"
     if isinstance(cfg, Rollout):
         walk = f"{cfg.rollout} of {cfg.steps} steps at guidance {cfg.guidance:g}"
-        facts["walk"] = f"{walk}, {cfg.states_per_sample()} states trained on"
-    if isinstance(cfg, DistillationConfig):
-        facts["teachers"] = ", ".join(
-            f"{name} at guidance {cfg.guidance_of(name):g}" for name in teacher_names(cfg, data)
-        )
-        if cfg.anchored():
-            levels = "".join(
-                f", then {weight:g} from noise {level} down" for level, weight in cfg.anchor_levels.items()
-            )
-            facts["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{levels}"
-    if isinstance(cfg, NFTConfig):
-        facts["objective"] = cfg.objective
-    if isinstance(cfg, RewardedConfig):
-        facts["rewards"] = ", ".join(f"{task} {spec}" for task, spec in cfg.training_rewards().items())
-    pictures = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"
-    facts["steps"] = f"{cfg.iterations}, saved every {cfg.save_every} and at the end"
-    facts["pictures"] = pictures
-    facts["folder"] = cfg.out
-    return [f"{name:9} {fact}" for name, fact in facts.items()]
+        found["walk"] = f"{walk}, {cfg.states_per_sample()} states trained on"
+    found["steps"] = f"{cfg.iterations}, saved every {cfg.save_every} and at the end"
+    if cfg.iterations == 0:
+        found["steps"] = "none: the start is the student"
+    found["pictures"] = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"
+    found["resolution"], found["folder"] = f"{model.resolution} px", cfg.out
+    width = max(map(len, found))
+    return [f"{name:{width}} {fact}" for name, fact in found.items()]
 
 
 @torch.no_grad()
