@@ -69,6 +69,14 @@ SMALL_STEPS = {"prompts_per_step": 10, "queries": 2, "lr": 2e-3, "iterations": 1
 SMALL_STEPS |= {"save_every": 40, "sample_every": 40}
 LATE = {**NO_ANCHOR, "anchor_levels": {"0.6": 3.0}}
 
+# What each teacher grows from. The anchor's, quality, sees the prompts of all tasks, so that it has something
+# to say about each.
+GROWN = {
+    task: {"prompts": {task: MINI_PROMPTS[task]}, "train_rewards": {task: MINI_REWARDS[task]}}
+    for task in ("compose", "text")
+}
+GROWN["quality"] = {"prompts": MINI_PROMPTS, "train_rewards": dict.fromkeys(ENDINGS, QUALITY)}
+
 # GRPO. One early state is trained at a time, since early states decide the composition; groups share their
 # start, so that this state is computed once for all of a group, and rewards differ by the noise of its one
 # step. Six steps are enough to roll out.
@@ -182,49 +190,12 @@ MINI_PRESETS: dict[str, RunConfig] = {
         lr=4e-3,
         iterations=100,
     ),
-    "mini-compose": GRPOConfig(
-        **TEACHER,
-        prompts={"compose": MINI_PROMPTS["compose"]},
-        train_rewards={"compose": MINI_REWARDS["compose"]},
-        lr=1.3e-3,
-        iterations=320,
-    ),
-    "mini-text": GRPOConfig(
-        **TEACHER,
-        prompts={"text": MINI_PROMPTS["text"]},
-        train_rewards={"text": MINI_REWARDS["text"]},
-        lr=2e-3,
-        iterations=80,
-    ),
-    # The anchor's teacher sees the prompts of all tasks, so that it has something to say about each.
-    "mini-quality": GRPOConfig(
-        **TEACHER,
-        prompts=MINI_PROMPTS,
-        train_rewards={"compose": QUALITY, "text": QUALITY, "quality": QUALITY},
-        lr=2e-3,
-        iterations=80,
-    ),
-    "mini-nft-compose": NFTConfig(
-        **NFT_TEACHER,
-        prompts={"compose": MINI_PROMPTS["compose"]},
-        train_rewards={"compose": MINI_REWARDS["compose"]},
-        lr=3e-3,
-        iterations=24,
-    ),
-    "mini-nft-text": NFTConfig(
-        **NFT_TEACHER,
-        prompts={"text": MINI_PROMPTS["text"]},
-        train_rewards={"text": MINI_REWARDS["text"]},
-        lr=3e-3,
-        iterations=12,
-    ),
-    "mini-nft-quality": NFTConfig(
-        **NFT_TEACHER,
-        prompts=MINI_PROMPTS,
-        train_rewards={"compose": QUALITY, "text": QUALITY, "quality": QUALITY},
-        lr=3e-3,
-        iterations=12,
-    ),
+    "mini-compose": GRPOConfig(**TEACHER, **GROWN["compose"], lr=1.3e-3, iterations=320),
+    "mini-text": GRPOConfig(**TEACHER, **GROWN["text"], lr=2e-3, iterations=80),
+    "mini-quality": GRPOConfig(**TEACHER, **GROWN["quality"], lr=2e-3, iterations=80),
+    "mini-nft-compose": NFTConfig(**NFT_TEACHER, **GROWN["compose"], lr=3e-3, iterations=24),
+    "mini-nft-text": NFTConfig(**NFT_TEACHER, **GROWN["text"], lr=3e-3, iterations=12),
+    "mini-nft-quality": NFTConfig(**NFT_TEACHER, **GROWN["quality"], lr=3e-3, iterations=12),
     "mini-grpo-mix": GRPOConfig(
         **MIX,
         prompts=MINI_PROMPTS,
