@@ -23,7 +23,7 @@ from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
-from opd.evaluation.statistics import guidance_used, labels_of, summarise
+from opd.evaluation.statistics import labels_of, summarise
 from opd.files import check_folder, digest, path_of, write_json
 from opd.formats.export import completed, guidance_of
 from opd.formats.lora_files import find_adapter
@@ -200,7 +200,6 @@ def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
     if args.out:
         whole = {
             "settings": vars(args),
-            "guidance": guidance_used(records),
             "scores": tables.scores_of(cells, scorers.first),
             "cells": [asdict(cell) for cell in cells],
             "scorers": scorers.abouts(),

@@ -6,7 +6,6 @@ two source pictures are two prompts, though their text may be the same.
 
 import base64
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,17 +63,13 @@ def summarise(records: list[Record], scorers: list[str]) -> list[Cell]:
     return cells
 
 
-def guidance_used(records: list[Record]) -> dict[str, float]:
-    """Row -> guidance, of those rows of which it is known."""
-    return {record.row: record.settings["guidance"] for record in records if "guidance" in record.settings}
-
-
 def labels_of(records: list[Record]) -> dict[str, str]:
     """Row -> what a table calls it: with the guidance that its pictures were made with."""
     labels = {record.row: record.row for record in records}
-    for row, scale in guidance_used(records).items():
-        if not row.endswith(f" g={scale:g}"):
-            labels[row] = f"{row} g={scale:g}"
+    for record in records:
+        scale = f" g={record.settings['guidance']:g}" if "guidance" in record.settings else ""
+        if not record.row.endswith(scale):
+            labels[record.row] = record.row + scale
     return labels
 
 
@@ -84,7 +79,7 @@ def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> l
     if not tags:
         return cells
     parts = [cell(place, [record for record in group if record.tag == tag], scorer, tag) for tag in tags]
-    mean, error = mean_of(parts)
+    mean, error = mean_of([(part.mean, part.error) for part in parts])
     counts = [sum(getattr(part, name) for part in parts) for name in ("n", "missing", "prompts")]
     return [*cells, *parts, Cell(*place, scorer, TAGS, *counts, mean, error)]
 
@@ -124,12 +119,10 @@ def error_apart(student: list[Record], others: list[Record], scorer: str) -> flo
     return clustered(gains, [record.asked for record in both])[1]
 
 
-def mean_of(cells: Iterable[Cell]) -> tuple[float, float]:
-    """(mean, its standard error) of independent cells that weigh the same."""
-    cells = list(cells)
-    mean = sum(cell.mean for cell in cells) / len(cells)
-    error = math.sqrt(sum(cell.error**2 for cell in cells)) / len(cells)
-    return mean, error
+def mean_of(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """(mean, its standard error) of independent means, with their errors, that weigh the same."""
+    means, errors = zip(*pairs, strict=True)
+    return sum(means) / len(pairs), math.hypot(*errors) / len(pairs)
 
 
 # ---- diversity -----------------------------------------------------------------------------------
@@ -183,12 +176,3 @@ def distances(records: list[Record]) -> np.ndarray:
 def pixels_of(thumbnail: str) -> np.ndarray:
     """Base64 -> its numbers in [0, 1]."""
     return np.frombuffer(base64.b64decode(thumbnail), dtype=np.uint8) / 255
-
-
-# ---- over tasks ----------------------------------------------------------------------------------
-
-
-def headline(cells: list[Cell], row: str, split: str, first: dict[str, str]) -> dict[str, Cell]:
-    """Task -> the cell of its first scorer (`first`: task -> spec) over all pictures."""
-    own = [cell for cell in cells if (cell.row, cell.split, cell.tag) == (row, split, ALL)]
-    return {cell.task: cell for cell in own if cell.scorer == first[cell.task]}

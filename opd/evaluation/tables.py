@@ -5,7 +5,7 @@ import math
 import re
 
 from opd.evaluation.records import Record
-from opd.evaluation.statistics import ALL, MEASURES, Cell, headline, mean_of
+from opd.evaluation.statistics import ALL, MEASURES, Cell, mean_of
 from opd.lora import BASE, START, STUDENT
 
 TEACHERS, THE_BASE = "its teacher", "the base"
@@ -16,10 +16,10 @@ Block = dict[str, Row]  # name -> row
 def scores_of(cells: list[Cell], first: dict[str, str]) -> dict:
     """{row: {split: {task: mean of its first scorer, ..., "mean": their mean}}}. `first`: task -> scorer."""
     scores = {}
-    for row, split in dict.fromkeys((cell.row, cell.split) for cell in cells):
-        means = {task: cell.mean for task, cell in headline(cells, row, split, first).items()}
-        mean = sum(means.values()) / len(means)
-        scores.setdefault(row, {})[split] = means | {"mean": mean}
+    for split in dict.fromkeys(cell.split for cell in cells):
+        for name, row in blocks_of(cells, first)[split].items():
+            means = {heading: mean for heading, (mean, _) in row.items() if heading in (*first, "mean")}
+            scores.setdefault(name, {})[split] = means
     return scores
 
 
@@ -51,8 +51,9 @@ def blocks_of(cells: list[Cell], first: dict[str, str]) -> dict[str, Block]:
     for cell in cells:
         title, heading = place_of(cell, first)
         blocks.setdefault(title, {}).setdefault(cell.row, {})[heading] = cell.mean, cell.error
-    for row, split in dict.fromkeys((cell.row, cell.split) for cell in cells):
-        blocks[split][row]["mean"] = mean_of(headline(cells, row, split, first).values())
+    for split in {cell.split for cell in cells}:
+        for row in blocks[split].values():
+            row["mean"] = mean_of([row[task] for task in first if task in row])
     return blocks
 
 
@@ -100,8 +101,7 @@ def differences(cells: list[Cell], split: str, first: dict[str, str], routes: di
     for row in found.values():
         tasks = [row[task] for task in row if task in first]
         if tasks and len(tasks) == len(first.keys() & mine.keys()):
-            error = math.hypot(*(error for _, error in tasks)) / len(tasks)
-            row["mean"] = sum(mean for mean, _ in tasks) / len(tasks), error
+            row["mean"] = mean_of(tasks)
     return {whom: row for whom, row in found.items() if row}
 
 

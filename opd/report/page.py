@@ -14,7 +14,7 @@ from PIL import Image
 
 from opd.config import RunConfig
 from opd.evaluation import tables
-from opd.evaluation.statistics import Cell, headline
+from opd.evaluation.statistics import Cell
 from opd.files import replace
 from opd.lora import STUDENT
 from opd.report import plots
@@ -166,10 +166,9 @@ def number_table(title: str, block: tables.Block, apart: tables.Block) -> str:
 
 def teachers_scores(run: Run) -> dict[str, float]:
     """Task -> its teacher's mean on held-out prompts, where the run's end has scored it."""
-    names = dict.fromkeys(cell.row for cell in run.cells)
-    rows = {name: headline(run.cells, name, "held-out", run.first) for name in names}
-    found = {task: rows.get(tables.teacher_of(task, rows, run.routes), {}) for task in run.first}
-    return {task: row[task].mean for task, row in found.items() if task in row}
+    block = tables.blocks_of(run.cells, run.first).get("held-out", {})
+    found = {task: block.get(tables.teacher_of(task, block, run.routes), {}) for task in run.first}
+    return {task: row[task][0] for task, row in found.items() if task in row}
 
 
 # ---- HTML ----------------------------------------------------------------------------------------
