@@ -36,18 +36,14 @@ class Size:
     config: dict
     """Of its transformer, as diffusers has it."""
     tokens: int  # of a prompt: 77 are CLIP's, 128 T5's
-    t5: bool
 
     def transformer(self) -> SD3Transformer2DModel:
         return SD3Transformer2DModel(**self.config, patch_size=2, qk_norm="rms_norm")
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a Condition's tensors."""
-        width = self.config["joint_attention_dim"]
-        shapes = {"embeds": (self.tokens, width), "pooled": (self.config["pooled_projection_dim"],)}
-        if not self.t5:
-            shapes["blank"] = (1, width)
-        return shapes
+        width, pooled = (self.config[f"{what}_dim"] for what in ("joint_attention", "pooled_projection"))
+        return {"embeds": (self.tokens, width), "pooled": (pooled,)}
 
 
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "caption_projection_dim": 64}
@@ -57,10 +53,7 @@ MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64}
 MEDIUM |= {"caption_projection_dim": 1536, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
 MEDIUM |= {"in_channels": 16, "out_channels": 16, "sample_size": 128, "pos_embed_max_size": 384}
 MEDIUM |= {"dual_attention_layers": tuple(range(13))}
-SIZES = {
-    "tiny": Size(TINY, tokens=4, t5=False),
-    "sd35-medium": Size(MEDIUM, tokens=205, t5=True),
-}
+SIZES = {"tiny": Size(TINY, tokens=4), "sd35-medium": Size(MEDIUM, tokens=205)}
 
 
 def with_teachers(cfg: DistillationConfig, count: int) -> DistillationConfig:
@@ -143,14 +136,10 @@ def skeleton_of(size: str) -> SD3Transformer2DModel:
 
 
 def random_transformer(size: str, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
-    """Frozen; drawn in `dtype` on the device: in float32 it would take twice the memory, on a CPU minutes."""
+    """Frozen, and drawn on the device: on a CPU it would take minutes."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            transformer = SIZES[size].transformer()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with device:
+        transformer = SIZES[size].transformer()
     return in_dtype(transformer, dtype).requires_grad_(False).eval()
 
 
