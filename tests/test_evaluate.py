@@ -22,8 +22,7 @@ from opd.evaluation.tables import differences, label, number, remarks, scores_of
 from opd.model import Sampling
 from opd.rewards import Reward, Term
 from tests import tiny
-from tests.test_sample import Terminal
-from tests.tiny_grpo import BRIGHT, brightness
+from tests.tiny_grpo import BRIGHT
 
 HERE = "tests.test_evaluate"
 TEXTS = ("a red circle", "a blue circle", "two red circles")
@@ -33,11 +32,6 @@ POOL = [Prompt(text, "red", {"n": n}) for n, text in enumerate(TEXTS)]
 @pytest.fixture(scope="module")
 def model(world):
     return tiny.build(tiny.config(world))[1]
-
-
-def only_circles(images, prompts, metadata):
-    scores = images.mean((1, 2, 3))
-    return torch.where(torch.tensor([text == "two red circles" for text in prompts]), math.nan, scores)
 
 
 class Darkness:
@@ -53,44 +47,32 @@ class Darkness:
         return 1 - images.mean((1, 2, 3))
 
 
-def records_of(model, reward=brightness):
-    """Of seven pictures by red in batches of three."""
-    rows = {"red": Row("red", Sampling(3, 0, 1.0))}
-    batches = planned(rows, {"train": {"red": POOL}}, {"red": {}}, 7, batch=3)
-    scorers = Scorers({"red": [Reward("spy", [Term(1.0, "spy", reward)])]}, 30.0, strict=True)
-    return score(batches, scorers, model)
-
-
-def brightness_one_by_one(model, count):
-    order = [prompt.metadata["n"] for _, prompt in fair_sample(POOL, 3)]
-    single = []
-    for index in range(count):
-        text = POOL[order[index % 3]].text
-        image = in_8_bits(model.images("red", [text], [index], Sampling(3, 0, 1.0)))
-        single.append(image.mean().item())
-    return order, single
-
-
 # ---- means -----------------------------------------------------------------------------------------
-def test_mean_is_over_exactly_the_images_asked_for(model):
+def test_mean_is_over_exactly_the_images_asked_for_that_have_a_score(model):
     """7 images in batches of 3: the mean of one by one, each with its prompt and metadata."""
-    order, single = brightness_one_by_one(model, 7)
+    sampling, seen = Sampling(3, 0, 1.0), []
+    order = [prompt.metadata["n"] for _, prompt in fair_sample(POOL, 3)]
     assert sorted(order) == [0, 1, 2] and [index for index, _ in fair_sample(POOL, 3)] == [0, 1, 2]
-    seen = []
 
     def reward(images, prompts, metadata):
         seen.extend(zip(prompts, [m["n"] for m in metadata], strict=True))
-        return brightness(images, prompts, metadata)
+        unknown = torch.tensor([text == "two red circles" for text in prompts])
+        return torch.where(unknown, math.nan, images.mean((1, 2, 3)))
 
+    batches = planned({"red": Row("red", sampling)}, {"train": {"red": POOL}}, {"red": {}}, 7, batch=3)
+    scorers = Scorers({"red": [Reward("spy", [Term(1.0, "spy", reward)])]}, 30.0, strict=True)
+    records = score(batches, scorers, model)
+    asked = [(POOL[order[i % 3]].text, order[i % 3]) for i in range(7)]
+    assert set(seen) == set(asked) and [record.prompt for record in records] == [text for text, _ in asked]
+    known = []
+    for index, (text, _) in enumerate(asked):
+        if text != "two red circles":
+            known.append(in_8_bits(model.images("red", [text], [index], sampling)).mean().item())
     # A rounding to 8 bits may fall the other way.
-    assert mean_score(records_of(model, reward), "spy") == pytest.approx(sum(single) / 7, abs=1e-4)
-    assert seen == [(POOL[order[i % 3]].text, order[i % 3]) for i in range(7)]
-
-
-def test_scoring_has_a_bar_on_a_terminal(model, monkeypatch):
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    records_of(model)
-    assert "score:   0%" in terminal.getvalue() and "0/3" in terminal.getvalue()
+    assert mean_score(records, "spy") == pytest.approx(sum(known) / len(known), abs=1e-4)
+    missing = [record for record in records if record.lacks("spy")]
+    assert len(missing) == 7 - len(known) > 0 and all(record.scores["spy"] is None for record in missing)
+    assert {record.reasons["spy"] for record in missing} == {"prompt 'two red circles': returned nan"}
 
 
 def test_few_images_are_a_fair_sample_of_a_sorted_file():
@@ -99,18 +81,6 @@ def test_few_images_are_a_fair_sample_of_a_sorted_file():
     assert abs(mean - 249.5) < 4 * 144 / 10  # four standard errors of a uniform sample
     indices, prompts = zip(*fair_sample(pool, 6, per_prompt=2), strict=True)
     assert indices == tuple(range(6)) and prompts[:3] == prompts[3:] and len(fair_sample(pool, 0, 2)) == 1000
-
-
-# ---- scorers that fail -----------------------------------------------------------------------------
-def test_images_without_a_score_are_left_out_of_the_mean(model):
-    order, single = brightness_one_by_one(model, 7)
-    known = [value for index, value in enumerate(single) if TEXTS[order[index % 3]] != "two red circles"]
-    assert 4 <= len(known) <= 5
-    records = records_of(model, only_circles)
-    assert mean_score(records, "spy") == pytest.approx(sum(known) / len(known), abs=1e-4)
-    missing = [record for record in records if record.lacks("spy")]
-    assert len(missing) == 7 - len(known) and all(record.scores["spy"] is None for record in missing)
-    assert {record.reasons["spy"] for record in missing} == {"prompt 'two red circles': returned nan"}
 
 
 # ---- the command -----------------------------------------------------------------------------------

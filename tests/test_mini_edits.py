@@ -49,24 +49,6 @@ def test_scorers_see_the_edit_and_masks_cover_it(task):
     assert torch.equal(before * (1 - mask), after * (1 - mask)) and 0.05 < mask.mean() < 0.35
 
 
-def test_recolour_is_wrong_where_both_objects_have_the_new_colour(folder):
-    """Unless both shall have it."""
-    prompts = load_prompts(str(folder / "recolour.test.jsonl"), "recolour", None)[:16]
-    about = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-    pictures, same = {"before": [], "after": [], "both": []}, []
-    for number, edit in enumerate(edits.split("recolour")[1][:16]):
-        before, after, _ = edits.draw(edit, edits.seeded("recolour", edits.HELD_OUT, number))
-        new, shapes = edit.change[1], edit.before[1::2]
-        layout = edits.arranged(edit, edits.seeded("recolour", edits.HELD_OUT, number))
-        both = edits.painted("recolour", (new, shapes[0], new, shapes[1]), *layout)
-        for kind, picture in zip(pictures, (before / 255, after / 255, both), strict=True):
-            pictures[kind].append(edits.large(picture))
-        same.append(edit.after[0] == edit.after[2])
-    for kind, wanted in (("before", 0), ("after", 1), ("both", torch.tensor(same))):
-        images = torch.from_numpy(np.stack(pictures[kind])).permute(0, 3, 1, 2)
-        assert (edits.recolour(images, *about) == wanted).all(), kind
-
-
 @pytest.mark.parametrize("task", SCORERS)
 def test_what_is_held_out_is_in_no_training_picture(task):
     train_edits, test_edits = edits.split(task)
