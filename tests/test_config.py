@@ -20,7 +20,6 @@ from opd.config import DistillationConfig, GRPOConfig, NFTConfig, SFTConfig
 from opd.evaluation import evaluate
 from opd.files import resolve
 from opd.formats.settings import from_json, to_json
-from opd.mini.study import run as study
 from opd.presets import PRESETS
 from opd.rewards import find_reward
 
@@ -33,7 +32,7 @@ GRPO = GRPOConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
 NFT = NFTConfig(out="run", model="model", train_rewards=SCORERS, **SCORED)
 SFT = SFTConfig(out="run", model="model", data="images")
 EVERY, ON_POLICY = (DISTIL, GRPO, NFT, SFT), (DISTIL, GRPO, NFT)
-PROGRAMS = (*EVERY, sample.Arguments(), evaluate.Arguments(), study.Arguments())
+PROGRAMS = (*EVERY, sample.Arguments(), evaluate.Arguments())
 
 
 # ---- bounds at the fields ----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_every_committed_result_is_of_a_run_as_it_is_now():
     for file in study.RESULTS.glob("*.json"):
         result = json.loads(file.read_text())
         name = result["recipe"]
-        assert file == study.result_file(SHIPPED, name, result["seed"])
+        assert file == study.result_file(name, result["seed"])
         if name in runs.REFERENCES:
             assert result["flags"] == runs.REFERENCES[name].flags
             assert list(result["held_out"]) == list(runs.REFERENCES[name].titles)
@@ -119,16 +119,19 @@ def calls(tmp_path, monkeypatch):
             Path(arguments[arguments.index("--out") + 1]).write_text(json.dumps({"cells": cells}))
 
     monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "PAGES", ())
+    monkeypatch.setattr(study.plots, "draw", lambda results: None)
     monkeypatch.setattr(study, "call", call)
     return made
 
 
 def test_a_run_makes_what_it_needs_once_then_trains_then_scores(tmp_path, calls):
-    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path)]
+    out = str(tmp_path / "out")
     # A result alone, as in a fresh clone, is no teacher.
     (tmp_path / "equal-text-5.json").write_text('{"recipe": "of no table"}')
     for _ in range(2):
-        study.main(["--runs", "from-sft", "ode", "--seeds", "5", *places, "--train=--dtype float32"])
+        study.main(["--runs", "from-sft", "ode", "--seeds", "5", "--out", out, "--train=--dtype float32"])
     assert calls[0][0] == "sample.py" and calls[1][:2] == ["train.py", "mini-sft-start"]
     trained = [c for c in calls if c[0] == "train.py" and "--out" in c]
     names = [Path(c[c.index("--out") + 1]).name for c in trained]

@@ -3,7 +3,6 @@
     python -m opd.mini.study                        # what is missing, run by run; then tables and plots anew
     python -m opd.mini.study --runs mix-all student --seeds 0 1 2
     python -m opd.mini.study --tables               # from the results alone
-    python -m opd.mini.study --quick --runs mix-all # a fiftieth as long, to try the commands
 
 A run (runs.py) is a preset with fields and a seed, or a model that is scored as it is. Its result is a small
 JSON file in results/, so a study can be stopped, continued and spread over machines; delete one, and its run
@@ -16,23 +15,24 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
-from opd import errors, files
-from opd.cli import Count, Range, check_bounds, parse
+from opd import files
+from opd.cli import parse
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, read_metrics, write_json
 from opd.mini.presets import MINI_SCORERS
 from opd.mini.study import plots
-from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, TABLES, Recipe
-from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, table, with_tables
+from opd.mini.study.runs import PREPARED, RECIPES, REFERENCES, SFT_START, Recipe
+from opd.mini.study.tables import MEASURED, PAGES, RESULTS, ROOT, load, with_tables
 from opd.presets import PRESETS
 
 QUALITY = MINI_SCORERS["quality"]
+COUNT = 256  # images per task, of prompts held out
 NAMES = (*RECIPES, *REFERENCES)
 
 
@@ -40,65 +40,38 @@ NAMES = (*RECIPES, *REFERENCES)
 class Arguments:
     runs: tuple[Literal[NAMES], ...] = NAMES
     """What to run."""
-    seeds: Annotated[tuple[int, ...], Range(0, 10**6)] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """A training run of each recipe per seed; what is only scored has seed 0."""
     out: str = "runs/study"
     """Where the run folders lie."""
-    results: str = str(RESULTS)
-    """Where the results lie. The pages are written from the committed ones only; of others, the tables of
-    these runs are printed."""
-    count: Count = 256
-    """Images per task, of prompts held out."""
-    quick: bool = False
-    """A fiftieth of the iterations, of the first seed, in runs/study-quick: the scores say nothing."""
     tables: bool = False
     """Run nothing; write the tables."""
     train: str = ""
     """Further flags of train.py, for how it runs (--train="--dtype float32"), not for what it trains."""
 
-    def check(self) -> None:
-        """ValueError for a number that is out of bounds, or none."""
-        check_bounds(self)
-        if not self.seeds:
-            raise ValueError("--seeds is empty")
-
-    def committed(self) -> bool:
-        """Whether --results are the repository's."""
-        return Path(self.results).resolve() == RESULTS.resolve()
-
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
-    if args.quick:
-        out = "runs/study-quick"
-        args = replace(args, out=out, results=f"{out}/results", seeds=args.seeds[:1], count=24)
-    with errors.in_one_line(ValueError):
-        args.check()
     if not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)
-    results = load(Path(args.results))
-    if args.committed():
-        for page in PAGES:
-            text = with_tables(page.read_text(), results)
-            files.replace(page, lambda path, text=text: path.write_text(text))
-        plots.draw(results)
-        return
-    for name, rows in TABLES.items():
-        if set(rows) & set(args.runs):
-            print(f"{name}\n{table(name, results)}")
+    results = load(RESULTS)
+    for page in PAGES:
+        text = with_tables(page.read_text(), results)
+        files.replace(page, lambda path, text=text: path.write_text(text))
+    plots.draw(results)
 
 
 def missing(args: Arguments) -> list[tuple[str, int]]:
     """(name, seed) of what is asked for and has no result."""
     runs = [(name, seed) for seed in args.seeds for name in args.runs if name in RECIPES]
     runs += [(name, 0) for name in args.runs if name in REFERENCES]
-    return [(name, seed) for name, seed in runs if not result_file(args, name, seed).is_file()]
+    return [(name, seed) for name, seed in runs if not result_file(name, seed).is_file()]
 
 
 def run(args: Arguments, name: str, seed: int) -> None:
     """Make a result, and what it needs before."""
-    about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": args.count}
+    about = {"recipe": name, "seed": seed, "commit": commit(), "images_per_task": COUNT}
     if name in REFERENCES:
         result = {"flags": REFERENCES[name].flags} | scores(args, name, seed)
     else:
@@ -108,7 +81,7 @@ def run(args: Arguments, name: str, seed: int) -> None:
             if not (folder_of(args, need, seed) / "student").exists():
                 run(args, need, seed)
         result = trained(args, name, seed)
-    write_json(result_file(args, name, seed), about | result)
+    write_json(result_file(name, seed), about | result)
 
 
 def prepare(flags: str) -> None:
@@ -126,18 +99,14 @@ def trained(args: Arguments, name: str, seed: int) -> dict:
     cfg = parse([recipe.preset, *shlex.split(flags)], PRESETS)
     command = ["train.py", recipe.preset, *shlex.split(flags), "--no-evaluate", "--sample-every", "0"]
     command += ["--seed", str(seed), "--out", str(folder), *shlex.split(args.train)]
-    wanted = cfg.iterations
-    if args.quick:
-        wanted = max(2, wanted // 50)
-        command += ["--iterations", str(wanted), "--watch-prompts", "8"]
     started = time.monotonic()
     call(command)
     seconds = time.monotonic() - started
     metrics = read_metrics(folder / "metrics.jsonl")
     done = metrics[-1]["step"]
     # A signal ends a run well, so that it can go on.
-    if done < wanted:
-        sys.exit(f"error: {folder} was stopped after step {done} of {wanted}; run this again to go on")
+    if done < cfg.iterations:
+        sys.exit(f"error: {folder} was stopped after step {done}; run this again to go on")
     result = {
         "flags": flags,
         "iterations": cfg.iterations,
@@ -167,7 +136,7 @@ def scores(args: Arguments, name: str, seed: int) -> dict[str, dict]:
     if name in REFERENCES:
         rows = list(REFERENCES[name].titles)
         command = ["-m", "opd.evaluation", *shlex.split(REFERENCES[name].flags)]
-    command += ["--prompts", "--count", str(args.count)]
+    command += ["--prompts", "--count", str(COUNT)]
     call([*command, "--scorers", QUALITY, "--out", str(file)])
     found = {what: {row: {} for row in rows} for what in MEASURED}
     for cell in read_json(file)["cells"]:
@@ -217,9 +186,5 @@ def folder_of(args: Arguments, name: str, seed: int) -> Path:
     return Path(args.out).absolute() / f"{name}-{seed}"
 
 
-def result_file(args: Arguments, name: str, seed: int) -> Path:
-    return Path(args.results) / f"{name}-{seed}.json"
-
-
-if __name__ == "__main__":
-    main()
+def result_file(name: str, seed: int) -> Path:
+    return RESULTS / f"{name}-{seed}.json"
