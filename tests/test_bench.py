@@ -42,10 +42,9 @@ def both(alive):
     for name in ("ours", "released"):
         work = replace(WORKS["tiny"], dtype="float32")
         numbers = clock.measure(name, work, CPU, 2, 1e9)
-        stage, live = make_stage(name, work, CPU), LiveTensors()
+        stage = make_stage(name, work, CPU)
         stage.step(0)
-        live.add(alive())
-        with live:
+        with (live := LiveTensors(alive())):
             stage.step(1)
         found.append(numbers | {"memory": clock.parts(stage, live.peak)})
     return found
@@ -96,9 +95,7 @@ def test_the_real_command_holds_what_is_predicted(tmp_path, monkeypatch, alive, 
     loop, found = train.train, []
 
     def counted(cfg, stage, trained, *others):
-        live = LiveTensors()
-        live.add(alive())
-        with live:
+        with (live := LiveTensors(alive())):
             finished = loop(cfg, stage, trained, *others)
         measured = clock.parts(stage, live.peak)
         measured["vae"] = sum(weight.nbytes for weight in stage.model.vae.parameters())

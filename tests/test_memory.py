@@ -41,13 +41,11 @@ def test_decoding_is_what_a_decoding_takes(world):
     cfg = tiny.config(world)
     model = tiny.planned(cfg)
     vae = model.family.load_vae(model.folder)
-    live = LiveTensors()
-    live.add([*vae.parameters(), *vae.buffers()])
-    before = live.bytes
+    live = LiveTensors([*vae.parameters(), *vae.buffers()])
     with live:
         model.family.decode(vae, torch.zeros(9, *model.shape))
     parts = memory.predict_run(cfg, tiny.planned(cfg))
-    assert parts["decoding"] == pytest.approx(live.peak - before, rel=0.1)
+    assert parts["decoding"] == pytest.approx(live.peak - live.before, rel=0.1)
     assert parts["vae"] == 4 * sum(p.numel() for p in vae.parameters())
     assert peak(parts) == sum(parts.values()) - min(parts["decoding"], parts["activations"])
 

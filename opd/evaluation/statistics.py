@@ -74,14 +74,14 @@ def labels_of(records: list[Record]) -> dict[str, str]:
 
 
 def cells_of(place: tuple[str, str, str], group: list[Record], scorer: str) -> list[Cell]:
-    cells = [cell(place, group, scorer, ALL)]
-    tags = sorted({record.tag for record in group} - {""})
-    if not tags:
-        return cells
-    parts = [cell(place, [record for record in group if record.tag == tag], scorer, tag) for tag in tags]
-    mean, error = mean_of([(part.mean, part.error) for part in parts])
+    whole, parts = cell(place, group, scorer, ALL), []
+    for tag in sorted({record.tag for record in group} - {""}):
+        parts.append(cell(place, [record for record in group if record.tag == tag], scorer, tag))
+    if not parts:
+        return [whole]
     counts = [sum(getattr(part, name) for part in parts) for name in ("n", "missing", "prompts")]
-    return [*cells, *parts, Cell(*place, scorer, TAGS, *counts, mean, error)]
+    mean, error = mean_of([(part.mean, part.error) for part in parts])
+    return [whole, *parts, Cell(*place, scorer, TAGS, *counts, mean, error)]
 
 
 def cell(place: tuple[str, str, str], group: list[Record], scorer: str, tag: str) -> Cell:

@@ -6,6 +6,7 @@ on many small decisions of the model, which no formula would follow.
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
@@ -207,10 +208,8 @@ def activations(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]]) 
             fake.transformer.enable_gradient_checkpointing()
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        live = LiveTensors()
         transformer = fake.transformer
-        live.add([*transformer.parameters(), *transformer.buffers(), *(p.grad for p in trained)])
-        before = live.bytes
+        live = LiveTensors([*transformer.parameters(), *transformer.buffers(), *(p.grad for p in trained)])
         samples, guidance = max(rows(cfg)), 1.0
         if isinstance(cfg, Rollout):
             guidance = cfg.guidance
@@ -220,7 +219,7 @@ def activations(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]]) 
                 with torch.no_grad():
                     velocity(fake, samples, text, max(map(cfg.guidance_of, cfg.teachers)))
             v.square().mean().backward()
-        return live.peak - before
+        return live.peak - live.before
 
 
 def without_weights(
@@ -265,12 +264,10 @@ def decoding(model: Model, vae: nn.Module, images: int) -> int:
     """Bytes beyond the VAE's weights while it decodes so many images at once."""
     with FakeTensorMode():
         fake = without_storage(vae, torch.float32)
-        live = LiveTensors()
-        live.add([*fake.parameters(), *fake.buffers()])
-        before = live.bytes
+        live = LiveTensors([*fake.parameters(), *fake.buffers()])
         with live:
             model.family.decode(fake, torch.empty(images, *model.shape))
-        return live.peak - before
+        return live.peak - live.before
 
 
 def without_storage(skeleton: ModelMixin, dtype: torch.dtype) -> ModelMixin:
@@ -288,17 +285,20 @@ class LiveTensors(TorchDispatchMode):
     """The bytes of all tensors that are alive, and their peak: what torch.cuda.max_memory_allocated is for a
     CPU. Scratch memory inside an operator is not seen."""
 
-    def __init__(self):
+    def __init__(self, tensors: Iterable[Tensor] = ()):
+        """`tensors`: those that are there before."""
         super().__init__()
         self.known = {}
         self.bytes = self.peak = 0
+        self.add(tensors)
+        self.before = self.bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.add([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
         return output
 
-    def add(self, tensors: list[Tensor]) -> None:
+    def add(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
