@@ -275,7 +275,7 @@ def test_what_a_run_shows_of_itself(world, tmp_path, capsys):
     folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "run"), beta=0.1, **settings))
     assert re.search(r"^objective +awm$", capsys.readouterr().out, re.MULTILINE)
     assert re.fullmatch(r"reward red 0\.\d+ blue 0\.\d+, from_base=\S+", brief(folder.metrics()[1]))
-    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(folder.metrics()).axes}
+    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(folder.metrics(), {}).axes}
     expected = ["reward", "|v - v_base|², mean over dimensions", plots.SIZE, "loss", "gradient norm"]
     assert list(panels) == expected and panels[plots.SIZE].get_yscale() == "linear"
     page, card = ((folder.path / name).read_text() for name in ("report.html", "student/README.md"))

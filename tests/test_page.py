@@ -88,7 +88,7 @@ def test_without_scores_the_verdict_is_the_distance_to_the_teachers(tmp_path):
     rows.append({"step": 4, "distance": {"a": 30.6, "b": 4.0}})
     text = by_hand(tmp_path / "run", rows)
     assert "<li>a: 31 after step 4 (64 after step 2)</li><li>b: 4 after step 4 (9 after" in text
-    [panel] = plots.curve_figure(rows).axes
+    [panel] = plots.curve_figure(rows, {}).axes
     assert panel.get_title("left").startswith("distance") and panel.get_yscale() == "linear"
     drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
     assert drawn == {"a": [[2, 64.4], [4, 30.6]], "b": [[2, 9], [4, 4]]}
@@ -110,7 +110,7 @@ def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monk
     rows = [{"step": step, "reward": {"text": step / 10}, "red": {"loss": 0.1**step}} for step in (1, 2, 4)]
     rows[0] |= {"watch": {"text": 0.5, "failed": float("nan")}}
     rows.append({"step": 5, "reward": {"text": float("nan")}})
-    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(rows).axes}
+    panels = {panel.get_title("left"): panel for panel in plots.curve_figure(rows, {}).axes}
     assert list(panels) == ["reward", "held-out score", "loss, nats per dimension"]
     drawn = {"held-out score": [[1, 0.5]], "reward": [[1, 0.1], [2, 0.2], [4, 0.4]]}
     for title, points in drawn.items():
@@ -119,9 +119,9 @@ def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monk
     teacher = plots.curve_figure(rows, {"text": 0.7}).axes[1].lines[1]
     assert (teacher.get_ydata(), teacher.get_linestyle()) == ([0.7, 0.7], "--")
     many = [{"step": step, "loss": float(step % 2)} for step in range(20)]
-    raw, mean = plots.curve_figure(many).axes[0].lines
+    raw, mean = plots.curve_figure(many, {}).axes[0].lines
     assert raw.get_ydata().tolist() == [0, 1] * 10 and mean.get_ydata()[10] == pytest.approx(0.4)
-    assert plots.curve_figure([]) is None
+    assert plots.curve_figure([], {}) is None
     monkeypatch.setattr(plots, "png", png)
     by_hand(tmp_path / "run", rows)
     assert len(np.unique(np.asarray(Image.open(tmp_path / "run/curves.png")))) > 10

@@ -27,10 +27,34 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def curve_figure(rows: list[dict], levels: dict[str, float] | None = None) -> Figure | None:
-    """A panel per kind of number in the lines of metrics.jsonl. `levels`: task -> the held-out score of its
-    teacher, a dashed line. None where nothing was logged."""
-    return figure_of(curves_of(rows), levels or {})
+def curve_figure(rows: list[dict], levels: dict[str, float]) -> Figure | None:
+    """A panel per kind of number in the lines of metrics.jsonl; a label has one colour in all of them.
+    `levels`: task -> the held-out score of its teacher, a dashed line. None where nothing was logged."""
+    panels = curves_of(rows)
+    if not panels:
+        return None
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves if label != ALL)
+    colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
+    lines = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(WIDTH, HEIGHT * lines), layout="constrained")
+    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
+    for spare in axes[len(panels) :]:
+        spare.remove()
+    for panel, (title, curves) in zip(axes, panels.items(), strict=False):
+        watched = title.startswith(WATCHED)
+        for label, values in curves.items():
+            draw_curve(panel, label, values, colours.get(label, "#444444"), smooth=not watched)
+            if watched and label in levels:
+                panel.axhline(levels[label], color=colours[label], linestyle="--", linewidth=1)
+        if watched and levels.keys() & curves.keys():
+            panel.plot([], [], color="#888888", linestyle="--", linewidth=1, label="teacher at the end")
+        dress(panel, title, curves)
+        if list(curves) != [ALL]:
+            drawn = len(panel.get_legend_handles_labels()[0])
+            lines = math.ceil(drawn / LEGEND["ncols"])
+            even = LEGEND | {"ncols": math.ceil(drawn / lines)}
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **even)
+    return figure
 
 
 def curves_of(rows: list[dict]) -> dict[str, Curves]:
@@ -64,30 +88,6 @@ def points(name: str, flat: list[dict]) -> dict[int, float]:
     return {step: value for step, value in found.items() if math.isfinite(value)}
 
 
-def figure_of(panels: dict[str, Curves], levels: dict[str, float]) -> Figure | None:
-    """A panel per title, in which a label has the same colour as in the others. None without any."""
-    if not panels:
-        return None
-    labels = dict.fromkeys(label for curves in panels.values() for label in curves if label != ALL)
-    colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
-    figure, axes = grid_of_panels(len(panels))
-    for panel, (title, curves) in zip(axes, panels.items(), strict=True):
-        watched = title.startswith(WATCHED)
-        for label, values in curves.items():
-            draw_curve(panel, label, values, colours.get(label, "#444444"), smooth=not watched)
-            if watched and label in levels:
-                panel.axhline(levels[label], color=colours[label], linestyle="--", linewidth=1)
-        if watched and levels.keys() & curves.keys():
-            panel.plot([], [], color="#888888", linestyle="--", linewidth=1, label="teacher at the end")
-        dress(panel, title, curves)
-        if list(curves) != [ALL]:
-            drawn = len(panel.get_legend_handles_labels()[0])
-            lines = math.ceil(drawn / LEGEND["ncols"])
-            even = LEGEND | {"ncols": math.ceil(drawn / lines)}
-            panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), **even)
-    return figure
-
-
 def draw_curve(panel: Axes, label: str, values: dict[int, float], colour: str, smooth: bool) -> None:
     """The running mean, over what it is the mean of; the numbers themselves where they are few."""
     steps, numbers = list(values), np.array(list(values.values()))
@@ -115,13 +115,3 @@ def dress(panel: Axes, title: str, curves: Curves) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def grid_of_panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, two in a row."""
-    lines = math.ceil(count / 2)
-    figure = Figure(figsize=(WIDTH, HEIGHT * lines), layout="constrained")
-    panels = list(figure.subplots(lines, 2, squeeze=False).flat)
-    for spare in panels[count:]:
-        spare.remove()
-    return figure, panels[:count]

@@ -48,13 +48,8 @@ PAPERS = {
     ),
 }
 # The editing miniature: row of a result -> what the table calls it, and column -> task and scorer.
-EDIT_ROWS = {
-    "base": "base",
-    "recolour": "recolour teacher",
-    "write": "write teacher",
-    "paint": "paint teacher",
-    "student": "**student of all three**",
-}
+EDIT_ROWS = {"base": "base"} | {task: f"{task} teacher" for task in ("recolour", "write", "paint")}
+EDIT_ROWS |= {"student": "**student of all three**"}
 EDIT_COLUMNS = {
     "recolour": ("recolour", "opd.mini.edits:recolour"),
     "recolour: source kept": ("recolour", "preservation"),
@@ -199,9 +194,7 @@ def level(scores: dict[str, float], results: list[dict]) -> float:
 
 def levels(names: tuple[str, ...], results: list[dict]) -> str:
     """A row per recipe: seconds of training until a run first watches a share of its teachers' level; the
-    level in the end, and the seconds until then. Nothing where the base or its teachers have no result."""
-    if not {"base", "guided"} <= {result["recipe"] for result in results}:
-        return ""
+    level in the end, and the seconds until then."""
     lines = []
     for title, own in rows_of(names, results):
         cells = []
