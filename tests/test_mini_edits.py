@@ -6,15 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
 import train
-from opd import lora
 from opd.families import flux2
-from opd.formats import lora_files
 from opd.formats.prompts import load_prompts
 from opd.mini import build, edit_pipeline, edits, world
 from opd.mini.presets import EDITS
@@ -99,37 +96,6 @@ def test_every_prompt_fits_the_tokenizer():
         chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
         words = 10 if "sign" in text else len(text.split())  # a string is read by the character
         assert len(tokenizer(chat).input_ids) == 1 + words <= tokenizer.model_max_length, text
-
-
-def test_plain_diffusers_edits_by_a_shipped_teacher(folder):
-    """`pipe(image=..., prompt=...)` with a teacher, no line of ours in between, is better than the base."""
-    pipe = Flux2KleinPipeline.from_pretrained(WEIGHTS / "base", dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    adapter = lora_files.read_lora(str(WEIGHTS / "write"))
-    lora.attach(pipe.transformer, "write", adapter, torch.float32)
-    asked = load_prompts(str(folder / "write.test.jsonl"), "write", None)[:12]
-    scores = {}
-    for name in ("base", "write"):
-        with lora.use(pipe.transformer, name):
-            images = [edited(pipe, prompt) for prompt in asked]
-        texts, metadata = [p.text for p in asked], [p.metadata for p in asked]
-        about = torch.cat(images), texts, metadata
-        scores[name] = [reward(*about).mean() for reward in (edits.write, preservation)]
-    assert all(after > before + 0.1 for after, before in zip(scores["write"], scores["base"], strict=True))
-
-
-def edited(pipe, prompt) -> torch.Tensor:
-    return pipe(
-        prompt=prompt.text,
-        image=Image.open(prompt.pictures[0]),
-        height=edits.SIZE,
-        width=edits.SIZE,
-        num_inference_steps=10,
-        guidance_scale=1.0,
-        max_sequence_length=12,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(0),
-    ).images.float()
 
 
 def test_two_edit_teachers_and_one_that_paints_become_a_student(folder, tmp_path, monkeypatch):

@@ -100,13 +100,11 @@ def test_every_plot_is_written(tmp_path, monkeypatch):
 def calls(tmp_path, monkeypatch):
     """The programs that the study runs, by their arguments; every run leaves scores and metrics."""
     made, cells = [], []
-    for task, (score, quality) in {"compose": (0.1, 0.4), "text": (0.2, 0.5), "quality": (0.3, 0.3)}.items():
-        own = MINI_SCORERS[task]
-        means = {(own, ""): score, (own, "counting"): 0.9}
-        means |= {(study.QUALITY, ""): quality, ("variety", ""): 0.25}
-        for (scorer, tag), mean in means.items():
-            where = {"row": "student", "task": task, "scorer": scorer, "tag": tag}
-            cells.append(where | {"mean": mean, "error": 0.01})
+    for n, task in enumerate(runs.TASKS):
+        own, where = MINI_SCORERS[task], {"row": "student", "task": task, "tag": "", "error": 0.01}
+        means = {study.QUALITY: 0.4, own: 0.1 * n, "variety": 0.25}
+        cells += [where | {"scorer": scorer, "mean": mean} for scorer, mean in means.items()]
+        cells.append(where | {"scorer": own, "tag": "counting", "mean": 0.9})
 
     def call(arguments):
         made.append(arguments)
@@ -139,6 +137,6 @@ def test_a_run_makes_what_it_needs_once_then_trains_then_scores(tmp_path, calls)
     assert f"text={tmp_path / 'out/equal-text-5/student'}" in trained[3]
     assert trained[3][trained[3].index("--seed") + 1] == "5" and trained[3][-2:] == ["--dtype", "float32"]
     found = json.loads((tmp_path / "from-sft-5.json").read_text())
-    assert found["held_out"] == {"compose": 0.1, "text": 0.2, "quality": 0.3}
-    assert found["quality_of"] == {"compose": 0.4, "text": 0.5, "quality": 0.3}
+    assert found["held_out"] == {"compose": 0.0, "text": 0.1, "quality": 0.2}
+    assert found["quality_of"] == {"compose": 0.4, "text": 0.4, "quality": 0.2}
     assert found["variety"] == dict.fromkeys(runs.TASKS, 0.25) and found["errors"]["text"] == 0.01
