@@ -308,42 +308,22 @@ def test_more_blocks_than_one_chunk():
 
 # ---------------------------------------------------------------- noise drawn in the kernel
 @triton.jit
-def words_kernel(out_ptr, seed, call, number, N: tl.constexpr):
-    c = call + tl.arange(0, N).to(tl.int64)
-    n = tl.zeros((N,), tl.int64) + number
-    c_low, c_high = (c & 0xFFFFFFFF).to(tl.uint32), (c >> 32).to(tl.uint32)
-    words = tl.philox(seed, c_low, c_high, (n & 0xFFFFFFFF).to(tl.uint32), (n >> 32).to(tl.uint32))
-    for j in tl.static_range(4):
-        tl.store(out_ptr + j * N + tl.arange(0, N), words[j].to(tl.int64))
-
-
-@triton.jit
 def normals_kernel(out_ptr, seed, number, block, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), normal_block(seed, number, block.to(tl.int64)))
 
 
-FAR_OUT = [(0, 0, 0), (1, 2, 3), (2**40 + 7, 5, 2**31 - 8), (2**63 - 1, 2**35 + 1, 2**32 - 8)]
+# The last two blocks start beyond element 2^32, and beyond call 2^32 of the generator.
+FAR_OUT = [(0, 0, 0), (1, 2, 3), (2**40 + 7, 2**33 + 1, 2**23), (2**63 - 1, 2**35 + 1, 2**24 + 1)]
 
 
-@pytest.mark.parametrize("seed, number, call", FAR_OUT)
-def test_philox_words_are_those_of_the_eager_stream(seed, number, call):
-    """64-bit seeds, sample numbers beyond 2^32, element counters that cross 2^32."""
-    words = torch.zeros(4, 16, dtype=torch.int64)
-    words_kernel[(1,)](words, seed, call, number, 16)
-    c = call + torch.arange(16)
-    n = torch.full_like(c, number)
-    expected = philox(seed, (c & 0xFFFFFFFF, c >> 32, n & 0xFFFFFFFF, n >> 32))
-    assert torch.equal(words, torch.stack(expected))
-
-
-def test_a_block_of_normals_far_out():
-    """Element offsets beyond 2^32: block 2^23 of 1024 elements starts at element 2^33."""
+@pytest.mark.parametrize("seed, number, block", FAR_OUT)
+def test_a_block_of_normals_far_out(seed, number, block):
+    """64-bit seeds, sample numbers and element counters."""
     out = torch.zeros(BLOCK)
-    number, block = 2**33 + 1, 2**23
-    normals_kernel[(1,)](out, 7, number, block, BLOCK)
+    normals_kernel[(1,)](out, seed, number, block, BLOCK)
     c = block * (BLOCK // 4) + torch.arange(BLOCK // 4)
     n = torch.full_like(c, number)
-    w0, w1, w2, w3 = philox(7, (c & 0xFFFFFFFF, c >> 32, n & 0xFFFFFFFF, n >> 32))
+    w0, w1, w2, w3 = philox(seed, (c & 0xFFFFFFFF, c >> 32, n & 0xFFFFFFFF, n >> 32))
     expected = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), 1).flatten()
     assert torch.allclose(out, expected, atol=5e-6, rtol=0)
 
