@@ -1,4 +1,4 @@
-"""Families through the real command and the stages: runs, ranks, shards, kills, losses that fall.
+"""Families through the real command and the stages: runs, ranks, shards, kills.
 
 SD3 is what most other tests run, and tests/test_edit.py runs FLUX.1, FLUX.2 and Qwen-Image on pictures.
 """
@@ -95,22 +95,6 @@ def test_rewards_move_the_policy(own, tmp_path, stage, shared):
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert (drawn(model, model.trained, 2.0) - drawn(model, lora.BASE, 2.0)).abs().max() > 1e-3
-
-
-def test_a_step_of_nft_lowers_its_loss(own):
-    """On the same pictures and noise, the old policy held fast; at first the loss hangs on no reward."""
-    world, changes = settings(own, lr=1e-3, old_decay=(0.0, 1.0, 0.999))
-    *_, trained, stage = tiny.build(tiny.nft_config(world, **changes))
-    losses, original = [], stage.update
-
-    def twice(*given):
-        for _ in range(2):
-            losses.append(original(*given)[0]["loss"])
-        return original(*given)
-
-    stage.update = twice
-    stage.step(0)
-    assert losses[1] < losses[0] - 1e-6
 
 
 def test_memory_is_predicted(case):
