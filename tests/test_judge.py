@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from opd import rewards
-from opd.rewards import endpoint, judge
+from opd.rewards import judge, remote
 from tests import forked
 from tests.tiny_scorers import loaded
 
@@ -70,7 +70,7 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch):
     """Start servers; clients hardly pause between tries."""
-    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     servers = []
 
     def start(reply):
@@ -178,7 +178,7 @@ def test_an_edit_is_shown_after_its_sources_and_its_lesser_grade_counts(serve, t
 
 # Who is asked, its answer about a dog, what is said of it, and how often it was asked for the dog alone.
 BAD = [
-    ("qwenvl", lambda body: None, "3 tries failed, the last: no answer within 0.25 s", 6),
+    ("qwenvl", lambda body: None, "3 tries failed, the last: timed out", 6),
     ("qwenvl", lambda body: 404, "status 404: b'broken'", 2),
     ("qwenvl", lambda body: b"<html>", "3 tries failed, the last: not JSON: b'<html>'", 6),
     ("qwenvl", lambda body: said("I like it"), "no grade in 'I like it'", 2),
@@ -192,8 +192,8 @@ BAD = [
 @pytest.mark.parametrize("name, answer, reason, times", BAD, ids=[reason for _, _, reason, _ in BAD])
 def test_who_misbehaves_gives_a_reason_and_never_a_zero(serve, monkeypatch, name, answer, reason, times):
     """Asked once for the batch, a judge picture by picture, and once more for the prompt alone."""
-    if "no answer" in reason:
-        monkeypatch.setattr(endpoint, "TIMEOUT", 0.25)
+    if "timed out" in reason:
+        monkeypatch.setattr(remote, "TIMEOUT", 0.25)
     dogs = []
 
     def grade(body):

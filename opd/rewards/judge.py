@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from opd.rewards.endpoint import ask, checked_url, gather, png_base64, text_at
 from opd.rewards.inputs import pictures, source_fault, sources_of
+from opd.rewards.remote import ask, checked_url, gather, png_base64, text_at
 
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 
