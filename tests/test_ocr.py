@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from opd import rewards
 from opd.rewards import ocr
 from tests.tiny_scorers import loaded
 
@@ -20,12 +19,6 @@ FORMULA = [
 @pytest.mark.parametrize("target, text, score", FORMULA)
 def test_the_released_formula(target, text, score):
     assert ocr.ocr_score(target, text) == pytest.approx(score)
-
-
-def test_folded_typography_counts_as_right():
-    for target, text in [("“Go”", '"go"'), ("½ off", "1/2 off"), ("1–2 — ﬁne", "1-2-fine")]:
-        assert ocr.ocr_score(target, text) < 1
-        assert ocr.ocr_score(ocr.folded(target), ocr.folded(text)) == 1
 
 
 def test_edit_distance_is_the_recursive_definition():
@@ -64,8 +57,6 @@ def test_a_blank_picture_scores_zero_without_a_word(reward, capfd):
 
 
 def test_what_cannot_be_had_is_named(monkeypatch):
-    with pytest.raises(ValueError, match="unknown typography 'fold'"):
-        rewards.find_reward("ocr@fold")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"package rapidocr.*flow-opd\[ocr\]"):
         ocr.Ocr()

@@ -11,13 +11,10 @@ engine in mind.
     score    1 - min(d, len(target)) / len(target),  d = 0 if target in read else edit distance
 
 On rendered text the mean is above .99; pictures scored against other prompts' targets have about .1, which is
-the floor of the scale. Writing more text than asked for costs nothing (`target in read`).
-
-`ocr@folded` compares typography as its plain form: curly quotes, dashes, fractions, full-width letters. The
-released formula takes `“` for an error where the reader sees `"`."""
+the floor of the scale. Writing more text than asked for costs nothing (`target in read`); `“` is an error
+where the reader sees `"`."""
 
 import threading
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,21 +24,12 @@ from torch import Tensor
 
 from opd.rewards.inputs import need, pictures, versions
 
-_PLAIN = str.maketrans("‘’‚“”„‐‑‒–—―−⁄", "'''\"\"\"-------/")
-
 
 class Ocr:
-    """Argument: "" for the released formula, "folded" for plain typography."""
-
-    def __init__(self, typography: str = ""):
-        if typography not in ("", "folded"):
-            raise ValueError(f"unknown typography {typography!r}; write ocr or ocr@folded")
+    def __init__(self):
         need("ocr", "rapidocr", "onnxruntime")
-        self.folded = typography == "folded"
         self.own = threading.local()  # an engine per thread, as one engine serves one call at a time
         formula = "1 - edit distance / length, spaces and case ignored, 1 where the target is contained"
-        if self.folded:
-            formula = f"{formula}, typography folded"
         model = "PP-OCRv6 small, detection and recognition, Apache-2.0, 31 MB"
         self.about = f"{model}: {formula}, 0-1; {versions('rapidocr', 'onnxruntime')}"
 
@@ -59,8 +47,6 @@ class Ocr:
         """Scores (B,) in [0, 1]. ValueError for a prompt without a target."""
         targets = [target_of(prompt) for prompt in prompts]
         texts = list(self.threads.map(self.read, pictures(images_BCHW)))
-        if self.folded:
-            targets, texts = map(folded, targets), map(folded, texts)
         return torch.tensor(list(map(ocr_score, targets, texts)))
 
     def prompt_fault(self, text: str, metadata: dict) -> str:
@@ -127,11 +113,6 @@ def ocr_score(target: str, text: str) -> float:
         return 1.0
     distance = min(edit_distance(target, text), len(target))
     return 1 - distance / len(target)
-
-
-def folded(text: str) -> str:
-    """Typography in its plain form: compatibility characters (½ is 1/2, ﬁ is fi), quotes, dashes, slashes."""
-    return unicodedata.normalize("NFKC", text).translate(_PLAIN)
 
 
 def edit_distance(a: str, b: str) -> int:
