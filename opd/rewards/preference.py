@@ -59,7 +59,7 @@ class PickScore(ClipScore):
         return self.clip.scale * super().__call__(images_BCHW, prompts, metadata)
 
 
-class ClipDirection:
+class ClipDirection(ClipScore):
     """Does the picture change as the captions do? (arXiv 2108.00946, by CLIP's unit vectors E and T)
 
         cos(E(picture) - E(source), T(target caption) - T(source caption)), in [-1, 1]
@@ -69,14 +69,8 @@ class ClipDirection:
 
     metadata_keys = ("source_caption", "target_caption")
     prompt_fault = staticmethod(source_fault)
-
-    def __init__(self, source: str = VIT_L):
-        self.source = source
-        formula = "cosine of the changes from source to picture and from caption to caption"
-        self.about = f"{source}, MIT, 428 M parameters: {formula}; {engine()}"
-
-    def load(self, device: torch.device) -> None:
-        self.clip = load_clip(self.source, device)
+    divisor = 1.0
+    facts = "MIT, 428 M parameters: cosine of the changes from source to picture and from caption to caption"
 
     def __call__(self, images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         sources_BD = self.clip.of_pictures([sources_of(row)[0] for row in metadata])
