@@ -1,6 +1,5 @@
 """sample.py as a user runs it: PNG files that say how they were made, and the grid."""
 
-import io
 import json
 
 import numpy as np
@@ -53,20 +52,6 @@ def test_the_same_command_makes_the_same_bytes_whatever_was_there(reference, wor
         assert all(np.array_equal(images[name], reference[name]) for name in reference)
     smaller = run(world, tmp_path, batch="1")
     assert all(np.abs(smaller[name].astype(int) - reference[name]).max() <= 1 for name in NAMES)
-
-
-def test_many_batches_have_a_bar_on_a_terminal(world, tmp_path, monkeypatch):
-    shown = {}
-    for batch in ("1", "2"):
-        monkeypatch.setattr("sys.stderr", terminal := Terminal())
-        run(world, tmp_path, batch=batch, images="2")
-        shown[batch] = terminal.getvalue()
-    assert "red: 100%" in shown["1"] and shown["2"] == ""
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 CHANGES = ["seed 1", "steps 4", "guidance 3.0", "resolution 16", "dtype bfloat16"]
