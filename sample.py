@@ -28,9 +28,8 @@ from opd.data import Asked, Prompt, fair_sample
 from opd.files import check_folder, path_of, reading
 from opd.formats.export import KEY, completed, guidance_of
 from opd.formats.latents import write_samples
-from opd.formats.pictures import labelled_grid, save_image, source_row, to_pil
+from opd.formats.pictures import labelled_grid, save_image, source_pictures, source_row, to_pil
 from opd.formats.prompts import load_prompts, load_tasks
-from opd.formats.sources import source_pictures
 from opd.model import Model, Sampling
 from opd.presets import DEFAULT
 
@@ -201,9 +200,8 @@ def make(args: Arguments, model: Model, adapter: str, prompts: list[Asked], inde
 
 
 def batches(args: Arguments, count: int, what: str) -> Iterable[slice]:
-    """The forward passes of `count` images; with a bar, on a terminal, where they are more than two."""
-    pieces = [slice(i, i + args.batch) for i in range(0, count, args.batch)]
-    return tqdm(pieces, desc=what, disable=True if len(pieces) < 3 else None)
+    """The forward passes of `count` images, with a bar on a terminal."""
+    return tqdm([slice(i, i + args.batch) for i in range(0, count, args.batch)], desc=what, disable=None)
 
 
 def write(args: Arguments, image: Tensor, adapter: str, index: int) -> None:

@@ -12,8 +12,7 @@ from opd.data import Asked, Edit
 from opd.errors import require
 from opd.families import Condition
 from opd.files import reading
-from opd.formats.pictures import read_image, to_tensor
-from opd.formats.sources import fitted_sizes, sizes
+from opd.formats.pictures import fitted_sizes, read_image, sizes, to_tensor
 
 WINDOW = 2048
 """Prompts that are encoded ahead at once: 3.4 GB of memory with SD3.5's encoders."""

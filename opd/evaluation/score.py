@@ -16,7 +16,7 @@ from opd import ranks, signals
 from opd.data import Prompt, alike, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.files import reading
-from opd.formats.sources import sizes
+from opd.formats.pictures import sizes
 from opd.lora import BASE
 from opd.model import Model, Sampling
 from opd.rewards import Reward

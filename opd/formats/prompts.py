@@ -9,7 +9,7 @@ from pathlib import Path
 from opd.data import Prompt
 from opd.errors import require
 from opd.files import reading, resolve
-from opd.formats.sources import source_pictures
+from opd.formats.pictures import source_pictures
 
 TEXT_KEYS = ("prompt", "text", "caption")
 """The first of these that a line has is its prompt."""
