@@ -16,7 +16,7 @@ from opd.formats.prompts import load_prompts
 from opd.mini import build, edit_pipeline, edits, world
 from opd.mini.presets import EDITS
 from opd.presets import PRESETS
-from opd.rewards.preservation import preservation
+from opd.rewards.pixels import preservation
 
 WEIGHTS = build.WEIGHTS / "edits"
 SCORERS = {"recolour": edits.recolour, "write": edits.write}

@@ -29,7 +29,6 @@ B finite scores is repeated prompt by prompt; what still fails is NaN and has a 
 import functools
 import importlib.util
 import inspect
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -44,13 +43,13 @@ from opd.files import path_of, reading
 from opd.rewards.scoring import Scoring, fault_of
 
 SHORT = {
-    "jpeg_compressibility": "opd.rewards.jpeg:compressibility",
-    "jpeg_incompressibility": "opd.rewards.jpeg:incompressibility",
+    "jpeg_compressibility": "opd.rewards.pixels:compressibility",
+    "jpeg_incompressibility": "opd.rewards.pixels:incompressibility",
     "ocr": "opd.rewards.ocr:Ocr",
     "geneval": "opd.rewards.geneval:Official",
     "geneval_strict": "opd.rewards.geneval:Strict",
     "geneval_dense": "opd.rewards.geneval:Dense",
-    "preservation": "opd.rewards.preservation:preservation",
+    "preservation": "opd.rewards.pixels:preservation",
     "pickscore": "opd.rewards.preference:PickScore",
     "clipscore": "opd.rewards.preference:ClipScore",
     "clip_direction": "opd.rewards.preference:ClipDirection",
@@ -67,7 +66,7 @@ SHORT = {
     "remote": "opd.rewards.remote:Remote",
 }
 
-_NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d\d?)?"
 _TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w./~-]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
 _LOADED = {}  # id -> function or instance whose load() has run in this process
 
@@ -85,13 +84,10 @@ def find_reward(spec: str) -> "Reward":
             f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
             "0.7*module:a+0.3*module:b (an argument holds no space, + or *)"
         )
-    terms = []
-    for weight, name in re.findall(_TERM, spec, re.IGNORECASE):
-        weight = float(weight or 1)
-        if not math.isfinite(weight):
-            raise ValueError(f"scorer {spec!r}: the weight {weight} of {name} is not finite")
-        terms.append(Term(weight, name, _find_function(name, spec)))
-    return Reward(spec, terms)
+    found = re.findall(_TERM, spec, re.IGNORECASE)
+    return Reward(
+        spec, [Term(float(weight or 1), name, _find_function(name, spec)) for weight, name in found]
+    )
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,6 @@ class Reward:
     def __init__(self, spec: str, terms: list[Term]):
         self.spec = spec
         self.terms = terms
-        keys = [key for term in terms for key in getattr(term.function, "metadata_keys", ())]
-        self.metadata_keys = tuple(dict.fromkeys(keys))
 
     @property
     def about(self) -> dict[str, str]:
@@ -176,11 +170,11 @@ class Reward:
 
     def fault_of(self, prompt: Prompt) -> str:
         """Why a prompt cannot be scored, "" if it can."""
-        for key in self.metadata_keys:
-            if key not in prompt.metadata:
-                needed = f"reward {self.spec!r} needs {key!r} with every prompt"
-                return f"lacks a field of its line in the .jsonl: {needed}"
         for term in self.terms:
+            for key in getattr(term.function, "metadata_keys", ()):
+                if key not in prompt.metadata:
+                    needed = f"{term.name} needs {key!r} with every prompt"
+                    return f"lacks a field of its line in the .jsonl: {needed}"
             prompt_fault = getattr(term.function, "prompt_fault", lambda text, metadata: "")
             if fault := prompt_fault(prompt.text, prompt.metadata):
                 return f"cannot be scored by {term.name}: {fault}"

@@ -1,5 +1,6 @@
-"""A reward without a model: is what an edit should leave alone still there?"""
+"""Rewards without a model: how large a picture is as a JPEG, and whether an edit kept what it should."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -8,12 +9,27 @@ from PIL import Image
 from torch import Tensor
 
 from opd.formats.pictures import to_tensor
-from opd.rewards.inputs import picture_at, source_fault, sources_of
+from opd.rewards.inputs import picture_at, pictures, source_fault, sources_of
 
 CELLS = 32  # per side, of the low frequencies that are compared
 UNRELATED = 0.25
 """Mean difference at which the score is 0. Independent normal values of ImageNet's standard deviation,
 0.225, differ by 2 * 0.225 / sqrt(pi) = 0.25."""
+
+
+def compressibility(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """Minus the size in kB of the JPEG at quality 95, (B,) (DDPO, arXiv 2305.13301)."""
+    return -incompressibility(images_BCHW, prompts, metadata)
+
+
+def incompressibility(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """Size in kB of the JPEG at quality 95, (B,)."""
+    sizes = []
+    for picture in pictures(images_BCHW):
+        file = io.BytesIO()
+        picture.save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes)
 
 
 def preservation(images_BCHW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
