@@ -24,7 +24,7 @@ from tests.tiny_lora import MODULES, alike, keyed, pairs, peft_dir, peft_model, 
 
 
 # ---- PEFT's settings ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
 def test_a_start_that_changed_the_base_is_refused_until_peft_converts_it(start, base, world, tmp_path):
     model = peft_model(base, init_lora_weights=start)
     model.peft_config["default"].init_lora_weights = True
@@ -71,15 +71,14 @@ def test_patterns_are_matched_as_peft_matches_them(patterns, stabilised, base, t
 
 PEFT = "only plain LoRAs can be attached"
 SETTINGS = [
-    *(({"init_lora_weights": x}, x) for x in ("corda", "loftq", "lora_ga", "PiSSA", "of_tomorrow")),
+    ({"init_lora_weights": "PiSSA"}, "init_lora_weights='PiSSA', for which PEFT changes"),
     ({"peft_type": "LOKR"}, f"peft_type 'LOKR'; {PEFT}"),
     ({"use_dora": True}, f"use_dora: {PEFT}"),
     ({"lora_bias": True}, f"lora_bias: {PEFT}"),
-    ({"bias": "all"}, "bias='all': the base's biases were trained too"),
     ({"modules_to_save": ["proj_out"]}, f"modules_to_save: {PEFT}"),
+    ({"bias": "all"}, "bias='all': the base's biases were trained too"),
     ({"alora_invocation_tokens": [1]}, f"alora_invocation_tokens: {PEFT}"),
     ({"lora_alpha": 1e300}, "lora_alpha is 1e[+]300; it must be positive and finite"),
-    ({"lora_alpha": 10**400}, "lora_alpha: .*too large"),
     ({"lora_alpha": 1e38}, "its update is too large for float32; its largest alpha is 1e[+]38"),
     ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'to_q': could not convert string to float: 'x'"),
     ({"alpha_pattern": {"to_q": -2}}, "alpha_pattern 'to_q' is -2.0; it must be positive and finite"),
@@ -90,23 +89,14 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("settings, message", SETTINGS)
-def test_settings_that_no_plain_lora_has_are_refused(settings, message, inside, tmp_path):
-    """In PEFT's config, and in diffusers' metadata."""
-    if inside:
-        packed = {f"transformer.{name}": value for name, value in ({"lora_alpha": 7} | settings).items()}
-        metadata = {"lora_adapter_metadata": json.dumps(packed)}
-        refused(single_file(tmp_path / "x", keyed(pairs(), "transformer."), metadata), message)
-    else:
-        refused(peft_dir(tmp_path / "x", pairs(), **settings), message)
+def test_settings_that_no_plain_lora_has_are_refused(settings, message, tmp_path):
+    refused(peft_dir(tmp_path / "x", pairs(), **settings), message)
 
 
 # ---- tensors that are no factors ---------------------------------------------------------------------------
-OTHER_TENSORS = ["lora_magnitude_vector", "lora_magnitude_vector.default.weight", "dora_scale", "lokr_w1"]
-OTHER_TENSORS += ["hada_w1_a", "lora_mid.weight", "lora_B.bias", "lora_up.bias", "bias", "weight", "diff"]
-OTHER_TENSORS += ["modules_to_save.weight", "diff_b", "processor.qkv_lora1.down.weight", "reshape_weight"]
-OTHER_TENSORS += ["to_q_lora.up.weight"]
+OTHER_TENSORS = ["lora_magnitude_vector", "lokr_w1", "lora_B.bias", "bias", "weight", "lora_mid.weight"]
+OTHER_TENSORS += ["processor.qkv_lora1.down.weight", "to_q_lora.up.weight"]
 
 
 @pytest.mark.parametrize("end", OTHER_TENSORS)
