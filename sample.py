@@ -90,6 +90,7 @@ HOW = ("steps", "resolution", "t5")
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
     with errors.in_one_line(ValueError, OSError):
+        check(args)
         if args.save == "latents":
             write_latents(args, arguments)
         else:
@@ -99,7 +100,6 @@ def main(arguments: list[str] | None = None) -> None:
 def write_images(args: Arguments, words: list[str] | None) -> None:
     """A PNG of every row and prompt, and the grid of them. All rows have one guidance: pictures at different
     scales would not compare adapters."""
-    check(args)
     prompts = read_prompts(args)
     args = completed(args, words, ("guidance", *HOW))
     if args.guidance is None:
@@ -107,9 +107,12 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
     model = load(args, [prompt.asked for prompt in prompts])
     columns = [prompt for prompt in prompts for _ in range(args.images)]
     asked, captions = [prompt.asked for prompt in columns], [prompt.text for prompt in columns]
+    sampling, numbers = Sampling(args.steps, args.seed, args.guidance), list(range(len(columns)))
     rows = source_row(columns, model.pixels)
     for adapter in dict.fromkeys([lora.BASE, *args.adapters]):
-        images = make(args, model, adapter, asked, list(range(len(columns))))
+        images = []
+        for piece in batches(args, len(columns), adapter):  # image i depends on (seed, i) and its prompt
+            images += model.images(adapter, asked[piece], numbers[piece], sampling)
         for index, image in enumerate(images):
             one = replace(args, prompts=(captions[index],), image=columns[index].pictures)
             write(one, image, adapter, index)
@@ -121,7 +124,6 @@ def write_images(args: Arguments, words: list[str] | None) -> None:
 def write_latents(args: Arguments, words: list[str] | None) -> None:
     """What each task's teacher samples of the task's prompts, as data of stage sft, in float16: half the size
     of float32 and finer than bfloat16."""
-    check(args)
     if not args.tasks:
         raise ValueError("--tasks is empty: give at least one TASK=FILE pair")
     for task in args.tasks:
@@ -189,14 +191,6 @@ def load(args: Arguments, prompts: list[Asked]) -> Model:
 
 
 # ---- making ----------------------------------------------------------------------------------------
-
-
-def make(args: Arguments, model: Model, adapter: str, prompts: list[Asked], index: list[int]) -> list[Tensor]:
-    """One image (3, H, W) per prompt; image i depends on (seed, index[i]) and its prompt."""
-    images, sampling = [], Sampling(args.steps, args.seed, args.guidance)
-    for piece in batches(args, len(prompts), adapter):
-        images += model.images(adapter, prompts[piece], index[piece], sampling)
-    return images
 
 
 def batches(args: Arguments, count: int, what: str) -> Iterable[slice]:

@@ -122,11 +122,8 @@ def guidance_of(adapters: dict[str, str], guidance: float | None = None) -> dict
     what is recorded with the adapter, 1 where nothing is."""
     if guidance is not None:
         return dict.fromkeys([BASE, *adapters], guidance)
-    scales = dict.fromkeys([BASE, *adapters], 1.0)
-    for name, record in records_of(adapters).items():
-        if "guidance" in record:
-            scales[name] = record["guidance"]
-    return scales
+    recorded_with = records_of(adapters)
+    return {name: recorded_with.get(name, {}).get("guidance", 1.0) for name in (BASE, *adapters)}
 
 
 def completed(args: Settings, words: list[str] | None, names: tuple[str, ...]) -> Settings:
@@ -165,15 +162,13 @@ def recorded(source: str) -> dict:
     """What `deployment.json` in the folder of an adapter says, else the metadata of a single file; {} where
     neither is. ValueError naming the file that is wrong."""
     path = find_adapter(source)
-    record, file = {}, path.parent / FILE
+    file = path.parent / FILE
     if path.name in WEIGHTS and file.is_file():
         record = read_json(file)
     else:
         file = path
         with reading(f"adapter {source!r}: {path}"), safe_open(path, "pt") as weights:
-            metadata = weights.metadata() or {}
-            if KEY in metadata:
-                record = dict(json.loads(metadata[KEY]))
+            record = dict(json.loads((weights.metadata() or {}).get(KEY, "{}")))
     for key in KINDS.keys() & record.keys():
         value, kinds = record[key], KINDS[key]
         if type(value) not in kinds or key == "guidance" and value not in Finite:
