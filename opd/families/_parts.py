@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.models.normalization import RMSNorm
@@ -21,26 +22,49 @@ from opd.formats.hub import variant_of
 
 # What a family has that does not say otherwise: AutoencoderKL's scaling, FLUX's schedule. Who adds a family
 # looks at each of these, since nothing else would notice that one does not fit.
-__all__ = ["NEGATIVE", "EDITING", "collate", "decode", "default_resolution", "encode_images", "guide"]
-__all__ += ["log_shift", "pixels", "sigmas"]
+__all__ = ["NEGATIVE", "EDITING", "blocks", "collate", "decode", "default_resolution", "encode_images"]
+__all__ += ["guide", "load_text", "load_transformer", "load_vae", "log_shift", "pixels", "sigmas", "skeleton"]
 NEGATIVE = ""
 EDITING = None
 guide = flow.guided
 
-# ---- loading: `kind` is the class of diffusers -------------------------------------------------------------
+# ---- loading, by the classes that the configs name ---------------------------------------------------------
 
 
-def skeleton(kind: type[ModelMixin], folder: Path) -> ModelMixin:
+def skeleton(folder: Path) -> ModelMixin:
     """The transformer without storage (meta device)."""
+    config = transformer_config(folder)
     with torch.device("meta"):
-        return with_fused_norms(kind.from_config(transformer_config(folder)))
+        return with_fused_norms(getattr(diffusers, config["_class_name"]).from_config(config))
 
 
-def load_transformer(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
+def load_transformer(folder: Path, dtype: torch.dtype) -> ModelMixin:
     """The frozen transformer on the CPU."""
-    part = folder / "transformer"
-    transformer = kind.from_pretrained(part, variant=variant_of(part), dtype=dtype)
-    return with_fused_norms(transformer).requires_grad_(False).eval()
+    return with_fused_norms(load_part(folder / "transformer", dtype))
+
+
+def load_vae(folder: Path) -> ModelMixin:
+    """The frozen VAE in float32."""
+    return load_part(folder / "vae", torch.float32)
+
+
+def load_part(part: Path, dtype: torch.dtype) -> ModelMixin:
+    kind = getattr(diffusers, read_json(part / "config.json")["_class_name"])
+    return kind.from_pretrained(part, variant=variant_of(part), dtype=dtype).requires_grad_(False).eval()
+
+
+def load_text(
+    folder: Path, dtype: torch.dtype, device: torch.device, t5: bool, **absent: None
+) -> DiffusionPipeline:
+    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
+    absent |= {"transformer": None, "vae": None}
+    variant = variant_of(folder / "text_encoder", "model")
+    return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **absent).to(device)
+
+
+def blocks(transformer: ModelMixin) -> list[torch.nn.Module]:
+    """Those of two streams, then those of one, where there are such."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
 
 
 def with_fused_norms(transformer: ModelMixin) -> ModelMixin:
@@ -58,21 +82,6 @@ def children_of(root: torch.nn.Module, kind: type) -> list[tuple[torch.nn.Module
     """(parent, its name for it, module) of every module of a class below `root`."""
     pairs = [(parent, *child) for parent in root.modules() for child in parent.named_children()]
     return [found for found in pairs if isinstance(found[2], kind)]
-
-
-def load_vae(kind: type[ModelMixin], folder: Path) -> ModelMixin:
-    """The frozen VAE in float32."""
-    part = folder / "vae"
-    vae = kind.from_pretrained(part, variant=variant_of(part), dtype=torch.float32)
-    return vae.requires_grad_(False).eval()
-
-
-def load_text(
-    kind: type[DiffusionPipeline], folder: Path, dtype: torch.dtype, device: torch.device, t5: bool
-) -> DiffusionPipeline:
-    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
-    variant = variant_of(folder / "text_encoder", "model")
-    return kind.from_pretrained(folder, transformer=None, vae=None, variant=variant, dtype=dtype).to(device)
 
 
 def transformer_config(folder: Path) -> dict:

@@ -7,11 +7,10 @@ Guidance is distilled into the network, which is told the scale: --guidance 3.5 
 is a scale like any other. FLUX.1-schnell has no such input and is run at 1.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition, pictures_of
@@ -26,15 +25,6 @@ T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
 
 
 # ---------------------------------------------------------------- weights
-
-
-skeleton = partial(parts.skeleton, FluxTransformer2DModel)
-load_transformer = partial(parts.load_transformer, FluxTransformer2DModel)
-load_vae = partial(parts.load_vae, AutoencoderKL)
-
-
-def blocks(transformer: FluxTransformer2DModel) -> list[torch.nn.Module]:
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,16 +42,11 @@ def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- text
 
 
-def load_text_of(
-    kind: type[DiffusionPipeline], folder: Path, dtype: torch.dtype, device: torch.device, t5: bool
-) -> DiffusionPipeline:
-    """A pipeline that can only encode prompts. ValueError for `t5=False`: all of its tokens are T5's."""
+def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> DiffusionPipeline:
+    """ValueError for `t5=False`: all tokens are T5's."""
     if not t5:
         raise ValueError("--no-t5: FLUX.1 reads its prompts with T5 and cannot do without")
-    return parts.load_text(kind, folder, dtype, device, t5)
-
-
-load_text = partial(load_text_of, FluxPipeline)
+    return parts.load_text(folder, dtype, device, t5)
 
 
 def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
@@ -133,5 +118,4 @@ guide = None
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """ValueError where a side is not made of whole patches."""
     return parts.packed_shape(folder, PATCH * parts.pixels(folder), height, width)

@@ -12,7 +12,6 @@ Flux2Pipeline with another text encoder, is no member.)
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,16 +41,6 @@ STEPS = 50  # the pipeline's default: its shift depends on the number of steps
 
 
 # ---------------------------------------------------------------- weights
-
-
-skeleton = partial(parts.skeleton, Flux2Transformer2DModel)
-load_transformer = partial(parts.load_transformer, Flux2Transformer2DModel)
-load_vae = partial(parts.load_vae, AutoencoderKLFlux2)
-load_text = partial(parts.load_text, Flux2KleinPipeline)
-
-
-def blocks(transformer: Flux2Transformer2DModel) -> list[torch.nn.Module]:
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +163,6 @@ def pixels(folder: Path) -> int:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKLFlux2, latents_BCHW: Tensor) -> Tensor:
-    """Latents -> images (B, 3, height, width) float32 in [0, 1]."""
     mean_C11, std_C11 = statistics(vae)
     patches = latents_BCHW.float() * std_C11 + mean_C11
     return parts.decode_raw(vae, rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH))
@@ -182,7 +170,6 @@ def decode(vae: AutoencoderKLFlux2, latents_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKLFlux2, images_B3HW: Tensor) -> Tensor:
-    """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
     mean_C11, std_C11 = statistics(vae)
     z = parts.encode_raw(vae, images_B3HW)
     return (rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=PATCH, q=PATCH) - mean_C11) / std_C11
@@ -195,6 +182,5 @@ def statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """ValueError where a side is not made of whole patches."""
     rows, columns = (parts.patches_along(side, pixels(folder)) for side in (height, width))
     return parts.transformer_config(folder)["in_channels"], rows, columns

@@ -7,16 +7,13 @@ A Condition of a prompt with a picture holds `picture0` (C, H, W) beside FLUX.1'
 from functools import partial
 from pathlib import Path
 
-from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 
-from opd.families import Editing, flux
+from opd.families import Editing
 from opd.families import _parts as parts
 from opd.families.flux import *  # noqa: F403 (what is not said here)
 
 PIPELINE = "FluxKontextPipeline"
-
-load_text = partial(flux.load_text_of, FluxKontextPipeline)
 
 
 def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:

@@ -6,7 +6,6 @@ A Condition holds `embeds` (L_b, D).
 Guidance is the pipeline's true_cfg_scale: v_u + g (v - v_u), rescaled patch by patch to the norm of v.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,20 +24,7 @@ LORA_TARGETS = JOINT_ATTENTION
 NEGATIVE = " "  # what the model's card asks for
 TOKENS = 512  # the pipeline cuts longer prompts off
 SIZE = 1024  # pixels per side; no config says so
-
-
-# ---------------------------------------------------------------- weights
-
-
-skeleton = partial(parts.skeleton, QwenImageTransformer2DModel)
-load_transformer = partial(parts.load_transformer, QwenImageTransformer2DModel)
-load_vae = partial(parts.load_vae, AutoencoderKLQwenImage)
-load_text = partial(parts.load_text, QwenImagePipeline)
 convert_lora = QwenImagePipeline.lora_state_dict
-
-
-def blocks(transformer: QwenImageTransformer2DModel) -> list[torch.nn.Module]:
-    return list(transformer.transformer_blocks)
 
 
 # ---------------------------------------------------------------- text
@@ -130,7 +116,6 @@ def decode(vae: AutoencoderKLQwenImage, latents_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKLQwenImage, images_B3HW: Tensor) -> Tensor:
-    """Images in [0, 1] -> latents float32, the posterior's mean, scaled as the transformer sees them."""
     mean_C11, std_C11 = statistics(vae)
     frames = parts.encode_raw(vae, images_B3HW.unsqueeze(2))
     return (frames.squeeze(2) - mean_C11) / std_C11
@@ -144,7 +129,6 @@ def statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """ValueError where a side is not made of whole patches."""
     return parts.packed_shape(folder, PATCH * pixels(folder), height, width)
 
 

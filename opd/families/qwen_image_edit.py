@@ -21,8 +21,6 @@ PIPELINE = "QwenImageEditPlusPipeline"
 MOST = 3  # what the model was trained with
 TOKENS = 1024  # of a prompt and what the encoder sees of a picture, about; nothing is cut off
 
-load_text = partial(parts.load_text, QwenImageEditPlusPipeline)
-
 
 def text_shapes(folder: Path, t5: bool) -> dict[str, tuple[int, ...]]:
     return {"embeds": (TOKENS, parts.transformer_config(folder)["joint_attention_dim"])}

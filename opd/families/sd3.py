@@ -4,11 +4,10 @@ Shapes: B batch, C latent channels, H x W latent size, L text tokens, D text wid
 A Condition holds `embeds` (L, D), `pooled` (P,) and, without T5, `blank` (1, D): a token that stands for L.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from opd.families import JOINT_ATTENTION, Condition, has_t5
@@ -17,7 +16,6 @@ from opd.families._parts import *  # noqa: F403 (what is not said here)
 from opd.families._sd3_attention import attend_to_copies
 from opd.families._sd3_names import convert_lora  # noqa: F401 (the contract's)
 from opd.files import read_json
-from opd.formats.hub import variant_of
 
 PIPELINE = "StableDiffusion3Pipeline"
 LORA_TARGETS = JOINT_ATTENTION
@@ -28,19 +26,11 @@ NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 # ---------------------------------------------------------------- weights
 
 
-skeleton = partial(parts.skeleton, SD3Transformer2DModel)
-load_vae = partial(parts.load_vae, AutoencoderKL)
-
-
 def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
     """Under the meta device its table of positions is not computed, some ten seconds for SD3.5: it is in the
     file."""
     with torch.device("meta"):
-        return parts.load_transformer(SD3Transformer2DModel, folder, dtype)
-
-
-def blocks(transformer: SD3Transformer2DModel) -> list[torch.nn.Module]:
-    return list(transformer.transformer_blocks)
+        return parts.load_transformer(folder, dtype)
 
 
 # ---------------------------------------------------------------- text
@@ -49,17 +39,8 @@ def blocks(transformer: SD3Transformer2DModel) -> list[torch.nn.Module]:
 def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) -> StableDiffusion3Pipeline:
     """A pipeline that can only encode prompts. `t5=False` leaves out the third, largest encoder."""
     absent, _ = arguments(folder, t5, 1.0)
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        folder,
-        transformer=skeleton(folder),
-        vae=None,
-        variant=variant_of(folder / "text_encoder", "model"),
-        dtype=dtype,
-        **absent,
-    )
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        if encoder is not None:
-            encoder.to(device)
+    pipe = parts.load_text(folder, dtype, device, t5, **absent)
+    pipe.register_modules(transformer=parts.skeleton(folder))  # encode_prompt reads its config
     return pipe
 
 
@@ -146,7 +127,6 @@ def image_tokens(folder: Path, shape_CHW: tuple[int, int, int]) -> int:
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """ValueError where the patches of a side do not fit the model."""
     config = parts.transformer_config(folder)
     patch = config["patch_size"]
     unit, most = patch * parts.pixels(folder), config["pos_embed_max_size"]

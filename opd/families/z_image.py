@@ -8,11 +8,10 @@ guidance_scale 4 is --guidance 5 here, its 0, which distilled models want, is --
 cfg_normalization and cfg_truncation stay off, as they are by default.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
 from opd.families import Condition
@@ -32,12 +31,6 @@ TOKENS = 512  # where the pipeline cuts a prompt off
 
 
 # ---------------------------------------------------------------- weights
-
-
-skeleton = partial(parts.skeleton, ZImageTransformer2DModel)
-load_transformer = partial(parts.load_transformer, ZImageTransformer2DModel)
-load_vae = partial(parts.load_vae, AutoencoderKL)
-load_text = partial(parts.load_text, ZImagePipeline)
 
 
 def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
@@ -111,7 +104,6 @@ def sigmas(folder: Path, shape_CHW: tuple[int, int, int], steps: int) -> list[fl
 
 
 def latent_shape(folder: Path, height: int, width: int) -> tuple[int, int, int]:
-    """ValueError where the patches of a side do not fit the model."""
     config = parts.transformer_config(folder)
     _, most_rows, most_columns = config["axes_lens"]  # positions that the model knows: text, down, across
     unit = PATCH * parts.pixels(folder)
