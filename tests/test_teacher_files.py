@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
 from opd.families._sd3_names import BLOCK, OUTSIDE
-from opd.formats.lora_files import FILES, read_lora
+from opd.formats.lora_files import read_lora
 from opd.formats.teacher_files import KINDS, Whole, holds_transformer, read_transformer
 from opd.model import Model
 from tests.test_teachers import WEIGHTS, answer, built, furnished
@@ -40,36 +40,31 @@ def test_a_full_teacher_is_held_in_the_compute_dtype(world, place, tmp_path):
     assert {p.dtype for p in own.parameters()} == {torch.bfloat16}
 
 
-def test_kinds_on_the_hub_are_told_apart_by_their_json_files(world, place, tmp_path, monkeypatch, capsys):
-    """Weights are fetched once it is clear which are wanted."""
-    calls = []
-    folders = {"owner/lora": world / "red", "owner/two": world, "owner/full": place}
-    folders["owner/larger"] = place / "larger"
+def test_kinds_on_the_hub_are_told_apart_before_their_weights_are_fetched(
+    world, place, tmp_path, monkeypatch, capsys
+):
+    fetched = {}
+    folders = {"owner/two": world, "owner/full": place, "owner/larger": place / "larger"}
 
     def download(repo, allow_patterns):
-        calls.append((repo, allow_patterns))
+        fetched.setdefault(repo, []).append(allow_patterns)
         return str(folders[repo])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # of a README that is not there
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda repo, use_safetensors: folders[repo])
-    adapters = {"owner/lora": "red", "owner/two:blue": "blue"}
-    for source in (*adapters, "owner/full:full", "owner/larger"):
+    for source in ("owner/two:blue", "owner/full:full", "owner/larger"):
         _, model, *_ = built(world, tmp_path, source, out=str(tmp_path / source))
-        assert ("red" in model.teachers) == (source not in adapters)
-    printed = capsys.readouterr().out
-    for source, name in adapters.items():
-        sha256 = read_lora(str(world / name)).sha256
-        assert f"teacher red: {source}  sha256 {sha256[:12]} " in printed
-    assert calls == [
-        ("owner/lora", KINDS),
-        ("owner/lora", FILES),
-        ("owner/two", [f"blue/{name}" for name in KINDS]),
-        ("owner/two", [f"blue/{name}" for name in FILES]),
-        ("owner/full", [f"full/{name}" for name in KINDS]),
-        ("owner/full", ["full/*.json", "full/*.safetensors"]),
-        ("owner/larger", KINDS),
-    ]
+        assert ("red" in model.teachers) == (source != "owner/two:blue")
+    sha256 = read_lora(str(world / "blue")).sha256
+    assert f"teacher red: owner/two:blue  sha256 {sha256[:12]} " in capsys.readouterr().out
+    kinds = {repo: first for repo, (first, *_) in fetched.items()}
+    assert kinds == {
+        "owner/two": [f"blue/{name}" for name in KINDS],
+        "owner/full": [f"full/{name}" for name in KINDS],
+        "owner/larger": KINDS,
+    }
+    assert fetched["owner/full"][1:] == [["full/*.json", "full/*.safetensors"]]
 
 
 @pytest.fixture

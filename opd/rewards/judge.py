@@ -70,12 +70,9 @@ class Judge:
     def __init__(self, endpoint: str = ""):
         self.endpoint = checked_url(endpoint, "qwenvl@http://localhost:8001/v1")
         self.key = os.environ.get("JUDGE_API_KEY", "")
+        self.range = f"{self.lowest:g}-{self.divisor:g}"
         words = "by a text worded here, not the paper's words"
         self.about = f"{self.model}: grade {self.range} {words}, temperature 0"
-
-    @property
-    def range(self) -> str:
-        return f"{self.lowest:g}-{self.divisor:g}"
 
     def load(self, device: torch.device) -> None:
         """Ask the server for its model. ValueError if it does not answer."""
