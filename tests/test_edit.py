@@ -220,8 +220,8 @@ def test_a_run_goes_on_to_the_same_bits_and_two_ranks_are_one(case, world, tmp_p
 
 
 @OF_TWO_PICTURES
-def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
-    """A picture by sample.py is the model's own, the grid has a row of sources, and records keep the path."""
+def test_sample_sees_the_source(case, tmp_path, capsys):
+    """A picture is the model's own, and the grid has a row of sources."""
     prompt = prompts_of(case)[0]
     how = ["--model", str(case.pipeline), "--resolution", in_pixels(*SIZE), "--dtype", "float32"]
     how += ["--steps", "3", "--adapters"]
@@ -231,15 +231,6 @@ def test_sample_and_evaluation_see_the_source(case, world, tmp_path, capsys):
     (file,) = tmp_path.glob("a-red-dot.0.base.png")
     assert (to_tensor(read_image(file)) - expected).abs().max() < 1 / 255
     assert "2 rows" in capsys.readouterr().out
-
-    folder = tmp_path / "records"
-    tasks = ["--prompts", f"blue={world / 'blue.jsonl'}", "--heldout", "--count", "3"]
-    scorers = ["--rewards", "blue=tests.test_edit:like_the_source", "--records", str(folder)]
-    evaluate.main([*how, *tasks, *scorers])
-    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    wanted = [case.paths[:1], case.paths[1:], case.paths[: case.fixture.most]]
-    assert sorted(line["sources"] for line in lines) == sorted(wanted)
-    assert all(line["scores"]["tests.test_edit:like_the_source"] < 0 for line in lines)
 
 
 def test_the_cards_code_edits_as_we_do(case, world, tmp_path):
@@ -399,6 +390,8 @@ def test_records_are_of_one_source_picture(case, world, tmp_path, capsys):
     how += ["--prompts", f"blue={prompts}", "--heldout", "--records", str(tmp_path / "records")]
     command = [*how, "--count", "1", "--rewards", "blue=preservation"]
     evaluate.main(command)
+    [line] = (tmp_path / "records" / "records.jsonl").read_text().splitlines()
+    assert json.loads(line)["sources"] == [str(tmp_path / "a.png")]
     Image.new("RGB", LANDSCAPE, "blue").save(tmp_path / "a.png")
     records.digest_of.cache_clear()  # as in a process of its own
     with pytest.raises(SystemExit, match="made otherwise: source sha256 '.*' -> '.*'"):

@@ -15,43 +15,27 @@ from opd.formats import lora_files
 from tests.tiny_lora import CONFIG, MODULES, alike, keyed, pairs, peft_dir, peft_model, refused, single_file
 
 
-def with_alpha_keys(weights):
-    return keyed(weights, "") | {f"{m}.alpha": torch.tensor(5.0 + i) for i, m in enumerate(MODULES)}
-
-
-def metadata_of(**config):
-    """As diffusers writes it."""
-    named = {f"transformer.{key}": value for key, value in (CONFIG | config).items()}
-    return {"lora_adapter_metadata": json.dumps(named)}
-
-
-def below(folder, weights):
-    """A checkpoint as Flow-GRPO leaves it."""
+def in_a_checkpoint(folder, weights):
+    """As Flow-GRPO leaves it."""
     folder.mkdir()
     peft_dir(folder / "lora", weights)
     return folder
 
 
-def alone(rename, metadata=None):
-    return lambda folder, weights: single_file(folder, rename(weights), metadata)
+def with_metadata(folder, weights):
+    """As diffusers writes it."""
+    config = CONFIG | {"alpha_pattern": {MODULES[2]: 1}}
+    packed = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    return single_file(folder, keyed(weights, "transformer."), {"lora_adapter_metadata": packed})
 
 
-def by_diffusers(weights):
-    return keyed(weights, "transformer.")
+# write(folder, weights) -> path, ranks of the modules in turn, alphas in turn
+FORMATS = [(in_a_checkpoint, [3], [7]), (with_metadata, [3, 2], [7, 7, 1, 7])]
 
 
-# name: (write(folder, weights) -> path, ranks of the modules in turn, alphas in turn)
-FORMATS = {
-    "a checkpoint's lora/": (below, [3], [7]),
-    "alpha keys": (alone(with_alpha_keys), [3, 2], [5, 6, 7, 8]),
-    "metadata": (alone(by_diffusers, metadata_of(alpha_pattern={MODULES[2]: 1})), [3, 2], [7, 7, 1, 7]),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_update_computed_by_hand(name, tmp_path):
+@pytest.mark.parametrize("write, ranks, alphas", FORMATS)
+def test_every_format_gives_the_update_computed_by_hand(write, ranks, alphas, tmp_path):
     """What PEFT and diffusers write is compared with what they read, below."""
-    write, ranks, alphas = FORMATS[name]
     weights = pairs(ranks)
     lora = lora_files.read_lora(str(write(tmp_path / "x", weights)), sd3.convert_lora)
     assert set(lora.A) == set(MODULES)

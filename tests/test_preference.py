@@ -56,8 +56,8 @@ def test_clip_direction_is_the_cosine_of_two_changes(folder, images_BCHW, tmp_pa
     for source, image in zip(sources, images_BCHW[1:].flip(3), strict=True):
         to_pil(image, 0).save(source)
 
-    def unit(features):  # a tensor in transformers 4
-        return F.normalize(getattr(features, "pooler_output", features), dim=1)
+    def unit(features):
+        return F.normalize(features.pooler_output, dim=1)
 
     def of_pictures(pictures):
         return unit(model.get_image_features(**processor.image_processor(pictures, return_tensors="pt")))

@@ -20,11 +20,6 @@ def loaded(spec: str) -> rewards.Reward:
     return reward
 
 
-def pil_processor(name: str):
-    """transformers 5 calls the one that needs no torchvision by a name of its own."""
-    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-
-
 def clip_parts(width: int = 32, projection: int = 16):
     """(CLIPModel, CLIPProcessor): two layers a tower, 28 px, weights large enough to tell pictures apart."""
     tokenizer = make_tokenizer(WORDS)
@@ -39,7 +34,7 @@ def clip_parts(width: int = 32, projection: int = 16):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)
-    images = pil_processor("CLIPImageProcessor")(
+    images = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
     )
     return model, CLIPProcessor(image_processor=images, tokenizer=tokenizer)
@@ -72,7 +67,7 @@ def save_detector(folder: Path, seen: str) -> Path:
     with torch.no_grad():
         model.class_predictor.bias[wanted] += 20
     model.save_pretrained(folder)
-    pil_processor("Mask2FormerImageProcessor")(size={"height": 64, "width": 64}).save_pretrained(folder)
+    transformers.Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
 
 
@@ -95,6 +90,6 @@ def save_blip(folder: Path, words: list[str]) -> Path:
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)
     model.save_pretrained(folder)
-    images = pil_processor("BlipImageProcessor")(size={"height": SIZE, "width": SIZE})
+    images = transformers.BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
     BlipProcessor(images, tokenizer).save_pretrained(folder)
     return folder
