@@ -28,29 +28,32 @@ NEGATIVE = ""
 EDITING = None
 guide = flow.guided
 
-# ---- loading, by the classes that the configs name ---------------------------------------------------------
+# ---- loading, by the classes that model_index.json names ---------------------------------------------------
 
 
 def skeleton(folder: Path) -> ModelMixin:
     """The transformer without storage (meta device)."""
-    config = transformer_config(folder)
     with torch.device("meta"):
-        return with_fused_norms(getattr(diffusers, config["_class_name"]).from_config(config))
+        return with_fused_norms(class_of(folder, "transformer").from_config(transformer_config(folder)))
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> ModelMixin:
     """The frozen transformer on the CPU."""
-    return with_fused_norms(load_part(folder / "transformer", dtype))
+    return with_fused_norms(load_part(folder, "transformer", dtype))
 
 
 def load_vae(folder: Path) -> ModelMixin:
     """The frozen VAE in float32."""
-    return load_part(folder / "vae", torch.float32)
+    return load_part(folder, "vae", torch.float32)
 
 
-def load_part(part: Path, dtype: torch.dtype) -> ModelMixin:
-    kind = getattr(diffusers, read_json(part / "config.json")["_class_name"])
+def load_part(folder: Path, name: str, dtype: torch.dtype) -> ModelMixin:
+    part, kind = folder / name, class_of(folder, name)
     return kind.from_pretrained(part, variant=variant_of(part), dtype=dtype).requires_grad_(False).eval()
+
+
+def class_of(folder: Path, name: str) -> type[ModelMixin]:
+    return getattr(diffusers, read_json(folder / "model_index.json")[name][1])
 
 
 def load_text(
