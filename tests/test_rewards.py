@@ -24,16 +24,11 @@ HERE = "tests.test_rewards"
 CPU = torch.device("cpu")
 
 
-def needs_target(images, prompts, metadata):
-    return torch.tensor([float(m["target"]) for m in metadata])
-
-
-def needs_both(images, prompts, metadata):
+def scaled(images, prompts, metadata):
     return torch.tensor([float(m["target"] * m["scale"]) for m in metadata])
 
 
-needs_target.metadata_keys = ("target",)
-needs_both.metadata_keys = ("scale", "target")
+scaled.metadata_keys = ("scale", "target")
 
 
 class Counted:
@@ -164,9 +159,11 @@ def test_a_weighted_sum_is_the_sum_by_hand(spec, a, b):
 
 
 def test_a_sum_needs_the_metadata_of_all_its_terms():
-    reward = rewards.find_reward(f"{HERE}:needs_target + 2*{HERE}:needs_both + {HERE}:brightness")
-    metadata = [{"target": 1, "scale": 5}, {"target": 2, "scale": 0}]
-    assert reward(torch.zeros(2, 3, 4, 4), ["", ""], metadata).tolist() == [11.0, 2.0]
+    reward = rewards.find_reward(f"{HERE}:brightness + 2*{HERE}:scaled")
+    assert reward(torch.zeros(1, 3, 4, 4), [""], [{"target": 1, "scale": 5}]).tolist() == [10.0]
+    lacks = rf"'mine': a.jsonl:7 'x' lacks a field .*: {HERE}:scaled needs 'scale' with every prompt"
+    with pytest.raises(ValueError, match=lacks):
+        reward.check_metadata("mine", [Prompt("x", "mine", {"target": 1}, "a.jsonl:7")])
 
 
 def test_a_class_is_made_once_for_an_argument_and_loaded_once():
