@@ -1,25 +1,22 @@
-"""Stage 1 without likelihoods: DiffusionNFT (arXiv 2509.16117) and AWM (arXiv 2509.25050), from rewards on
-images.
+"""Stage 1 without likelihoods: DiffusionNFT (arXiv 2509.16117), from rewards on images.
 
 One iteration samples G images for each prompt by any solver, scores them, and keeps the clean latents x0
 alone. They are noised afresh, x = (1 - sigma) x0 + sigma eps, so that u = eps - x0 is the velocity that leads
 back to the image. Images better than their group's mean pull to theirs, worse ones push away:
 
     r = 1/2 + A / 10,  A = (r - mean) / std clipped to +-5      share_of_positive; opd/rewards/groups.py
-    nft   (5 / b) [r L(v+) + (1 - r) L(v-)],  L(v') = sigma^2 |v' - u|^2 / w,  w = sigma mean |v' - u|
-          v+ = v_old + b (v - v_old),  v- = v_old - b (v - v_old)                                  nft_loss
-    awm   A |v - u|^2 + c |v - v_old|^2                                                             awm_loss
-    both  + beta |v - v_base|^2,  v_base: the adapter off
+    loss = (5 / b) [r L(v+) + (1 - r) L(v-)]                                                        nft_loss
+           + beta |v - v_base|^2,  v_base: the adapter off
+    L(v') = sigma^2 |v' - u|^2 / w,  w = sigma mean |v' - u|, a constant
+    v+ = v_old + b (v - v_old),  v- = v_old - b (v - v_old)
 
-The old policy is an adapter that follows the trained one. It makes nft's images; awm's are the policy's own.
-On the policy (v = v_old) nft's gradient is -2 A sigma (u - v_old) / mean |u - v_old| whatever b is: AWM with
-that weight.
+The old policy, which makes the images, is an adapter that follows the trained one. On the policy (v = v_old)
+the gradient is -2 A sigma (u - v_old) / mean |u - v_old| whatever b is.
 
 Shapes: P prompts, G samples each, N = P G samples, L noise levels each; B samples of a micro-batch.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +27,7 @@ from opd.config import NFTConfig
 from opd.data import MicroBatch, Prompt, seed_of
 from opd.diagnostics import MATCHING, matching_metrics
 from opd.grpo import squared_difference
-from opd.lora import BASE, OLD, STUDENT
+from opd.lora import BASE, OLD
 from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
@@ -75,7 +72,6 @@ class NFT:
         self.cfg, self.model = cfg, model
         self.pools, self.trained = pools, trained
         self.scorers = Scorers(cfg, model, rewards)
-        self.objective = OBJECTIVES[cfg.objective]
         # Not where the network is told its guidance, as FLUX.1 is.
         if cfg.guidance != 1.0 and model.family.guide is not None:
             say(f"--guidance {cfg.guidance:g}: stage nft is known to learn little with guidance; 1 has none")
@@ -91,7 +87,7 @@ class NFT:
         mine = [prompts[n // cfg.group] for n in batch.samples]
         text = model.text([prompt.asked for prompt in mine])
         path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, (cfg.seed, step, "noise"))
-        with lora.use(model.transformer, self.objective.sampler):
+        with lora.use(model.transformer, OLD):
             for state in model.walk(path, seed_of(cfg.seed, step, "start"), batch.samples):
                 signals.boundary()
                 state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
@@ -180,7 +176,7 @@ class NFT:
                 v = model.velocity(x, sigma_B, text, cfg.guidance)
                 v_old = v_of[OLD] if OLD in v_of else v.detach()
                 noised = Noised(eps - sampled.x0, v_old, sigma_B, advantage_B)
-                policy_B = self.objective.loss(cfg, v, noised)
+                policy_B = nft_loss(v, noised, cfg.strength)
                 from_base_B = size_B = torch.zeros_like(policy_B)
                 if cfg.beta > 0:
                     from_base_B = squared_difference(v, v_of[BASE], 1.0)
@@ -199,13 +195,13 @@ def share_of_positive(advantage_B: Tensor) -> Tensor:
     return (0.5 + advantage_B / (2 * ADVANTAGE_CLIP)).clamp(0, 1)
 
 
-def nft_loss(cfg: NFTConfig, v: Tensor, noised: Noised) -> Tensor:
-    """(5 / b) [r L(v+) + (1 - r) L(v-)] (B,), differentiable in v; w is a constant.
+def nft_loss(v: Tensor, noised: Noised, b: float) -> Tensor:
+    """(5 / b) [r L(v+) + (1 - r) L(v-)] (B,), differentiable in v.
 
     It is a distillation loss with two teachers, v_old +- (u - v_old) / b, since
     v+ - u = b (v - v_old - (u - v_old) / b) and v- - u = -b (v - v_old + (u - v_old) / b).
     """
-    b, r_B, v_old = cfg.strength, share_of_positive(noised.advantage_B), noised.v_old
+    r_B, v_old = share_of_positive(noised.advantage_B), noised.v_old
     step = b * (v.detach() - v_old)
     teachers = [v_old + (noised.u - v_old) / b, v_old - (noised.u - v_old) / b]
     alpha_B2 = torch.stack(
@@ -221,14 +217,6 @@ def error_size(v: Tensor, noised: Noised) -> Tensor:
     return error_B.clamp(min=SMALLEST_WEIGHT)
 
 
-def awm_loss(cfg: NFTConfig, v: Tensor, noised: Noised) -> Tensor:
-    """A |v - u|^2 + c |v - v_old|^2 (B,): the policy gradient with -|v - u|^2 as log-likelihood."""
-    loss_B = squared_difference(v, noised.u, noised.advantage_B)
-    if cfg.proximal > 0:
-        loss_B = loss_B + squared_difference(v, noised.v_old, cfg.proximal)
-    return loss_B
-
-
 def log_size(v: Tensor) -> Tensor:
     """log |v|, the root of the mean square (B,)."""
     return v.square().flatten(1).mean(1).log() / 2
@@ -239,14 +227,3 @@ def old_share(cfg: NFTConfig, updates: int) -> float:
     0."""
     begin, slope, most = cfg.old_decay
     return max(0.0, min(slope * (updates - begin), most))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A loss, (cfg, v, Noised) -> (B,), and the adapter that makes its images."""
-
-    loss: Callable[[NFTConfig, Tensor, Noised], Tensor]
-    sampler: str
-
-
-OBJECTIVES = {"nft": Objective(nft_loss, OLD), "awm": Objective(awm_loss, STUDENT)}

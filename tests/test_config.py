@@ -161,8 +161,6 @@ grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | step 6 of --rollo
 grpo | --steps 6 --window 1 --window-range 0 7 | --window 1 does not fit into --window-range 0 7 of the 6
 nft | --steps 6 --level-range 2 7 | --level-range 2 7 does not lie within the 6 noise levels of the rollout's
 nft | --steps 6 --skip-last --levels 6 | --levels 6 exceeds the 5 noise levels that may be drawn; lower it,
-nft | --objective awm --strength 0.5 | --strength 0.5 is for --objective nft alone; leave it at 1
-nft | --proximal 0 | --proximal 0 is for --objective awm alone; leave it at 1
 nft | --old-decay 0 0.001 1 | --old-decay 0 0.001 1: the old policy would never move; use a last below 1
 """
 # The same, to be accepted.

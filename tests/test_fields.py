@@ -46,8 +46,8 @@ OPD |= {"teacher_guidances": {"red": 2.0}, "extrapolate": {"red": 1.5}}
 REWARDED = {"train_rewards": SWAPPED, "beta": 0.5, "advantage_std": "group", "updates": 2}
 GRPO = {"full": True, "clip_range": 1e-3, "guard": True, "window": 1, "window_range": (1, 2)}
 GRPO |= {"shared_start": True, "epochs": 2}
-NFT = {"objective": "awm", "strength": 0.1, "levels": 1, "level_range": (1, 2)}
-NFT |= {"old_decay": (0.0, 0.5, 0.9), "proximal": 0.1, "adam_eps": 1e-3}
+NFT = {"strength": 0.1, "levels": 1, "level_range": (1, 2)}
+NFT |= {"old_decay": (0.0, 0.5, 0.9), "adam_eps": 1e-3}
 CHANGES = {
     "opd": EVERY_STAGE | LOOP | OPD,
     "grpo": LOOP | REWARDED | GRPO,
@@ -64,7 +64,6 @@ UNDER |= {"routing": ROUTED | {"routing": "task"}, "opd-train_rewards": ROUTED, 
 UNDER |= {"queries": {"steps": 3}, "query_beta": {"steps": 3, "queries": 1}, "query_range": {"steps": 3}}
 UNDER |= {"advantage_std": {"prompts_per_step": 4}, "window": {"window_range": (0, 2)}}
 UNDER |= {"window_range": {"steps": 3, "window": 1, "window_range": (0, 2)}}
-UNDER |= {"proximal": {"objective": "awm", "updates": 2}}
 
 
 @pytest.mark.parametrize("stage, name", ROWS, ids=map("-".join, ROWS))

@@ -1,7 +1,6 @@
-"""Stage nft: the identities of both losses in float64, the gradient of an iteration written out, GDPO's
-advantages by brute force. A reward that rises: tests/test_grpo.py."""
+"""Stage nft: the identities of its loss in float64, the gradient of an iteration written out. A reward
+that rises: tests/test_grpo.py."""
 
-import math
 import re
 from dataclasses import replace
 
@@ -14,13 +13,11 @@ from opd.config import NFTConfig
 from opd.data import prompts_of_step, seed_of
 from opd.diagnostics import brief
 from opd.families import sd3
-from opd.nft import Noised, awm_loss, nft_loss, old_share
+from opd.nft import Noised, nft_loss, old_share
 from opd.report import plots
-from opd.rewards import find_reward
-from opd.rewards.groups import advantages_of_each
 from tests import tiny
 from tests.tiny import distance, gradient_of, steps_by_hand, velocity_by_hand
-from tests.tiny_grpo import BRIGHT, advantages_by_hand, update_of
+from tests.tiny_grpo import advantages_by_hand, update_of
 
 CFG = NFTConfig()
 
@@ -54,25 +51,25 @@ def test_nft_is_the_released_loss(b):
         error = x - sigma * policy - x0
         terms.append(mean(error**2) / mean(error.detach().abs()))
     wanted = 5 * (r * terms[0] + (1 - r) * terms[1]) / b
-    loss = nft_loss(replace(CFG, strength=b), v, noised)
+    loss = nft_loss(v, noised, b)
     assert torch.allclose(loss, wanted, rtol=1e-12)
     assert distance(gradient(loss, v), gradient(wanted, v)) < 1e-12
 
 
 @pytest.mark.parametrize("b", [1.0, 0.1])
-def test_on_the_policy_nft_is_awm_with_a_weight(b):
-    """Whatever b, and though the loss itself does not depend on the reward there."""
+def test_on_the_policy_nft_is_a_weighted_policy_gradient(b):
+    """Of -|v - u|^2 as log-likelihood, as in AWM; whatever b, and though the loss itself does not depend on
+    the reward there."""
     advantage = torch.linspace(-4.5, 4.5, 5, dtype=torch.float64)
-    cfg = replace(CFG, strength=b, proximal=0.0)
     losses, gradients = [], []
     for sign in (1, -1):
         _, _, _, noised = drawn(sign * advantage)
         v = noised.v_old.clone().requires_grad_()
-        losses.append(nft_loss(cfg, v, noised))
+        losses.append(nft_loss(v, noised, b))
         gradients.append(gradient(losses[-1], v))
-        weight = noised.sigma_B / mean((noised.u - noised.v_old).abs())
-        of_awm = gradient(awm_loss(cfg, v, noised) * weight, v)
-        assert distance(gradients[-1], of_awm) < 1e-12
+        weight = noised.advantage_B * noised.sigma_B / mean((noised.u - noised.v_old).abs())
+        wanted = gradient(weight * mean((v - noised.u) ** 2), v)
+        assert distance(gradients[-1], wanted) < 1e-12
     assert torch.allclose(*losses, rtol=1e-12) and distance(gradients[0], -gradients[1]) < 1e-12
 
 
@@ -81,15 +78,7 @@ def test_with_the_best_reward_nft_is_flow_matching():
     x0, eps, v, noised = drawn(torch.full((5,), 5.0, dtype=torch.float64))
     weight = noised.sigma_B**2 / (noised.sigma_B * mean((v - noised.u).detach().abs()))
     wanted = 5 * weight * flow.flow_matching_loss(v, x0, eps)
-    assert torch.allclose(nft_loss(CFG, v, noised), wanted, rtol=1e-12)
-
-
-def test_awm_is_the_policy_gradient_and_the_proximal_term_by_hand():
-    """-A exp(logp - its constant), logp = -mean |v - u|^2."""
-    _, _, v, noised = drawn()
-    log_p = -mean((v - noised.u) ** 2)
-    wanted = -noised.advantage_B * (log_p - log_p.detach()).exp() + 0.3 * mean((v - noised.v_old) ** 2)
-    assert distance(gradient(awm_loss(replace(CFG, proximal=0.3), v, noised), v), gradient(wanted, v)) < 1e-12
+    assert torch.allclose(nft_loss(v, noised, 1.0), wanted, rtol=1e-12)
 
 
 def test_the_old_policy_follows_by_the_released_schedules():
@@ -112,7 +101,7 @@ def behind(world, **changes):
     return *others, trained, stage
 
 
-SETTINGS = [{"guidance": 2.0, "micro_batch": 3}, {"objective": "awm", "beta": 0.5}]
+SETTINGS = [{"guidance": 2.0, "micro_batch": 3}, {"beta": 0.5}]
 SETTINGS += [{"strength": 0.1, "levels": 0, "rollout": "sde"}]
 SETTINGS += [{"old_decay": (0.0, 0.0, 0.0), "beta": 0.0, "levels": 1, "level_range": (1, 3)}]
 
@@ -122,8 +111,7 @@ def test_the_first_update_written_out(world, changes):
     """Roll out sample by sample, score, noise each picture afresh, take the loss by autograd."""
     cfg, model, data, trained, stage = behind(world, **changes)
     prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-    sampler = "student" if cfg.objective == "awm" else "old"
-    steps = steps_by_hand(cfg, model, prompts, sampler, [cfg.rollout] * cfg.steps)
+    steps = steps_by_hand(cfg, model, prompts, "old", [cfg.rollout] * cfg.steps)
     latents = [after for _, i, _, after in steps if i == cfg.steps - 1]
     advantages = advantages_by_hand([model.decode(x) for x in latents], prompts)
 
@@ -139,14 +127,11 @@ def test_the_first_update_written_out(world, changes):
             a, old = advantages[n], v.detach()
             if not cfg.on_policy():
                 old = velocity("old", x, sigma, text).detach()
-            if cfg.objective == "awm":
-                loss = a * (v - u).square().mean() + 1.0 * (v - old).square().mean()
-            else:
-                r, b = 0.5 + a / 10, cfg.strength
-                pair = (old + b * (v - old), old - b * (v - old))
-                sizes = [(p - u).abs().mean().detach() for p in pair]
-                good, bad = (sigma * (p - u).square().mean() / s for p, s in zip(pair, sizes, strict=True))
-                loss = 5 / b * (r * good + (1 - r) * bad)
+            r, b = 0.5 + a / 10, cfg.strength
+            pair = (old + b * (v - old), old - b * (v - old))
+            sizes = [(p - u).abs().mean().detach() for p in pair]
+            good, bad = (sigma * (p - u).square().mean() / s for p, s in zip(pair, sizes, strict=True))
+            loss = 5 / b * (r * good + (1 - r) * bad)
             total = total + (loss + cfg.beta * (v - base).square().mean()) / levels_NL.numel()
     total.backward()
     wanted = gradient_of(trained)
@@ -163,13 +148,9 @@ def test_every_picture_draws_its_own_levels_once(world):
     assert torch.equal(drawn_NL, stage.drawn_levels(0)) and not torch.equal(drawn_NL, stage.drawn_levels(1))
 
 
-@pytest.mark.parametrize("objective", ["nft", "awm"])
-def test_the_old_policy_makes_nfts_pictures_and_not_awms(world, objective):
+def test_the_old_policy_makes_the_pictures(world):
     """It stays what it is for both updates of a rollout, then keeps a tenth of itself, as released."""
-    settings = {"objective": objective, "updates": 2, "old_decay": (0.0, 1.0, 0.1)}
-    if objective == "awm":
-        settings["proximal"] = 0.0
-    *_, model, _, trained, stage = build(world, **settings)
+    *_, model, _, trained, stage = build(world, updates=2, old_decay=(0.0, 1.0, 0.1))
     names, used = list(trained.parameters), set()
     before = {name: trained.old[name].detach().clone() for name in names}
     original, update, moves = trained.move_old, trained.update, []
@@ -190,7 +171,7 @@ def test_the_old_policy_makes_nfts_pictures_and_not_awms(world, objective):
     walk, layer = model.walk, lora.lora_layers(model.transformer)[0]
     model.walk = lambda *given: used.add(layer.slot) or walk(*given)
     stage.step(0)
-    assert moves == [0.1] and used == {"old" if objective == "nft" else "student"}
+    assert moves == [0.1] and used == {"old"}
     assert all(torch.allclose(trained.old[name], before[name], atol=1e-7) for name in names)
     assert any(not torch.equal(trained.old[name], trained.parameters[name]) for name in names)
 
@@ -209,77 +190,15 @@ def test_a_level_costs_a_pass_of_the_policy_and_of_each_that_is_asked(world, cha
     assert sum(rows) == cfg.prompts_per_step * cfg.group * (3 + 2 * passes)
 
 
-def test_terms_of_a_reward_are_normalised_one_by_one():
-    """GDPO: a term of a thousandth of the other's spread counts as much as it."""
-    rng = np.random.default_rng(0)
-    terms, tasks = rng.random((2, 5, 6)) * [[[1]], [[1e-3]]] * 50, ["a", "a", "b", "a", "b"]
-    weights = np.array([[0.7] * 5, [0.3, 0.3, 0, 0.3, 0]])[..., None]  # task b has one term
-    terms[1, [2, 4]] = 0.0
-    terms[0, 3, 1] = math.nan  # a dropped group
-    whole = {"a": [0, 1], "b": [2, 4]}
-    got = advantages_of_each(torch.tensor(terms), torch.tensor(weights), tasks, 1.2).numpy()
-    for task, groups in whole.items():
-        own = terms[: 2 if task == "a" else 1, groups]
-        spread = own.std(2, keepdims=True) + 1e-4
-        total = (weights[: len(own), groups] * (own - own.mean(2, keepdims=True)) / spread).sum(0)
-        wanted = np.clip((total - total.mean()) / (total.std() + 1e-4), -1.2, 1.2)
-        assert np.allclose(got[groups], wanted)
-    assert np.isnan(got[3]).all()
-    apart = find_reward(f"0.7*{BRIGHT}+0.3*opd.mini.rewards:quality").apart()
-    specs = [(weight, reward.spec) for weight, reward in apart]
-    assert specs == [(0.7, BRIGHT), (0.3, "opd.mini.rewards:quality")]
-
-
-def contrast(images, prompts, metadata):
-    """Fails for squares."""
-    scores = images.std((1, 2, 3))
-    scores[["square" in prompt for prompt in prompts]] = math.nan
-    return scores
-
-
-@pytest.mark.parametrize("weight", [-2.0, 0.0])
-def test_a_task_of_two_terms_beside_one_of_one(world, weight):
-    """A term that fails drops its own task's groups, whatever its weight."""
-    rewards = {"red": f"0.7*{BRIGHT}+{weight}*{__name__}:contrast", "blue": BRIGHT}
-    settings = {"prompts_per_step": 10, "micro_batch": 3, "updates": 2, "advantage_std": "each"}
-    cfg, model, data, _, stage = build(world, train_rewards=rewards, **settings)
-    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-    scores, original = np.zeros((2, 40)), stage.update
-
-    def update(parts, *arguments):
-        for sampled in (sampled for part in parts for sampled in part):
-            images = model.decode(sampled.x0)
-            scores[:, sampled.batch.samples] = torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))])
-        scored.append(arguments[1].numpy())
-        return original(parts, *arguments)
-
-    scored, stage.update = [], update
-    metrics, _ = stage.step(0)
-    squares = [prompt for prompt in prompts if prompt.task == "red" and "square" in prompt.text]
-    scores, wanted = scores.reshape(2, 10, 4), np.full((10, 4), np.nan)
-    for task, weights in (("red", (0.7, weight)), ("blue", (1.0, 0.0))):
-        groups = [p for p, prompt in enumerate(prompts) if prompt.task == task and prompt not in squares]
-        own = scores[:, groups]
-        each = (own - own.mean(2, keepdims=True)) / (own.std(2, keepdims=True) + 1e-4)
-        total = weights[0] * each[0] + weights[1] * each[1]
-        wanted[groups] = (total - total.mean()) / (total.std() + 1e-4)
-        summed = weights[0] * own[0] + weights[1] * own[1]
-        assert metrics["reward"][task] == pytest.approx(summed.mean())
-    np.testing.assert_allclose(scored[0], wanted, rtol=1e-3, atol=1e-4)
-    assert metrics["groups"]["dropped"] == len(squares) > 0 and len(metrics["failed_rewards"]) > 0
-
-
-def test_what_a_run_shows_of_itself(world, tmp_path, capsys):
-    """Before it, in the bar, on its page and card; without beta nobody knows the base."""
-    settings = {"iterations": 2, "save_every": 1, "objective": "awm"}
+def test_what_a_run_shows_of_itself(world, tmp_path):
+    """In the bar, in its curves and on its card; without beta nobody knows the base."""
+    settings = {"iterations": 2, "save_every": 1}
     folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "run"), beta=0.1, **settings))
-    assert re.search(r"^objective +awm$", capsys.readouterr().out, re.MULTILINE)
     assert re.fullmatch(r"reward red 0\.\d+ blue 0\.\d+, from_base=\S+", brief(folder.metrics()[1]))
     panels = {panel.get_title("left"): panel for panel in plots.curve_figure(folder.metrics(), {}).axes}
     expected = ["reward", "|v - v_base|², mean over dimensions", plots.SIZE, "loss", "gradient norm"]
     assert list(panels) == expected and panels[plots.SIZE].get_yscale() == "linear"
-    page, card = ((folder.path / name).read_text() for name in ("report.html", "student/README.md"))
-    assert "<th>objective</th><td>awm</td>" in page and "- objective: awm\n- reward of red: tests" in card
+    assert "- reward of red: tests" in (folder.path / "student/README.md").read_text()
     folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "other"), **settings))
     assert not {"kl", "from_base", "log_size"} & set(folder.metrics()[1])
     assert "grad_rms=" in brief(folder.metrics()[1])

@@ -13,8 +13,6 @@ from opd.cli import (
 )
 from opd.config.shared import Rollout, Rollouts
 
-Objectives = Literal["nft", "awm"]  # the table of opd/nft.py, which loads models and cannot be read here
-
 
 @dataclass(frozen=True)
 class RewardedConfig(Rollout):
@@ -24,9 +22,8 @@ class RewardedConfig(Rollout):
     """Trajectories per prompt; they are compared with each other, so at least 2."""
     train_rewards: Texts = field(default_factory=dict)
     """Task -> reward: module:function, a name from opd/rewards, or a sum like 0.7*a:b+0.3*c:d."""
-    advantage_std: Literal["global", "group", "each"] = "global"
-    """Advantages are divided by the std of all rewards of the task in this step, or of the group; each: every
-    term of a sum of rewards by its own std in the group, then their sum by its own (GDPO)."""
+    advantage_std: Literal["global", "group"] = "global"
+    """Advantages are divided by the std of all rewards of the task in this step, or of the group."""
     updates: Count = 1
     """Optimizer steps per rollout: the prompts are cut into so many parts."""
 
@@ -103,15 +100,13 @@ class GRPOConfig(RewardedConfig):
 
 @dataclass(frozen=True)
 class NFTConfig(RewardedConfig):
-    """Stage nft: a teacher grown from rewards without likelihoods, by DiffusionNFT or AWM."""
+    """Stage nft: a teacher grown from rewards without likelihoods, by DiffusionNFT."""
 
     stage = "nft"
     first = ("model", "prompts", "train_rewards", "prompts_per_step", "group", "iterations", "lr", "out")
 
     rollout: Rollouts = "ode"
     """How samples walk from noise to their picture. No likelihood is needed, so any will do."""
-    objective: Objectives = "nft"
-    """What pulls the velocity to the better pictures: nft (DiffusionNFT) or awm."""
     strength: Annotated[float, Positive] = 1.0
     """b of DiffusionNFT, its beta: the two implicit policies are v_old + b (v - v_old) and v_old - b (v -
     v_old). Smaller = a weaker pull back to the old policy; a step that begins at it is the same whatever b
@@ -122,14 +117,12 @@ class NFTConfig(RewardedConfig):
     level_range: tuple[int, int] = (0, 0)
     """Those that may be drawn: first, and one past the last, 0 being pure noise. 0 0 = all."""
     old_decay: Annotated[tuple[float, float, float], NotNegative] = (0.0, 0.001, 0.5)
-    """n0, slope, most: after each rollout, n updates in, the old policy, which makes nft's pictures and holds
-    awm back, keeps min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the
-    rest. 0 0 0 = it is the new one, and with one update a rollout costs no forward pass."""
-    proximal: Annotated[float, NotNegative] = 1.0
-    """awm: weight of |v - v_old|^2, which keeps a step small."""
+    """n0, slope, most: after each rollout, n updates in, the old policy, which makes the pictures, keeps
+    min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the rest. 0 0 0 = it
+    is the new one, and with one update a rollout costs no forward pass."""
     beta: Annotated[float, NotNegative] = 1e-4
     """Weight of |v - v_base|^2, the base being the adapter off; 0 = none, and no forward pass for it. Not in
-    the papers' losses but in their code; without it runs are known to collapse."""
+    the paper's loss but in its code; without it runs are known to collapse."""
     adam_eps: Annotated[float, Positive] = 1e-8
     """AdamW's epsilon. It is added to what the log calls grad_rms; where that is far below it, every step is
     damped."""
@@ -144,11 +137,6 @@ class NFTConfig(RewardedConfig):
         if self.levels > count:
             wanted = f"--levels {self.levels} exceeds the {count} noise levels that may be drawn"
             raise ValueError(f"{wanted}; lower it, raise --steps or widen --level-range")
-        for name, objective in (("strength", "nft"), ("proximal", "awm")):
-            value, unused = getattr(self, name), getattr(NFTConfig, name)
-            if self.objective != objective and value != unused:
-                only = f"--{name} {value:g} is for --objective {objective} alone"
-                raise ValueError(f"{only}; leave it at {unused:g}")
         if self.old_decay[-1] >= 1:
             decay = " ".join(f"{number:g}" for number in self.old_decay)
             raise ValueError(f"--old-decay {decay}: the old policy would never move; use a last below 1")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from opd import lora, ranks, routing, signals
-from opd.config import DistillationConfig, NFTConfig, RewardedConfig, Rollout, RunConfig
+from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
 from opd.data import Prompt, alike, seed_of
 from opd.formats.latents import Images
 from opd.lora import BASE, START
@@ -21,7 +21,7 @@ SHOWN = 9
 STAGES = {
     "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
     "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
-    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117, or AWM, 2509.25050)",
+    "nft": "reinforcement learning from rewards (DiffusionNFT, arXiv 2509.16117)",
     "sft": "flow matching on images with captions",
 }
 
@@ -39,8 +39,6 @@ def facts(cfg: RunConfig) -> dict[str, str]:
         if cfg.anchored():
             levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
             found["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}"
-    if isinstance(cfg, NFTConfig):
-        found["objective"] = cfg.objective
     if isinstance(cfg, RewardedConfig):
         found |= {f"reward of {task}": spec for task, spec in cfg.training_rewards().items()}
     return found

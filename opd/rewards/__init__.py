@@ -116,11 +116,6 @@ class Reward:
                     lines[term.name] += f"; reward: score / {term.function.divisor:g}"
         return lines
 
-    def apart(self) -> list[tuple[float, "Reward"]]:
-        """Its terms as rewards of their own, each with its weight."""
-        alone = [Reward(term.name, [Term(1.0, term.name, term.function)]) for term in self.terms]
-        return [(term.weight, reward) for term, reward in zip(self.terms, alone, strict=True)]
-
     def load(self, device: torch.device) -> None:
         """Load the models of every term that has some, unless this process has loaded them before."""
         for term in self.terms:

@@ -1,7 +1,7 @@
 """Groups of pictures of one prompt, their scores and advantages: what the stages share that learn from
 rewards.
 
-Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch; K terms of a sum of rewards.
+Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch.
 """
 
 import time
@@ -87,50 +87,33 @@ class Scores:
 
 
 class Scorers:
-    """The rewards of a run's tasks: each as a whole, or (--advantage-std each) the terms of its sum."""
+    """The rewards of a run's tasks."""
 
     def __init__(self, cfg: RewardedConfig, model: Model, rewards: dict[str, Reward]):
         self.cfg, self.model = cfg, model
-        self.of_task = {}
-        for task, spec in cfg.training_rewards().items():
-            whole = rewards[spec]
-            self.of_task[task] = whole.apart() if cfg.advantage_std == "each" else [(1.0, whole)]
-        self.pending: list[tuple[list[int], list[Scoring]]] = []
-        """Samples of a micro-batch, and a scoring for each term. They hold the images."""
+        self.of_task = {task: rewards[spec] for task, spec in cfg.training_rewards().items()}
+        self.pending: list[tuple[list[int], Scoring]] = []
+        """Samples of a micro-batch, and their scoring, which holds the images."""
 
     def start(self, task: str, samples: list[int], latents: Tensor, mine: list[Prompt]) -> None:
         """Decode a micro-batch and begin to score it, in a thread beside the next rollout."""
         images, texts = self.model.decode(latents), [prompt.text for prompt in mine]
-        metadata, timeout = [prompt.metadata for prompt in mine], self.cfg.reward_timeout
-        terms = [reward.start(images, texts, metadata, timeout) for _, reward in self.of_task[task]]
-        self.pending.append((samples, terms))
+        metadata = [prompt.metadata for prompt in mine]
+        scoring = self.of_task[task].start(images, texts, metadata, self.cfg.reward_timeout)
+        self.pending.append((samples, scoring))
 
     def wait(self, prompts: list[Prompt], step: int) -> Scores:
         """The scores of all ranks' samples, whose failures are said (collectives)."""
         pending, self.pending = self.pending, []
-        tasks_P, shape = [prompt.task for prompt in prompts], (len(prompts), self.cfg.group)
-        columns, failures, busy = [], [], 0.0
-        for k in range(max(len(terms) for terms in self.of_task.values())):
-            of_term = [(samples, terms[k]) for samples, terms in pending if k < len(terms)]
-            scores_N, failed, seconds = gather_scores(of_term, self.cfg.samples_per_step(), self.model.device)
-            columns.append(scores_N.view(shape))
-            failures += failed
-            busy += seconds
-        terms_KPG, weight_KP1 = torch.stack(columns), torch.zeros(len(columns), len(prompts), 1)
-        for p, task in enumerate(tasks_P):
-            weights = [weight for weight, _ in self.of_task[task]]
-            weight_KP1[: len(weights), p, 0] = torch.tensor(weights)
-            terms_KPG[len(weights) :, p] = 0.0  # which other tasks have, and nobody has scored for this one
-        rewards_PG = (weight_KP1 * terms_KPG).sum(0)
+        tasks_P = [prompt.task for prompt in prompts]
+        scores_N, failures, busy = gather_scores(pending, self.cfg.samples_per_step(), self.model.device)
+        rewards_PG = scores_N.view(len(prompts), self.cfg.group)
         metrics = reward_metrics(rewards_PG, tasks_P)
         if failures:
             metrics["failed_rewards"] = failures
         for failure in failures:
             say(f"step {step + 1}: no reward for {failure}; group dropped")
-        if self.cfg.advantage_std == "each":
-            advantage_PG = advantages_of_each(terms_KPG, weight_KP1, tasks_P, ADVANTAGE_CLIP)
-        else:
-            advantage_PG = advantages(rewards_PG, tasks_P, self.cfg.advantage_std, ADVANTAGE_CLIP)
+        advantage_PG = advantages(rewards_PG, tasks_P, self.cfg.advantage_std, ADVANTAGE_CLIP)
         return Scores(advantage_PG.float(), metrics, busy)
 
 
@@ -146,36 +129,17 @@ def advantages(rewards_PG: Tensor, tasks_P: list[str], scope: str, limit: float)
     """
     std_P1 = rewards_PG.std(1, correction=0, keepdim=True)
     if scope == "global":
-        std_P1 = of_task(rewards_PG, tasks_P)[1]
-    return (centred(rewards_PG) / (std_P1 + 1e-4)).clamp(-limit, limit)
+        std_P1 = std_of_task(rewards_PG, tasks_P)
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    return (centred_PG / (std_P1 + 1e-4)).clamp(-limit, limit)
 
 
-def advantages_of_each(terms_KPG: Tensor, weight_KP1: Tensor, tasks_P: list[str], limit: float) -> Tensor:
-    """GDPO: the terms of a sum of rewards are normalised in their groups one by one, so that none is lost
-    beside one of a larger spread; then their weighted sum over all groups of the task: (P, G), clipped.
-
-    A_k = (r_k - mean of the group) / (std of the group + 1e-4)
-    A = sum_k w_k A_k,  then (A - mean) / (std + 1e-4)
-    """
-    std_KP1 = terms_KPG.std(2, correction=0, keepdim=True)
-    each_KPG = centred(terms_KPG) / (std_KP1 + 1e-4)
-    sum_PG = (weight_KP1 * each_KPG).sum(0)
-    mean_P1, std_P1 = of_task(sum_PG, tasks_P)
-    return ((sum_PG - mean_P1) / (std_P1 + 1e-4)).clamp(-limit, limit)
-
-
-def centred(rewards: Tensor) -> Tensor:
-    """Minus the mean of the group, the last dimension."""
-    return rewards - rewards.mean(-1, keepdim=True)
-
-
-def of_task(values_PG: Tensor, tasks_P: list[str]) -> tuple[Tensor, Tensor]:
-    """Mean and population std (P, 1) over all whole groups of the prompt's task; NaN where it has none."""
-    whole_P = ~values_PG.isnan().any(1)
-    mean_P1, std_P1 = torch.full((2, len(values_PG), 1), torch.nan, dtype=values_PG.dtype)
+def std_of_task(rewards_PG: Tensor, tasks_P: list[str]) -> Tensor:
+    """Population std (P, 1) over all whole groups of the prompt's task; NaN where it has none."""
+    whole_P = ~rewards_PG.isnan().any(1)
+    std_P1 = torch.full((len(rewards_PG), 1), torch.nan, dtype=rewards_PG.dtype)
     for task in set(tasks_P):
         mine_P = torch.tensor([t == task for t in tasks_P])
         if (mine_P & whole_P).any():
-            of_task_MG = values_PG[mine_P & whole_P]
-            mean_P1[mine_P], std_P1[mine_P] = of_task_MG.mean(), of_task_MG.std(correction=0)
-    return mean_P1, std_P1
+            std_P1[mine_P] = rewards_PG[mine_P & whole_P].std(correction=0)
+    return std_P1
