@@ -186,8 +186,6 @@ class Plan:
     """w at each state."""
     anchor_T: list[float]
     """The anchor's weight (lambda) at each state."""
-    kl_T: list[float]
-    """Eq. 12's weight there, for the log; infinite where a step has no noise."""
     queried: list[int]
     """Indices of the states that are trained on."""
     metrics: dict
@@ -229,9 +227,8 @@ class Distillation:
 
     def metrics(self, plan: Plan, sums_RT: Tensor) -> dict:
         """The log's row of a step, from its sums on the CPU."""
-        sigmas, weights = self.model.sigmas(self.cfg.steps), (plan.weight_T, plan.anchor_T, plan.kl_T)
-        row = distance_metrics(sums_RT, plan.routed_NK, plan.queried, *weights, sigmas, self.names)
-        return row | plan.metrics
+        weights = plan.weight_T, plan.anchor_T
+        return distance_metrics(sums_RT, plan.routed_NK, plan.queried, *weights, self.names) | plan.metrics
 
     def accumulate(self, plan: Plan) -> tuple[Tensor, list[tuple[list[Prompt], Tensor]]]:
         """The gradient of one optimizer step over this rank's micro-batches, left in the student's .grad.
@@ -265,9 +262,8 @@ class Distillation:
         sigmas = self.model.sigmas(cfg.steps)
         weight_T = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
         anchor_T = routing.anchor_weights(sigmas[:-1], cfg.anchor_weight, cfg.anchor_levels)
-        kl_T = flow.state_weights("kl", sigmas, cfg.rollout, cfg.noise_level)
         queried = queried_states(cfg, step)
-        return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, kl_T, queried, metrics)
+        return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, queried, metrics)
 
     def walk(self, step: int, index: list[int], states: int) -> Iterator[State]:
         """The first `states` states of the trajectories of samples `index`, a function of (seed, step)."""

@@ -1,4 +1,4 @@
-"""What a step measured, in readable numbers: distances to teachers by noise level; ratios and rewards."""
+"""What a step measured, in readable numbers: distances to teachers; ratios and rewards."""
 
 import math
 
@@ -27,31 +27,24 @@ def distance_metrics(
     queried: list[int],
     weight_T: list[float],
     anchor_T: list[float],
-    kl_T: list[float],
-    sigmas: list[float],
     names: list[str],
 ) -> dict:
-    """The loss of a step (eq. 16); and of each teacher in `names` and of the anchor its weighted loss and its
-    KL by noise level; all in nats per dimension.
+    """The loss of a step (eq. 16), and that of each teacher in `names` and of the anchor by itself; with the
+    KL's weights in nats per dimension.
 
-    `sums_RT`: `summed` over the step. At each state w, the anchor's lambda, eq. 12's weight, the noise level.
+    `sums_RT`: `summed` over the step. At each state w, and the anchor's lambda.
     """
-    row = {"loss": 0.0}
-    trained = len(routed_NK) * len(queried)
-    for r, name in enumerate([*names, "anchor"]):
-        if name == "anchor":  # counts with all samples, where it has a weight
-            count, scale_T = len(routed_NK), anchor_T
-            states = [i for i in queried if anchor_T[i] > 0]
-        else:  # a teacher counts with its share of the samples
-            count, scale_T = float(routed_NK[:, r].sum()), [1.0] * len(anchor_T)
-            states = queried
-        if count == 0 or not states:
-            continue
-        sums = {i: float(sums_RT[r, i]) for i in states}
-        row["loss"] += sum(scale_T[i] * weight_T[i] * sums[i] for i in states) / trained
-        row[name] = {"loss": sum(weight_T[i] * sums[i] for i in states) / (count * len(states))}
-        noisy = [i for i in states if math.isfinite(kl_T[i])]
-        row[name]["kl"] = {f"{sigmas[i]:.3f}": kl_T[i] * sums[i] / count for i in noisy}
+    w_Q, anchor_Q = torch.tensor([weight_T, anchor_T], dtype=torch.float64)[:, queried]
+    loss_RQ, samples = sums_RT[:, queried] * w_Q, len(routed_NK)
+    whole = loss_RQ[:-1].sum() + (loss_RQ[-1] * anchor_Q).sum()
+    row = {"loss": float(whole) / (samples * len(queried))}
+    for k, name in enumerate(names):  # a teacher counts with its share of the samples
+        share = float(routed_NK[:, k].sum())
+        if share > 0:
+            row[name] = {"loss": float(loss_RQ[k].sum()) / (share * len(queried))}
+    anchored_Q = anchor_Q > 0  # the anchor with all of them, where it has a weight
+    if anchored_Q.any():
+        row["anchor"] = {"loss": float(loss_RQ[-1, anchored_Q].mean()) / samples}
     return row
 
 
