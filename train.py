@@ -182,12 +182,8 @@ class Plan:
     """Each sample's teacher, or weighted sum of teachers."""
     routed_NK: Tensor
     """The same as weights over the teachers."""
-    weight_T: list[float]
-    """w at each state."""
-    anchor_T: list[float]
-    """The anchor's weight (lambda) at each state."""
     queried: list[int]
-    """Indices of the states that are trained on."""
+    """Indices of the states that are trained on, rising."""
     metrics: dict
     """What was measured to make it: the rewards, with --routing reward."""
 
@@ -211,6 +207,11 @@ class Distillation:
         """The anchor's column; without one its weight is 0 at every state."""
         if cfg.anchored():
             self.anchor = self.names.index(cfg.anchor)
+        sigmas = model.sigmas(cfg.steps)
+        self.weight_T = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
+        """w at each state."""
+        self.anchor_T = routing.anchor_weights(sigmas[:-1], cfg.anchor_weight, cfg.anchor_levels)
+        """The anchor's weight (lambda) there."""
         self.router = None
         if cfg.routing == "reward":
             self.router = RewardRouter(cfg, model, rewards)
@@ -227,7 +228,7 @@ class Distillation:
 
     def metrics(self, plan: Plan, sums_RT: Tensor) -> dict:
         """The log's row of a step, from its sums on the CPU."""
-        weights = plan.weight_T, plan.anchor_T
+        weights = self.weight_T, self.anchor_T
         return distance_metrics(sums_RT, plan.routed_NK, plan.queried, *weights, self.names) | plan.metrics
 
     def accumulate(self, plan: Plan) -> tuple[Tensor, list[tuple[list[Prompt], Tensor]]]:
@@ -259,17 +260,13 @@ class Distillation:
             route_N, scores_PG = self.router.routes(prompts_N, route_N, self.walk, step)
             metrics = reward_metrics(scores_PG, [prompt.task for prompt in prompts])
         routed_NK = routing.rows(route_N, self.names)
-        sigmas = self.model.sigmas(cfg.steps)
-        weight_T = flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
-        anchor_T = routing.anchor_weights(sigmas[:-1], cfg.anchor_weight, cfg.anchor_levels)
-        queried = queried_states(cfg, step)
-        return Plan(step, prompts_N, route_N, routed_NK, weight_T, anchor_T, queried, metrics)
+        return Plan(step, prompts_N, route_N, routed_NK, queried_states(cfg, step), metrics)
 
-    def walk(self, step: int, index: list[int], states: int) -> Iterator[State]:
-        """The first `states` states of the trajectories of samples `index`, a function of (seed, step)."""
+    def walk(self, step: int, index: list[int]) -> Iterator[State]:
+        """The trajectories of samples `index`, a function of (seed, step)."""
         cfg = self.cfg
         path = self.model.path(cfg.steps, cfg.rollout, cfg.noise_level, (cfg.seed, step, "noise"))
-        return self.model.walk(path.until(states), seed_of(cfg.seed, step, "start"), index)
+        return self.model.walk(path, seed_of(cfg.seed, step, "start"), index)
 
     def walk_and_learn(self, plan: Plan, batch: MicroBatch) -> Tensor:
         """Walk a micro-batch from noise to its last queried state; at every queried state ask the teachers
@@ -282,7 +279,7 @@ class Distillation:
         text = model.text(prompts)
         # Whom to ask hangs on the state only by the anchor's weight (lambda) there.
         whom_at = {}
-        for weight in set(plan.anchor_T):
+        for weight in set(self.anchor_T):
             alpha_NK = routing.anchored(plan.routed_NK, self.anchor, weight)
             whom_at[weight] = teacher_queries(alpha_NK, batch, model.device)
         routed_BK = plan.routed_NK[batch.samples].to(model.device, non_blocking=True)
@@ -291,14 +288,14 @@ class Distillation:
         distances_BTK = torch.zeros(len(text), cfg.steps, len(teachers), device=model.device)
 
         # From noise on, state by state; the walk goes on at state.x_next, which each branch sets.
-        for state in self.walk(plan.step, batch.samples, max(plan.queried) + 1):
+        for state in self.walk(plan.step, batch.samples):
             signals.boundary()
             if state.i in plan.queried:
                 # The one forward pass of the student: it has the gradient, and it drives the rollout.
                 v = model.velocity(state.x, state.sigma_B, text, cfg.guidance)
-                whom = whom_at[plan.anchor_T[state.i]]
+                whom = whom_at[self.anchor_T[state.i]]
                 targets = ask(teachers, whom, state, prompts)
-                w_B = torch.full_like(state.sigma_B, plan.weight_T[state.i])
+                w_B = torch.full_like(state.sigma_B, self.weight_T[state.i])
                 # Eq. 16 and, in the same pass over memory, the student's step to the next state, a constant.
                 loss_B, squares_BK, x_next = self.estimate(state, v, targets, whom.alpha_BK, w_B)
                 (loss_B.sum() * scale).backward()
@@ -308,9 +305,11 @@ class Distillation:
                 # Not trained on: the student only walks past it.
                 with torch.no_grad():
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
+            if state.i == plan.queried[-1]:
+                break
             if cfg.walker == "teacher":  # off-policy: the sample's teachers take the step, not the anchor
                 if state.i not in plan.queried:
-                    targets = ask(teachers, whom_at[plan.anchor_T[state.i]], state, prompts)
+                    targets = ask(teachers, whom_at[self.anchor_T[state.i]], state, prompts)
                 state.step(mean_velocity(targets, routed_BK))
         return distances_BTK
 

@@ -85,7 +85,7 @@ class RewardRouter:
         for batch in micro_batches(samples, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
             text = model.text([prompts_N[n].asked for n in batch.samples])
             with lora.use(model.transformer, model.trained):
-                for state in walk(step, batch.samples, cfg.steps):
+                for state in walk(step, batch.samples):
                     signals.boundary()
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
             if any(batch.real):

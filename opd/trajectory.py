@@ -26,10 +26,6 @@ class Path:
     transitions: list[Transition]
     seeds: list[int]
 
-    def until(self, states: int) -> "Path":
-        """The first `states` steps of it."""
-        return Path(self.sigmas[: states + 1], self.transitions[:states], self.seeds[:states])
-
 
 @dataclass
 class State:

@@ -27,12 +27,12 @@ class Released(Distillation):
         for name in model.teachers:
             self.teachers[name] = in_mixed_precision(self.teachers[name], model.device, model.dtype)
 
-    def walk(self, step: int, index: list[int], states: int) -> Iterator[State]:
+    def walk(self, step: int, index: list[int]) -> Iterator[State]:
         """The states that are trained on, of trajectories that the student has walked to their end."""
         plan, kept = self.plan(step), []
         text = self.model.text([plan.prompts_N[n].asked for n in index])
         with torch.no_grad():
-            for state in super().walk(step, index, self.cfg.steps):
+            for state in super().walk(step, index):
                 state.step(self.model.velocity(state.x, state.sigma_B, text, self.cfg.guidance))
                 kept.append(state)
         return (state for state in kept if state.i in plan.queried)
