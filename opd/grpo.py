@@ -69,7 +69,7 @@ class GRPO:
         self.scorers = Scorers(cfg, model, rewards)
 
     def step(self, step: int) -> tuple[dict, float]:
-        """One iteration: sample, score, update; `epochs` passes over the rollout."""
+        """One iteration: sample, score, update."""
         return iteration(self, step)
 
     # ---- the rollout ----
@@ -145,18 +145,16 @@ class GRPO:
         advantage_N = advantage_PG.flatten()
         sums, largest = torch.zeros(len(STATISTICS)), torch.zeros(())
         norm = 0.0
-        turns = cfg.updates_per_step()
-        for turn in range(turns):
-            part = turn % cfg.updates
-            kept = int((~advantage_N.view(cfg.updates, -1)[part].isnan()).sum())
+        for turn, part in enumerate(parts):
+            kept = int((~advantage_N.view(cfg.updates, -1)[turn].isnan()).sum())
             if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
                 continue
-            more, drift = self.accumulate(parts[part], prompts, advantage_N, kept)
+            more, drift = self.accumulate(part, prompts, advantage_N, kept)
             if self.trained.updates == 0:
                 self_test(float(drift), cfg.clip_range)
             # Sent without waiting: the next line is the update's only wait for the device.
             more, drift = (tensor.to("cpu", non_blocking=True) for tensor in (more, drift))
-            of_update = self.trained.update(step, turn, turns)
+            of_update = self.trained.update(step, turn, cfg.updates)
             sums += more
             largest = torch.maximum(largest, drift)
             if math.isfinite(norm):

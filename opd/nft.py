@@ -130,7 +130,7 @@ class NFT:
         """The noise levels that each sample is trained at (N, L) float32, in the order in which they come: a
         function of (seed, step), the same on every rank."""
         cfg = self.cfg
-        grid = torch.tensor([self.model.sigmas(cfg.steps)[i] for i in cfg.trainable_levels()])
+        grid = torch.tensor(self.model.sigmas(cfg.steps)[: cfg.states()])
         generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, "levels"))
         order_NL = torch.rand(cfg.samples_per_step(), len(grid), generator=generator).argsort(1)
         return grid[order_NL[:, : cfg.states_per_sample()]]

@@ -77,7 +77,7 @@ def test_every_number_has_bounds(settings):
     hints = get_type_hints(type(settings))
     for field in fields(settings):
         kinds = {hints[field.name], *get_args(hints[field.name])}
-        if kinds & {int, float} and field.name not in ("query_range", "window_range", "level_range"):
+        if kinds & {int, float} and field.name not in ("query_range", "window_range"):
             assert field.name in bounded, field.name
 
 
@@ -159,8 +159,7 @@ grpo | --rollout cps | has no noise; add --skip-last, or train on earlier states
 grpo | --rollout ode | --noise-level 0.7 has no noise; use --rollout sde and a noise above 0
 grpo | --rollout cps --steps 6 --window 1 --window-range 0 6 | step 6 of --rollout cps --noise-level
 grpo | --steps 6 --window 1 --window-range 0 7 | --window 1 does not fit into --window-range 0 7 of the 6
-nft | --steps 6 --level-range 2 7 | --level-range 2 7 does not lie within the 6 noise levels of the rollout's
-nft | --steps 6 --skip-last --levels 6 | --levels 6 exceeds the 5 noise levels that may be drawn; lower it,
+nft | --steps 6 --skip-last --levels 6 | --levels 6 exceeds the 5 noise levels of the rollout's grid (--steps,
 nft | --old-decay 0 0.001 1 | --old-decay 0 0.001 1: the old policy would never move; use a last below 1
 """
 # The same, to be accepted.
@@ -179,7 +178,7 @@ opd | --cold-start some/adapter --group 1 --walker teacher
 grpo | --group 2 --beta 0 --updates 12 --prompts-per-step 12
 grpo | --window 3 --window-range 7 10
 grpo | --rollout cps --window 3 --window-range 6 9
-nft | --rollout cps --level-range 9 10 --levels 1 --beta 0 --group 2
+nft | --rollout cps --levels 1 --beta 0 --group 2
 """
 
 

@@ -139,7 +139,7 @@ def test_distillation(own, changes, most, gpu):
     assert found.total() <= most, dict(found)
 
 
-MORE = {"shared_start": True, "guard": True, "epochs": 2, "clip_range": 10.0}
+MORE = {"shared_start": True, "guard": True, "updates": 2, "clip_range": 10.0}
 SLOWER = [(tiny.grpo_config, MORE, 5), (tiny.nft_config, {}, 4)]
 REWARDED = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER]
 

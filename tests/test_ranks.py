@@ -29,7 +29,14 @@ def distil(world, out, **changes):
 
 
 def grow(world, out, **changes):
-    settings = SHORT | {"micro_batch": 5, "epochs": 2, "beta": 0.1, "clip_range": 1e-3} | changes
+    settings = SHORT | {
+        "prompts_per_step": 6,
+        "updates": 2,
+        "micro_batch": 5,
+        "beta": 0.1,
+        "clip_range": 1e-3,
+    }
+    settings |= changes
     return forked.command_line(tiny.grpo_config(world, out=str(out), decay="cosine", **settings))
 
 
@@ -68,8 +75,8 @@ SMALL = {"group": 3, "micro_batch": 1, "guidance": 2.0, "checkpointing": True}
 
 @pytest.mark.parametrize("shard_size, changes", [(1, {}), (2, SMALL)], ids=str)
 def test_grpo_on_two_processes_is_grpo_on_one(world, tmp_path, shard_size, changes):
-    """5 groups of 4 in micro-batches of 5, then of 3 in ones of 1, with padding: groups span micro-batches
-    and ranks, and their advantages do not change."""
+    """Two updates of 3 groups of 4 in micro-batches of 5, then of 3 in ones of 1, with padding: groups span
+    micro-batches and ranks, and their advantages do not change."""
     rows = []
     for processes, shard in ((1, 1), (2, shard_size)):
         out = tmp_path / str(processes)

@@ -197,7 +197,7 @@ def test_what_is_saved_is_the_student_or_its_moving_average(world, tmp_path, ema
 
 
 INTERRUPTED = [(tiny.config, changes) for changes in ({}, {"ema": 0.9}, {"decay": "cosine", "warmup": 2})]
-TURNS = {"ema": 0.9, "ema_every": 2, "epochs": 2, "updates": 2}
+TURNS = {"ema": 0.9, "ema_every": 2, "updates": 2}
 INTERRUPTED += [(tiny.grpo_config, changes) for changes in ({}, TURNS)]
 INTERRUPTED += [(tiny.nft_config, {"ema": 0.9, "updates": 2, "old_decay": (0.0, 0.1, 0.5)})]
 

@@ -74,8 +74,6 @@ class GRPOConfig(RewardedConfig):
     shared_start: bool = False
     """Start the trajectories of a group from the same noise (DanceGRPO): their rewards then differ by the
     SDE's steps alone, and up to the first of these one forward pass serves the group."""
-    epochs: Count = 1
-    """Passes over the rollout."""
 
     def check(self, world: int) -> None:
         super().check(world)
@@ -94,9 +92,6 @@ class GRPOConfig(RewardedConfig):
     def states_per_sample(self) -> int:
         return self.window or self.states()
 
-    def updates_per_step(self) -> int:
-        return self.epochs * self.updates
-
 
 @dataclass(frozen=True)
 class NFTConfig(RewardedConfig):
@@ -114,8 +109,6 @@ class NFTConfig(RewardedConfig):
     levels: Annotated[int, Range(0, 10_000)] = 0
     """Noise levels of the rollout's grid that every picture is noised to, drawn for it without replacement.
     Each costs a pass with gradients, and one without for the old policy and for the base. 0 = all."""
-    level_range: tuple[int, int] = (0, 0)
-    """Those that may be drawn: first, and one past the last, 0 being pure noise. 0 0 = all."""
     old_decay: Annotated[tuple[float, float, float], NotNegative] = (0.0, 0.001, 0.5)
     """n0, slope, most: after each rollout, n updates in, the old policy, which makes the pictures, keeps
     min(slope (n - n0), most) of itself, nothing before n0, and moves to the new one by the rest. 0 0 0 = it
@@ -129,27 +122,16 @@ class NFTConfig(RewardedConfig):
 
     def check(self, world: int) -> None:
         super().check(world)
-        low, high = self.level_range
-        if (low, high) != (0, 0) and not 0 <= low < high <= self.states():
-            span = f"the {self.states()} noise levels of the rollout's grid (--steps, --skip-last)"
-            raise ValueError(f"--level-range {low} {high} does not lie within {span}")
-        count = len(self.trainable_levels())
-        if self.levels > count:
-            wanted = f"--levels {self.levels} exceeds the {count} noise levels that may be drawn"
-            raise ValueError(f"{wanted}; lower it, raise --steps or widen --level-range")
+        if self.levels > self.states():
+            count = f"the {self.states()} noise levels of the rollout's grid (--steps, --skip-last)"
+            raise ValueError(f"--levels {self.levels} exceeds {count}; lower it, or raise --steps")
         if self.old_decay[-1] >= 1:
             decay = " ".join(f"{number:g}" for number in self.old_decay)
             raise ValueError(f"--old-decay {decay}: the old policy would never move; use a last below 1")
-
-    def trainable_levels(self) -> range:
-        """Indices of the grid's noise levels that may be drawn."""
-        if self.level_range == (0, 0):
-            return range(self.states())
-        return range(*self.level_range)
 
     def on_policy(self) -> bool:
         """Whether every update begins at the old policy, so that none has to ask it."""
         return self.old_decay[-1] == 0 and self.updates == 1
 
     def states_per_sample(self) -> int:
-        return self.levels or len(self.trainable_levels())
+        return self.levels or self.states()
