@@ -35,7 +35,7 @@ from opd import compiled, errors, flow, lora, ranks, routing, signals
 from opd.cli import describe, given_fields, parse, starting_point
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RewardedConfig, RunConfig
 from opd.config.own import step_aside
-from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step, seed_of
+from opd.data import MicroBatch, Pools, Prompt, micro_batches, prompts_of_step, seed_of
 from opd.diagnostics import brief, distance_metrics, name_non_finite, reward_metrics, summed
 from opd.estimators import ESTIMATORS
 from opd.grpo import GRPO
@@ -48,7 +48,7 @@ from opd.report.card import check_login
 from opd.report.memory import forecast
 from opd.report.report import Report
 from opd.report.tracker import check_tracker
-from opd.rewards import Reward
+from opd.rewards import Rewards
 from opd.runfolder import RunFolder
 from opd.setup import Data, absent, contents, set_up
 from opd.sft import SFT
@@ -192,12 +192,7 @@ class Distillation:
     """Stage opd: the student walks, and at each state is pulled to its teachers' velocity."""
 
     def __init__(
-        self,
-        cfg: DistillationConfig,
-        model: Model,
-        pools: dict[str, list[Prompt]],
-        rewards: dict[str, Reward],
-        trained: Trained,
+        self, cfg: DistillationConfig, model: Model, pools: Pools, rewards: Rewards, trained: Trained
     ):
         self.cfg, self.model, self.pools, self.trained = cfg, model, pools, trained
         self.teachers = load_teachers(cfg, model, pools)
@@ -334,9 +329,7 @@ def queried_states(cfg: DistillationConfig, step: int) -> list[int]:
 Stage = Distillation | GRPO | NFT | SFT
 
 
-def choose_stage(
-    cfg: RunConfig, model: Model, data: Data, rewards: dict[str, Reward], trained: Trained
-) -> Stage:
+def choose_stage(cfg: RunConfig, model: Model, data: Data, rewards: Rewards, trained: Trained) -> Stage:
     """The work of a step: `stage.step(number)` -> (metrics, gradient norm)."""
     if isinstance(cfg, DistillationConfig):
         return Distillation(cfg, model, data, rewards, trained)

@@ -37,6 +37,10 @@ class Prompt:
         return asked_of(self.text, self.pictures)
 
 
+Pools = dict[str, list[Prompt]]
+"""Task -> its prompts."""
+
+
 def asked_of(text: str, pictures: tuple[str, ...]) -> Asked:
     return Edit(text, pictures) if pictures else text
 
@@ -67,7 +71,7 @@ def fair_sample(pool: list[Prompt], count: int, per_prompt: int = 1) -> list[tup
 
 
 def prompts_of_step(
-    pools: dict[str, list[Prompt]],
+    pools: Pools,
     mix: dict[str, int],
     count: int,
     seed: int,

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from opd import kernels, lora, ranks, signals, trajectory
 from opd.config import GRPOConfig
-from opd.data import MicroBatch, Prompt, seed_of
+from opd.data import MicroBatch, Pools, Prompt, seed_of
 from opd.diagnostics import STATISTICS, policy_metrics
 from opd.families import Condition
 from opd.lora import BASE
 from opd.model import Model
 from opd.optim import Trained
-from opd.rewards import Reward
+from opd.rewards import Rewards
 from opd.rewards.groups import Scorers, iteration
 from opd.trajectory import State
 
@@ -56,14 +56,7 @@ class SharedPrefix:
 class GRPO:
     """Stage grpo: each step samples groups of images, scores them, and updates the policy that made them."""
 
-    def __init__(
-        self,
-        cfg: GRPOConfig,
-        model: Model,
-        pools: dict[str, list[Prompt]],
-        rewards: dict[str, Reward],
-        trained: Trained,
-    ):
+    def __init__(self, cfg: GRPOConfig, model: Model, pools: Pools, rewards: Rewards, trained: Trained):
         self.cfg, self.model = cfg, model
         self.pools, self.trained = pools, trained
         self.scorers = Scorers(cfg, model, rewards)

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from opd import flow, kernels, lora, ranks, signals
 from opd.config import NFTConfig
-from opd.data import MicroBatch, Prompt, seed_of
+from opd.data import MicroBatch, Pools, Prompt, seed_of
 from opd.diagnostics import MATCHING, matching_metrics
 from opd.grpo import squared_difference
 from opd.lora import BASE, OLD
 from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
-from opd.rewards import Reward
+from opd.rewards import Rewards
 from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, iteration
 
 SMALLEST_WEIGHT = 1e-5
@@ -61,14 +61,7 @@ class Noised:
 class NFT:
     """Stage nft: each step samples groups of images, scores them, and matches the velocity to them."""
 
-    def __init__(
-        self,
-        cfg: NFTConfig,
-        model: Model,
-        pools: dict[str, list[Prompt]],
-        rewards: dict[str, Reward],
-        trained: Trained,
-    ):
+    def __init__(self, cfg: NFTConfig, model: Model, pools: Pools, rewards: Rewards, trained: Trained):
         self.cfg, self.model = cfg, model
         self.pools, self.trained = pools, trained
         self.scorers = Scorers(cfg, model, rewards)

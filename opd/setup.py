@@ -9,7 +9,7 @@ import torch
 from opd import compiled, lora, ranks
 from opd.cli import flag_words
 from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
-from opd.data import Asked, Edit, Prompt, prompts_of_step
+from opd.data import Asked, Edit, Pools, prompts_of_step
 from opd.errors import require
 from opd.files import LARGE, digest, reading, resolve
 from opd.formats import merging
@@ -23,17 +23,17 @@ from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
 from opd.report.report import asked_by_reports, grid_prompts, is_scored, splits
-from opd.rewards import Reward, find_reward, specs_of
+from opd.rewards import Rewards, find_reward, specs_of
 from opd.teachers import teacher_names
 
-Data = dict[str, list[Prompt]] | Images
+Data = Pools | Images
 """What a stage trains on: prompts per task, or images with captions."""
 READ = {"prompts": False, "heldout": False, "sample_prompts": False, "data": False}
 READ |= {"model": True, "cold_start": True, "merge_from": True, "teachers": True}
 """Fields that name what a run reads -> whether the Hub may have it."""
 
 
-def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, dict[str, Reward]]:
+def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
     """(the model, what to train on, every reward of the run by its spec), all of them checked and loaded.
 
     ValueError or FileNotFoundError, naming the value, for what the user can mend.
@@ -170,7 +170,7 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[Asked], list[lis
     return pools, shown, steps
 
 
-def load_rewards(cfg: RunConfig, model: Model, data: Data) -> dict[str, Reward]:
+def load_rewards(cfg: RunConfig, model: Model, data: Data) -> Rewards:
     """Every reward that the run will call, found and loaded once; those to train on are tried on grey
     images."""
     if isinstance(cfg, SFTConfig):

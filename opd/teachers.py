@@ -13,11 +13,11 @@ from torch import Tensor
 
 from opd import flow, lora, ranks, routing, signals
 from opd.config import DistillationConfig
-from opd.data import Asked, MicroBatch, Prompt, micro_batches
+from opd.data import Asked, MicroBatch, Pools, Prompt, micro_batches
 from opd.errors import require
 from opd.lora import BASE
 from opd.model import Model
-from opd.rewards import Reward
+from opd.rewards import Rewards
 from opd.rewards.scoring import gather_scores
 from opd.trajectory import State
 
@@ -34,7 +34,7 @@ def route_of(cfg: DistillationConfig, prompt: Prompt) -> str:
     return cfg.route(prompt.task)
 
 
-def teacher_names(cfg: DistillationConfig, pools: dict[str, list[Prompt]]) -> list[str]:
+def teacher_names(cfg: DistillationConfig, pools: Pools) -> list[str]:
     """The columns of alpha: the teachers that some task or prompt is routed to, then the anchor if it is none
     of them. ValueError naming the prompt whose own route cannot be followed."""
     names = []
@@ -68,7 +68,7 @@ class RewardRouter:
     of the same seeds. It costs one more rollout.
     """
 
-    def __init__(self, cfg: DistillationConfig, model: Model, rewards: dict[str, Reward]):
+    def __init__(self, cfg: DistillationConfig, model: Model, rewards: Rewards):
         self.cfg, self.model = cfg, model
         self.reward_of = {task: rewards[cfg.train_rewards[task]] for task in cfg.prompts}
 
@@ -127,9 +127,7 @@ class RewardRouter:
 # ---- teachers: which velocity would they take? -------------------------------------------------------------
 
 
-def load_teachers(
-    cfg: DistillationConfig, model: Model, pools: dict[str, list[Prompt]]
-) -> dict[str, Teacher]:
+def load_teachers(cfg: DistillationConfig, model: Model, pools: Pools) -> dict[str, Teacher]:
     """Name -> teacher for every column of alpha. Whatever teaches must be on the model by now."""
     teachers = {}
     for name in teacher_names(cfg, pools):

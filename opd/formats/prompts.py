@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from opd.data import Prompt
+from opd.data import Pools, Prompt
 from opd.errors import require
 from opd.files import reading, resolve
 from opd.formats.pictures import source_pictures
@@ -80,7 +80,7 @@ def _read_csv(file: Path):
         return [(reader.line_num, dict(row)) for row in reader]
 
 
-def load_tasks(files: dict[str, str]) -> dict[str, list[Prompt]]:
+def load_tasks(files: dict[str, str]) -> Pools:
     """All prompts by task. A file may name its lines' tasks itself; every task must end up with prompts."""
     tasks = list(files)
     pools = {task: [] for task in tasks}

@@ -180,6 +180,10 @@ class Reward:
         return Scoring(self, images_BCHW, prompts, metadata, timeout)
 
 
+Rewards = dict[str, Reward]
+"""Spec -> reward."""
+
+
 def _find_function(name: str, spec: str) -> Callable:
     """The function called `name`, or the instance of the class; `spec` is what the user wrote."""
     path, *argument = name.split("@", 1)

@@ -16,7 +16,7 @@ from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step
 from opd.diagnostics import reward_metrics
 from opd.model import Model
 from opd.ranks import say
-from opd.rewards import Reward
+from opd.rewards import Rewards
 from opd.rewards.scoring import Scoring, gather_scores
 
 ADVANTAGE_CLIP = 5.0
@@ -89,7 +89,7 @@ class Scores:
 class Scorers:
     """The rewards of a run's tasks."""
 
-    def __init__(self, cfg: RewardedConfig, model: Model, rewards: dict[str, Reward]):
+    def __init__(self, cfg: RewardedConfig, model: Model, rewards: Rewards):
         self.cfg, self.model = cfg, model
         self.of_task = {task: rewards[spec] for task, spec in cfg.training_rewards().items()}
         self.pending: list[tuple[list[int], Scoring]] = []
