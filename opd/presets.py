@@ -50,11 +50,21 @@ SD35_TAUGHT = {"teachers": SD35_TEACHERS, "anchor": "deqa"}
 FLOW_OPD = {**SD35_OPD, **SD35_TAUGHT, "guidance": 4.5, "teacher_guidance": 4.5}
 PAPER = {**FLOW_OPD, **LARGE_STEPS}
 
-# Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these: give
-# --teachers and --prompts, and an --anchor with its --anchor-weight if there is one.
 AT_1024 = {"resolution": "1024", "micro_batch": 1, "checkpointing": True}
-WITHOUT_TEACHERS = {**REAL_OPD, **SMALL_STEPS, **FROM_BASE, **AT_1024}
 
+
+def of_family(model: str, guidance: float, eval_steps: int) -> DistillationConfig:
+    """Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these:
+    give --teachers and --prompts, and an --anchor with its --anchor-weight if there is one."""
+    sampled = {"guidance": guidance, "teacher_guidance": guidance, "eval_steps": eval_steps}
+    return DistillationConfig(model=model, **REAL_OPD, **SMALL_STEPS, **FROM_BASE, **AT_1024, **sampled)
+
+
+# A teacher's task: its prompts and its reward.
+OF_TASK = {
+    task: {"prompts": {task: SD35_PROMPTS[task]}, "train_rewards": {task: SD35_REWARDS[task]}}
+    for task in SD35_PROMPTS
+}
 # Flow-GRPO's numbers, beta too, though our KL is 1 / D of its code's: 4.4 times as much over these states. A
 # rollout of 1,152 pictures is read by the OCR reward in some minutes on one core.
 BATCHES = {"prompts_per_step": 48, "group": 24, "updates": 2, "micro_batch": 8, "checkpointing": True}
@@ -139,82 +149,23 @@ REAL_PRESETS: dict[str, RunConfig] = {
         micro_batch=2,
         checkpointing=True,
     ),
-    "flux": DistillationConfig(
-        **WITHOUT_TEACHERS,
-        model="black-forest-labs/FLUX.1-dev",
-        guidance=3.5,
-        teacher_guidance=3.5,
-        eval_steps=28,
-    ),
-    "flux_kontext": DistillationConfig(
-        **WITHOUT_TEACHERS,
-        model="black-forest-labs/FLUX.1-Kontext-dev",
-        guidance=3.5,
-        teacher_guidance=3.5,
-        eval_steps=28,
-    ),
+    "flux": of_family("black-forest-labs/FLUX.1-dev", guidance=3.5, eval_steps=28),
+    "flux_kontext": of_family("black-forest-labs/FLUX.1-Kontext-dev", guidance=3.5, eval_steps=28),
     # Paints, and edits the source pictures of prompts that have some, in one run.
-    "flux2": DistillationConfig(
-        **WITHOUT_TEACHERS,
-        model="black-forest-labs/FLUX.2-klein-base-4B",
-        guidance=4.0,
-        teacher_guidance=4.0,
-        eval_steps=50,
-    ),
-    "qwen_image": DistillationConfig(
-        **WITHOUT_TEACHERS, model="Qwen/Qwen-Image", guidance=4.0, teacher_guidance=4.0, eval_steps=50
-    ),
-    "qwen_image_edit": DistillationConfig(
-        **WITHOUT_TEACHERS,
-        model="Qwen/Qwen-Image-Edit-2509",
-        guidance=4.0,
-        teacher_guidance=4.0,
-        eval_steps=50,
-    ),
+    "flux2": of_family("black-forest-labs/FLUX.2-klein-base-4B", guidance=4.0, eval_steps=50),
+    "qwen_image": of_family("Qwen/Qwen-Image", guidance=4.0, eval_steps=50),
+    "qwen_image_edit": of_family("Qwen/Qwen-Image-Edit-2509", guidance=4.0, eval_steps=50),
     # 5 of the pipeline's guidance_scale is 6 here (opd/families/z_image.py).
-    "z_image": DistillationConfig(
-        **WITHOUT_TEACHERS, model="Tongyi-MAI/Z-Image", guidance=6.0, teacher_guidance=6.0, eval_steps=50
-    ),
-    "sd35-grpo-geneval": GRPOConfig(
-        **SD35_GRPO,
-        prompts={"geneval": SD35_PROMPTS["geneval"]},
-        train_rewards={"geneval": SD35_REWARDS["geneval"]},
-        beta=0.04,
-        lr=3e-4,
-    ),
-    "sd35-grpo-ocr": GRPOConfig(
-        **SD35_GRPO,
-        prompts={"ocr": SD35_PROMPTS["ocr"]},
-        train_rewards={"ocr": SD35_REWARDS["ocr"]},
-        beta=0.04,
-        lr=3e-4,
-    ),
-    "sd35-grpo-pickscore": GRPOConfig(
-        **SD35_GRPO,
-        prompts={"pickscore": SD35_PROMPTS["pickscore"]},
-        train_rewards={"pickscore": SD35_REWARDS["pickscore"]},
-        beta=0.01,
-        lr=3e-4,
-    ),
-    "sd35-nft-geneval": NFTConfig(
-        **SD35_NFT,
-        prompts={"geneval": SD35_PROMPTS["geneval"]},
-        train_rewards={"geneval": SD35_REWARDS["geneval"]},
-    ),
+    "z_image": of_family("Tongyi-MAI/Z-Image", guidance=6.0, eval_steps=50),
+    "sd35-grpo-geneval": GRPOConfig(**SD35_GRPO, **OF_TASK["geneval"], beta=0.04, lr=3e-4),
+    "sd35-grpo-ocr": GRPOConfig(**SD35_GRPO, **OF_TASK["ocr"], beta=0.04, lr=3e-4),
+    "sd35-grpo-pickscore": GRPOConfig(**SD35_GRPO, **OF_TASK["pickscore"], beta=0.01, lr=3e-4),
+    "sd35-nft-geneval": NFTConfig(**SD35_NFT, **OF_TASK["geneval"]),
     # An old policy that stays behind for longer, and a b of .1.
     "sd35-nft-ocr": NFTConfig(
-        **SD35_NFT,
-        prompts={"ocr": SD35_PROMPTS["ocr"]},
-        train_rewards={"ocr": SD35_REWARDS["ocr"]},
-        strength=0.1,
-        old_decay=(75.0, 0.0075, 0.999),
-        updates=2,
+        **SD35_NFT, **OF_TASK["ocr"], strength=0.1, old_decay=(75.0, 0.0075, 0.999), updates=2
     ),
-    "sd35-nft-pickscore": NFTConfig(
-        **SD35_NFT,
-        prompts={"pickscore": SD35_PROMPTS["pickscore"]},
-        train_rewards={"pickscore": SD35_REWARDS["pickscore"]},
-    ),
+    "sd35-nft-pickscore": NFTConfig(**SD35_NFT, **OF_TASK["pickscore"]),
     # The anchor's teacher: it sees the prompts of all tasks, so that it has something to say about each.
     "sd35-grpo-quality": GRPOConfig(
         **SD35_GRPO,
