@@ -13,7 +13,6 @@ from the rollout to the update: the state that is trained on is, to the bit, the
 Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -130,35 +129,11 @@ class GRPO:
 
     # ---- the update ----
 
-    def update(
-        self, parts: list[list[Sampled]], prompts: list[Prompt], advantage_PG: Tensor, step: int
-    ) -> tuple[dict, float]:
-        """All optimizer steps of the iteration: (metrics, gradient norm)."""
-        cfg = self.cfg
-        advantage_N = advantage_PG.flatten()
-        sums, largest = torch.zeros(len(STATISTICS)), torch.zeros(())
-        norm = 0.0
-        for turn, part in enumerate(parts):
-            kept = int((~advantage_N.view(cfg.updates, -1)[turn].isnan()).sum())
-            if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
-                continue
-            more, drift = self.accumulate(part, prompts, advantage_N, kept)
-            if self.trained.updates == 0:
-                self_test(float(drift), cfg.clip_range)
-            # Sent without waiting: the next line is the update's only wait for the device.
-            more, drift = (tensor.to("cpu", non_blocking=True) for tensor in (more, drift))
-            of_update = self.trained.update(step, turn, cfg.updates)
-            sums += more
-            largest = torch.maximum(largest, drift)
-            if math.isfinite(norm):
-                norm = of_update
-        return policy_metrics(sums, largest, cfg.beta), norm
-
     def accumulate(
-        self, part: list[Sampled], prompts: list[Prompt], advantage_N: Tensor, kept: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient of one update, left in .grad. Returns the sums of STATISTICS and the largest |ratio - 1|,
-        of all ranks."""
+        self, part: list[Sampled], prompts: list[Prompt], advantage_N: Tensor, kept: int, step: int
+    ) -> Tensor:
+        """Gradient of one update, left in .grad. Returns the sums of STATISTICS over `kept` samples and their
+        states, and last the largest |ratio - 1|, of all ranks."""
         sums = torch.zeros(len(STATISTICS), device=self.model.device)
         largest = torch.zeros((), device=self.model.device)
         for sampled in part:
@@ -166,7 +141,15 @@ class GRPO:
             more, drift = self.learn(sampled, prompts, advantage_N, scale)
             sums += more
             largest = torch.maximum(largest, drift)
-        return ranks.total(sums), ranks.largest(largest)
+        sums, largest = ranks.total(sums), ranks.largest(largest)
+        if self.trained.updates == 0:
+            self_test(float(largest), self.cfg.clip_range)
+        return torch.cat([sums, largest[None]])
+
+    def finish(self, found: list[Tensor], norm: float, step: int) -> dict:
+        """The metrics, from what the updates found."""
+        rows_US = torch.stack(found or [torch.zeros(len(STATISTICS) + 1)])
+        return policy_metrics(rows_US[:, :-1].sum(0), rows_US[:, -1].max(), self.cfg.beta)
 
     def learn(
         self, sampled: Sampled, prompts: list[Prompt], advantage_N: Tensor, scale: float

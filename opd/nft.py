@@ -16,7 +16,6 @@ the gradient is -2 A sigma (u - v_old) / mean |u - v_old| whatever b is.
 Shapes: P prompts, G samples each, N = P G samples, L noise levels each; B samples of a micro-batch.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -90,34 +89,27 @@ class NFT:
 
     # ---- the update ----
 
-    def update(
-        self, parts: list[list[Sampled]], prompts: list[Prompt], advantage_PG: Tensor, step: int
-    ) -> tuple[dict, float]:
-        """All optimizer steps of the iteration: (metrics, gradient norm)."""
-        cfg = self.cfg
-        advantage_N = advantage_PG.flatten()
+    def accumulate(
+        self, part: list[Sampled], prompts: list[Prompt], advantage_N: Tensor, kept: int, step: int
+    ) -> Tensor:
+        """Gradient of one update, left in .grad. Returns the sums of MATCHING over `kept` samples and their
+        levels, of all ranks."""
         sigma_NL = self.drawn_levels(step)
-        sums, norm = torch.zeros(len(MATCHING)), 0.0
-        for turn, part in enumerate(parts):
-            kept = int((~advantage_N.view(cfg.updates, -1)[turn].isnan()).sum())
-            if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
-                continue
-            of_part = torch.zeros(len(MATCHING), device=self.model.device)
-            scale = ranks.world() / (kept * sigma_NL.shape[1])
-            for sampled in part:
-                of_part += self.learn(sampled, prompts, advantage_N, sigma_NL, step, scale)
-            # Sent without waiting: the next line is the update's only wait for the device.
-            of_part = ranks.total(of_part).to("cpu", non_blocking=True)
-            of_update = self.trained.update(step, turn, cfg.updates)
-            sums += of_part
-            if math.isfinite(norm):
-                norm = of_update
-        if sums[-1] > 0:  # else the step is skipped, and nothing moves
-            # After all updates: every one of them compares with the policy that made the images.
+        sums = torch.zeros(len(MATCHING), device=self.model.device)
+        scale = ranks.world() / (kept * sigma_NL.shape[1])
+        for sampled in part:
+            sums += self.learn(sampled, prompts, advantage_N, sigma_NL, step, scale)
+        return ranks.total(sums)
+
+    def finish(self, found: list[Tensor], norm: float, step: int) -> dict:
+        """The metrics, from what the updates found. The old policy follows after all of them: each compares
+        with the policy that made the images."""
+        cfg, sums = self.cfg, sum(found, torch.zeros(len(MATCHING)))
+        if found:  # else the step is skipped, and nothing moves
             self.trained.move_old(old_share(cfg, (step + 1) * cfg.updates))
         count = sum(parameter.numel() for parameter in self.trained.parameters.values())
         # Of the gradient that AdamW sees, which is clipped.
-        return matching_metrics(sums, cfg.beta) | {"grad_rms": min(norm, cfg.clip) / count**0.5}, norm
+        return matching_metrics(sums, cfg.beta) | {"grad_rms": min(norm, cfg.clip) / count**0.5}
 
     def drawn_levels(self, step: int) -> Tensor:
         """The noise levels that each sample is trained at (N, L) float32, in the order in which they come: a

@@ -4,6 +4,7 @@ rewards.
 Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ def iteration(stage, step: int) -> tuple[dict, float]:
 
     The rollout's prompts are cut into `updates` parts, one optimizer step each. Scores of a micro-batch are
     computed in a thread while the next one is rolled out. `stage.sample` makes a micro-batch's pictures and
-    starts to score them; `stage.update` learns from all of them.
+    starts to score them; `stage.accumulate` leaves the gradient of a part; `stage.finish` makes the metrics.
     """
     cfg = stage.cfg
     started = time.perf_counter()
@@ -45,8 +46,8 @@ def iteration(stage, step: int) -> tuple[dict, float]:
     scores = stage.scorers.wait(prompts, step)
     scored = time.perf_counter()
 
-    metrics, norm = stage.update(parts, prompts, scores.advantage_PG, step)
-    metrics |= scores.metrics
+    found, norm = update(stage, parts, prompts, scores.advantage_PG.flatten(), step)
+    metrics = stage.finish(found, norm, step) | scores.metrics
     metrics["seconds"] = {
         "rollout": rolled - started,
         "reward": scored - rolled,
@@ -54,6 +55,25 @@ def iteration(stage, step: int) -> tuple[dict, float]:
         "scoring": scores.busy,
     }
     return metrics, norm
+
+
+def update(
+    stage, parts: list[list], prompts: list[Prompt], advantage_N: Tensor, step: int
+) -> tuple[list[Tensor], float]:
+    """An optimizer step for each part: what `stage.accumulate` returned for each, on the CPU; the gradient
+    norm."""
+    found, norm = [], 0.0
+    for turn, part in enumerate(parts):
+        kept = int((~advantage_N.view(len(parts), -1)[turn].isnan()).sum())
+        if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
+            continue
+        # Sent without waiting: the next line is the update's only wait for the device.
+        of_part = stage.accumulate(part, prompts, advantage_N, kept, step)
+        found.append(of_part.to("cpu", non_blocking=True))
+        of_update = stage.trained.update(step, turn, len(parts))
+        if math.isfinite(norm):
+            norm = of_update
+    return found, norm
 
 
 def batches_of_part(
