@@ -118,6 +118,7 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
     written = json.loads(out.read_text())
     scorers = {cell["scorer"] for cell in written["cells"] if cell["task"] == "red"}
     assert scorers == {f"{HERE}:bright", f"{HERE}:reddish", "jpeg_compressibility", *MEASURES}
+    assert written["guidance"] == {"base": 1.0, "red": 1.0}
 
 
 def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, tmp_path):

@@ -198,8 +198,10 @@ def publish(args: Arguments, records: list[Record], scorers: Scorers) -> None:
     for line in [*tables.remarks(records, scorers.specs()), *scorers.abouts()]:
         print(line)
     if args.out:
+        used = [record for record in records if "guidance" in record.settings]
         whole = {
             "settings": vars(args),
+            "guidance": {record.row: record.settings["guidance"] for record in used},
             "scores": tables.scores_of(cells, scorers.first),
             "cells": [asdict(cell) for cell in cells],
             "scorers": scorers.abouts(),
