@@ -84,17 +84,6 @@ def test_ground_truth_scores_one(reward, task, lively, noise):
     assert mean_score(reward, through_vae(x_BCHW), prompts) >= (0.999 if noise == 0 else 0.99)
 
 
-def test_wrong_prompts_score_low():
-    rng = np.random.default_rng(0)
-    for task, reward, most in (
-        ("compose", rewards.compose, 0.35),
-        ("compose", rewards.compose_strict, 0.02),
-        ("text", rewards.text, 0.25),
-    ):
-        prompts = TEST_PROMPTS[task]
-        assert mean_score(reward, render_all(prompts), list(rng.permutation(prompts))) <= most
-
-
 @pytest.mark.parametrize(
     "prompt, drawn, credit",
     [
