@@ -89,16 +89,9 @@ MIX = {**MINI_GRPO, "prompts_per_step": 15}
 
 # The same without likelihoods, on-policy, at four of the six noise levels (opd/nft.py). On the earlier
 # base twice the learning rate, or half the pictures an iteration, collapsed.
-NFT = {
-    "group": 8,
-    "micro_batch": 48,
-    "steps": 6,
-    "levels": 4,
-    "old_decay": (0.0, 0.0, 0.0),
-    **WATCHED,
-    "ema": 0.9,
-}
-NFT_TEACHER = {**MINI, **NFT, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS, "prompts_per_step": 12}
+NFT = {"group": 8, "micro_batch": 48, "steps": 6, "levels": 4, "old_decay": (0.0, 0.0, 0.0), "ema": 0.9}
+NFT_TEACHER = {**MINI, **NFT, **WATCHED, "heldout": MINI_HELDOUT, "rewards": MINI_SCORERS}
+NFT_TEACHER |= {"prompts_per_step": 12}
 
 # The editing miniature (opd/mini/edits.py): two tasks change a picture, one paints. The teachers that edit
 # are rewarded for the edit and for what they leave as it was.
@@ -127,6 +120,7 @@ EDIT_GRPO = {**EDIT, **GRPO, "window_range": (0, 3), "prompts_per_step": 12, "lr
 
 # Flow matching: a base from nothing, and the base on further pictures.
 PRETRAIN = {"full": True, "weight_decay": 0.01}
+RARELY = {"save_every": 500, "sample_every": 500}
 WHOLE = {"prompts_per_step": 64, "micro_batch": 64}
 
 # ---- the runs ----------------------------------------------------------------------------------------------
@@ -154,6 +148,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
     ),
     "mini-base": SFTConfig(
         **PRETRAIN,
+        **RARELY,
         **WHOLE,
         model="runs/mini-pipeline",
         data="runs/mini-data/base",
@@ -161,8 +156,6 @@ MINI_PRESETS: dict[str, RunConfig] = {
         lr=1e-3,
         warmup=200,
         ema=0.999,
-        save_every=500,
-        sample_every=500,
     ),
     # 64 px signs and the real OCR reward (opd/mini/signs.py).
     "mini-ocr-base": SFTConfig(
@@ -234,6 +227,7 @@ MINI_PRESETS: dict[str, RunConfig] = {
     "mini-edit": DistillationConfig(**STUDENT, **EARLY, **SMALL_STEPS, **EDIT_OPD),
     "mini-edit-base": SFTConfig(
         **PRETRAIN,
+        **RARELY,
         model=EDITS_PIPELINE,
         prompts_per_step=32,
         micro_batch=32,
@@ -242,8 +236,6 @@ MINI_PRESETS: dict[str, RunConfig] = {
         lr=1e-3,
         warmup=200,
         ema=0.998,
-        save_every=500,
-        sample_every=500,
     ),
 }
 MINI_PRESETS |= {
