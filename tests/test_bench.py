@@ -80,9 +80,7 @@ def test_flops_and_memory(both):
 # The rank is the shipped teachers'.
 WHOLE_RUNS = {
     "mini": "--prompts-per-step 6 --micro-batch 6 --rank 16",
-    "mini-compose": "--prompts-per-step 2 --micro-batch 16 --window 0 --no-shared-start --steps 2",
     "mini-text": "--prompts-per-step 2 --micro-batch 8 --window 0 --no-shared-start --steps 2 --updates 2",
-    "mini-nft-text": "--prompts-per-step 2 --micro-batch 16 --steps 2 --levels 2 --old-decay 0 1 0.5",
     "mini-nft-compose": "--prompts-per-step 2 --micro-batch 8 --steps 2 --levels 2 --updates 2",
 }
 
