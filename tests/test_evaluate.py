@@ -109,7 +109,7 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
 REFUSED = [
     (["--per-prompt", "0"], "--per-prompt is 0"),
     (["--rewards", "blue=a:b"], "task 'red' has no scorer; add --rewards red=module:function"),
-    (["--rewards", "red=tests.test_rewards:needs_target"], "needs_target' needs 'target'"),
+    (["--rewards", "red=tests.test_rewards:needs_target"], "needs_target needs 'target'"),
     (["--prompts", "--heldout"], "both empty"),
     (["--adapters", "type=x"], "--adapters: the name 'type' is taken; choose another"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),

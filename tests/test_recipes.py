@@ -118,11 +118,10 @@ def test_routing_by_reward_asks_the_teacher_whose_reward_finds_most(world):
 
 def test_a_reward_that_needs_metadata_does_not_claim_prompts_without(world):
     cfg = tiny.config(world, routing="reward", train_rewards={"red": BRIGHT, "blue": DARK})
-    rewards = {BRIGHT: find_reward(BRIGHT), DARK: find_reward(DARK)}
-    rewards[DARK].metadata_keys = ("words",)
+    rewards = {BRIGHT: find_reward(BRIGHT), DARK: find_reward("tests.test_rewards:needs_target")}
     router = RewardRouter(cfg, SimpleNamespace(device=torch.device("cpu")), rewards)
     batch = MicroBatch([0, 1], [1, 1], [0, 1])
-    prompts = [Prompt("a", "red"), Prompt("b", "red", {"words": 1})]
+    prompts = [Prompt("a", "red"), Prompt("b", "red", {"target": 1})]
     pending = {"red": [], "blue": []}
     router.start(batch, prompts, torch.rand(2, 3, 4, 4), pending)
     judged = {task: [samples for samples, _ in mine] for task, mine in pending.items()}

@@ -24,11 +24,11 @@ HERE = "tests.test_rewards"
 CPU = torch.device("cpu")
 
 
-def scaled(images, prompts, metadata):
-    return torch.tensor([float(m["target"] * m["scale"]) for m in metadata])
+def needs_target(images, prompts, metadata):
+    return torch.tensor([float(m["target"]) for m in metadata])
 
 
-scaled.metadata_keys = ("scale", "target")
+needs_target.metadata_keys = ("target",)
 
 
 class Counted:
@@ -159,11 +159,11 @@ def test_a_weighted_sum_is_the_sum_by_hand(spec, a, b):
 
 
 def test_a_sum_needs_the_metadata_of_all_its_terms():
-    reward = rewards.find_reward(f"{HERE}:brightness + 2*{HERE}:scaled")
-    assert reward(torch.zeros(1, 3, 4, 4), [""], [{"target": 1, "scale": 5}]).tolist() == [10.0]
-    lacks = rf"'mine': a.jsonl:7 'x' lacks a field .*: {HERE}:scaled needs 'scale' with every prompt"
+    reward = rewards.find_reward(f"{HERE}:brightness + 2*{HERE}:needs_target")
+    assert reward(torch.zeros(1, 3, 4, 4), [""], [{"target": 5}]).tolist() == [10.0]
+    lacks = rf"'mine': a.jsonl:7 'x' lacks a field .*: {HERE}:needs_target needs 'target' with every prompt"
     with pytest.raises(ValueError, match=lacks):
-        reward.check_metadata("mine", [Prompt("x", "mine", {"target": 1}, "a.jsonl:7")])
+        reward.check_metadata("mine", [Prompt("x", "mine", {"n": 1}, "a.jsonl:7")])
 
 
 def test_a_class_is_made_once_for_an_argument_and_loaded_once():
