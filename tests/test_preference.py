@@ -220,7 +220,7 @@ def test_a_pickle_that_would_run_code_is_refused(folder, tmp_path):
 
 def test_missing_weights_are_named(folder, tmp_path):
     missing = {f"pickscore@{tmp_path}/no": "CLIP '.*no': no such file"}
-    missing[f"hpsv2@{folder},{folder}"] = "HPSv2 .*there is no file 'HPS_v2.1_compressed.pt'"
+    missing[f"hpsv2@{folder},{folder}"] = "hpsv2@.*No such file .*HPS_v2.1_compressed.pt"
     for spec, message in missing.items():
         with pytest.raises(ValueError, match=message):
             loaded(spec)

@@ -36,10 +36,8 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
         odd = re.search("[\0\ud800-\udfff]", text)
         require(not odd, f"{where}: the prompt holds a NUL or half a surrogate pair; save it as plain UTF-8")
         if tasks is not None and own_task not in tasks:
-            raise ValueError(
-                f"{where}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} "
-                "(add TASK=FILE to --prompts, or correct the line)"
-            )
+            fix = "add TASK=FILE to --prompts, or correct the line"
+            raise ValueError(f"{where}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} ({fix})")
         pictures = source_pictures(row, file.parent, where)
         prompts.append(Prompt(text, own_task, row, where, pictures))
     if not prompts:
@@ -88,8 +86,6 @@ def load_tasks(files: dict[str, str]) -> Pools:
         for prompt in load_prompts(path, task, tasks):
             pools[prompt.task].append(prompt)
     for task, pool in pools.items():
-        if not pool:
-            raise ValueError(
-                f"task {task!r} has no prompts: every line of {files[task]!r} names another task"
-            )
+        others = f"every line of {files[task]!r} names another task"
+        require(len(pool) > 0, f"task {task!r} has no prompts: {others}")
     return pools

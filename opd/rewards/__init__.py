@@ -66,8 +66,9 @@ SHORT = {
     "remote": "opd.rewards.remote:Remote",
 }
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d\d?)?"
-_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*([\w./~-]+(?::\w+)?(?:@[^\s+*]+)?)\s*"
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?"
+_NAME = rf"(?:[\w./~-]+:\w+|(?:{'|'.join(SHORT)})\b)(?:@[^\s+*]+)?"
+_TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*({_NAME})\s*"
 _LOADED = {}  # id -> function or instance whose load() has run in this process
 
 
@@ -78,13 +79,13 @@ def specs_of(text: str) -> list[str]:
 
 def find_reward(spec: str) -> "Reward":
     """The reward called `spec`, its modules imported and its classes made."""
-    if not re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec, re.IGNORECASE):
+    if not re.fullmatch(rf"{_TERM}(?:\+{_TERM})*", spec):
         raise ValueError(
             f"scorer {spec!r}: write it as file.py:function, module:function, as one of the short names "
             f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
             "0.7*module:a+0.3*module:b (an argument holds no space, + or *)"
         )
-    found = re.findall(_TERM, spec, re.IGNORECASE)
+    found = re.findall(_TERM, spec)
     return Reward(
         spec, [Term(float(weight or 1), name, _find_function(name, spec)) for weight, name in found]
     )
@@ -187,11 +188,6 @@ Rewards = dict[str, Reward]
 def _find_function(name: str, spec: str) -> Callable:
     """The function called `name`, or the instance of the class; `spec` is what the user wrote."""
     path, *argument = name.split("@", 1)
-    if ":" not in path and path not in SHORT:
-        known = ", ".join(SHORT)
-        raise ValueError(
-            f"scorer {spec!r}: no short name {path!r} ({known}); use file.py:function or module:function"
-        )
     module, _, attribute = SHORT.get(path, path).rpartition(":")
     # Whatever the user's module or class raises.
     with reading(f"scorer {spec!r}: importing or making {name}"):

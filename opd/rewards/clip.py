@@ -88,21 +88,10 @@ def read_weights(what: str, source: str, name: str) -> dict[str, Tensor]:
     or a pickle that torch.load reads with weights_only=True."""
     from safetensors.torch import load_file
 
-    file = file_in(what, source, name)
+    file = locate(what, source, [name])
+    if file.is_dir():
+        file = file / name
     if file.suffix == ".safetensors":
         return load_file(file)
     weights = torch.load(file, map_location="cpu", weights_only=True)
-    if "state_dict" in weights:
-        return weights["state_dict"]
-    return weights
-
-
-def file_in(what: str, source: str, name: str) -> Path:
-    """The file `source`, or the file `name` of a directory or Hub repository. FileNotFoundError naming what
-    is missing."""
-    found = locate(what, source, [name])
-    if found.is_dir():
-        found = found / name
-    if not found.is_file():
-        raise FileNotFoundError(f"{what} {source!r}: there is no file {found.name!r} in it")
-    return found
+    return weights.get("state_dict", weights)

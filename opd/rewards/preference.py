@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from opd.rewards.clip import VIT_H, VIT_L, Clip, file_in, load_clip, load_processor, read_weights, with_clip
+from opd.formats.hub import locate
+from opd.rewards.clip import VIT_H, VIT_L, Clip, load_clip, load_processor, read_weights, with_clip
 from opd.rewards.inputs import pictures, source_fault, sources_of, versions
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -119,7 +120,7 @@ class HPSv2:
 
         weights = read_weights("HPSv2", self.source, HPS_FILE)
         processor = load_processor(self.clip_source)
-        config = CLIPConfig.from_pretrained(file_in("CLIP", self.clip_source, "config.json"))
+        config = CLIPConfig.from_pretrained(locate("CLIP", self.clip_source, ["config.json"]))
         model = CLIPModel(config).float()
         model.load_state_dict(in_transformers_names(weights))
         self.clip = Clip(model, processor, device)
