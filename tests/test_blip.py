@@ -2,7 +2,7 @@
 
 import re
 import sys
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,17 +68,13 @@ def spacy_that_knows(models):
     def load(name):
         if name not in models:
             raise OSError(f"[E050] Can't find model {name!r}")
+        return lambda text: SimpleNamespace(noun_chunks=map(part_of, text.split(" and ")))
 
-        def parse(text):
-            chunks = [types.SimpleNamespace(text=part) for part in text.split(" and ")]
-            return types.SimpleNamespace(noun_chunks=iter(chunks))
+    return SimpleNamespace(load=load, __spec__=SimpleNamespace())
 
-        return parse
 
-    module = types.ModuleType("spacy")
-    module.load = load
-    module.__spec__ = types.SimpleNamespace()
-    return module
+def part_of(text):
+    return SimpleNamespace(text=text)
 
 
 def test_without_a_list_the_phrases_are_spacys_noun_chunks(reward, images_BCHW, monkeypatch):
