@@ -23,11 +23,13 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     ValueError names the file, the line and the fix; FileNotFoundError a source picture that is not there.
     """
     file = resolve(path)
-    readers = {".txt": _read_txt, ".jsonl": read_jsonl, ".csv": _read_csv}
+    readers = {".txt": read_txt, ".jsonl": read_jsonl, ".csv": read_csv}
     if file.suffix not in readers:
         raise ValueError(f"prompts {path!r}: unknown ending {file.suffix!r}; use one of {', '.join(readers)}")
+    with reading(str(file)):
+        content = file.read_text(encoding="utf-8-sig")
     prompts = []
-    for number, row in readers[file.suffix](file):
+    for number, row in readers[file.suffix](file, content):
         where, own_task = f"{path}:{number}", str(row.pop("task", None) or task)
         texts = [key for key in TEXT_KEYS if isinstance(row.get(key), str)]
         text = row.pop(texts[0]).strip() if texts else ""
@@ -45,26 +47,19 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
     return prompts
 
 
-def numbered_lines(file: Path) -> list[tuple[int, str]]:
-    """(line number, line) of a UTF-8 file, blank lines left out. Unlike `splitlines`, U+2028 and its like do
-    not end a line."""
-    lines = read_utf8(file).split("\n")
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+def lines_of(content: str) -> list[tuple[int, str]]:
+    """(number, line) of those that are not blank. Unlike `splitlines`, U+2028 and its like do not end one."""
+    return [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
-def read_utf8(file: Path) -> str:
-    """The text of a file. ValueError naming it where it is not UTF-8."""
-    with reading(str(file)):
-        return file.read_text(encoding="utf-8-sig")
+def read_txt(file: Path, content: str):
+    """(line number, fields), as every reader's."""
+    return [(number, {"prompt": line}) for number, line in lines_of(content)]
 
 
-def _read_txt(file: Path):
-    return [(number, {"prompt": line}) for number, line in numbered_lines(file)]
-
-
-def read_jsonl(file: Path):
-    """(line number, object) of every line. ValueError naming the line that is none."""
-    for number, line in numbered_lines(file):
+def read_jsonl(file: Path, content: str):
+    """ValueError naming a line that is no object."""
+    for number, line in lines_of(content):
         with reading(f"{file}:{number}: not JSON"):
             row = json.loads(line)
         if not isinstance(row, dict):
@@ -72,8 +67,8 @@ def read_jsonl(file: Path):
         yield number, row
 
 
-def _read_csv(file: Path):
-    reader = csv.DictReader(io.StringIO(read_utf8(file), newline=""))
+def read_csv(file: Path, content: str):
+    reader = csv.DictReader(io.StringIO(content, newline=""))
     with reading(f"{file}: not CSV"):
         return [(reader.line_num, dict(row)) for row in reader]
 
