@@ -53,35 +53,30 @@ def test_what_a_file_holds(tmp_path, name):
         assert found == prompts and [p.metadata for p in found] == [p.metadata for p in prompts]
 
 
-# (file name, content or None, expected error, pieces of the message)
+# (file name, content or None, pieces of the message)
 BAD_FILES = [
-    ("a.txt", None, ValueError, ["a.txt: [Errno 2] No such file"]),
-    ("a.csv", "prompt\n", ValueError, ["a.csv", "holds no prompt"]),
-    ("a.txt", "caf\udce9\n", ValueError, ["a.txt: 'utf-8' codec can't decode"]),
-    ("a.csv", "prompt\ncaf\udce9\n", ValueError, ["a.csv: 'utf-8' codec can't decode"]),
-    ("a.parquet", "x", ValueError, ["a.parquet", "'.parquet'", ".txt, .jsonl, .csv"]),
-    ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', ValueError, ["a.jsonl:2", "not JSON"]),
-    ("a.jsonl", '{"prompt": "x"}\n{"words": "y"}\n', ValueError, ["a.jsonl:2", "no prompt"]),
-    (
-        "a.jsonl",
-        '{"prompt": "x", "task": "u"}\n',
-        ValueError,
-        ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"],
-    ),
-    ("a.csv", "words,task\nx,t\n", ValueError, ["a.csv:2", "no prompt on this line"]),
-    ("a.txt", "x\nred\0dot\n", ValueError, ["a.txt:2", "holds a NUL"]),
-    ("a.jsonl", '{"prompt": "half \\ud800"}\n', ValueError, ["a.jsonl:1", "half a surrogate pair"]),
-    ("a.jsonl", "[" * 100_000, ValueError, ["a.jsonl:1", "not JSON"]),
-    ("a.csv", "prompt\n" + "y" * 200_000, ValueError, ["a.csv: not CSV"]),
-    ("a.csv", 'prompt,task\n"x\ny",t\nz,u\n', ValueError, ["a.csv:4", "unknown task 'u'"]),
+    ("a.txt", None, ["a.txt: [Errno 2] No such file"]),
+    ("a.csv", "prompt\n", ["a.csv", "holds no prompt"]),
+    ("a.txt", "caf\udce9\n", ["a.txt: 'utf-8' codec can't decode"]),
+    ("a.csv", "prompt\ncaf\udce9\n", ["a.csv: 'utf-8' codec can't decode"]),
+    ("a.parquet", "x", ["a.parquet", "'.parquet'", ".txt, .jsonl, .csv"]),
+    ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', ["a.jsonl:2", "not JSON"]),
+    ("a.jsonl", '{"prompt": "x"}\n{"words": "y"}\n', ["a.jsonl:2", "no prompt"]),
+    ("a.jsonl", '{"prompt": "x", "task": "u"}\n', ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"]),
+    ("a.csv", "words,task\nx,t\n", ["a.csv:2", "no prompt on this line"]),
+    ("a.txt", "x\nred\0dot\n", ["a.txt:2", "holds a NUL"]),
+    ("a.jsonl", '{"prompt": "half \\ud800"}\n', ["a.jsonl:1", "half a surrogate pair"]),
+    ("a.jsonl", "[" * 100_000, ["a.jsonl:1", "not JSON"]),
+    ("a.csv", "prompt\n" + "y" * 200_000, ["a.csv: not CSV"]),
+    ("a.csv", 'prompt,task\n"x\ny",t\nz,u\n', ["a.csv:4", "unknown task 'u'"]),
 ]
 
 
-@pytest.mark.parametrize("name, content, error, pieces", BAD_FILES)
-def test_bad_files_are_refused_by_line(name, content, error, pieces, tmp_path):
+@pytest.mark.parametrize("name, content, pieces", BAD_FILES)
+def test_bad_files_are_refused_by_line(name, content, pieces, tmp_path):
     if content is not None:
         write(tmp_path, name, content)
-    with pytest.raises(error) as caught:
+    with pytest.raises(ValueError) as caught:
         load_prompts(str(tmp_path / name), "t", ["t", "other"])
     assert all(piece in str(caught.value) for piece in pieces), caught.value
 

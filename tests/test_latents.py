@@ -65,10 +65,7 @@ LATENTS = {"latents": torch.ones(3, 4, 4, 4)}
 
 WRONG_LINES = [
     (["{"], "metadata.jsonl:1: not JSON"),
-    (
-        [ROW, {"label": "y"}],
-        "metadata.jsonl:2: no prompt on this line; give it one under",
-    ),
+    ([ROW, {"label": "y"}], "metadata.jsonl:2: no prompt on this line; give it one under"),
     ([], "metadata.jsonl': the file holds no prompt"),
     ([ROW, ROW | {"file_name": "gone.png"}], "1 images that do not exist, first: "),
     ([ROW, {"prompt": "x"}], 'metadata.jsonl:2 has no "file_name"'),
