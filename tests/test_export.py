@@ -209,14 +209,8 @@ def test_of_several_records_the_largest_guidance_counts(folder, tmp_path, capsys
 
 def test_a_broken_record_ends_in_one_line_before_weights_load(folder, tmp_path):
     shutil.copytree(student(folder), tmp_path / "broken")
-    for record, message in BROKEN.items():
+    for record, message in {'{"steps": 1': "not JSON", '{"steps": 0}': "--steps is 0"}.items():
         (tmp_path / "broken" / export.FILE).write_text(record)
         for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, [])):
             with pytest.raises(SystemExit, match=f"^error: .*broken.*: {message}"):
                 main(["--model", "/nowhere", "--adapters", f"x={tmp_path / 'broken'}", *more])
-
-
-BROKEN = {
-    '{"steps": 1': "not JSON",
-    '{"steps": 0}': "--steps is 0",
-}

@@ -29,11 +29,7 @@ from opd.files import read_json
 
 PIPELINE = "Flux2KleinPipeline"
 # The attention of both streams; in the single blocks it is one projection with the MLP.
-LORA_TARGETS = (
-    *JOINT_ATTENTION,
-    "attn.to_qkv_mlp_proj",
-    "single_transformer_blocks.*.attn.to_out",
-)
+LORA_TARGETS = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
 # The pipeline's own: it pads every prompt, and the transformer sees the padding. A tokenizer may allow fewer.
 TOKENS = 512
 LARGEST = 1024**2  # pixels of a source picture
