@@ -24,9 +24,6 @@ LORA_TARGETS = JOINT_ATTENTION
 T5_TOKENS = 512  # the pipeline's own; all of them are seen, there is no mask
 
 
-# ---------------------------------------------------------------- weights
-
-
 def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' converter knows every tool's names in kohya's spelling, and wants an alpha, here r."""
     kohya = {}

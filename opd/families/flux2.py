@@ -36,9 +36,6 @@ LARGEST = 1024**2  # pixels of a source picture
 STEPS = 50  # the pipeline's default: its shift depends on the number of steps
 
 
-# ---------------------------------------------------------------- weights
-
-
 def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' converter, except for the last modulation: (shift, scale) with BFL, (scale, shift) with
     diffusers, as its reader of checkpoints knows and this converter does not."""

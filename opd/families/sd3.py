@@ -23,9 +23,6 @@ T5_TOKENS = 128  # sequence length of the T5 prompt in training and evaluation
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
-# ---------------------------------------------------------------- weights
-
-
 def load_transformer(folder: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
     """Under the meta device its table of positions is not computed, some ten seconds for SD3.5: it is in the
     file."""

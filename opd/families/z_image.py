@@ -30,9 +30,6 @@ LORA_TARGETS = (
 TOKENS = 512  # where the pipeline cuts a prompt off
 
 
-# ---------------------------------------------------------------- weights
-
-
 def blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
     """Image tokens and text tokens each have refiners of their own before the joint layers."""
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
