@@ -140,3 +140,18 @@ def test_a_run_makes_what_it_needs_once_then_trains_then_scores(tmp_path, calls)
     assert found["held_out"] == {"compose": 0.0, "text": 0.1, "quality": 0.2}
     assert found["quality_of"] == {"compose": 0.4, "text": 0.4, "quality": 0.2}
     assert found["variety"] == dict.fromkeys(runs.TASKS, 0.25) and found["errors"]["text"] == 0.01
+
+
+@pytest.mark.slow
+def test_a_small_run_for_real(tmp_path, monkeypatch):
+    flags = "--iterations 2 --prompts-per-step 3 --watch-every 2 --watch-prompts 3"
+    monkeypatch.setitem(study.RECIPES, "ode", runs.Recipe("small", flags, preset="mini"))
+    for name, value in {"COUNT": 3, "RESULTS": tmp_path, "PAGES": ()}.items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study.plots, "draw", lambda results: None)
+    study.main(["--runs", "ode", "--seeds", "0", "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "ode-0.json").read_text())
+    assert found["flags"] == flags and found["iterations"] == 2
+    assert [point["step"] for point in found["curve"]] == [2]
+    assert all(0 <= score <= 1 for score in found["held_out"].values())
+    assert found["held_out"].keys() == found["quality_of"].keys() == set(runs.TASKS)
