@@ -40,9 +40,6 @@ class RewardedConfig(Rollout):
                 way_out = f"add --train-rewards {task}=module:function"
                 raise ValueError(f"task {task!r} has no reward to train on; {way_out}")
 
-    def updates_per_step(self) -> int:
-        return self.updates
-
     def training_rewards(self) -> dict[str, str]:
         """Task -> reward that training asks."""
         return {task: self.train_rewards[task] for task in self.prompts}

@@ -181,10 +181,6 @@ class RunConfig(Logistics):
         """States of a trajectory that a step trains on; an image is noised once."""
         return 1
 
-    def updates_per_step(self) -> int:
-        """Optimizer steps of one step of the run."""
-        return 1
-
     def deployed_guidance(self) -> float:
         """The guidance that the student is to be sampled with."""
         if self.deploy_guidance == 0:

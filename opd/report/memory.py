@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd import lora, ranks
-from opd.config import DistillationConfig, GRPOConfig, NFTConfig, Rollout, RunConfig
+from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RewardedConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.families import Condition
 from opd.families._parts import children_of, with_fused_norms
@@ -113,7 +113,7 @@ def predict(cfg: RunConfig, model: Model, text: dict[str, tuple[int, ...]]) -> d
         "optimizer": 8 * trained,
         "average": average,
         # All that a step of several updates changes, as it was before.
-        "to undo": (12 * trained + average + old) * (cfg.updates_per_step() > 1),
+        "to undo": (12 * trained + average + old) * (isinstance(cfg, RewardedConfig) and cfg.updates > 1),
         "trajectories": trajectories(cfg, model),
         "activations": activations(cfg, model, text),
     }
