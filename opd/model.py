@@ -17,6 +17,7 @@ from opd.cli import in_pixels, pixels_of
 from opd.conditioning import Conditioning
 from opd.data import Asked, alike, seed_of
 from opd.families import Condition, family_of, unconditional
+from opd.families._parts import vae_skeleton
 from opd.files import reading
 from opd.formats import lora_files
 from opd.formats.hub import check_encoders, check_weights, find_pipeline, stored, weight_files
@@ -85,6 +86,7 @@ class Model:
             check_weights(stored(weight_files(folder / "transformer")), skeleton)
             own = family.default_resolution(folder)
             height, width = pixels_of(resolution or str(own))
+            vae_skeleton(folder)  # refuses a class that diffusers lacks
             shape = family.latent_shape(folder, height, width)
         compute = compute_dtype(dtype, device)
         conditioning = Conditioning(family, folder, compute, device, t5)

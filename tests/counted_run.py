@@ -6,9 +6,11 @@ import json
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from opd import ranks
+from opd.runfolder import RunFolder
 from tests import forked
 
 reduced = []
@@ -36,6 +38,31 @@ def storage_bytes(tensors) -> int:
     return sum(storages.values())
 
 
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor of numbers that is read or made; what ranks tell each other about their
+    parts is bytes, and grows with the count of tensors, not with their size."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, result)):
+            if type(value) is torch.Tensor and value.is_floating_point():
+                self.bytes = max(self.bytes, value.untyped_storage().nbytes())
+        return result
+
+
+def measured(name, call):
+    """`call`, and the largest tensor that it handles under `name`."""
+
+    def counted(*arguments):
+        with Largest() as largest:
+            call(*arguments)
+        held[name] = largest.bytes
+
+    return counted
+
+
 def counted_train(cfg, stage, trained, folder, report):
     with Scatters():
         finished = loop(cfg, stage, trained, folder, report)
@@ -47,6 +74,7 @@ def counted_train(cfg, stage, trained, folder, report):
     # What FSDP gathers it keeps in tensors that are no parameters.
     alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     held["alive"] = storage_bytes(alive)
+    held["largest"] = max(p.numel() * p.element_size() for p in parameters)
     return finished
 
 
@@ -61,6 +89,8 @@ def report_and_stop():
 
 
 def main():
+    RunFolder.save_to_go_on = measured("largest_saved", RunFolder.save_to_go_on)
+    RunFolder.export = measured("largest_exported", RunFolder.export)
     train.train = counted_train
     dist.all_reduce = all_reduce
     ranks.stop = report_and_stop

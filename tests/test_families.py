@@ -247,6 +247,17 @@ def test_guidance_costs_one_forward(case, model):
     assert batches == ([3, 3] if case.family.guide is None else [3, 6])
 
 
+def test_velocity_of_a_sample_does_not_depend_on_its_batch(model):
+    """PROMPTS and the negative prompt have different lengths: true of padding too."""
+    x, sigma_B, text = noise(model), torch.tensor([1.0, 0.5, 0.01]), model.text(PROMPTS)
+    with torch.no_grad():
+        together = model.velocity(x, sigma_B, text, 3.0)
+        for b in range(3):
+            row = slice(b, b + 1)
+            alone = model.velocity(x[row], sigma_B[row], text[row], 3.0)
+            assert (alone[0] - together[b]).abs().max() < 1e-5
+
+
 def test_an_adapter_is_what_it_is_to_the_pipeline(case, tmp_path):
     """By the names of other tools: tests/test_lora_field.py."""
     file = tiny.save(tiny.random_lora(case.pipeline, seed=7, family=case.family), tmp_path / "ours")

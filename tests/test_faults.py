@@ -71,6 +71,7 @@ BREAKS = [
     (cut, "vae/diffusion_pytorch_model.safetensors", "vae"),
     (spoil, "vae/diffusion_pytorch_model.safetensors", "vae: 1 of .* NaN or infinite"),
     (scribble, "vae/config.json", "pipeline"),
+    (setting("vae", [None, None]), "model_index.json", "pipeline"),
     (scribble, SCHEDULER, "scheduler"),
     *((setting("shift", x), SCHEDULER, f"shift {x}: sigmas {FALL}") for x in (NAN, -2, -0.01)),
     (setting("invert_sigmas", True), SCHEDULER, f"sigmas {FALL}"),

@@ -198,7 +198,7 @@ def test_what_a_run_shows_of_itself(world, tmp_path):
     panels = {panel.get_title("left"): panel for panel in plots.curve_figure(folder.metrics(), {}).axes}
     expected = ["reward", "|v - v_base|², mean over dimensions", plots.SIZE, "loss", "gradient norm"]
     assert list(panels) == expected and panels[plots.SIZE].get_yscale() == "linear"
-    assert "- reward of red: tests" in (folder.path / "student/README.md").read_text()
+    assert "- reward of red: `tests" in (folder.path / "student/README.md").read_text()
     folder, *_ = tiny.run(tiny.nft_config(world, out=str(tmp_path / "other"), **settings))
     assert not {"kl", "from_base", "log_size"} & set(folder.metrics()[1])
     assert "grad_rms=" in brief(folder.metrics()[1])

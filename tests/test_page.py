@@ -22,7 +22,7 @@ from opd.report.plots import png
 from tests import forked, tiny
 from tests.tiny_grpo import BRIGHT
 
-CFG = DistillationConfig(out="run", model="m<o>del", iterations=30)
+CFG = DistillationConfig(out="run", model="m<o>del", teachers={"t<b>": "x"}, iterations=30)
 HUB = mock.MagicMock()  # in the place of huggingface_hub.HfApi()
 
 
@@ -102,6 +102,7 @@ def test_a_page_by_hand(tmp_path):
     newest, *earlier = steps
     assert newest == 30 and earlier[0] == 1 and len(earlier) == 11 and earlier == sorted({*earlier})
     assert "Curves" not in text and "m&lt;o&gt;del" in text and len(pictures_of(text)) == 12
+    assert "<th>teacher t&lt;b&gt;</th>" in text
     assert "<td>5 of 30</td>" in text
 
 
@@ -133,7 +134,7 @@ def test_the_card_says_what_the_student_is(world, folder):
     data, text = loaded.data, loaded.text
     assert data.pipeline_tag == "text-to-image" and data.library_name == "diffusers"
     assert data.base_model is None  # a local path means nothing on the Hub
-    assert f"- teacher red: {world / 'red'}, at guidance 1" in text
+    assert f"- teacher red: `{world / 'red'}, at guidance 1`" in text
     assert "guidance: 1.5" in text and "resolution: 8 px" in text and "3 steps" in text
     assert "licence of the base: not known" in text
     assert (folder / "table.txt").read_text().strip() in text and "# my-student" in text

@@ -196,10 +196,13 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(world, tmp_path, lat
     torch.testing.assert_close(load_file(parts / file), load_file(whole / file), rtol=1e-3, atol=1e-5)
 
 
-def test_no_rank_holds_more_than_its_share_and_a_block(world, tmp_path, latents):
-    """Weights, gradients, two moments and the average are float32 and sharded."""
+def test_no_rank_holds_more_than_its_share_and_a_block_and_saving_gathers_nothing(world, tmp_path, latents):
+    """Weights, gradients, two moments and the average are float32 and sharded; only the files of the student,
+    which are whole, gather weights, one at a time."""
     given = finetuning(world, tmp_path / "run", latents, iterations=2, shard_size=2, sample_every=0)
     counted = counted_by(forked.ranks(tmp_path, 2, given, "tests.counted_run"))
     share, block = counted["whole"] / 2, counted["whole"] / 2  # of two blocks
     assert counted["parameters"] <= 1.02 * share
     assert counted["alive"] <= 5 * 1.02 * share + block
+    assert counted["largest_saved"] <= 0.51 * counted["largest"]
+    assert counted["largest_exported"] == counted["largest"]

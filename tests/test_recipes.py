@@ -148,6 +148,7 @@ def test_off_policy_every_sample_walks_with_its_own_teachers(world):
 
     stage.walk = recorded
     stage.accumulate(plan)
+    assert len(seen) == plan.queried[-1] + 1
     order = next(iter(micro_batches(dict(enumerate(plan.route_N)), 100, 1, 0))).samples
     for b, n in enumerate(order):
         prompt = plan.prompts_N[n]

@@ -42,8 +42,8 @@ class Size:
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a Condition's tensors."""
-        width, pooled = (self.config[f"{what}_dim"] for what in ("joint_attention", "pooled_projection"))
-        return {"embeds": (self.tokens, width), "pooled": (pooled,)}
+        width = self.config["joint_attention_dim"]
+        return {"embeds": (self.tokens, width), "pooled": (self.config["pooled_projection_dim"],)}
 
 
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "caption_projection_dim": 64}

@@ -78,7 +78,8 @@ def for_one_teacher(aside: Aside, only: str) -> None:
 def for_scores(aside: Aside) -> None:
     cfg, given = aside.cfg, aside.given
     if isinstance(cfg, RewardedConfig) and (cfg.evaluate or cfg.watch_every > 0):
-        aside.change("rewards", cfg.train_rewards | cfg.rewards, "what trains a task also scores it")
+        lacking = {task: spec for task, spec in cfg.train_rewards.items() if task not in cfg.rewards}
+        aside.change("rewards", cfg.rewards | lacking, "what trains a task also scores it")
     unscored = [task for task in cfg.prompts | cfg.heldout if task not in aside.cfg.rewards]
     if unscored and given & {"prompts", "heldout"}:
         aside.change("evaluate", False, f"no scorer for {', '.join(unscored)} (--rewards TASK=SCORER)")

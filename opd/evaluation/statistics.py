@@ -67,9 +67,9 @@ def labels_of(records: list[Record]) -> dict[str, str]:
     """Row -> what a table calls it: with the guidance that its pictures were made with."""
     labels = {record.row: record.row for record in records}
     for record in records:
-        scale = f" g={record.settings['guidance']:g}" if "guidance" in record.settings else ""
-        if not record.row.endswith(scale):
-            labels[record.row] = record.row + scale
+        if "guidance" in record.settings:
+            scale = f" g={record.settings['guidance']:g}"
+            labels[record.row] = record.row.removesuffix(scale) + scale
     return labels
 
 

@@ -47,6 +47,12 @@ def load_vae(folder: Path) -> ModelMixin:
     return load_part(folder, "vae", torch.float32)
 
 
+def vae_skeleton(folder: Path) -> ModelMixin:
+    """The VAE without storage (meta device)."""
+    with torch.device("meta"):
+        return class_of(folder, "vae").from_config(vae_config(folder))
+
+
 def load_part(folder: Path, name: str, dtype: torch.dtype) -> ModelMixin:
     part, kind = folder / name, class_of(folder, name)
     return kind.from_pretrained(part, variant=variant_of(part), dtype=dtype).requires_grad_(False).eval()
@@ -59,7 +65,8 @@ def class_of(folder: Path, name: str) -> type[ModelMixin]:
 def load_text(
     folder: Path, dtype: torch.dtype, device: torch.device, t5: bool, **absent: None
 ) -> DiffusionPipeline:
-    """A pipeline that can only encode prompts. There is no T5 to leave out: `t5` changes nothing."""
+    """A pipeline that can only encode prompts, without the parts named in `absent`. `t5`: for families with
+    one."""
     absent |= {"transformer": None, "vae": None}
     variant = variant_of(folder / "text_encoder", "model")
     return DiffusionPipeline.from_pretrained(folder, variant=variant, dtype=dtype, **absent).to(device)

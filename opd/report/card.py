@@ -20,7 +20,7 @@ def write_card(folder: Path, cfg: RunConfig, model: Model, done: int, table: str
     deployment, licence = deployment_of(cfg, model), licence_of(model)
     named = licence.get("license_name") or licence.get("license") or "not known; look it up"
     t5 = f"used, {deployment.max_sequence_length} tokens" if deployment.t5 else "not used"
-    origins = "\n".join(f"- {name}: {fact}" for name, fact in facts(cfg).items())
+    origins = "\n".join(f"- {name}: `{fact}`" for name, fact in facts(cfg).items())
     text = f"""---
 {front_matter(cfg, model, licence).to_yaml()}
 ---

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from opd import lora, ranks
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RewardedConfig, Rollout, RunConfig
 from opd.data import micro_batches
 from opd.families import Condition
-from opd.families._parts import children_of, with_fused_norms
-from opd.files import read_json, resolve
+from opd.families._parts import children_of, vae_skeleton, with_fused_norms
+from opd.files import resolve
 from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import read_teachers
 from opd.lora import STUDENT, Lora
@@ -47,8 +46,9 @@ def forecast(cfg: RunConfig) -> str:
     # Whatever this machine has: memory is what a GPU is short of, and there --dtype auto is bfloat16.
     model = Model.plan(cfg.model, cfg.dtype, cfg.resolution, torch.device("cuda"), cfg.t5)
     parts, assumed = predict_run(cfg, model), ""
-    if absent(cfg):
-        assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent(cfg))}"
+    absent = absent_teachers(cfg)
+    if absent:
+        assumed = f"; not on this disk, taken for a LoRA of --rank {cfg.rank}: {', '.join(absent)}"
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [f"# predicted memory of one of {ranks.declared_world()} GPUs, {dtype}{assumed}:"]
     for name, size in {**parts, "peak": peak(parts)}.items():
@@ -68,9 +68,7 @@ def in_words(size: int) -> str:
 
 def predict_run(cfg: RunConfig, model: Model) -> dict[str, int]:
     """Bytes by what they hold, on one of the declared ranks."""
-    config = read_json(model.folder / "vae" / "config.json")
-    with torch.device("meta"):
-        vae = getattr(diffusers, config["_class_name"]).from_config(config)
+    vae = vae_skeleton(model.folder)
     text = model.family.text_shapes(model.folder, cfg.t5) | picture_shapes(cfg, model)
     pixels = prod(model.pixels)
     images = min(max(cfg.micro_batch, SHOWN), max(1, model.decode_pixels // pixels))
@@ -125,7 +123,7 @@ def peak(parts: dict[str, int]) -> int:
     return sum(steady) + max(parts[name] for name in IN_TURN if name in parts)
 
 
-def absent(cfg: RunConfig) -> list[str]:
+def absent_teachers(cfg: RunConfig) -> list[str]:
     """The teachers whose weights are not on this disk."""
     if not isinstance(cfg, DistillationConfig):
         return []
@@ -137,7 +135,7 @@ def held_by_teachers(cfg: RunConfig, model: Model) -> int:
     """Bytes that teachers take on the student's device."""
     if not isinstance(cfg, DistillationConfig):
         return 0
-    away = absent(cfg)
+    away = absent_teachers(cfg)
     here = {name: source for name, source in cfg.teachers.items() if name not in away}
     held = len(away) * lora_numbers(cfg, model)
     for teacher in read_teachers(replace(cfg, teachers=here), model).values():

@@ -65,7 +65,9 @@ class Run:
 def write_page(run: Run) -> None:
     """report.html in the run's folder, with the pictures that lie there."""
     folder = run.folder
-    rows = [("", [f"<th>{name}</th>", f"<td>{escape(text)}</td>"]) for name, text in about(run).items()]
+    rows = [
+        ("", [f"<th>{escape(name)}</th>", f"<td>{escape(text)}</td>"]) for name, text in about(run).items()
+    ]
     curves = drawn("curves", folder, plots.curve_figure(run.rows, teachers_scores(run)))
     saved = escape((folder / "config.json").read_text(encoding="utf-8"))
     parts = [f"<h1>{escape(run.name)}</h1>", html_table("facts", rows), *verdict(run)]

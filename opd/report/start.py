@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 
 from opd import lora, ranks, routing, signals
-from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
+from opd.config import DistillationConfig, Rollout, RunConfig
 from opd.data import Prompt, alike, seed_of
 from opd.formats.latents import Images
 from opd.lora import BASE, START
 from opd.model import Model
 from opd.optim import Trained
-from opd.teachers import Teacher, mean_velocity, route_of
+from opd.teachers import Teacher, mean_velocity, route_of, teacher_names
 from opd.trajectory import State
 
 SHOWN = 9
@@ -34,12 +34,13 @@ def facts(cfg: RunConfig) -> dict[str, str]:
         start = f"the merge of {', '.join(cfg.merged())}"
     found = {"stage": STAGES[cfg.stage], "model": cfg.model, "trained": f"{kind}, from {start}"}
     if isinstance(cfg, DistillationConfig):
-        for name, source in cfg.teachers.items():
+        for name in dict.fromkeys([*cfg.teachers, *teacher_names(cfg, {})]):
+            source = cfg.teachers[name] if name in cfg.teachers else BASE
             found[f"teacher {name}"] = f"{source}, at guidance {cfg.guidance_of(name):g}"
         if cfg.anchored():
             levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
             found["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}"
-    if isinstance(cfg, RewardedConfig):
+    if isinstance(cfg, Rollout):
         found |= {f"reward of {task}": spec for task, spec in cfg.training_rewards().items()}
     return found
 
@@ -52,6 +53,10 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
     dtype = str(model.dtype).removeprefix("torch.")
     found["parameters"] = f"{count:.2f} M"
     found["device"] = f"{ranks.world()} x {model.device.type}, {dtype}{threads}"
+    found["resolution"], found["folder"] = f"{model.resolution} px", cfg.out
+    if cfg.iterations == 0:
+        found["steps"] = "none: the start is the student"
+        return lines_of(found)
     if isinstance(data, Images):
         found["images"] = f"{len(data.captions)}, {cfg.prompts_per_step} a step"
     else:
@@ -61,10 +66,11 @@ def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Image
         walk = f"{cfg.rollout} of {cfg.steps} steps at guidance {cfg.guidance:g}"
         found["walk"] = f"{walk}, {cfg.states_per_sample()} states trained on"
     found["steps"] = f"{cfg.iterations}, saved every {cfg.save_every} and at the end"
-    if cfg.iterations == 0:
-        found["steps"] = "none: the start is the student"
     found["pictures"] = f"at the start and every {cfg.sample_every} steps" if cfg.sample_every else "none"
-    found["resolution"], found["folder"] = f"{model.resolution} px", cfg.out
+    return lines_of(found)
+
+
+def lines_of(found: dict[str, str]) -> list[str]:
     width = max(map(len, found))
     return [f"{name:{width}} {fact}" for name, fact in found.items()]
 

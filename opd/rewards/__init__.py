@@ -66,6 +66,7 @@ SHORT = {
     "remote": "opd.rewards.remote:Remote",
 }
 
+# An exponent of two digits at most: no weight is infinite.
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?"
 _NAME = rf"(?:[\w./~-]+:\w+|(?:{'|'.join(SHORT)})\b)(?:@[^\s+*]+)?"
 _TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*({_NAME})\s*"
@@ -85,10 +86,10 @@ def find_reward(spec: str) -> "Reward":
             f"{', '.join(SHORT)}, either with @ARGUMENT, or as a weighted sum of them such as "
             "0.7*module:a+0.3*module:b (an argument holds no space, + or *)"
         )
-    found = re.findall(_TERM, spec)
-    return Reward(
-        spec, [Term(float(weight or 1), name, _find_function(name, spec)) for weight, name in found]
-    )
+    terms = []
+    for weight, name in re.findall(_TERM, spec):
+        terms.append(Term(float(weight or 1), name, _find_function(name, spec)))
+    return Reward(spec, terms)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def iteration(stage, step: int) -> tuple[dict, float]:
 
     The rollout's prompts are cut into `updates` parts, one optimizer step each. Scores of a micro-batch are
     computed in a thread while the next one is rolled out. `stage.sample` makes a micro-batch's pictures and
-    starts to score them; `stage.accumulate` leaves the gradient of a part; `stage.finish` makes the metrics.
+    starts to score them; `stage.accumulate` leaves the gradient of a part; `stage.finish` does what comes
+    after all updates, and makes the metrics.
     """
     cfg = stage.cfg
     started = time.perf_counter()
@@ -67,8 +68,8 @@ def update(
         kept = int((~advantage_N.view(len(parts), -1)[turn].isnan()).sum())
         if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
             continue
-        # Sent without waiting: the next line is the update's only wait for the device.
         of_part = stage.accumulate(part, prompts, advantage_N, kept, step)
+        # Sent without waiting: the next line is the update's only wait for the device.
         found.append(of_part.to("cpu", non_blocking=True))
         of_update = stage.trained.update(step, turn, len(parts))
         if math.isfinite(norm):

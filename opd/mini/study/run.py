@@ -17,12 +17,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from opd import files
-from opd.cli import parse
+from opd import errors, files
+from opd.cli import Given, Range, check_bounds, parse
 from opd.evaluation.statistics import ALL, MEASURES
 from opd.files import read_json, read_metrics, write_json
 from opd.mini.presets import MINI_SCORERS
@@ -40,7 +40,7 @@ NAMES = (*RECIPES, *REFERENCES)
 class Arguments:
     runs: tuple[Literal[NAMES], ...] = NAMES
     """What to run."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], Given("at least one"), Range(0, 10**6)] = (0, 1, 2)
     """A training run of each recipe per seed; what is only scored has seed 0."""
     out: str = "runs/study"
     """Where the run folders lie."""
@@ -52,6 +52,8 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    with errors.in_one_line(ValueError):
+        check_bounds(args)
     if not args.tables:
         for name, seed in missing(args):
             run(args, name, seed)

@@ -141,7 +141,9 @@ def compared(names: tuple[str, ...], results: list[dict], columns: dict[str, str
     """A row per recipe or model, a column per heading in `columns`: mean and standard deviation of a score
     over seeds. `above`: also of the mean of three less that of the first row's run of the same seed."""
     first = {result["seed"]: scores_of(result) for _, own in rows_of(names[:1], results) for result in own}
-    lines = []
+    lines, headings = [], ["seeds", *columns]
+    if above:
+        headings.append("above the first row's")
     for title, own in rows_of(names, results):
         scores = {result["seed"]: scores_of(result) for result in own}
         cells = [
@@ -150,7 +152,7 @@ def compared(names: tuple[str, ...], results: list[dict], columns: dict[str, str
         if above:
             cells.append(spread([scores[seed][MEAN] - first[seed][MEAN] for seed in scores if seed in first]))
         lines.append([title, str(len(own)), *cells])
-    return markdown(["seeds", *columns, *["above the first row's"] * above], lines)
+    return markdown(headings, lines)
 
 
 def rows_of(names: tuple[str, ...], results: list[dict]) -> list[tuple[str, list[dict]]]:
