@@ -7,10 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd import conditioning, flow
+from opd import conditioning
 from opd.conditioning import Conditioning
-from opd.data import seed_of
-from opd.families import sd3
 from opd.model import Model, compute_dtype
 
 CPU = torch.device("cpu")
@@ -31,22 +29,6 @@ def test_auto_is_bfloat16_only_where_it_is_faster(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         wanted = torch.bfloat16 if amx or device == "cuda" else torch.float32
         assert compute_dtype("auto", torch.device(device)) == wanted
-
-
-@pytest.mark.parametrize("rollout", list(flow.TRANSITIONS))
-def test_a_path_joins_levels_coefficients_and_seeds(rollout, model):
-    path = model.path(4, rollout, 0.7, (0, "noise"))
-    assert path.seeds == [seed_of(0, "noise", i) for i in range(4)]
-    assert path.sigmas == sd3.sigmas(model.folder, model.shape, 4)
-    levels = torch.tensor(path.sigmas, dtype=torch.float64)
-    grid = flow.TRANSITIONS[rollout](levels[:-1], levels[1:], 0.7)
-    assert len(path.transitions) == 4
-    for i, transition in enumerate(path.transitions):
-        assert transition.keep.dtype == torch.float64 and transition.keep.ndim == 0
-        assert [c.item() for c in transition] == [c[i].item() for c in grid]
-    other = model.path(4, rollout, 0.3, (1, "noise"))
-    stds = [[t.std.item() for t in p.transitions] for p in (path, other)]
-    assert (stds[0] == stds[1]) == (rollout == "ode")  # each noise level has its own coefficients
 
 
 @pytest.mark.parametrize("images_at_once, pieces", [(3, [3, 2]), (5, [5]), (0, [1, 1, 1, 1, 1])])
