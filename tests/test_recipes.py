@@ -58,6 +58,7 @@ def test_an_anchor_by_level_is_asked_where_it_counts_and_counts_as_said(world):
     late = sum(sigma <= 0.8 for sigma in model.sigmas(cfg.steps)[:-1])
     assert 0 < late < cfg.steps and [name for name, *_ in calls].count("base") == late
     row = stage.metrics(plan, sums_RT)
+    assert set(row) == {"loss", "red", "blue", "anchor"}
     own = (row["red"]["loss"] + row["blue"]["loss"]) / 2
     by_hand = own + 2.0 * row["anchor"]["loss"] * late / cfg.steps
     assert row["loss"] == pytest.approx(by_hand, rel=1e-5)
@@ -188,28 +189,23 @@ def test_a_range_holds_what_is_queried(world, changes, states):
     assert train.queried_states(narrow, 0) == states
 
 
+ODE = {"rollout": "ode", "anchor_weight": 0.0, "cold_start": "base"}
+PAPERS = {
+    "flow-opd": {"rollout": "sde", "weight": "kl", "anchor_weight": 0.02, "cold_start": "merge"},
+    "diffusion-opd": ODE | {"weight": "ode_kl"},
+    "dance-opd": ODE | {"weight": "uniform", "query_beta": (5.0, 2.0)},
+    "gfd-opd": {"guidance": 1.0, "anchor_weight": 0.0},
+}
+
+
 @pytest.mark.parametrize("where", ["mini", "sd35"])
-def test_presets_are_their_papers_formulas(where):
-    names = ("flow-opd", "diffusion-opd", "dance-opd", "gfd-opd")
-    flow_opd, diffusion, dance, gfd = (PRESETS[f"{where}-{name}"] for name in names)
-    sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
-
-    def weights(cfg):
-        return flow.state_weights(cfg.weight, sigmas, cfg.rollout, cfg.noise_level)
-
-    s2 = [0.49 * sigma / (1 - (0.75 if sigma == 1 else sigma)) for sigma in sigmas[:-1]]
-    steps = zip(s2, sigmas[:-1], strict=True)
-    eq_12 = [0.125 * (s**0.5 * (1 - sigma) / (2 * sigma) + s**-0.5) ** 2 for s, sigma in steps]
-    assert weights(flow_opd) == pytest.approx(eq_12)
-    assert (flow_opd.anchor_weight, flow_opd.cold_start, flow_opd.queries) == (0.02, "merge", 0)
-    assert weights(diffusion) == pytest.approx([0.25**2 / 2] * 4)
-    assert (diffusion.rollout, diffusion.anchor_weight, diffusion.cold_start) == ("ode", 0.0, "base")
-    assert weights(dance) == [1.0] * 4
-    assert (dance.rollout, dance.anchor_weight) == ("ode", 0.0)
-    assert (dance.queries, dance.query_beta) == (1, (5.0, 2.0))
-    assert gfd.guidance == 1.0 < gfd.teacher_guidance
-    assert len(gfd.queryable()) == 2 and set(gfd.extrapolate.values()) == {1.25}
-    assert gfd.extrapolate.keys() == gfd.teachers.keys()
+def test_presets_are_their_papers(where):
+    for paper, wanted in PAPERS.items():
+        cfg = PRESETS[f"{where}-{paper}"]
+        assert {name: getattr(cfg, name) for name in wanted} == wanted, paper
+        assert cfg.queries == (paper == "dance-opd")
+    assert cfg.teacher_guidance > 1 and len(cfg.queryable()) == 2
+    assert cfg.extrapolate == dict.fromkeys(cfg.teachers, 1.25)
 
 
 DIMENSIONS, SAMPLES = 3, 60_000

@@ -115,13 +115,6 @@ def test_queries_prefer_low_noise_with_beta_5_2(world):
     assert abs((drawn.mean() + 0.5) / 10 - 5 / 7) < 4 * 0.16 / 20
 
 
-def test_metrics_say_which_teacher(world, reference):
-    row = reference[1]
-    assert set(row) == {"loss", "red", "blue", "anchor"}
-    own = (row["red"]["loss"] + row["blue"]["loss"]) / 2
-    assert row["loss"] == pytest.approx(own + 0.1 * row["anchor"]["loss"], rel=1e-5)
-
-
 # ---- cost --------------------------------------------------------------------------------------------------
 # (what differs, samples that each frozen adapter sees at a state, passes at a state); the prompts are 2 red,
 # 2 blue, twice each
@@ -169,17 +162,6 @@ def test_golden_losses(world, tmp_path):
     assert [row["loss"] for row in folder.metrics()] == pytest.approx(GOLDEN, rel=2e-4)
 
 
-def test_student_reaches_its_teachers(world, tmp_path):
-    """With red and blue routed to the same teacher and a rank that can hold it, the student becomes that
-    teacher."""
-    easy = {"routes": {"red": "blue"}, "anchor_weight": 0.0, "rank": 8, "alpha": 16.0}
-    schedule = {"iterations": 30, "lr": 3e-2, "clip": 10.0, "decay": "cosine"}
-    cfg = tiny.config(world, out=str(tmp_path), **easy, **schedule)
-    folder, *_ = tiny.run(cfg)
-    losses = [row["loss"] for row in folder.metrics()]
-    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
-
-
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_what_is_saved_is_the_student_or_its_moving_average(world, tmp_path, ema):
     _, _, trained, _ = tiny.run(tiny.config(world, out=str(tmp_path), iterations=3, ema=ema))
@@ -196,9 +178,8 @@ def test_what_is_saved_is_the_student_or_its_moving_average(world, tmp_path, ema
     assert lora_files.read_lora(str(tmp_path / "checkpoints" / "000003")).sha256 == student.sha256
 
 
-INTERRUPTED = [(tiny.config, changes) for changes in ({}, {"ema": 0.9}, {"decay": "cosine", "warmup": 2})]
-TURNS = {"ema": 0.9, "ema_every": 2, "updates": 2}
-INTERRUPTED += [(tiny.grpo_config, changes) for changes in ({}, TURNS)]
+INTERRUPTED = [(tiny.config, {"decay": "cosine", "warmup": 2})]
+INTERRUPTED += [(tiny.grpo_config, {"ema": 0.9, "ema_every": 2, "updates": 2})]
 INTERRUPTED += [(tiny.nft_config, {"ema": 0.9, "updates": 2, "old_decay": (0.0, 0.1, 0.5)})]
 
 
