@@ -89,14 +89,6 @@ def test_every_step_is_the_papers():
         assert torch.allclose(transition.std, std[:, 0], rtol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["sde", "cps"])
-def test_without_noise_every_step_is_the_ode(name):
-    *_, sigma, sigma_next = random_step()
-    quiet = flow.TRANSITIONS[name](sigma, sigma_next, 0.0)
-    euler = flow.ode_transition(sigma, sigma_next, 0.0)
-    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(quiet, euler, strict=True))
-
-
 # ---------------------------------------------------------------- likelihood, KL and the weights
 def gaussian(mean, std, *_):
     return Independent(Normal(mean, std.expand_as(mean)), 1)

@@ -28,19 +28,16 @@ def fuzz(examples: int):
     return settings(max_examples=examples, **same)
 
 
-def refused(call) -> bool:
-    """Whether the input is refused; AssertionError where a library raises, or it takes long."""
+def used_or_refused(call) -> None:
+    """AssertionError where a library raises, or it takes long."""
     started = time.monotonic()
     try:
         call()
-        return False
     except (ValueError, OSError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
         assert Path(where).is_relative_to(ROOT), f"{where} raised {error!r}"
         assert str(error).strip() and "\n" not in str(error).strip(), repr(error)
-        return True
-    finally:
-        assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 10
 
 
 STRANGE = [-1, 0, 10**12, 2**63, "", "..", "a/b", "\0", "../../etc", "base", "nan", "x" * 5000]
@@ -84,7 +81,7 @@ def broken(file: Path, content: bytes):
 @given(st.sampled_from(EVERY), st.data())
 def test_values_of_every_field(cfg, data):
     values = json.loads(with_junk(json.dumps(to_json(cfg)).encode(), data))
-    refused(lambda: from_json(values, STAGES).check(1))
+    used_or_refused(lambda: from_json(values, STAGES).check(1))
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "sub/../../secret.png", "link.png"])
@@ -113,4 +110,4 @@ def test_adapters(world, tmp_path_factory, name, data):
         lora_files.check_fits(lora_files.read_lora(str(folder)), skeleton)
 
     with broken(folder / name, content):
-        refused(read)
+        used_or_refused(read)

@@ -10,7 +10,7 @@ import torch
 
 import train
 from opd import flow, grpo, kernels, ranks
-from opd.data import MicroBatch, prompts_of_step
+from opd.data import prompts_of_step
 from opd.model import Model
 from opd.rewards import find_reward, groups
 from tests import forked, tiny
@@ -96,18 +96,6 @@ def test_parts_make_so_many_updates_of_whole_groups(world):
     assert calls == [(5, 0, 2), (5, 1, 2)]
     halves = [recorded(world, u, updates=2, lr=1e-9, cold_start=str(world / "red"))[0] for u in (0, 1)]
     assert distance((halves[0] + halves[1]) / 2, recorded(world, cold_start=str(world / "red"))[0]) < 1e-3
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_groups_share_their_start_only_if_asked(world, shared):
-    """Same first state for a group, other noise after it, other first states for other groups."""
-    cfg, model, data, _, stage = build(world, shared_start=shared, window=2, window_range=(0, 2))
-    prompts = prompts_of_step(data, cfg.share(), cfg.prompts_per_step, cfg.seed, 0)
-    batch = MicroBatch(list(range(8)), [1] * 8, list(range(8)))
-    sampled = stage.sample(batch, "red", prompts, 0)
-    first, second = (state.x.view(2, 4, *model.shape) for state in sampled.states)
-    assert torch.equal(first[:, :1].expand_as(first), first) == shared
-    assert not torch.equal(first[0], first[1]) and not torch.equal(second[:, 0], second[:, 1])
 
 
 GROUPS = [{"window": 2, "window_range": (1, 3)}, {"guidance": 2.0, "guard": True}]

@@ -139,15 +139,8 @@ def test_off_policy_every_sample_walks_with_its_own_teachers(world):
         parameter.data.add_(0.1)
     shares = {"red": {"red": 1.0}, "blue": {"red": 0.25, "blue": 0.75}}
     plan = stage.plan(0)
-    seen = []
-    walk = stage.walk
-
-    def recorded(*arguments):
-        for state in walk(*arguments):
-            seen.append(state)
-            yield state
-
-    stage.walk = recorded
+    seen, walk = [], stage.walk
+    stage.walk = lambda *given: (seen.append(state) or state for state in walk(*given))
     stage.accumulate(plan)
     assert len(seen) == plan.queried[-1] + 1
     order = next(iter(micro_batches(dict(enumerate(plan.route_N)), 100, 1, 0))).samples

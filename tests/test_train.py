@@ -14,6 +14,7 @@ from opd import lora, ranks
 from opd.data import Prompt, prompts_of_step
 from opd.diagnostics import name_non_finite, summed
 from opd.formats import lora_files
+from opd.optim import learning_rate
 from tests import tiny
 from tests.tiny import distance, gradient_of, steps_by_hand, velocity_by_hand
 
@@ -113,6 +114,12 @@ def test_queries_prefer_low_noise_with_beta_5_2(world):
     drawn = torch.tensor([train.queried_states(cfg, step)[0] for step in range(400)]).float()
     # Beta(5, 2) has mean 5/7; the mean of 400 draws on 10 cells is within 4 standard errors of it.
     assert abs((drawn.mean() + 0.5) / 10 - 5 / 7) < 4 * 0.16 / 20
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine(world):
+    cfg = tiny.config(world, lr=8.0, warmup=1, decay="cosine", iterations=5)
+    wanted = [4.0, 8.0, 4 + 8**0.5, 4.0, 4 - 8**0.5]  # at 0, 45, 90 and 135 degrees after warm-up
+    assert [learning_rate(cfg, step) for step in range(5)] == pytest.approx(wanted)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------
