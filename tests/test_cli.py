@@ -24,14 +24,10 @@ def test_no_preset_means_the_default_and_an_unknown_one_lists_them():
         parse(["2", "--seed", "1"], PRESETS)
 
 
-@pytest.mark.parametrize(
-    "slip, meant",
-    [("mimi", "mini"), ("sd35_24gb", "sd35-24gb"), ("qwen-image", "qwen_image"), ("FLUX2", "flux2")],
-)
+@pytest.mark.parametrize("slip, meant", [("mimi", "mini"), ("qwen-image", "qwen_image")])
 def test_a_slip_of_the_keyboard_gets_the_nearest_preset(slip, meant):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=rf"^unknown preset '{slip}', did you mean {meant}( or [\w-]+)?\? "):
         parse([slip], PRESETS)
-    assert re.match(rf"unknown preset '{slip}', did you mean {meant}( or [\w-]+)?\? ", str(caught.value))
 
 
 def test_pairs_replace_the_default_as_a_whole():
@@ -99,7 +95,6 @@ def test_whole_numbers_in_json_are_read_as_fractions_where_these_are_meant(tmp_p
         ({"stage": None}, '"stage" is None; expected one of opd, sft, grpo'),
         ({"lr": None, "seed": None}, "unknown or missing: 'lr', 'seed' (another version's, or misspelt)"),
         ({"stage": "sft"}, "stage sft: unknown or missing: "),
-        ({"cosine_every": 0}, "unknown or missing: 'cosine_every' (another version's, or misspelt)"),
         ({"lr": "0.1"}, "field 'lr' is '0.1'; expected FLOAT"),
         ({"seed": 1.5}, "field 'seed' is 1.5; expected INT"),
         ({"t5": 1}, "field 't5' is 1; expected {True,False}"),
@@ -163,26 +158,16 @@ def test_bad_settings_end_in_one_line(arguments, message, monkeypatch):
 
 
 # Preset and flags -> those whose files are nowhere. A model or an adapter may be on the Hub.
-LOST = {
-    "sd35 --prompts a=no.txt b=no.jsonl --sample-prompts no.csv --teachers a=owner/name b=base": [
-        "--prompts a=no.txt",
-        "--prompts b=no.jsonl",
-        "--sample-prompts no.csv",
-    ],
-    "mini --prompts a=here.txt --teachers a=./no b=no.safetensors:alpha=8 --merge-from a=no/such/file": [
-        "--merge-from a=no/such/file",
-        "--teachers a=./no",
-        "--teachers b=no.safetensors:alpha=8",
-    ],
-    "mini-text --heldout text=no.txt --cold-start no/such/file": [
-        "--heldout text=no.txt",
-        "--cold-start no/such/file",
-    ],
-    "mini-sft-start --model ./no --data no/data": ["--data no/data", "--model ./no"],
-}
+LOST = """
+sd35 --prompts a=no.txt b=no.jsonl --teachers a=owner/name b=base | --prompts a=no.txt, --prompts b=no.jsonl
+mini --prompts a=here.txt --teachers a=./no b=no.st:alpha=8 | --teachers a=./no, --teachers b=no.st:alpha=8
+mini --merge-from a=no/a/b --sample-prompts no.csv | --sample-prompts no.csv, --merge-from a=no/a/b
+mini-text --heldout text=no.txt --cold-start no/a/b | --heldout text=no.txt, --cold-start no/a/b
+mini-sft-start --model ./no --data no/data | --data no/data, --model ./no
+"""
 
 
-@pytest.mark.parametrize("arguments, lost", LOST.items())
+@pytest.mark.parametrize("arguments, lost", [line.split(" | ") for line in LOST.strip().splitlines()])
 def test_files_that_are_missing_are_named_before_anything_is_fetched(
     arguments, lost, monkeypatch, capsys, tmp_path
 ):
@@ -192,7 +177,8 @@ def test_files_that_are_missing_are_named_before_anything_is_fetched(
     (tmp_path / "here.txt").write_text("a prompt\n")
     run_main(monkeypatch, *arguments.split(), "--dry-run")
     shown = capsys.readouterr().out.splitlines()
-    assert [line for line in shown if "not on" in line] == [f"# not on this disk: {one}" for one in lost]
+    named = [line.removeprefix("# not on this disk: ") for line in shown if "not on" in line]
+    assert ", ".join(named) == lost
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, *arguments.split(), "--out", str(tmp_path / "run"))
-    assert str(caught.value).startswith(f"error: not on this disk: {', '.join(lost)}; give paths that exist")
+    assert str(caught.value).startswith(f"error: not on this disk: {lost}; give paths that exist")

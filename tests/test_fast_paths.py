@@ -1,4 +1,5 @@
-"""Every fast path finds the losses and gradients of the plain one: a sample at a time, eager, on one rank.
+"""Every fast path finds the losses and gradients of the plain one: a sample at a time, eager. Several ranks:
+tests/test_ranks.py.
 
 float32: sums in another order, a relative 1e-5. bfloat16: the same sums may end in another last bit of a
 number, which has 8 of them, a difference of 2^-8. A loss is a mean of squared differences of two such
@@ -10,16 +11,12 @@ Graphs are captured, counted and run as they are, which skips what takes a compi
 opd/bench/BENCHMARKS.md has losses of real kernels.
 """
 
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from opd import compiled, lora, ranks
+from opd import compiled, lora
 from opd.families import z_image
-from tests import forked, tiny, tiny_families
+from tests import tiny, tiny_families
 
 DTYPES = {"float32": 1e-5, "bfloat16": 2**-6}
 PATHS = {"batched": {"micro_batch": 8}, "recomputed": {"checkpointing": True}}
@@ -44,31 +41,12 @@ def test_on_one_rank(world, plain, path, dtype):
 
 @pytest.mark.slow
 def test_compiled_in_bfloat16(world, plain, monkeypatch):
-    """In float32: tests/test_fast_paths.py. The graphs are those of --compile, run as they are."""
+    """In float32: below. The graphs are those of --compile, run as they are."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     found = numbers(world, "bfloat16", micro_batch=8, checkpointing=True, compile=True)
     torch._dynamo.reset()
     assert found == pytest.approx(plain["bfloat16"], rel=DTYPES["bfloat16"])
-
-
-def main():
-    """Prints what these ranks find, by dtype and shard size. The tiny world's folder is the argument."""
-    found = {}
-    for dtype in DTYPES:
-        for shard_size in (1, 2):
-            found[f"{dtype}, {shard_size}"] = numbers(Path(sys.argv[1]), dtype, shard_size=shard_size)
-    print("FOUND " + json.dumps(found), flush=True)
-    ranks.stop()
-
-
-@pytest.mark.slow
-def test_on_two_ranks_replicated_and_sharded(world, tmp_path, plain):
-    printed = forked.finished(forked.ranks(tmp_path, 2, [str(world)], "tests.test_fast_paths"))
-    (line,) = [line for line in printed.splitlines() if line.startswith("FOUND ")]
-    for key, found in json.loads(line.removeprefix("FOUND ")).items():
-        dtype = key.partition(",")[0]
-        assert found == pytest.approx(plain[dtype], rel=DTYPES[dtype]), key
 
 
 @pytest.fixture

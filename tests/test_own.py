@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from opd.cli import given_fields, parse
 from opd.config.own import step_aside
 from opd.presets import PRESETS
 from opd.report.start import distances
-from tests import forked, tiny
+from tests import tiny
 
 LORAS = "--teachers a=A b=B"
 
@@ -57,19 +56,6 @@ def test_a_preset_keeps_what_does_not_speak_of_its_own_tasks(words, wanted, line
     assert not changed & given_fields(words.split())
     if words != "mini --prompts new=F":  # which names no teacher for it
         cfg.check(1)
-
-
-def test_zero_steps_save_the_merge(world, tmp_path):
-    """The student is the teachers' mean update; files have alpha / r in B."""
-    cfg = tiny.config(world, out=str(tmp_path / "run"), cold_start="merge", iterations=0, rank=8)
-    assert forked.train(tmp_path / "log", forked.command_line(cfg)).ended() == 0
-    student = load_file(tmp_path / "run/student/adapter_model.safetensors")
-    teachers = [load_file(world / name / "adapter_model.safetensors") for name in ("red", "blue")]
-    for key in student:
-        if "lora_A" in key:
-            other = key.replace("lora_A", "lora_B")
-            updates = [teacher[other] @ teacher[key] for teacher in teachers]
-            torch.testing.assert_close(student[other] @ student[key], sum(updates) / 2, rtol=0, atol=1e-5)
 
 
 def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_path):

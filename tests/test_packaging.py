@@ -2,7 +2,6 @@
 `opd.kernels`. The modules of the package stand in one order, and each imports only from above it."""
 
 import ast
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-REAL = "kernels" in {distribution.name for distribution in importlib.metadata.distributions()}
 
 
 def run(*command, cwd=ROOT, path=""):
@@ -42,23 +40,6 @@ def test_the_stranger_keeps_its_name_and_ours_is_below_opd(stranger):
         assert run("-c", "; ".join([*order, shown]), path=stranger) == "the stranger | opd.kernels.ops\n"
 
 
-LIBRARIES = """
-import diffusers.utils.import_utils as d
-import transformers.utils.import_utils as t
-from diffusers import StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection
-t.is_kernels_available()
-print(d.is_kernels_available())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(REAL, reason="the real one is installed")
-def test_the_libraries_do_not_take_our_folder_for_it():
-    """In the repository, the folder alone imports as an empty namespace `kernels`."""
-    assert run("-c", LIBRARIES + "assert not t.is_kernels_available()") == "False\n"
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
@@ -71,19 +52,16 @@ def installed(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_has_every_module_and_no_top_level_kernels(installed):
+def test_the_wheel_has_every_module_the_miniature_and_no_top_level_kernels(installed):
     code = {path.relative_to(ROOT) for path in (ROOT / "opd").rglob("*.py")}
     code |= {"opd" / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
     assert {path.relative_to(installed) for path in installed.rglob("*.py")} == code
     assert not (installed / "kernels").exists()
-
-
-def test_the_wheel_has_the_miniature(installed):
     for folder in ("opd/mini/weights", "opd/mini/prompts"):
-        shipped = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
+        shipped = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
         assert shipped
         for path in shipped:
-            assert (installed / path).read_bytes() == (ROOT / path).read_bytes()
+            assert (installed / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 
 A_STEP = """

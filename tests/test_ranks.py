@@ -29,15 +29,9 @@ def distil(world, out, **changes):
 
 
 def grow(world, out, **changes):
-    settings = SHORT | {
-        "prompts_per_step": 6,
-        "updates": 2,
-        "micro_batch": 5,
-        "beta": 0.1,
-        "clip_range": 1e-3,
-    }
-    settings |= changes
-    return forked.command_line(tiny.grpo_config(world, out=str(out), decay="cosine", **settings))
+    settings = SHORT | {"prompts_per_step": 6, "updates": 2, "micro_batch": 5, "decay": "cosine"}
+    settings |= {"beta": 0.1, "clip_range": 1e-3} | changes
+    return forked.command_line(tiny.grpo_config(world, out=str(out), **settings))
 
 
 def launch(out, processes, arguments):
