@@ -173,14 +173,17 @@ def test_groups_without_spread_or_reward_are_counted_and_teach_nothing(world):
 
 @pytest.mark.parametrize("config", [grpo_config, tiny.nft_config])
 def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, config):
-    """Not even by the momentum of a step before, and no old policy; and the next step learns again."""
-    *_, trained, stage = tiny.build(config(world, weight_decay=0.1))
+    """Not even by the momentum of a step before, and no old policy; and the next step learns again. A run of
+    such steps alone ends as one without a gradient does (tests/test_train.py)."""
+    cfg, *_, trained, stage = tiny.build(config(world, weight_decay=0.1))
     states = []
     for step, spec in enumerate((BRIGHT, "tests.tiny_grpo:nothing", BRIGHT)):
         stage.scorers.of_task = dict.fromkeys(("red", "blue"), find_reward(spec))
         row, norm = stage.step(step)
         states.append(torch.cat([ranks.full(value.detach()).flatten() for value in trained.state().values()]))
         assert row["groups"]["dropped"] == (0 if spec == BRIGHT else 4) and (norm > 0) == (spec == BRIGHT)
+        way_out = train.WAYS_OUT.get(train.fault_of_step(cfg, row, norm), "")
+        assert way_out.startswith("mend the reward") == (spec != BRIGHT)
     assert torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
 
 

@@ -46,11 +46,10 @@ def test_output_and_gradients_are_pefts(dtype, tolerance):
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     y.backward(upstream)
     reference.backward(upstream)
-    compared = [(y, reference)]
-    for mine, theirs in ((ours.lora_A, peft[0].lora_A), (ours.lora_B, peft[0].lora_B)):
-        assert mine["a"].weight.grad.dtype == torch.float32
-        compared.append((mine["a"].weight.grad, theirs["a"].weight.grad))
-    for mine, theirs in compared:
+    factors = [(ours.lora_A, peft[0].lora_A), (ours.lora_B, peft[0].lora_B)]
+    grads = [tuple(factor["a"].weight.grad for factor in both) for both in factors]
+    assert {mine.dtype for mine, _ in grads} == {torch.float32}
+    for mine, theirs in [(y, reference), *grads]:
         assert (mine.float() - theirs.float()).norm() <= tolerance * theirs.float().norm()
         assert theirs.float().norm() > 1e-2
 

@@ -37,11 +37,7 @@ CASES = [
     ("sd35-large-to-medium --teachers ocr=A b=B --prompts ocr=F", {"routes": {}}, 2),
     ("mini --prompts text=F", {"mix": {}, "evaluate": True, "rewards": {"text": "opd.mini.rewards:text"}}, 3),
     ("mini --prompts new=F", {"evaluate": False, "heldout": {}, "rewards": {}}, 4),
-    (
-        "sd35-grpo-ocr --prompts new=F --train-rewards new=my.py:f",
-        {"rewards": {}, "evaluate": False, "watch_every": 0},
-        0,
-    ),
+    ("sd35-grpo-ocr --prompts new=F --train-rewards new=my.py:f", {"evaluate": False}, 0),
     ("mini-text --prompts new=F --train-rewards new=my.py:f", {"heldout": {}, "watch_every": 0}, 3),
 ]
 

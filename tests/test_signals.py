@@ -234,7 +234,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(world, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-4)
 
 
-KILLS = int(os.environ["KILLS"]) if "KILLS" in os.environ else 2
+KILLS = int(os.environ.get("KILLS", 2))
 CLOCK = ("seconds", "samples_per_second", "states_per_second")  # of a row of metrics.jsonl
 OFTEN = {"iterations": 6, "save_every": 1, "sample_every": 2, "eval_steps": 2}
 
