@@ -87,6 +87,25 @@ def test_the_loss_is_clipped_where_the_ratio_has_gone_far_enough_by_hand():
     assert loss.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6, -2.2])
 
 
+RISING = [(grpo_config, {"lr": 2e-2, "updates": 2, "clip_range": 1e-2})]
+RISING.append((tiny.nft_config, {"lr": 2e-2, "beta": 1e-4, "clip": 0.01}))
+
+
+@pytest.mark.parametrize("config, settings", RISING)
+def test_reward_rises_on_the_tiny_model(world, tmp_path, config, settings):
+    """Of stage nft the log says how far the old policy is, and what every number of the gradient is."""
+    batch = {"group": 8, "prompts_per_step": 4, "micro_batch": 32, "iterations": 14}
+    folder, _, trained, _ = tiny.run(config(world, out=str(tmp_path), **batch, **settings))
+    rows = folder.metrics()
+    means = [(row["reward"]["red"] + row["reward"]["blue"]) / 2 for row in rows]
+    spread = rows[0]["reward_std"]["red"]
+    assert np.mean(means[-5:]) > np.mean(means[:3]) + spread, (means, spread)
+    if config is tiny.nft_config:
+        assert rows[0]["log_size"] == pytest.approx(0, abs=1e-6) and abs(rows[-1]["log_size"]) > 1e-3
+        count = sum(parameter.numel() for parameter in trained.parameters.values())
+        assert rows[0]["grad_norm"] > 0.01 and rows[0]["grad_rms"] == pytest.approx(0.01 / count**0.5)
+
+
 # ---- the run -----------------------------------------------------------------------------------------------
 def test_parts_make_so_many_updates_of_whole_groups(world):
     *_, trained, stage = build(world, updates=2)

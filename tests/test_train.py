@@ -122,6 +122,13 @@ def test_the_rate_warms_up_and_falls_along_a_cosine(world):
     assert [learning_rate(cfg, step) for step in range(5)] == pytest.approx(wanted)
 
 
+def test_metrics_say_which_teacher(world, reference):
+    row = reference[1]
+    assert set(row) == {"loss", "red", "blue", "anchor"}
+    own = (row["red"]["loss"] + row["blue"]["loss"]) / 2
+    assert row["loss"] == pytest.approx(own + 0.1 * row["anchor"]["loss"], rel=1e-5)
+
+
 # ---- cost --------------------------------------------------------------------------------------------------
 # (what differs, samples that each frozen adapter sees at a state, passes at a state); the prompts are 2 red,
 # 2 blue, twice each
@@ -167,6 +174,17 @@ def test_golden_losses(world, tmp_path):
     """Ten steps of the tiny model. A refactor reproduces them; a change of method changes them on purpose."""
     folder, *_ = tiny.run(tiny.config(world, iterations=10, out=str(tmp_path)))
     assert [row["loss"] for row in folder.metrics()] == pytest.approx(GOLDEN, rel=2e-4)
+
+
+def test_student_reaches_its_teachers(world, tmp_path):
+    """With red and blue routed to the same teacher and a rank that can hold it, the student becomes that
+    teacher."""
+    easy = {"routes": {"red": "blue"}, "anchor_weight": 0.0, "rank": 8, "alpha": 16.0}
+    schedule = {"iterations": 30, "lr": 3e-2, "clip": 10.0, "decay": "cosine"}
+    cfg = tiny.config(world, out=str(tmp_path), **easy, **schedule)
+    folder, *_ = tiny.run(cfg)
+    losses = [row["loss"] for row in folder.metrics()]
+    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
