@@ -127,6 +127,8 @@ def test_metrics_say_which_teacher(world, reference):
     assert set(row) == {"loss", "red", "blue", "anchor"}
     own = (row["red"]["loss"] + row["blue"]["loss"]) / 2
     assert row["loss"] == pytest.approx(own + 0.1 * row["anchor"]["loss"], rel=1e-5)
+    alone = gradient(world, routes={"red": "blue"}, anchor_weight=0.0)[1]
+    assert set(alone) == {"loss", "blue"} and alone["blue"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------
