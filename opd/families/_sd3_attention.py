@@ -34,46 +34,47 @@ class JointAttention:
         """(B, N, HD) and (B, L, HD) -> the same, or the first alone where there is no text; the text's last
         token counts `copies` times."""
         image, text = hidden_states, encoder_hidden_states
-        q_BHTD = projected(image, attn.to_q, attn.norm_q, attn.heads)
-        k_BHKD = projected(image, attn.to_k, attn.norm_k, attn.heads)
-        v_BHKD = projected(image, attn.to_v, None, attn.heads)
+        q_BTHD = projected(image, attn.to_q, attn.norm_q, attn.heads)
+        k_BKHD = projected(image, attn.to_k, attn.norm_k, attn.heads)
+        v_BKHD = projected(image, attn.to_v, None, attn.heads)
         if text is not None:
             q_text = projected(text, attn.add_q_proj, attn.norm_added_q, attn.heads)
             k_text = projected(text, attn.add_k_proj, attn.norm_added_k, attn.heads)
             v_text = projected(text, attn.add_v_proj, None, attn.heads)
-            q_BHTD = torch.cat([q_BHTD, q_text], dim=2)
-            k_BHKD = torch.cat([k_BHKD, k_text, last_again(k_text, copies)], dim=2)
-            v_BHKD = torch.cat([v_BHKD, v_text, last_again(v_text, copies)], dim=2)
-        out_BTM = attention(q_BHTD, k_BHKD, v_BHKD).transpose(1, 2).flatten(2)
-        image_out = out_BTM[:, : image.shape[1]]
+            q_BTHD = torch.cat([q_BTHD, q_text], dim=1)
+            k_BKHD = torch.cat([k_BKHD, k_text, last_again(k_text, copies)], dim=1)
+            v_BKHD = torch.cat([v_BKHD, v_text, last_again(v_text, copies)], dim=1)
+        out_BTM = attention(q_BTHD, k_BKHD, v_BKHD).flatten(2)
+        # A slice of rows would be multiplied row by row.
+        image_out = out_BTM[:, : image.shape[1]].contiguous()
         for layer in attn.to_out:
             image_out = layer(image_out)
         if text is None:
             return image_out
-        text_out = out_BTM[:, image.shape[1] :]
+        text_out = out_BTM[:, image.shape[1] :].contiguous()
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
         return image_out, text_out
 
 
-def attention(q_BHTD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
-    """(B, H, T, D). On a CPU bfloat16 is attended to in float32: PyTorch's backward takes five times as long
+def attention(q_BTHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> Tensor:
+    """(B, T, H, D). On a CPU bfloat16 is attended to in float32: PyTorch's backward takes five times as long
     there for as few tokens as the miniature has. Without a backward too, or GRPO would sample by another
     policy than it trains."""
-    if q_BHTD.device.type != "cpu" or q_BHTD.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD)
-    wide = F.scaled_dot_product_attention(q_BHTD.float(), k_BHKD.float(), v_BHKD.float())
-    return wide.to(q_BHTD.dtype)
+    heads = [x.transpose(1, 2) for x in (q_BTHD, k_BKHD, v_BKHD)]
+    if q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16:
+        heads = [x.float() for x in heads]
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).to(q_BTHD.dtype)
 
 
 def projected(x_BTM: Tensor, layer: nn.Module, norm: nn.Module | None, heads: int) -> Tensor:
-    """(B, H, T, D), each head normed where the model does so."""
-    x_BHTD = layer(x_BTM).unflatten(-1, (heads, -1)).transpose(1, 2)
+    """(B, T, H, D), each head normed where the model does so."""
+    x_BTHD = layer(x_BTM).unflatten(-1, (heads, -1))
     if norm is None:
-        return x_BHTD
-    return norm(x_BHTD)
+        return x_BTHD
+    return norm(x_BTHD)
 
 
-def last_again(x_BHLD: Tensor, copies: int) -> Tensor:
+def last_again(x_BLHD: Tensor, copies: int) -> Tensor:
     """The last token's, copies - 1 times."""
-    return x_BHLD[:, :, -1:].expand(-1, -1, copies - 1, -1)
+    return x_BLHD[:, -1:].expand(-1, copies - 1, -1, -1)
