@@ -59,27 +59,25 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
     model.prepare(shown)
     model.follow(steps)
     for name, teacher in teachers.items():
-        if isinstance(teacher, Whole):
+        if isinstance(teacher, Whole) and teacher.model.conditioning is not model.conditioning:
             with reading(f"teacher {name!r}"):
-                for prompts in (shown, *steps):
-                    teacher.model.conditioning.check(prompts)
-            teacher.model.prepare(shown)
-            teacher.model.follow(steps)
+                teacher.model.prepare(shown)
+                teacher.model.follow(steps)
     load_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
         model.recompute()
     model.transformer.to(device)
-    blocks = model.family.blocks(model.transformer)
     if cfg.compile:
-        compiled.compile_blocks(blocks)
+        compiled.compile_blocks(model.family.blocks(model.transformer))
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
-        adapter = set(lora.parameters_of(model.transformer, STUDENT).values())
-        if isinstance(cfg, NFTConfig):
-            adapter |= set(lora.parameters_of(model.transformer, OLD).values())
+        # What is trained, and what follows it.
+        adapters = set()
+        for name in (STUDENT, EMA, OLD):
+            adapters |= set(lora.parameters_of(model.transformer, name).values())
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
-            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapter)
+            ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapters)
     return model, data, rewards
 
 

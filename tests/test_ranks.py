@@ -28,6 +28,12 @@ def distil(world, out, **changes):
     return forked.command_line(tiny.config(world, out=str(out), **settings))
 
 
+def averaged(world, red):
+    """The student's moving average is the anchor."""
+    teachers = {"red": str(red), "blue": str(world / "blue"), "average": "ema"}
+    return {"teachers": teachers, "anchor": "average", "ema": 0.5}
+
+
 def grow(world, out, **changes):
     settings = SHORT | {"prompts_per_step": 6, "updates": 2, "micro_batch": 5, "decay": "cosine"}
     settings |= {"beta": 0.1, "clip_range": 1e-3} | changes
@@ -43,14 +49,15 @@ def launch(out, processes, arguments):
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
-    return out, launch(out, 1, distil(world, out))
+    return out, launch(out, 1, distil(world, out, **averaged(world, world / "red")))
 
 
 @pytest.mark.parametrize("shard_size, micro_batch", [(1, 3), (2, 1)])
 def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size, micro_batch):
     """3 red and 2 blue prompts. Micro-batches of 3: rrr and bb, so a rank runs red's teacher for the other's
     sake; of 1: one turn with r and b, and padding. One process: rr, rb, b."""
-    given = distil(world, tmp_path / "run", shard_size=shard_size, micro_batch=micro_batch)
+    changes = averaged(world, world / "red") | {"shard_size": shard_size, "micro_batch": micro_batch}
+    given = distil(world, tmp_path / "run", **changes)
     assert launch(tmp_path / "run", 2, given) == pytest.approx(alone[1], rel=1e-4)
     pictures = (folder / "samples/000003.png" for folder in (alone[0], tmp_path / "run"))
     images = [Image.open(file).convert("RGB") for file in pictures]
@@ -59,8 +66,8 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path, alone, shard_size
 
 
 def test_a_sharded_full_teacher_gives_the_losses_of_the_adapter_in_its_weights(world, tmp_path, alone):
-    teachers = {"red": str(tiny.fold(world, "red", tmp_path / "full")), "blue": str(world / "blue")}
-    given = distil(world, tmp_path / "run", teachers=teachers, shard_size=2, micro_batch=1)
+    changes = averaged(world, tiny.fold(world, "red", tmp_path / "full"))
+    given = distil(world, tmp_path / "run", **changes, shard_size=2, micro_batch=1)
     assert launch(tmp_path / "run", 2, given) == pytest.approx(alone[1], rel=1e-4)
 
 
