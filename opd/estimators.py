@@ -64,12 +64,9 @@ def pg_live(state: State, v: Tensor, targets: Targets, alpha_BK: Tensor, w_B: Te
     return -advantage_B * ratio_B, squares_BK, x_next
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    "pathwise": pathwise,
-    "pg": pg,
-    "pg_state": pg_state,
-    "pg_live": pg_live,
-}
+SAMPLED: dict[str, Estimator] = {"pg": pg, "pg_state": pg_state, "pg_live": pg_live}
+"""Those that need the likelihood of the student's own steps, and so their noise."""
+ESTIMATORS: dict[str, Estimator] = {"pathwise": pathwise} | SAMPLED
 
 
 def own_step(state: State, v: Tensor) -> tuple[Tensor, Tensor]:

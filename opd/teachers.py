@@ -55,7 +55,7 @@ def own_shares(cfg: DistillationConfig, prompt: Prompt) -> dict[str, float]:
     route = prompt.metadata["route"]
     require(isinstance(route, str), f"{where} is {route!r}; write a teacher or a sum of teachers")
     shares = routing.shares(route, where)
-    known = [*cfg.teachers, BASE]
+    known = cfg.may_teach()
     for name in shares:
         require(name in known, f"{where} names {name!r}, which is not among the teachers {known}")
     return shares
@@ -88,7 +88,7 @@ class RewardRouter:
                 for state in walk(step, batch.samples):
                     signals.boundary()
                     state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
-            if any(batch.real):
+            if batch.real:
                 self.start(batch, prompts_N, model.decode(state.x_next), pending)
         columns = []
         for scorings in pending.values():
@@ -185,7 +185,7 @@ class Queries:
 
 def teacher_queries(alpha_NK: Tensor, batch: MicroBatch, device: torch.device) -> Queries:
     """A teacher is asked about the samples whose alpha is not 0."""
-    alpha_BK = alpha_NK[batch.samples] * torch.tensor(batch.real)[:, None]
+    alpha_BK = alpha_NK[batch.samples] * batch.real
     rows_K, index_K = [], []
     for column in range(alpha_NK.shape[1]):
         if (alpha_NK[batch.turn, column] == 0).all():

@@ -130,6 +130,7 @@ opd | --walker teacher --routing reward --train-rewards red=a green=a blue=a | l
 opd | --teachers a.b=x | --teachers: the name 'a.b' is empty or has a dot, * or +; choose another
 opd | --teachers ema=x | --teachers: the name 'ema' is taken; choose another
 opd | --teachers loss=x | --teachers: the name 'loss' is taken; choose another
+opd | --teachers from_base=x | --teachers: the name 'from_base' is taken; choose another
 opd | --teachers student=x | --teachers: the name 'student' is taken; choose another
 opd | --teachers keys=x | --teachers: the name 'keys' is taken; choose another
 opd | --teachers red=ema green=x blue=x | --teachers red=ema: --ema 0 keeps no moving average

@@ -24,7 +24,8 @@ def own(words: str):
 CASES = [
     ("sd35", {}, 0),
     ("mini --lr 1", {}, 0),
-    (f"sd35 {LORAS} --prompts a=F b=G", {"mix": {}, "anchor": "base", "cold_start": "merge"}, 2),
+    (f"sd35 {LORAS} --prompts a=F b=G", {"mix": {}, "anchor_weight": 0.0, "cold_start": "merge"}, 2),
+    (f"mini {LORAS} --prompts a=F b=G --anchor base", {"anchor_levels": {"0.6": 3.0}}, 4),
     (f"sd35 {LORAS} --prompts a=F b=G --mix a=2 --anchor b", {"mix": {"a": 2}, "anchor": "b"}, 0),
     (f"sd35 {LORAS} --prompts a=F b=G --anchor-weight 0", {"anchor": "deqa"}, 1),
     ("sd35 --teachers a=A --prompts a=F b=G", {"routes": {"b": "a"}, "cold_start": "base"}, 4),

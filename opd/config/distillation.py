@@ -15,16 +15,17 @@ from opd.cli import (
     known_names,
 )
 from opd.config.shared import Rollout
-from opd.estimators import ESTIMATORS
+from opd.estimators import ESTIMATORS, SAMPLED
 
 # A new row of these tables is a new choice of the flag.
 Weights = Literal[tuple(flow.WEIGHTS)]
 Estimators = Literal[tuple(ESTIMATORS)]
 
-# No names for a teacher: what train.py logs beside the teachers', and the adapters that it makes itself.
-METRICS = "step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs seconds"
-METRICS = [*METRICS.split(), "watch", "distance"]
-METRICS += ["kl", "ratio", "reward", "reward_std", "groups", "failed_rewards"]
+# No names for a teacher: what the log has beside the teachers', the progress bar's measures of the other
+# stages, and the adapters that a run makes itself.
+METRICS = "step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs"
+METRICS = [*METRICS.split(), "watch", "distance", "reward", "reward_std", "groups"]
+METRICS += ["kl", "from_base", "grad_rms"]
 ADAPTERS = ("student", "start")
 
 
@@ -100,9 +101,8 @@ class DistillationConfig(Rollout):
 
     def check_own_settings(self, world: int) -> None:
         """What single teachers are given."""
-        known = [*self.teachers, "base"]
-        known_names("--teacher-guidances", self.teacher_guidances, "teachers", known)
-        known_names("--extrapolate", self.extrapolate, "teachers", known)
+        known_names("--teacher-guidances", self.teacher_guidances, "teachers", self.may_teach())
+        known_names("--extrapolate", self.extrapolate, "teachers", self.may_teach())
         for name, factor in self.extrapolate.items():
             if self.adapter_of(name) == "base":
                 flag = f"--extrapolate {name}={factor}"
@@ -119,7 +119,7 @@ class DistillationConfig(Rollout):
                 raise ValueError(f"{both} both spread a teacher out; use one of them")
 
     def check_routes(self) -> None:
-        known, tasks = [*self.teachers, "base"], list(self.prompts)
+        known, tasks = self.may_teach(), list(self.prompts)
         for task in tasks:
             for teacher in routing.shares(self.route(task), f"--routes {task}"):
                 if teacher not in known:
@@ -140,7 +140,7 @@ class DistillationConfig(Rollout):
                 inside = False
             if not inside:
                 raise ValueError(f"--anchor-levels {level}={weight}: a noise level lies in (0, 1]")
-        known = [*self.teachers, "base"]
+        known = self.may_teach()
         if self.anchored() and self.anchor not in known:
             way_out = "name one of them, or have none: --anchor-weight 0 --anchor-levels"
             raise ValueError(f"--anchor {self.anchor!r} is not among the teachers {known}; {way_out}")
@@ -176,9 +176,9 @@ class DistillationConfig(Rollout):
         if self.noise_level == 0 and self.rollout != "ode":
             silent = "with --noise-level 0 adds no noise"
             raise ValueError(f"--rollout {self.rollout} {silent}; use --rollout ode")
-        if self.estimator != "pathwise":
+        if self.estimator in SAMPLED:
             self.check_likelihoods(f"--estimator {self.estimator}", self.queryable())
-        if self.walker == "teacher" and (self.estimator != "pathwise" or self.judged()):
+        if self.walker == "teacher" and (self.estimator in SAMPLED or self.judged()):
             reason = "--estimator and --routing reward judge the student's own steps"
             raise ValueError(f"{reason}; leave out --walker {self.walker}")
 
@@ -205,6 +205,10 @@ class DistillationConfig(Rollout):
             if not of_student and (name in taught or name != self.anchor):
                 merged[name] = source
         return merged
+
+    def may_teach(self) -> list[str]:
+        """What a route and the anchor may name."""
+        return [*self.teachers, lora.BASE]
 
     def guidance_of(self, teacher: str) -> float:
         if teacher in self.teacher_guidances:

@@ -53,15 +53,16 @@ def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
 
 def for_other_teachers(aside: Aside) -> None:
     cfg, reason = aside.cfg, "--teachers has others"
-    known, factors = [*cfg.teachers, "base"], set(cfg.extrapolate.values())
+    known, factors = cfg.may_teach(), set(cfg.extrapolate.values())
     if len(factors) == 1:  # the same for every teacher of the preset: part of its recipe
         own = [name for name in cfg.teachers if cfg.adapter_of(name) != "base" and name != cfg.anchor]
         aside.change("extrapolate", dict.fromkeys(own, factors.pop()), reason)
     aside.keep(("extrapolate", "teacher_guidances", "teacher_devices"), known, reason)
     led = {task: route for task, route in cfg.routes.items() if taught_by(route) <= {*cfg.teachers}}
     aside.change("routes", led, reason)
-    if cfg.anchored() and cfg.anchor not in known:
-        aside.change("anchor", "base", f"--teachers has no {cfg.anchor!r}")
+    if cfg.anchor not in known and "anchor" not in aside.given:
+        for name, nothing in (("anchor_weight", 0.0), ("anchor_levels", {})):
+            aside.change(name, nothing, f"--teachers has no {cfg.anchor!r}")
 
 
 def for_one_teacher(aside: Aside, only: str) -> None:
