@@ -274,7 +274,7 @@ class Distillation:
         text = model.text(prompts)
         # Whom to ask hangs on the state only by the anchor's weight (lambda) there.
         whom_at = {}
-        for weight in set(self.anchor_T):
+        for weight in {0.0, *self.anchor_T}:
             alpha_NK = routing.anchored(plan.routed_NK, self.anchor, weight)
             whom_at[weight] = teacher_queries(alpha_NK, batch, model.device)
         routed_BK = plan.routed_NK[batch.samples].to(model.device, non_blocking=True)
@@ -304,7 +304,7 @@ class Distillation:
                 break
             if cfg.walker == "teacher":  # off-policy: the sample's teachers take the step, not the anchor
                 if state.i not in plan.queried:
-                    targets = ask(teachers, whom_at[self.anchor_T[state.i]], state, prompts)
+                    targets = ask(teachers, whom_at[0.0], state, prompts)
                 state.step(mean_velocity(targets, routed_BK))
         return distances_BTK
 

@@ -159,6 +159,14 @@ def test_at_a_state_student_teacher_and_anchor_see_each_sample_once(world, chang
     assert len(backwards) == sum(grad for _, grad, _ in calls)
 
 
+def test_off_policy_the_teachers_walk_and_the_anchor_is_asked_where_it_counts(world):
+    changes = {"micro_batch": 100, "anchor": "base", "walker": "teacher", "query_range": (2, 3)}
+    _, model, _, _, stage = build(world, **changes)
+    calls, _ = record(model)
+    stage.accumulate(stage.plan(0))
+    assert Counter(name for name, *_ in calls) == {"red": 3, "blue": 3, "student": 1, "base": 1}
+
+
 def test_student_masters_are_float32_under_a_bfloat16_base_and_teachers_are_not(world):
     cfg, model, _, trained, stage = build(world, dtype="bfloat16")
     student = list(trained.parameters.values())
