@@ -238,7 +238,7 @@ class Distillation:
         with lora.use(self.model.transformer, self.model.trained):
             for batch in micro_batches(routes, self.cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
                 distances_BTK = self.walk_and_learn(plan, batch)
-                if any(batch.real):
+                if batch.real:
                     sums_RT += summed(distances_BTK, plan.routed_NK[batch.samples], self.anchor)
                     parts.append(([plan.prompts_N[n] for n in batch.samples], distances_BTK))
         return sums_RT, parts

@@ -120,13 +120,13 @@ def interleave(mix: dict[str, int]) -> list[str]:
 class MicroBatch:
     """What one rank works on at once.
 
-    `samples` index the step's global batch of prompts x group. `real[b]` is 0 for padding, which keeps ranks
-    in step and counts for nothing. `turn`: the samples of all ranks at this turn, so that a rank knows what
-    the others run, and runs the same: collectives must match.
+    `samples` index the step's global batch of prompts x group. What is not `real` is padding, which keeps
+    ranks in step and counts for nothing. `turn`: the samples of all ranks at this turn, so that a rank knows
+    what the others run, and runs the same: collectives must match.
     """
 
     samples: list[int]
-    real: list[int]
+    real: bool
     turn: list[int]
 
 
@@ -141,7 +141,7 @@ def micro_batches(
     """Cut samples (number -> kind) into micro-batches of at most `size` and deal them to the ranks.
 
     Samples of one kind stay together, so few micro-batches hold several kinds. All ranks get the same number
-    of micro-batches; where the numbers do not divide, padding (`real` = 0) fills up. `shapes`: of the
+    of micro-batches; where the numbers do not divide, padding fills up. `shapes`: of the
     samples' source pictures (Model.shapes); a micro-batch has one of them, since others do not stack, and the
     ranks may have several at a turn.
     """
@@ -159,6 +159,5 @@ def micro_batches(
     for first in range(0, len(chunks), world):
         number = first + rank
         turn = [n for chunk in chunks[first : first + world] for n in chunk]
-        is_real = int(number < real_chunks)
-        mine.append(MicroBatch(chunks[number], [is_real] * len(chunks[number]), turn))
+        mine.append(MicroBatch(chunks[number], number < real_chunks, turn))
     return mine

@@ -207,6 +207,6 @@ def flow_matching_loss(v: Tensor, data: Tensor, eps: Tensor) -> Tensor:
     return mean_square(at_least_float32(v) - velocity_target(data, eps))
 
 
-def logit_normal_sigma(normal_B: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Training noise levels: sigmoid(mean + std n) of standard normal draws n."""
-    return torch.sigmoid(mean + std * normal_B)
+def logit_normal_sigma(normal_B: Tensor, mean: float) -> Tensor:
+    """Training noise levels: sigmoid(mean + n) of standard normal draws n."""
+    return torch.sigmoid(mean + normal_B)

@@ -87,7 +87,7 @@ class GRPO:
                     sampled.states.append(state)
                 if state.i in states and cfg.guard:
                     sampled.old_v.append(v)
-        if any(batch.real):
+        if batch.real:
             self.scorers.start(task, batch.samples, state.x_next, mine)
         return sampled
 
@@ -164,9 +164,9 @@ class GRPO:
         text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
         shared = self.shared_prefix(batch)
         numbers = [state.i for state in sampled.states]
-        real_B, advantage_B = torch.tensor(batch.real, dtype=torch.float32), advantage_N[batch.samples]
-        rows_3B = torch.stack([real_B, real_B * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
-        real_B, kept_B, advantage_B = rows_3B.to(model.device, non_blocking=True)
+        advantage_B = advantage_N[batch.samples]
+        rows_2B = torch.stack([~advantage_B.isnan() * batch.real, advantage_B.nan_to_num(0.0)])
+        kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
         sums = torch.zeros(len(STATISTICS), device=model.device)
         largest = torch.zeros((), device=model.device)
         for j, state in enumerate(sampled.states):
@@ -190,7 +190,7 @@ class GRPO:
                     kl_B = squared_difference(v, reference_v, kl_weight)
                 loss_B = policy_B + cfg.beta * kl_B
                 ((loss_B * kept_B).sum() * scale).backward()
-            drift_B = (log_ratio_B.detach().exp() - 1) * real_B
+            drift_B = (log_ratio_B.detach().exp() - 1) * batch.real
             largest = torch.maximum(largest, drift_B.abs().max())
             clipped_B = (drift_B.abs() > cfg.clip_range).float()
             ones_B = torch.ones_like(kept_B)

@@ -83,7 +83,7 @@ class NFT:
             for state in model.walk(path, seed_of(cfg.seed, step, "start"), batch.samples):
                 signals.boundary()
                 state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
-        if any(batch.real):
+        if batch.real:
             self.scorers.start(task, batch.samples, state.x_next, mine)
         return Sampled(batch, state.x_next)
 
@@ -137,8 +137,8 @@ class NFT:
         cfg, model, batch = self.cfg, self.model, sampled.batch
         text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
         index = torch.tensor(batch.samples).to(model.device, non_blocking=True)
-        real_B, advantage_B = torch.tensor(batch.real, dtype=torch.float32), advantage_N[batch.samples]
-        rows_2B = torch.stack([real_B * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
+        advantage_B = advantage_N[batch.samples]
+        rows_2B = torch.stack([~advantage_B.isnan() * batch.real, advantage_B.nan_to_num(0.0)])
         kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
         sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
         sums = torch.zeros(len(MATCHING), device=model.device)

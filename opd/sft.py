@@ -38,12 +38,10 @@ class SFT:
         shapes = self.model.shapes([self.images.captions[n] for n in chosen])
         for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
             signals.boundary()
-            real_B = torch.tensor(batch.real, dtype=torch.float32)
-            real_B = real_B.to(self.model.device, non_blocking=True)
             with lora.use(self.model.transformer, self.model.trained):
-                loss_B = self.loss(chosen, batch, step) * real_B
+                loss_B = self.loss(chosen, batch, step) * batch.real
                 (loss_B.sum() * ranks.world() / len(chosen)).backward()
-            total += torch.stack([loss_B.detach().sum(), real_B.sum()])
+            total += torch.stack([loss_B.detach(), torch.full_like(loss_B, batch.real)], 1).sum(0)
         return ranks.total(total)
 
     def loss(self, chosen: list[int], batch: MicroBatch, step: int) -> Tensor:

@@ -152,17 +152,16 @@ def test_every_sample_once_in_runs_of_tasks_and_ranks_in_step(tasks, numbers, si
     ranks = [data.micro_batches(task_of, size, world, rank) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) >= 1
     batches = [b for batches in ranks for b in batches]
-    real = [n for b in batches for n, real in zip(b.samples, b.real, strict=True) if real]
+    real = [n for b in batches for n in b.samples if b.real]
     assert sorted(real) == sorted(task_of)
     sizes = {len(b.samples) for b in batches}
     assert 1 <= min(sizes) and max(sizes) <= min(size, min(sizes) + 1)
     for b in batches:
         kinds = [task_of[n] for n in b.samples]
-        assert len(b.real) == len(b.samples) and len(set(b.real)) == 1
         assert len(set(kinds)) == len([kind for kind, _ in groupby(kinds)])  # every kind in one run
     for turn in zip(*ranks, strict=True):
         assert all(b.turn == [n for other in turn for n in other.samples] for b in turn)
-    real = [b for b in batches if b.real[0]]
+    real = [b for b in batches if b.real]
     assert len(batches) - len(real) < world
     cut = sum(len({task_of[n] for n in b.samples}) for b in real)
     assert cut <= len(real) + len(set(tasks)) - 1  # a kind is cut by ends of batches only
@@ -172,11 +171,11 @@ def test_micro_batches_are_even_and_few():
     """9 samples, at most 4 at once: 3 + 3 + 3, not 4 + 4 + 1; tasks share one where they fit."""
     assert [len(b.samples) for b in data.micro_batches(dict.fromkeys(range(9), "a"), 4, 1, 0)] == [3, 3, 3]
     (whole,) = data.micro_batches(dict(enumerate("abab")), 8, 1, 0)
-    assert whole == MicroBatch([0, 2, 1, 3], [1] * 4, [0, 2, 1, 3])
+    assert whole == MicroBatch([0, 2, 1, 3], True, [0, 2, 1, 3])
     two = [data.micro_batches(dict(enumerate("abb")), 1, 2, rank) for rank in (0, 1)]
     assert two == [
-        [MicroBatch([0], [1], [0, 1]), MicroBatch([2], [1], [2, 2])],
-        [MicroBatch([1], [1], [0, 1]), MicroBatch([2], [0], [2, 2])],
+        [MicroBatch([0], True, [0, 1]), MicroBatch([2], True, [2, 2])],
+        [MicroBatch([1], True, [0, 1]), MicroBatch([2], False, [2, 2])],
     ]  # the last is padding
 
 
@@ -186,8 +185,8 @@ def test_ranks_share_the_samples_of_several_shapes():
     ranks = [data.micro_batches(dict.fromkeys(range(7), "x"), 4, 3, rank, shapes) for rank in range(3)]
     batches = [b for batches in ranks for b in batches]
     assert all(len({shapes[n] for n in b.samples}) == 1 for b in batches)
-    assert sorted(n for b in batches for n in b.samples if b.real[0]) == list(range(7))
-    assert {len(batches) for batches in ranks} == {3} and sum(not b.real[0] for b in batches) == 2
+    assert sorted(n for b in batches for n in b.samples if b.real) == list(range(7))
+    assert {len(batches) for batches in ranks} == {3} and sum(not b.real for b in batches) == 2
 
 
 PACKAGE = Path(opd.__file__).parent

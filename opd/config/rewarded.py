@@ -18,6 +18,8 @@ from opd.config.shared import Rollout, Rollouts
 class RewardedConfig(Rollout):
     """What the stages that learn from rewards have."""
 
+    first = ("model", "prompts", "train_rewards", "prompts_per_step", "group", "iterations", "lr", "out")
+
     group: Few = 8
     """Trajectories per prompt; they are compared with each other, so at least 2."""
     train_rewards: Texts = field(default_factory=dict)
@@ -50,7 +52,6 @@ class GRPOConfig(RewardedConfig):
     """Stage grpo: a teacher grown from rewards by Flow-GRPO."""
 
     stage = "grpo"
-    first = ("model", "prompts", "train_rewards", "prompts_per_step", "group", "iterations", "lr", "out")
 
     full: bool = False
     """Train all weights of the transformer instead of a LoRA."""
@@ -95,7 +96,6 @@ class NFTConfig(RewardedConfig):
     """Stage nft: a teacher grown from rewards without likelihoods, by DiffusionNFT."""
 
     stage = "nft"
-    first = ("model", "prompts", "train_rewards", "prompts_per_step", "group", "iterations", "lr", "out")
 
     rollout: Rollouts = "ode"
     """How samples walk from noise to their picture. No likelihood is needed, so any will do."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import ranks, signals
-from opd.data import Prompt, alike, fair_sample
+from opd.data import Pools, Prompt, alike, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
 from opd.files import reading
 from opd.formats.pictures import sizes
@@ -22,7 +22,7 @@ from opd.model import Model, Sampling
 from opd.rewards import Reward
 from opd.rewards.scoring import Scoring
 
-Splits = dict[str, dict[str, list[Prompt]]]  # split -> task -> prompts
+Splits = dict[str, Pools]  # split -> task -> prompts
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Model families: all that the code knows about one diffusers pipeline is in one module of this folder.
 
 A family is a module with the names of `CONTRACT`; what most of them share comes with _parts.py by `import *`.
-To support another pipeline, write opd/families/NAME.py and give its tiny pipeline a row in
-tests/test_families.py; nothing else changes.
+To support another pipeline, write opd/families/NAME.py, build its tiny pipeline in tests/tiny_families.py and
+give it a row in tests/test_families.py; nothing else changes.
 
 Shapes: B batch, C latent channels, H x W latent size. `folder` is the pipeline's directory.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd import ranks, routing, signals
 from opd.config import DistillationConfig, Rollout, RunConfig, SFTConfig
-from opd.data import Asked, Edit, Prompt, fair_sample
+from opd.data import Asked, Edit, Pools, Prompt, fair_sample
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
@@ -26,7 +26,7 @@ from opd.report.card import push_student, write_card
 from opd.report.page import Run, write_page
 from opd.report.start import SHOWN, distances, head
 from opd.report.tracker import Tracker
-from opd.rewards import Reward, specs_of
+from opd.rewards import Rewards, specs_of
 from opd.runfolder import RunFolder
 from opd.teachers import load_teachers, route_of
 
@@ -38,12 +38,7 @@ class Report:
     """Every method is called on all ranks; rank 0 writes into the run folder."""
 
     def __init__(
-        self,
-        cfg: RunConfig,
-        model: Model,
-        data: dict[str, list[Prompt]] | Images,
-        rewards: dict[str, Reward],
-        folder: RunFolder,
+        self, cfg: RunConfig, model: Model, data: Pools | Images, rewards: Rewards, folder: RunFolder
     ):
         self.cfg, self.model, self.data, self.folder = cfg, model, data, folder
         if folder.active:
@@ -277,7 +272,7 @@ def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
 # ---- the prompts of a report -----------------------------------------------------------------------
 
 
-def grid_prompts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> dict[str, list[Prompt]]:
+def grid_prompts(cfg: RunConfig, data: Pools | Images) -> Pools:
     """What sample grids show, by task: --sample-prompts, or `shown_prompts`, or captions."""
     if cfg.sample_prompts:
         prompts = load_prompts(cfg.sample_prompts, "--sample-prompts", None)
@@ -291,7 +286,7 @@ def grid_prompts(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> dict
     return shown_prompts(cfg, data)
 
 
-def shown_prompts(cfg: RunConfig, data: dict[str, list[Prompt]]) -> dict[str, list[Prompt]]:
+def shown_prompts(cfg: RunConfig, data: Pools) -> Pools:
     """What a report shows of every task that is trained on, nine prompts in all: held-out ones where there
     are some, at a fixed stride, so that files sorted by kind show every kind."""
     pools = data
@@ -306,7 +301,7 @@ def is_scored(cfg: RunConfig) -> bool:
     return not isinstance(cfg, SFTConfig) and (cfg.evaluate or cfg.watch_every > 0)
 
 
-def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
+def splits(cfg: RunConfig, data: Pools) -> Splits:
     """The prompts of the table: of each task those held out or, where there are none, those of training."""
     found = {"train": {task: pool for task, pool in data.items() if task not in cfg.heldout}}
     if cfg.heldout:
@@ -314,7 +309,7 @@ def splits(cfg: RunConfig, data: dict[str, list[Prompt]]) -> Splits:
     return {split: pools for split, pools in found.items() if pools}
 
 
-def asked_by_reports(cfg: RunConfig, data: dict[str, list[Prompt]] | Images) -> list[Asked]:
+def asked_by_reports(cfg: RunConfig, data: Pools | Images) -> list[Asked]:
     """All that a report will ask: those of the grids and, where the run is scored, of the table."""
     pools = list(grid_prompts(cfg, data).values())
     if isinstance(cfg, DistillationConfig):

@@ -6,7 +6,7 @@ import torch
 
 from opd import lora, ranks, routing, signals
 from opd.config import DistillationConfig, Rollout, RunConfig
-from opd.data import Prompt, alike, seed_of
+from opd.data import Pools, Prompt, alike, seed_of
 from opd.formats.latents import Images
 from opd.lora import BASE, START
 from opd.model import Model
@@ -45,7 +45,7 @@ def facts(cfg: RunConfig) -> dict[str, str]:
     return found
 
 
-def head(cfg: RunConfig, trained: Trained, data: dict[str, list[Prompt]] | Images) -> list[str]:
+def head(cfg: RunConfig, trained: Trained, data: Pools | Images) -> list[str]:
     """A line for each thing that decides what a run does and how long it takes."""
     model, found = trained.model, facts(cfg)
     count = sum(parameter.numel() for parameter in trained.parameters.values()) / 1e6
@@ -77,7 +77,7 @@ def lines_of(found: dict[str, str]) -> list[str]:
 
 @torch.no_grad()
 def distances(
-    cfg: DistillationConfig, model: Model, teachers: dict[str, Teacher], pools: dict[str, list[Prompt]]
+    cfg: DistillationConfig, model: Model, teachers: dict[str, Teacher], pools: Pools
 ) -> dict[str, float]:
     """Task -> how far the student's velocity is from its teacher's, in percent of the base's distance.
 
