@@ -132,11 +132,11 @@ QUESTIONS |= {
 }
 # How soon a student of the shipped teachers is at their level: the first command, and as it was at 3230e61.
 SPEED = {
-    "default": Recipe("the first command", "--watch-every 15 --watch-prompts 256", preset="mini"),
+    "default": Recipe("the first command", "--watch-every 10 --watch-prompts 256", preset="mini"),
     "large-steps": Recipe(
         "30 prompts a step on five states",
-        "--prompts-per-step 30 --queries 5 --lr 3e-3 --iterations 100 --anchor-weight 0.02"
-        " --watch-every 10 --watch-prompts 256",
+        "--prompts-per-step 30 --queries 5 --iterations 100 --mix compose=3 --ema 0 --anchor-weight 0.02"
+        " --watch-every 5 --watch-prompts 256",
         preset="mini",
     ),
 }
