@@ -274,10 +274,12 @@ class Distillation:
         text = model.text(prompts)
         # Whom to ask hangs on the state only by the anchor's weight (lambda) there.
         whom_at = {}
-        for weight in {0.0, *self.anchor_T}:
+        for weight in set(self.anchor_T):
             alpha_NK = routing.anchored(plan.routed_NK, self.anchor, weight)
             whom_at[weight] = teacher_queries(alpha_NK, batch, model.device)
-        routed_BK = plan.routed_NK[batch.samples].to(model.device, non_blocking=True)
+        if cfg.walker == "teacher":
+            routed = teacher_queries(plan.routed_NK, batch, model.device)
+            routed_BK = plan.routed_NK[batch.samples].to(model.device, non_blocking=True)
         # Gradients are averaged over ranks; with this factor the sum over samples and states is their mean.
         scale = ranks.world() / (len(plan.prompts_N) * len(plan.queried))
         distances_BTK = torch.zeros(len(text), cfg.steps, len(teachers), device=model.device)
@@ -304,7 +306,7 @@ class Distillation:
                 break
             if cfg.walker == "teacher":  # off-policy: the sample's teachers take the step, not the anchor
                 if state.i not in plan.queried:
-                    targets = ask(teachers, whom_at[0.0], state, prompts)
+                    targets = ask(teachers, routed, state, prompts)
                 state.step(mean_velocity(targets, routed_BK))
         return distances_BTK
 

@@ -107,11 +107,11 @@ class Model:
         self.conditioning.check(prompts)
         self.conditioning.prepare([*prompts, self.family.NEGATIVE])
 
-    def follow(self, steps: list[list[Asked]]) -> None:
-        """Tell which prompts every step of the run will read, and encode those of the first ones."""
+    def follow(self, steps: list[list[Asked]], done: int) -> None:
+        """Tell which prompts every step of the run will read, and encode those of the steps after `done`."""
         self.conditioning.check([asked for step in steps for asked in step])
         self.conditioning.follow(steps)
-        self.conditioning.ahead(0)
+        self.conditioning.ahead(done)
 
     def ahead(self, step: int) -> None:
         """Before a step: encode the prompts of the window that it begins, if it does."""

@@ -11,12 +11,13 @@ from opd.cli import flag_words
 from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
 from opd.data import Asked, Edit, Pools, prompts_of_step
 from opd.errors import require
-from opd.files import LARGE, digest, reading, resolve
+from opd.files import LARGE, digest, path_of, reading, resolve
 from opd.formats import merging
 from opd.formats.hub import is_hub_id, weight_files
 from opd.formats.latents import Images, load_images
 from opd.formats.lora_files import Lora, find_adapter
 from opd.formats.prompts import load_tasks
+from opd.formats.state import latest_state
 from opd.formats.teacher_files import Whole, described, read_teachers
 from opd.lora import BASE, EMA, OLD, START, STUDENT
 from opd.mini.presets import MADE_BY
@@ -56,13 +57,16 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
     for name, teacher in teachers.items():
         say(f"teacher {name}: {teacher.source}  {described(teacher)}")
 
+    done = latest_state(path_of(cfg.out))
     model.prepare(shown)
-    model.follow(steps)
+    model.follow(steps, done)
     for name, teacher in teachers.items():
         if isinstance(teacher, Whole) and teacher.model.conditioning is not model.conditioning:
             with reading(f"teacher {name!r}"):
-                teacher.model.prepare(shown)
-                teacher.model.follow(steps)
+                for prompts in (shown, *steps):
+                    teacher.model.conditioning.check(prompts)
+            teacher.model.prepare(shown)
+            teacher.model.follow(steps, done)
     load_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
         model.recompute()
@@ -72,9 +76,8 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
     # A frozen base that every rank holds whole needs no FSDP, which would keep a second copy of it.
     if cfg.full or cfg.shard_size > 1:
         # What is trained, and what follows it.
-        adapters = set()
-        for name in (STUDENT, EMA, OLD):
-            adapters |= set(lora.parameters_of(model.transformer, name).values())
+        names = (STUDENT, EMA, OLD)
+        adapters = {p for name in names for p in lora.parameters_of(model.transformer, name).values()}
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
             ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapters)

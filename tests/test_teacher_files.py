@@ -34,6 +34,17 @@ def test_a_full_teacher_answers_like_the_adapter_that_is_in_its_weights(form, wo
     assert not any(p.requires_grad for p in model.teachers["red"].transformer.parameters())
 
 
+def test_a_full_teacher_reads_the_prompts_that_the_student_has_encoded(world, place, tmp_path, monkeypatch):
+    loads, load = [], sd3.load_text
+    monkeypatch.setattr(sd3, "load_text", lambda *given: loads.append(given) or load(*given))
+    counts = []
+    for teacher in (world / "red", place / "full"):
+        loads.clear()
+        built(world, tmp_path, teacher, out=str(tmp_path / teacher.name))
+        counts.append(len(loads))
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_full_teacher_is_held_in_the_compute_dtype(world, place, tmp_path):
     _, model, *_ = built(world, tmp_path, place / "full", dtype="bfloat16")
     own = model.teachers["red"].transformer

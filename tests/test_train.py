@@ -219,7 +219,9 @@ INTERRUPTED += [(tiny.nft_config, {"ema": 0.9, "updates": 2, "old_decay": (0.0, 
 
 
 @pytest.mark.parametrize("config, changes", INTERRUPTED)
-def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, config, changes):
+def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, monkeypatch, config, changes):
+    """And begins by encoding the prompts of the step at hand."""
+    monkeypatch.setattr("opd.conditioning.WINDOW", 1)
     changes = {"iterations": 4, "save_every": 2} | changes
     whole, *_ = tiny.run(config(world, out=str(tmp_path / "a"), **changes))
     cfg = config(world, out=str(tmp_path / "b"), **changes)
@@ -238,7 +240,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(world, tmp_path, config, ch
         tiny.run(cfg, interrupt)
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # as a kill may leave it
-    resumed, *_ = tiny.run(cfg)
+    windows = []
+    resumed, *_ = tiny.run(cfg, lambda model, stage: windows.append(model.conditioning.current))
+    assert windows == [2]  # one a step
     assert [r["loss"] for r in resumed.metrics()] == [r["loss"] for r in whole.metrics()]
     states = [load_file(file) for f in "ab" for file in (tmp_path / f / "state/000004").glob("*.safetensors")]
     assert len(states) == 2 and states[0].keys() == states[1].keys()
