@@ -120,9 +120,9 @@ def interleave(mix: dict[str, int]) -> list[str]:
 class MicroBatch:
     """What one rank works on at once.
 
-    `samples` index the step's global batch of prompts x group. What is not `real` is padding, which keeps
-    ranks in step and counts for nothing. `turn`: the samples of all ranks at this turn, so that a rank knows
-    what the others run, and runs the same: collectives must match.
+    `samples` index the step's global batch of prompts x group. `real` is False for padding, which keeps ranks
+    in step and counts for nothing. `turn`: the samples of all ranks at this turn, so that a rank knows what
+    the others run, and runs the same: collectives must match.
     """
 
     samples: list[int]
@@ -141,9 +141,9 @@ def micro_batches(
     """Cut samples (number -> kind) into micro-batches of at most `size` and deal them to the ranks.
 
     Samples of one kind stay together, so few micro-batches hold several kinds. All ranks get the same number
-    of micro-batches; where the numbers do not divide, padding fills up. `shapes`: of the
-    samples' source pictures (Model.shapes); a micro-batch has one of them, since others do not stack, and the
-    ranks may have several at a turn.
+    of micro-batches; where the numbers do not divide, padding fills up. `shapes`: of the samples' source
+    pictures (Model.shapes); a micro-batch has one of them, since others do not stack, and the ranks may have
+    several at a turn.
     """
     shapes = shapes or dict.fromkeys(kinds, "")
     order, chunks = list(dict.fromkeys(kinds.values())), []

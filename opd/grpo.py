@@ -165,7 +165,7 @@ class GRPO:
         shared = self.shared_prefix(batch)
         numbers = [state.i for state in sampled.states]
         advantage_B = advantage_N[batch.samples]
-        rows_2B = torch.stack([~advantage_B.isnan() * batch.real, advantage_B.nan_to_num(0.0)])
+        rows_2B = torch.stack([batch.real * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
         kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
         sums = torch.zeros(len(STATISTICS), device=model.device)
         largest = torch.zeros((), device=model.device)

@@ -138,7 +138,7 @@ class NFT:
         text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
         index = torch.tensor(batch.samples).to(model.device, non_blocking=True)
         advantage_B = advantage_N[batch.samples]
-        rows_2B = torch.stack([~advantage_B.isnan() * batch.real, advantage_B.nan_to_num(0.0)])
+        rows_2B = torch.stack([batch.real * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
         kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
         sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
         sums = torch.zeros(len(MATCHING), device=model.device)

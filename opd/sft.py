@@ -21,19 +21,18 @@ class SFT:
     def step(self, step: int) -> tuple[dict, float]:
         """One optimizer step: (metrics, gradient norm)."""
         # Sent without waiting: the update is the step's only wait for the device.
-        sums = self.accumulate(step).to("cpu", non_blocking=True)
+        total = self.accumulate(step).to("cpu", non_blocking=True)
         norm = self.trained.update(step)
-        total, count = sums.tolist()
-        return {"loss": total / count}, norm
+        return {"loss": float(total) / self.cfg.prompts_per_step}, norm
 
     def accumulate(self, step: int) -> Tensor:
         """The gradient of the flow-matching loss on this rank's part of the step's images, left in .grad.
 
-        Returns (2,): sum of losses and count over all ranks.
+        Returns the sum of the losses of all ranks.
         """
         cfg = self.cfg
         chosen = self.images.of_step(cfg.prompts_per_step, cfg.seed, step)
-        total = torch.zeros(2, device=self.model.device)
+        total = torch.zeros((), device=self.model.device)
         kinds = dict.fromkeys(range(len(chosen)), "image")
         shapes = self.model.shapes([self.images.captions[n] for n in chosen])
         for batch in micro_batches(kinds, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
@@ -41,7 +40,7 @@ class SFT:
             with lora.use(self.model.transformer, self.model.trained):
                 loss_B = self.loss(chosen, batch, step) * batch.real
                 (loss_B.sum() * ranks.world() / len(chosen)).backward()
-            total += torch.stack([loss_B.detach(), torch.full_like(loss_B, batch.real)], 1).sum(0)
+            total += loss_B.detach().sum()
         return ranks.total(total)
 
     def loss(self, chosen: list[int], batch: MicroBatch, step: int) -> Tensor:

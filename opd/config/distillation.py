@@ -21,11 +21,10 @@ from opd.estimators import ESTIMATORS, SAMPLED
 Weights = Literal[tuple(flow.WEIGHTS)]
 Estimators = Literal[tuple(ESTIMATORS)]
 
-# No names for a teacher: what the log has beside the teachers', the progress bar's measures of the other
-# stages, and the adapters that a run makes itself.
-METRICS = "step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs"
-METRICS = [*METRICS.split(), "watch", "distance", "reward", "reward_std", "groups"]
-METRICS += ["kl", "from_base", "grad_rms"]
+# No names for a teacher: what the log has beside the teachers' losses, what diagnostics.brief looks for, and
+# the adapters that a run makes itself.
+METRICS = """step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs watch
+distance reward reward_std groups kl from_base grad_rms""".split()
 ADAPTERS = ("student", "start")
 
 

@@ -61,8 +61,9 @@ def for_other_teachers(aside: Aside) -> None:
     led = {task: route for task, route in cfg.routes.items() if taught_by(route) <= {*cfg.teachers}}
     aside.change("routes", led, reason)
     if cfg.anchor not in known and "anchor" not in aside.given:
-        for name, nothing in (("anchor_weight", 0.0), ("anchor_levels", {})):
-            aside.change(name, nothing, f"--teachers has no {cfg.anchor!r}")
+        lost = f"--teachers lacks the preset's anchor {cfg.anchor!r}; --anchor NAME names another"
+        aside.change("anchor_weight", 0.0, lost)
+        aside.change("anchor_levels", {}, lost)
 
 
 def for_one_teacher(aside: Aside, only: str) -> None:

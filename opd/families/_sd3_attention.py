@@ -45,7 +45,7 @@ class JointAttention:
             k_BKHD = torch.cat([k_BKHD, k_text, last_again(k_text, copies)], dim=1)
             v_BKHD = torch.cat([v_BKHD, v_text, last_again(v_text, copies)], dim=1)
         out_BTM = attention(q_BTHD, k_BKHD, v_BKHD).flatten(2)
-        # A slice of rows would be multiplied row by row.
+        # PyTorch multiplies a slice that is not contiguous sample by sample.
         image_out = out_BTM[:, : image.shape[1]].contiguous()
         for layer in attn.to_out:
             image_out = layer(image_out)
@@ -61,10 +61,10 @@ def attention(q_BTHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> Tensor:
     """(B, T, H, D). On a CPU bfloat16 is attended to in float32: PyTorch's backward takes five times as long
     there for as few tokens as the miniature has. Without a backward too, or GRPO would sample by another
     policy than it trains."""
-    heads = [x.transpose(1, 2) for x in (q_BTHD, k_BKHD, v_BKHD)]
+    qkv = [x.transpose(1, 2) for x in (q_BTHD, k_BKHD, v_BKHD)]
     if q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16:
-        heads = [x.float() for x in heads]
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).to(q_BTHD.dtype)
+        qkv = [x.float() for x in qkv]
+    return F.scaled_dot_product_attention(*qkv).transpose(1, 2).to(q_BTHD.dtype)
 
 
 def projected(x_BTM: Tensor, layer: nn.Module, norm: nn.Module | None, heads: int) -> Tensor:

@@ -66,10 +66,10 @@ FOLD = {**MINI_OPD, **EARLY, "teacher_guidance": 2.5}  # guidance folded into th
 # Many small updates come near the teachers' level sooner ("How soon" there). An anchor of the low noise
 # levels alone costs no pass at the others.
 SMALL_STEPS = {"prompts_per_step": 10, "queries": 2, "iterations": 120, "save_every": 40, "sample_every": 40}
-# Their noise is averaged away, which bears a higher rate; signs, which take longest to learn, have two fifths
-# of the prompts.
+# A moving average removes the noise of small steps, so the rate can be higher. Signs take longest to learn,
+# so they have two fifths of the prompts.
 SOON = {**SMALL_STEPS, "lr": 3e-3, "ema": 0.9, "mix": {"compose": 2, "text": 2}}
-LATE = {**NO_ANCHOR, "anchor_levels": {"0.6": 3.0}}
+LATE = {"anchor_weight": 0.0, "anchor_levels": {"0.6": 3.0}}
 
 # What each teacher grows from. The anchor's, quality, sees the prompts of all tasks, so that it has something
 # to say about each.
@@ -128,9 +128,9 @@ WHOLE = {"prompts_per_step": 64, "micro_batch": 64}
 # ---- the runs ----------------------------------------------------------------------------------------------
 
 MINI_PRESETS: dict[str, RunConfig] = {
-    # What is near its teachers soonest here: guidance folded in, small steps, an anchor that leaves the
-    # composition alone. What is not named are the defaults of opd/config/: an SDE walk of ten steps, a start
-    # merged from the teachers, guidance 1 for the student, and more; --dry-run prints all of it.
+    # What is near its teachers soonest here: guidance folded in, small steps and their average, an anchor
+    # that leaves the composition alone. What is not named are the defaults of opd/config/: an SDE walk of ten
+    # steps, a start merged from the teachers, guidance 1 for the student, and more; --dry-run prints all.
     "mini": DistillationConfig(**FOLD | SOON | LATE),
     # The study's: large steps, no anchor.
     "mini-fold": DistillationConfig(
