@@ -158,7 +158,8 @@ def test_the_slurm_script_on_two_nodes_of_two_ranks_gives_the_losses_of_one(worl
     for name, body in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    given = distil(world, tmp_path / "run", shard_size=2, micro_batch=1)
+    changes = averaged(world, world / "red")
+    given = distil(world, tmp_path / "run", **changes, shard_size=2, micro_batch=1)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x"}
     environment = os.environ | slurm | {"PATH": path, "PORT": str(forked.free_port()), "OMP_NUM_THREADS": "1"}
