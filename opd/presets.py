@@ -34,8 +34,9 @@ EVERY_25 = {"save_every": 25, "sample_every": 25}
 LARGE_STEPS = {"prompts_per_step": 40, "group": 4, **EVERY_25}
 FROM_BASE = {"cold_start": "base", "anchor_weight": 0.0}
 # Many small updates instead: two states a trajectory, of all noise levels and weighed alike. In the miniature
-# they come near the teachers' level in half the time (opd/mini/study/RESULTS.md, "How soon"); at full size
-# they are not measured. Ten prompts are one micro-batch that fills a GPU.
+# they come near the teachers' level in less than half the time and end a little lower ("How soon" of
+# opd/mini/study/RESULTS.md); at full size they are not measured. Ten prompts are one micro-batch that fills a
+# GPU.
 SMALL_STEPS = {"weight": "uniform", "queries": 2, "query_beta": (1.0, 1.5), "skip_last": True}
 SMALL_STEPS |= {"prompts_per_step": 10, "group": 1, "save_every": 100, "sample_every": 100}
 SD35 = {"model": "stabilityai/stable-diffusion-3.5-medium", "resolution": "512", "eval_steps": 40}
