@@ -20,14 +20,11 @@ from torch import Tensor
 
 from opd import kernels, lora, ranks, signals, trajectory
 from opd.config import GRPOConfig
-from opd.data import MicroBatch, Pools, Prompt, seed_of
+from opd.data import MicroBatch, Prompt, seed_of
 from opd.diagnostics import STATISTICS, policy_metrics
 from opd.families import Condition
 from opd.lora import BASE
-from opd.model import Model
-from opd.optim import Trained
-from opd.rewards import Rewards
-from opd.rewards.groups import Scorers, iteration
+from opd.rewards.groups import RewardedStage, kept_advantages
 from opd.trajectory import State
 
 
@@ -52,26 +49,18 @@ class SharedPrefix:
     back_index: Tensor
 
 
-class GRPO:
+class GRPO(RewardedStage):
     """Stage grpo: each step samples groups of images, scores them, and updates the policy that made them."""
 
-    def __init__(self, cfg: GRPOConfig, model: Model, pools: Pools, rewards: Rewards, trained: Trained):
-        self.cfg, self.model = cfg, model
-        self.pools, self.trained = pools, trained
-        self.scorers = Scorers(cfg, model, rewards)
-
-    def step(self, step: int) -> tuple[dict, float]:
-        """One iteration: sample, score, update."""
-        return iteration(self, step)
+    cfg: GRPOConfig
 
     # ---- the rollout ----
 
     @torch.no_grad()
-    def sample(self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int) -> Sampled:
-        """Roll the policy out, keep the trained transitions, and start to score the images."""
+    def sample(self, batch: MicroBatch, prompts: list[Prompt], step: int) -> tuple[Sampled, Tensor]:
+        """Roll the policy out, and keep the trained transitions."""
         cfg, model, states = self.cfg, self.model, trained_states(self.cfg, step)
-        mine = [prompts[n // cfg.group] for n in batch.samples]
-        text = model.text([prompt.asked for prompt in mine])
+        text = self.text(prompts, batch)
         shared = self.shared_prefix(batch)
         starts = None
         if cfg.shared_start:
@@ -87,9 +76,7 @@ class GRPO:
                     sampled.states.append(state)
                 if state.i in states and cfg.guard:
                     sampled.old_v.append(v)
-        if batch.real:
-            self.scorers.start(task, batch.samples, state.x_next, mine)
-        return sampled
+        return sampled, state.x_next
 
     def path(self, step: int, states: list[int]) -> trajectory.Path:
         """Noise at every state, or with --window at the trained ones alone and ODE steps elsewhere."""
@@ -161,12 +148,10 @@ class GRPO:
         over samples and states the update's mean.
         """
         cfg, model, batch = self.cfg, self.model, sampled.batch
-        text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
+        text = self.text(prompts, batch)
         shared = self.shared_prefix(batch)
         numbers = [state.i for state in sampled.states]
-        advantage_B = advantage_N[batch.samples]
-        rows_2B = torch.stack([batch.real * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
-        kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
+        kept_B, advantage_B = kept_advantages(advantage_N, batch, model.device)
         sums = torch.zeros(len(STATISTICS), device=model.device)
         largest = torch.zeros((), device=model.device)
         for j, state in enumerate(sampled.states):

@@ -31,7 +31,7 @@ from opd.model import Model
 from opd.optim import Trained
 from opd.ranks import say
 from opd.rewards import Rewards
-from opd.rewards.groups import ADVANTAGE_CLIP, Scorers, iteration
+from opd.rewards.groups import ADVANTAGE_CLIP, RewardedStage, kept_advantages
 
 SMALLEST_WEIGHT = 1e-5
 """Of w, as in the released code."""
@@ -57,35 +57,29 @@ class Noised:
     advantage_B: Tensor
 
 
-class NFT:
-    """Stage nft: each step samples groups of images, scores them, and matches the velocity to them."""
+class NFT(RewardedStage):
+    """Stage nft: each step samples groups of images, scores them, matches the velocity to them, and lets the
+    old policy follow."""
+
+    cfg: NFTConfig
 
     def __init__(self, cfg: NFTConfig, model: Model, pools: Pools, rewards: Rewards, trained: Trained):
-        self.cfg, self.model = cfg, model
-        self.pools, self.trained = pools, trained
-        self.scorers = Scorers(cfg, model, rewards)
+        super().__init__(cfg, model, pools, rewards, trained)
         # Not where the network is told its guidance, as FLUX.1 is.
         if cfg.guidance != 1.0 and model.family.guide is not None:
             say(f"--guidance {cfg.guidance:g}: stage nft is known to learn little with guidance; 1 has none")
 
-    def step(self, step: int) -> tuple[dict, float]:
-        """One iteration: sample, score, update, let the old policy follow."""
-        return iteration(self, step)
-
     @torch.no_grad()
-    def sample(self, batch: MicroBatch, task: str, prompts: list[Prompt], step: int) -> Sampled:
-        """Sample a micro-batch's images, and start to score them."""
+    def sample(self, batch: MicroBatch, prompts: list[Prompt], step: int) -> tuple[Sampled, Tensor]:
+        """Sample a micro-batch's images."""
         cfg, model = self.cfg, self.model
-        mine = [prompts[n // cfg.group] for n in batch.samples]
-        text = model.text([prompt.asked for prompt in mine])
+        text = self.text(prompts, batch)
         path = model.path(cfg.steps, cfg.rollout, cfg.noise_level, (cfg.seed, step, "noise"))
         with lora.use(model.transformer, OLD):
             for state in model.walk(path, seed_of(cfg.seed, step, "start"), batch.samples):
                 signals.boundary()
                 state.step(model.velocity(state.x, state.sigma_B, text, cfg.guidance))
-        if batch.real:
-            self.scorers.start(task, batch.samples, state.x_next, mine)
-        return Sampled(batch, state.x_next)
+        return Sampled(batch, state.x_next), state.x_next
 
     # ---- the update ----
 
@@ -135,11 +129,9 @@ class NFT:
         over samples and levels the update's mean.
         """
         cfg, model, batch = self.cfg, self.model, sampled.batch
-        text = model.text([prompts[n // cfg.group].asked for n in batch.samples])
+        text = self.text(prompts, batch)
         index = torch.tensor(batch.samples).to(model.device, non_blocking=True)
-        advantage_B = advantage_N[batch.samples]
-        rows_2B = torch.stack([batch.real * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
-        kept_B, advantage_B = rows_2B.to(model.device, non_blocking=True)
+        kept_B, advantage_B = kept_advantages(advantage_N, batch, model.device)
         sigma_LB = sigma_NL[batch.samples].T.contiguous().to(model.device, non_blocking=True)
         sums = torch.zeros(len(MATCHING), device=model.device)
         asked = []

@@ -197,7 +197,7 @@ def test_a_step_without_any_reward_changes_nothing_but_goes_on(world, config):
     cfg, *_, trained, stage = tiny.build(config(world, weight_decay=0.1))
     states = []
     for step, spec in enumerate((BRIGHT, "tests.tiny_grpo:nothing", BRIGHT)):
-        stage.scorers.of_task = dict.fromkeys(("red", "blue"), find_reward(spec))
+        stage.reward_of = dict.fromkeys(("red", "blue"), find_reward(spec))
         row, norm = stage.step(step)
         states.append(torch.cat([ranks.full(value.detach()).flatten() for value in trained.state().values()]))
         assert row["groups"]["dropped"] == (0 if spec == BRIGHT else 4) and (norm > 0) == (spec == BRIGHT)

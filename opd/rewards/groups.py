@@ -6,16 +6,18 @@ Shapes: P prompts, G samples each, N = P G samples; B samples of a micro-batch.
 
 import math
 import time
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd import ranks
 from opd.config import RewardedConfig
-from opd.data import MicroBatch, Prompt, micro_batches, prompts_of_step
+from opd.data import MicroBatch, Pools, Prompt, micro_batches, prompts_of_step
 from opd.diagnostics import reward_metrics
+from opd.families import Condition
 from opd.model import Model
+from opd.optim import Trained
 from opd.ranks import say
 from opd.rewards import Rewards
 from opd.rewards.scoring import Scoring, gather_scores
@@ -24,118 +26,140 @@ ADVANTAGE_CLIP = 5.0
 """Largest advantage, as in Flow-GRPO and DiffusionNFT."""
 
 
-def iteration(stage, step: int) -> tuple[dict, float]:
-    """A step of stage grpo or nft: sample, score, update. Returns the metrics and the gradient norm of the
-    last update (or the first that is not finite).
+class RewardedStage:
+    """A stage that learns from rewards: each step samples groups of pictures, scores them, and updates.
 
-    The rollout's prompts are cut into `updates` parts, one optimizer step each. Scores of a micro-batch are
-    computed in a thread while the next one is rolled out. `stage.sample` makes a micro-batch's pictures and
-    starts to score them; `stage.accumulate` leaves the gradient of a part; `stage.finish` does what comes
-    after all updates, and makes the metrics.
+    GRPO and NFT say how, in the three methods that follow `step`.
     """
-    cfg = stage.cfg
-    started = time.perf_counter()
-    prompts = prompts_of_step(
-        stage.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
-    )
-    parts = []
-    for part in range(cfg.updates):
-        batches = batches_of_part(cfg, prompts, part, stage.model)
-        parts.append([stage.sample(batch, task, prompts, step) for task, batch in batches])
-    rolled = time.perf_counter()
 
-    scores = stage.scorers.wait(prompts, step)
-    scored = time.perf_counter()
+    def __init__(self, cfg: RewardedConfig, model: Model, pools: Pools, rewards: Rewards, trained: Trained):
+        self.cfg, self.model, self.pools, self.trained = cfg, model, pools, trained
+        self.reward_of = {task: rewards[spec] for task, spec in cfg.training_rewards().items()}
 
-    found, norm = update(stage, parts, prompts, scores.advantage_PG.flatten(), step)
-    metrics = stage.finish(found, norm, step) | scores.metrics
-    metrics["seconds"] = {
-        "rollout": rolled - started,
-        "reward": scored - rolled,
-        "train": time.perf_counter() - scored,
-        "scoring": scores.busy,
-    }
-    return metrics, norm
+    def step(self, step: int) -> tuple[dict, float]:
+        """Sample, score, update. Returns the metrics and the gradient norm of the last update (or the first
+        that is not finite).
 
+        The prompts are cut into `updates` parts, one optimizer step each. Scores of a micro-batch are
+        computed in a thread while the next one is rolled out.
+        """
+        cfg = self.cfg
+        started = time.perf_counter()
+        prompts = prompts_of_step(
+            self.pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
+        )
+        parts, pending = [], []
+        for part in range(cfg.updates):
+            parts.append([])
+            for task, batch in self.batches(prompts, part):
+                sampled, latents = self.sample(batch, prompts, step)
+                parts[-1].append(sampled)
+                if batch.real:
+                    pending.append((batch.samples, self.score(task, latents, self.asked(prompts, batch))))
+        rolled = time.perf_counter()
 
-def update(
-    stage, parts: list[list], prompts: list[Prompt], advantage_N: Tensor, step: int
-) -> tuple[list[Tensor], float]:
-    """An optimizer step for each part: what `stage.accumulate` returned for each, on the CPU; the gradient
-    norm."""
-    found, norm = [], 0.0
-    for turn, part in enumerate(parts):
-        kept = int((~advantage_N.view(len(parts), -1)[turn].isnan()).sum())
-        if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
-            continue
-        of_part = stage.accumulate(part, prompts, advantage_N, kept, step)
-        # Sent without waiting: the next line is the update's only wait for the device.
-        found.append(of_part.to("cpu", non_blocking=True))
-        of_update = stage.trained.update(step, turn, len(parts))
-        if math.isfinite(norm):
-            norm = of_update
-    return found, norm
+        advantage_N, metrics, busy = self.wait(pending, prompts, step)
+        scored = time.perf_counter()
 
+        found, norm = self.update(parts, prompts, advantage_N, step)
+        metrics = self.finish(found, norm, step) | metrics
+        metrics["seconds"] = {
+            "rollout": rolled - started,
+            "reward": scored - rolled,
+            "train": time.perf_counter() - scored,
+            "scoring": busy,
+        }
+        return metrics, norm
 
-def batches_of_part(
-    cfg: RewardedConfig, prompts: list[Prompt], part: int, model: Model
-) -> list[tuple[str, MicroBatch]]:
-    """(task, micro-batch of this rank) for one of the `updates` parts of a step's samples: task after task,
-    since each has its reward, in as many micro-batches on every rank."""
-    samples = cfg.samples_per_step() // cfg.updates
-    by_task: dict[str, dict[int, str]] = {}
-    for n in range(part * samples, (part + 1) * samples):
-        task = prompts[n // cfg.group].task
-        by_task.setdefault(task, {})[n] = task
-    batches = []
-    shapes = model.shapes([prompt.asked for prompt in prompts], cfg.group)
-    for task, mine in by_task.items():
-        for batch in micro_batches(mine, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
-            batches.append((task, batch))
-    return batches
+    def sample(self, batch: MicroBatch, prompts: list[Prompt], step: int) -> tuple[Any, Tensor]:
+        """(what `accumulate` needs of a micro-batch, its pictures as latents (B, C, H, W))."""
+        raise NotImplementedError
 
+    def accumulate(
+        self, part: list, prompts: list[Prompt], advantage_N: Tensor, kept: int, step: int
+    ) -> Tensor:
+        """Leave the gradient of one update in .grad. Returns sums over the `kept` samples of all ranks; those
+        whose advantage is NaN count for nothing."""
+        raise NotImplementedError
 
-@dataclass
-class Scores:
-    """What a step's pictures are worth, alike on every rank."""
+    def finish(self, found: list[Tensor], norm: float, step: int) -> dict:
+        """What comes after all updates of a step; the metrics, from what `accumulate` found in each."""
+        raise NotImplementedError
 
-    advantage_PG: Tensor
-    """float32; NaN in groups that hold a NaN reward, which count for nothing."""
-    metrics: dict
-    """Of the rewards, for the log."""
-    busy: float
-    """Seconds that this rank's scorers took."""
+    def batches(self, prompts: list[Prompt], part: int) -> list[tuple[str, MicroBatch]]:
+        """(task, micro-batch of this rank) for one of the `updates` parts of a step's samples: task after
+        task, since each has its reward, in as many micro-batches on every rank."""
+        cfg = self.cfg
+        samples = cfg.samples_per_step() // cfg.updates
+        by_task: dict[str, dict[int, str]] = {}
+        for n in range(part * samples, (part + 1) * samples):
+            task = prompts[n // cfg.group].task
+            by_task.setdefault(task, {})[n] = task
+        batches = []
+        shapes = self.model.shapes([prompt.asked for prompt in prompts], cfg.group)
+        for task, mine in by_task.items():
+            for batch in micro_batches(mine, cfg.micro_batch, ranks.world(), ranks.rank(), shapes):
+                batches.append((task, batch))
+        return batches
 
+    def asked(self, prompts: list[Prompt], batch: MicroBatch) -> list[Prompt]:
+        """Each sample's prompt."""
+        return [prompts[n // self.cfg.group] for n in batch.samples]
 
-class Scorers:
-    """The rewards of a run's tasks."""
+    def text(self, prompts: list[Prompt], batch: MicroBatch) -> list[Condition]:
+        """Each sample's condition."""
+        return self.model.text([prompt.asked for prompt in self.asked(prompts, batch)])
 
-    def __init__(self, cfg: RewardedConfig, model: Model, rewards: Rewards):
-        self.cfg, self.model = cfg, model
-        self.of_task = {task: rewards[spec] for task, spec in cfg.training_rewards().items()}
-        self.pending: list[tuple[list[int], Scoring]] = []
-        """Samples of a micro-batch, and their scoring, which holds the images."""
-
-    def start(self, task: str, samples: list[int], latents: Tensor, mine: list[Prompt]) -> None:
+    def score(self, task: str, latents: Tensor, mine: list[Prompt]) -> Scoring:
         """Decode a micro-batch and begin to score it, in a thread beside the next rollout."""
         images, texts = self.model.decode(latents), [prompt.text for prompt in mine]
         metadata = [prompt.metadata for prompt in mine]
-        scoring = self.of_task[task].start(images, texts, metadata, self.cfg.reward_timeout)
-        self.pending.append((samples, scoring))
+        return self.reward_of[task].start(images, texts, metadata, self.cfg.reward_timeout)
 
-    def wait(self, prompts: list[Prompt], step: int) -> Scores:
-        """The scores of all ranks' samples, whose failures are said (collectives)."""
-        pending, self.pending = self.pending, []
+    def wait(
+        self, pending: list[tuple[list[int], Scoring]], prompts: list[Prompt], step: int
+    ) -> tuple[Tensor, dict, float]:
+        """Wait for the scores of all ranks' samples, and say which failed (collectives). Returns advantages
+        (N,) float32, NaN in groups that hold a NaN reward, alike on every rank; metrics of the rewards; the
+        seconds that this rank's scorers took."""
+        cfg = self.cfg
         tasks_P = [prompt.task for prompt in prompts]
-        scores_N, failures, busy = gather_scores(pending, self.cfg.samples_per_step(), self.model.device)
-        rewards_PG = scores_N.view(len(prompts), self.cfg.group)
+        scores_N, failures, busy = gather_scores(pending, cfg.samples_per_step(), self.model.device)
+        rewards_PG = scores_N.view(len(prompts), cfg.group)
         metrics = reward_metrics(rewards_PG, tasks_P)
         if failures:
             metrics["failed_rewards"] = failures
         for failure in failures:
             say(f"step {step + 1}: no reward for {failure}; group dropped")
-        advantage_PG = advantages(rewards_PG, tasks_P, self.cfg.advantage_std, ADVANTAGE_CLIP)
-        return Scores(advantage_PG.float(), metrics, busy)
+        advantage_PG = advantages(rewards_PG, tasks_P, cfg.advantage_std, ADVANTAGE_CLIP)
+        return advantage_PG.float().flatten(), metrics, busy
+
+    def update(
+        self, parts: list[list], prompts: list[Prompt], advantage_N: Tensor, step: int
+    ) -> tuple[list[Tensor], float]:
+        """An optimizer step for each part: what `accumulate` returned for each, on the CPU; the gradient
+        norm."""
+        found, norm = [], 0.0
+        for turn, part in enumerate(parts):
+            kept = int((~advantage_N.view(len(parts), -1)[turn].isnan()).sum())
+            if kept == 0:  # an optimizer step would follow old momentum and weight decay alone
+                continue
+            of_part = self.accumulate(part, prompts, advantage_N, kept, step)
+            # Sent without waiting: the next line is the update's only wait for the device.
+            found.append(of_part.to("cpu", non_blocking=True))
+            of_update = self.trained.update(step, turn, len(parts))
+            if math.isfinite(norm):
+                norm = of_update
+        return found, norm
+
+
+def kept_advantages(advantage_N: Tensor, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A micro-batch's (1 for a sample that counts, 0 for padding and dropped groups; advantages, 0 there),
+    (B,) each, on the device."""
+    advantage_B = advantage_N[batch.samples]
+    rows_2B = torch.stack([batch.real * ~advantage_B.isnan(), advantage_B.nan_to_num(0.0)])
+    kept_B, advantage_B = rows_2B.to(device, non_blocking=True)
+    return kept_B, advantage_B
 
 
 # ---- equations ---------------------------------------------------------------------------------------------
