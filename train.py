@@ -84,12 +84,12 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
         for line in changes:
             say(line)
         folder = RunFolder(cfg, active=ranks.rank() == 0)
-        model, data, rewards = set_up(cfg, device)
+        model, data, shown, rewards = set_up(cfg, device)
         if folder.active:
             folder.check_contents(contents(cfg, model, data))
     with errors.in_one_line(FloatingPointError, OSError):
         trained = Trained(cfg, model)
-        report = Report(cfg, model, data, rewards, folder)
+        report = Report(cfg, model, data, shown, rewards, folder)
         stage = choose_stage(cfg, model, data, rewards, trained)
         with signals.deferred():
             unscored = train(cfg, stage, trained, folder, report)

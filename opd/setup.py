@@ -23,7 +23,7 @@ from opd.lora import BASE, EMA, OLD, START, STUDENT
 from opd.mini.presets import MADE_BY
 from opd.model import Model
 from opd.ranks import say
-from opd.report.report import asked_by_reports, grid_prompts, is_scored, splits
+from opd.report.shown import Shown, prompts_to_show, routed
 from opd.rewards import Rewards, find_reward, specs_of
 from opd.teachers import teacher_names
 
@@ -34,8 +34,8 @@ READ |= {"model": True, "cold_start": True, "merge_from": True, "teachers": True
 """Fields that name what a run reads -> whether the Hub may have it."""
 
 
-def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
-    """(the model, what to train on, every reward of the run by its spec), all of them checked and loaded.
+def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Shown, Rewards]:
+    """(the model, what to train on, what to show, every reward of the run by its spec), checked and loaded.
 
     ValueError or FileNotFoundError, naming the value, for what the user can mend.
     """
@@ -52,21 +52,22 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
     student = student_start(cfg, model, teachers)
-    data, shown, steps = load_data(cfg, model)
-    rewards = load_rewards(cfg, model, data)
+    data, steps = load_data(cfg, model)
+    shown = prompts_to_show(cfg, data)
+    if isinstance(cfg, DistillationConfig):
+        teacher_names(cfg, routed(data, shown.grid))  # refuses a route that cannot be followed
+    rewards = load_rewards(cfg, model, data, shown)
     for name, teacher in teachers.items():
         say(f"teacher {name}: {teacher.source}  {described(teacher)}")
 
-    done = latest_state(path_of(cfg.out))
-    model.prepare(shown)
+    done, asked = latest_state(path_of(cfg.out)), shown.asked(cfg)
+    model.prepare(asked)
     model.follow(steps, done)
     for name, teacher in teachers.items():
         if isinstance(teacher, Whole) and teacher.model.conditioning is not model.conditioning:
             with reading(f"teacher {name!r}"):
-                for prompts in (shown, *steps):
-                    teacher.model.conditioning.check(prompts)
-            teacher.model.prepare(shown)
-            teacher.model.follow(steps, done)
+                teacher.model.prepare(asked)
+                teacher.model.follow(steps, done)
     load_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
         model.recompute()
@@ -81,7 +82,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Rewards]:
         for each in (model, *model.teachers.values()):
             blocks = each.family.blocks(each.transformer)
             ranks.shard(each.transformer, blocks, cfg.shard_size, each.dtype, each.device, whole=adapters)
-    return model, data, rewards
+    return model, data, shown, rewards
 
 
 def absent(cfg: RunConfig) -> list[str]:
@@ -150,13 +151,12 @@ def student_start(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole
     return merging.fitted(adapter, cfg.rank, cfg.alpha)
 
 
-def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[Asked], list[list[Asked]]]:
-    """(prompts per task, or images with captions; what every report asks; what every step asks)."""
+def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[list[Asked]]]:
+    """(prompts per task, or images with captions; what every step asks)."""
     if isinstance(cfg, SFTConfig):
         images = load_images(cfg.data, model)
         chosen = [images.of_step(cfg.prompts_per_step, cfg.seed, step) for step in range(cfg.iterations)]
-        steps = [[images.captions[n] for n in numbers] for numbers in chosen]
-        return images, asked_by_reports(cfg, images), steps
+        return images, [[images.captions[n] for n in numbers] for numbers in chosen]
     pools = load_tasks(cfg.prompts)
     steps = []
     for step in range(cfg.iterations):
@@ -164,25 +164,20 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[Asked], list[lis
             pools, cfg.share(), cfg.prompts_per_step, cfg.seed, step, alternate=cfg.alternate
         )
         steps.append([prompt.asked for prompt in prompts])
-    shown = asked_by_reports(cfg, pools)
-    if isinstance(cfg, DistillationConfig):
-        grid = {f"{task}, shown": pool for task, pool in grid_prompts(cfg, pools).items()}
-        teacher_names(cfg, pools | grid)  # refuses a route that cannot be followed
-    return pools, shown, steps
+    return pools, steps
 
 
-def load_rewards(cfg: RunConfig, model: Model, data: Data) -> Rewards:
+def load_rewards(cfg: RunConfig, model: Model, data: Data, shown: Shown) -> Rewards:
     """Every reward that the run will call, found and loaded once; those to train on are tried on grey
     images."""
     if isinstance(cfg, SFTConfig):
         return {}
-    scorers, scored = {}, {}
-    if is_scored(cfg):
+    scorers = {}
+    if shown.splits:
         scorers = {task: specs_of(text) for task, text in cfg.rewards.items()}
-        scored = splits(cfg, data)
     specs = [*sum(scorers.values(), []), *cfg.training_rewards().values()]
     rewards = {spec: find_reward(spec) for spec in specs}
-    for pools in scored.values():
+    for pools in shown.splits.values():
         for task in scorers.keys() & pools.keys():
             for spec in scorers[task]:
                 rewards[spec].check_metadata(task, pools[task])

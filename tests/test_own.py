@@ -82,7 +82,7 @@ def test_a_grid_shows_the_prompts_that_the_user_names(world, tmp_path):
     (base, _), (above, _) = report.above.values()
     assert torch.equal(above[0], report.pictures("blue", 1.0, [0])[0])
     assert above[1].min() == 1 and base[1].min() < 1
-    assert report.measured.keys() == {"red", "blue"}
+    assert report.shown.measured.keys() == {"red", "blue"}
     (tmp_path / "own.jsonl").write_text(json.dumps(lines[0] | {"route": "green"}) + "\n")
     with pytest.raises(ValueError, match="names 'green', which is not among the teachers"):
         tiny.build(replace(cfg, out=str(tmp_path / "other")))

@@ -197,7 +197,7 @@ def planned(cfg: RunConfig) -> Model:
 def build(cfg: RunConfig):
     """(cfg, model, data, trained, stage): a run set up as train.py does."""
     cfg.check(ranks.declared_world())
-    model, data, rewards = set_up(cfg, ranks.start())
+    model, data, _, rewards = set_up(cfg, ranks.start())
     trained = Trained(cfg, model)
     return cfg, model, data, trained, train.choose_stage(cfg, model, data, rewards, trained)
 
@@ -205,9 +205,9 @@ def build(cfg: RunConfig):
 def run(cfg: RunConfig, change=None):
     """(run folder, model, trained, report) of the whole loop; `change` is given model and stage before it."""
     cfg.check(1)
-    model, data, rewards = set_up(cfg, ranks.start())
+    model, data, shown, rewards = set_up(cfg, ranks.start())
     trained, folder = Trained(cfg, model), RunFolder(cfg, active=True)
-    report = Report(cfg, model, data, rewards, folder)
+    report = Report(cfg, model, data, shown, rewards, folder)
     stage = train.choose_stage(cfg, model, data, rewards, trained)
     if change:
         change(model, stage)

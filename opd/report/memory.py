@@ -27,7 +27,7 @@ from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import read_teachers
 from opd.lora import STUDENT, Lora
 from opd.model import Model
-from opd.report.start import SHOWN
+from opd.report.shown import SHOWN
 
 IN_TURN = ("activations", "decoding")
 """Parts of which only the larger counts: pictures are decoded between the passes of training."""

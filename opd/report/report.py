@@ -1,5 +1,6 @@
 """What a run shows of its student: scores on the way, sample grids, and the table at the end."""
 
+import math
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opd import ranks, routing, signals
-from opd.config import DistillationConfig, Rollout, RunConfig, SFTConfig
-from opd.data import Asked, Edit, Pools, Prompt, fair_sample
+from opd.config import DistillationConfig, RunConfig, SFTConfig
+from opd.data import Pools
 from opd.evaluation import tables
 from opd.evaluation.records import LINES, Record, write_lines
 from opd.evaluation.score import Row, Scorers, Splits, mean_score, planned, score
@@ -17,48 +18,46 @@ from opd.evaluation.statistics import ALL, labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image, source_row
-from opd.formats.prompts import load_prompts, load_tasks
 from opd.lora import BASE, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due
 from opd.ranks import say
 from opd.report.card import push_student, write_card
 from opd.report.page import Run, write_page
-from opd.report.start import SHOWN, distances, head
+from opd.report.shown import Shown, routed
+from opd.report.start import distances, head
 from opd.report.tracker import Tracker
 from opd.rewards import Rewards, specs_of
 from opd.runfolder import RunFolder
 from opd.teachers import load_teachers, route_of
-
-MOST = 16
-"""Prompts of --sample-prompts that a grid shows."""
 
 
 class Report:
     """Every method is called on all ranks; rank 0 writes into the run folder."""
 
     def __init__(
-        self, cfg: RunConfig, model: Model, data: Pools | Images, rewards: Rewards, folder: RunFolder
+        self,
+        cfg: RunConfig,
+        model: Model,
+        data: Pools | Images,
+        shown: Shown,
+        rewards: Rewards,
+        folder: RunFolder,
     ):
-        self.cfg, self.model, self.data, self.folder = cfg, model, data, folder
+        self.cfg, self.model, self.data, self.shown, self.folder = cfg, model, data, shown, folder
         if folder.active:
             self.tracker = Tracker(cfg, folder.path)
-        self.shown = grid_prompts(cfg, data)
-        self.prompts = [prompt for pool in self.shown.values() for prompt in pool]
-        self.measured, self.teachers = {}, {}
-        """Task -> the prompts that distances are measured on; the teachers there, by name."""
+        self.prompts = [prompt for pool in shown.grid.values() for prompt in pool]
+        self.teachers, self.routes = {}, {}
         if isinstance(cfg, DistillationConfig):
-            self.measured = shown_prompts(cfg, data)
-            pools = data | {f"{task}, shown": pool for task, pool in self.measured.items()}
-            self.teachers = load_teachers(cfg, model, pools)
-        self.routes = cfg.routes if isinstance(cfg, DistillationConfig) else {}
-        self.scores, self.cells, self.first = "", [], {}
-        """The table and its numbers, once there are some; task -> the scorer that makes its mean."""
-        if is_scored(cfg):
-            self.splits = splits(cfg, data)
+            self.teachers = load_teachers(cfg, model, routed(data, shown.measured))
+            self.routes = cfg.routes
+        self.scores, self.cells = "", []
+        """The table and its numbers, once there are some."""
+        self.scorers = Scorers({}, math.inf, strict=False)
+        if shown.splits:
             own = {task: [rewards[spec] for spec in specs_of(text)] for task, text in cfg.rewards.items()}
             self.scorers = Scorers(own, cfg.reward_timeout, strict=False)
-            self.first = self.scorers.first
 
     def begin(self, trained: Trained, done: int) -> None:
         """Say what will run, and show what it starts from: of step `done`, what a run that was stopped there
@@ -100,7 +99,7 @@ class Report:
         if isinstance(cfg, SFTConfig) or done == 0 or not due(done, cfg.watch_every, cfg.iterations):
             return {}
         rows = {STUDENT: Row(self.model.trained, sampling_of(cfg, cfg.deployed_guidance()))}
-        held_out = self.splits["held-out"]
+        held_out = self.shown.splits["held-out"]
         with trained.averaged():
             records = self.records(rows, {"held-out": held_out}, cfg.watch_prompts)
         for line in tables.remarks(records, self.scorers.specs()):
@@ -161,8 +160,8 @@ class Report:
         """What the first scorer of each prompt's task says of its picture, if rank 0 asks it; "" where none
         is given (a collective)."""
         marks, first, asked = [""] * len(images), 0, {}
-        for task, pool in self.shown.items():
-            if self.folder.active and is_scored(self.cfg) and task in self.scorers.of_task:
+        for task, pool in self.shown.grid.items():
+            if self.folder.active and task in self.scorers.of_task:
                 mine = torch.stack(images[first : first + len(pool)])
                 texts, metadata = [prompt.text for prompt in pool], [prompt.metadata for prompt in pool]
                 reward = self.scorers.of_task[task][0]
@@ -200,7 +199,7 @@ class Report:
         if not self.teachers or not due(done, cfg.sample_every, cfg.iterations):
             return {}
         with trained.averaged():
-            found = distances(cfg, self.model, self.teachers, self.measured)
+            found = distances(cfg, self.model, self.teachers, self.shown.measured)
         if not found:
             return {}
         words = ", ".join(f"{task} {value:.0f}" for task, value in found.items())
@@ -217,7 +216,7 @@ class Report:
         rows = rows_of_table(cfg)
         say(f"scoring {', '.join(rows)}")
         with trained.averaged():
-            records = self.records(rows, self.splits, cfg.eval_prompts)
+            records = self.records(rows, self.shown.splits, cfg.eval_prompts)
         scorers = self.scorers
         self.cells = cells = summarise(records, scorers.specs())
         note = f"n={cfg.eval_prompts} per task, {cfg.eval_steps} ODE steps, seed {cfg.seed}"
@@ -246,7 +245,7 @@ class Report:
             if student.is_dir():
                 write_card(student, self.cfg, self.model, done, self.scores)
         rows = self.folder.metrics()
-        write_page(Run(path, self.cfg, rows, self.cells, self.first, self.routes, self.scores))
+        write_page(Run(path, self.cfg, rows, self.cells, self.scorers.first, self.routes, self.scores))
 
 
 def rows_of_table(cfg: RunConfig) -> dict[str, Row]:
@@ -267,57 +266,3 @@ def rows_of_table(cfg: RunConfig) -> dict[str, Row]:
 
 def sampling_of(cfg: RunConfig, guidance: float) -> Sampling:
     return Sampling(cfg.eval_steps, cfg.seed, guidance)
-
-
-# ---- the prompts of a report -----------------------------------------------------------------------
-
-
-def grid_prompts(cfg: RunConfig, data: Pools | Images) -> Pools:
-    """What sample grids show, by task: --sample-prompts, or `shown_prompts`, or captions."""
-    if cfg.sample_prompts:
-        prompts = load_prompts(cfg.sample_prompts, "--sample-prompts", None)
-        prompts = prompts[:: max(1, len(prompts) // MOST)][:MOST]
-        tasks = dict.fromkeys(prompt.task for prompt in prompts)
-        return {task: [prompt for prompt in prompts if prompt.task == task] for task in tasks}
-    if isinstance(data, Images):
-        captions = [asked if isinstance(asked, Edit) else Edit(asked, ()) for asked in data.captions]
-        shown = list(dict.fromkeys(captions))[:SHOWN]
-        return {"captions": [Prompt(text, "captions", pictures=pictures) for text, pictures in shown]}
-    return shown_prompts(cfg, data)
-
-
-def shown_prompts(cfg: RunConfig, data: Pools) -> Pools:
-    """What a report shows of every task that is trained on, nine prompts in all: held-out ones where there
-    are some, at a fixed stride, so that files sorted by kind show every kind."""
-    pools = data
-    if isinstance(cfg, Rollout) and cfg.heldout:
-        pools = data | load_tasks(cfg.heldout)
-    count = max(1, SHOWN // len(data))
-    return {task: pools[task][:: max(1, len(pools[task]) // count)][:count] for task in data}
-
-
-def is_scored(cfg: RunConfig) -> bool:
-    """Whether the run compares prompts with scorers, on the way or at the end."""
-    return not isinstance(cfg, SFTConfig) and (cfg.evaluate or cfg.watch_every > 0)
-
-
-def splits(cfg: RunConfig, data: Pools) -> Splits:
-    """The prompts of the table: of each task those held out or, where there are none, those of training."""
-    found = {"train": {task: pool for task, pool in data.items() if task not in cfg.heldout}}
-    if cfg.heldout:
-        found["held-out"] = load_tasks(cfg.heldout)
-    return {split: pools for split, pools in found.items() if pools}
-
-
-def asked_by_reports(cfg: RunConfig, data: Pools | Images) -> list[Asked]:
-    """All that a report will ask: those of the grids and, where the run is scored, of the table."""
-    pools = list(grid_prompts(cfg, data).values())
-    if isinstance(cfg, DistillationConfig):
-        pools += shown_prompts(cfg, data).values()
-    texts = [prompt.asked for pool in pools for prompt in pool]
-    if is_scored(cfg):
-        count = max(cfg.eval_prompts * cfg.evaluate, cfg.watch_prompts * (cfg.watch_every > 0))
-        for pools in splits(cfg, data).values():
-            for pool in pools.values():
-                texts += [prompt.asked for _, prompt in fair_sample(pool, count)]
-    return texts

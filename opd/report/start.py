@@ -14,10 +14,6 @@ from opd.optim import Trained
 from opd.teachers import Teacher, mean_velocity, route_of, teacher_names
 from opd.trajectory import State
 
-SHOWN = 9
-"""Prompts of a sample grid, over all tasks."""
-
-
 STAGES = {
     "opd": "on-policy distillation of several teachers into one student (Flow-OPD, arXiv 2605.08063)",
     "grpo": "reinforcement learning from rewards (Flow-GRPO, arXiv 2505.05470)",
