@@ -3,6 +3,7 @@ LoRA cannot say is refused with the reason."""
 
 import copy
 import json
+import shutil
 
 import diffusers
 import huggingface_hub
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from opd.families import flux, flux2, qwen_image, sd3, z_image
 from opd.formats import lora_files
+from opd.formats.export import recorded
 from opd.formats.teacher_files import by_own_names
 from tests.test_teachers import built
 from tests.tiny_lora import MODULES, alike, keyed, pairs, peft_dir, peft_model, refused, single_file, train
@@ -333,6 +335,30 @@ def test_of_the_hub_an_adapter_is_read_by_its_own_name(hub, monkeypatch):
     refused("owner/two:c.safetensors", "owner/two has no 'c.safetensors'; check what follows")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", None)  # off the network
     assert lora_files.find_adapter("owner/one").name == "own.safetensors"
+
+
+def test_what_is_said_beside_an_adapter_comes_with_it_from_the_hub(tmp_path, monkeypatch):
+    """Its alpha and how to sample it, whichever way it is named."""
+    repo, cache = tmp_path / "repo", tmp_path / "cache"
+    repo.mkdir()
+    folder = peft_dir(repo / "lora", pairs())
+    (folder / "deployment.json").write_text(json.dumps({"guidance": 3.5}))
+
+    def download(_, allow_patterns):
+        kept = shutil.ignore_patterns(*allow_patterns)
+        for path in repo.rglob("*.*"):
+            name = str(path.relative_to(repo))
+            if kept("", [name]):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    scale = lora_files.read_lora(str(folder)).scale
+    for source in ("owner/name", "owner/name:lora", "owner/name:lora/adapter_model.safetensors"):
+        shutil.rmtree(cache, ignore_errors=True)
+        assert lora_files.read_lora(source).scale == scale
+        assert recorded(source) == {"guidance": 3.5}
 
 
 def test_a_teacher_of_the_hub_is_read_by_its_own_name(hub, world, tmp_path):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import safe_open
@@ -41,14 +41,17 @@ def fetching(what: str, source: str) -> Iterator[None]:
 
 
 def locate_part(what: str, source: str, patterns: list[str]) -> Path:
-    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:FILE.safetensors`, or
-    `owner/name:subfolder`, which need not exist where nothing in it matches `patterns`."""
+    """Like `locate`, for a source that may name a part of a Hub repository: `owner/name:FILE.safetensors`,
+    which comes with what of `patterns` is said beside it in JSON, or `owner/name:subfolder`, which need not
+    exist where nothing in it matches `patterns`."""
     repo, _, part = source.partition(":")
     if not part or resolve(source).exists() or not is_hub_id(source):
         return locate(what, source, patterns)
     if not part.endswith(".safetensors"):
         return locate(what, repo, [f"{part}/{pattern}" for pattern in patterns]) / part
-    path = locate(what, repo, [part]) / part
+    folder = PurePosixPath(part).parent
+    beside = [str(folder / pattern) for pattern in patterns if pattern.endswith(".json")]
+    path = locate(what, repo, [part, *beside]) / part
     if not path.is_file():
         raise FileNotFoundError(f"{what} {source!r}: {repo} has no {part!r}; check what follows the colon")
     return path

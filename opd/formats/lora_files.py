@@ -28,7 +28,7 @@ from opd.formats.hub import locate_part, only_weights
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
-FILES = ["adapter_config.json", *WEIGHTS]
+FILES = ["adapter_config.json", "deployment.json", *WEIGHTS]
 FILES += [f"lora/{name}" for name in FILES]  # where Flow-GRPO's checkpoints have them
 COMFY = "diffusion_model."
 PREFIXES = re.compile(rf"(?:(?:base_model\.model|transformer|module|_orig_mod|{COMFY[:-1]})\.)*")
