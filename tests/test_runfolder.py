@@ -272,13 +272,18 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(world, tmp_path, files, links
 def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_path, capsys):
     shutil.copytree(world, tmp_path / "one", ignore=shutil.ignore_patterns("cache", "run"))
     out = str(tmp_path / "run")
-    cfg = tiny.config(tmp_path / "one", out=out)
+
+    def red(alpha, cfg):
+        return replace(cfg, teachers=cfg.teachers | {"red": f"{cfg.teachers['red']}:alpha={alpha}"})
+
+    cfg = red(8, tiny.config(tmp_path / "one", out=out))
     folder = RunFolder(cfg, active=True)
     folder.check_contents(contents(cfg, tiny.planned(cfg), {}))
     save_state(folder.path, 1, {"x": torch.ones(1)})
 
     shutil.move(tmp_path / "one", tmp_path / "two")
-    moved = tiny.config(tmp_path / "two", out=out, micro_batch=1)
+    plain = tiny.config(tmp_path / "two", out=out, micro_batch=1)
+    moved = red(8, plain)
     RunFolder(moved, active=True).check_contents(contents(moved, tiny.planned(moved), {}))
 
     with open(tmp_path / "two" / "red.txt", "a") as file:
@@ -286,9 +291,9 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     tiny.save(tiny.random_lora(tmp_path / "two/pipeline", seed=9), tmp_path / "two/blue")
     base = tmp_path / "two/pipeline/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: 1.01 * tensor for name, tensor in load_file(base).items()}, base)
-    changed = contents(moved, tiny.planned(replace(moved, dtype="bfloat16")), {})
+    changed = contents(red(1, plain), tiny.planned(replace(moved, dtype="bfloat16")), {})
     kept = snapshot(tmp_path / "run")
-    others = "dtype, base, teacher blue, prompt file of red .task 1."
+    others = "dtype, base, teacher red, teacher blue, prompt file of red .task 1."
     with pytest.raises(ValueError, match=f"began with another {others}; restore that, choose"):
         RunFolder(moved, active=True).check_contents(changed)
     assert snapshot(tmp_path / "run") == kept
