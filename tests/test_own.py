@@ -45,6 +45,8 @@ CASES = [
     ("mini --prompts new=F", {"evaluate": False, "heldout": {}, "rewards": {}}, 4),
     ("sd35-grpo-ocr --prompts new=F --train-rewards new=my.py:f", {"evaluate": False}, 0),
     ("mini-text --prompts new=F --train-rewards new=my.py:f", {"heldout": {}, "watch_every": 0}, 3),
+    (f"sd35 {LORAS} --prompts a=F b=G --rewards a=ocr b=ocr", {"evaluate": True}, 3),
+    ("sd35 --rewards geneval=geneval ocr=ocr pickscore=pickscore --no-evaluate", {"evaluate": False}, 0),
 ]
 
 
@@ -58,6 +60,11 @@ def test_a_preset_keeps_what_does_not_speak_of_its_own_tasks(words, wanted, line
     assert not changed & given_fields(words.split())
     if words != "mini --prompts new=F":  # which names no teacher for it
         cfg.check(1)
+
+
+def test_it_is_said_why_scorers_are_not_asked():
+    cfg, (line,) = own("sd35-24gb --heldout ocr=F --rewards ocr=ocr")
+    assert not cfg.evaluate and "--evaluate stays False: no scorer for geneval, pickscore" in line
 
 
 def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_path):

@@ -1,4 +1,4 @@
-"""A preset steps aside for the prompts and teachers that the command line names.
+"""A preset steps aside for the prompts, teachers and scorers that the command line names.
 
 `train.py sd35 --teachers mine=LORA --prompts mine=FILE` keeps what does not speak of the preset's own tasks
 and teachers. What goes is said in a line each; a field that the command line gives too stays as it is given.
@@ -33,7 +33,8 @@ class Aside:
 
 def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
     """The settings, and a line for each that had to change. `given`: the fields on the command line."""
-    if not isinstance(cfg, Rollout) or not given & {"prompts", "teachers", "heldout", "train_rewards"}:
+    named = given & {"prompts", "teachers", "heldout", "train_rewards", "rewards"}
+    if not isinstance(cfg, Rollout) or not named:
         return cfg, []
     aside = Aside(cfg, given)
     if "prompts" in given:
@@ -47,7 +48,8 @@ def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
     lines = []
     for name, reason in aside.reasons.items():
         old, new = shown(getattr(cfg, name)), shown(getattr(aside.cfg, name))
-        lines.append(f"--{name.replace('_', '-')} {old} -> {new}: {reason}")
+        change = f"{old} -> {new}" if old != new else f"stays {new}"
+        lines.append(f"--{name.replace('_', '-')} {change}: {reason}")
     return aside.cfg, lines
 
 
@@ -82,6 +84,8 @@ def for_scores(aside: Aside) -> None:
     if isinstance(cfg, RewardedConfig) and (cfg.evaluate or cfg.watch_every > 0):
         lacking = {task: spec for task, spec in cfg.train_rewards.items() if task not in cfg.rewards}
         aside.change("rewards", cfg.rewards | lacking, "what trains a task also scores it")
+    if "rewards" in given and not cfg.full:
+        aside.change("evaluate", True, "--rewards names scorers")
     unscored = [task for task in cfg.prompts | cfg.heldout if task not in aside.cfg.rewards]
     if unscored and given & {"prompts", "heldout"}:
         aside.change("evaluate", False, f"no scorer for {', '.join(unscored)} (--rewards TASK=SCORER)")
