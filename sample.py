@@ -11,6 +11,7 @@ guidance and steps: those recorded with the adapters (a student's deployment.jso
 import opd  # isort: skip  # noqa: F401 (before torch: see there)
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd import errors, lora
-from opd.cli import Count, Few, Finite, Seed, Texts, check_bounds, dashed, plain_names
+from opd.cli import Count, Few, Finite, Seed, Texts, check_bounds, dashed, emptied, given_fields, plain_names
 from opd.data import Asked, Prompt, fair_sample
 from opd.files import check_folder, path_of, reading
 from opd.formats.export import KEY, completed, guidance_of
@@ -51,7 +52,8 @@ class Arguments:
     model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
-    """Rows of the grid: name and source of each adapter. The base is always the first row."""
+    """Rows of the grid: name and source of each adapter. The base is always the first row. Of another
+    --model none unless given, and no --tasks."""
     out: str = "images"
     """Folder for the files."""
     save: Literal["images", "latents"] = "images"
@@ -89,8 +91,11 @@ HOW = ("steps", "resolution", "t5")
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    given = given_fields(sys.argv[1:] if arguments is None else arguments)
     with errors.in_one_line(ValueError, OSError):
         check(args)
+        if args.model != DEFAULT.model:  # the miniature, whose the defaults are
+            args = emptied(args, given, "adapters", "tasks")
         if args.save == "latents":
             write_latents(args, arguments)
         else:

@@ -15,7 +15,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, get_type_hints
 
@@ -203,6 +203,11 @@ def given_fields(arguments: list[str]) -> set[str]:
     """The fields that a command line names."""
     flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     return {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
+
+
+def emptied(args: Settings, given: set[str], *names: str) -> Settings:
+    """`args` without what these tables hold by default, where the command line does not give them."""
+    return replace(args, **{name: {} for name in names if name not in given})
 
 
 def field_names(kind: type) -> set[str]:

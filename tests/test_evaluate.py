@@ -89,6 +89,24 @@ def command(world, *changes):
     evaluate.main([*model, *sampling, *tasks, *changes])
 
 
+def test_what_is_the_miniatures_stays_away_from_other_models_and_pictures(world, tmp_path):
+    out, file = tmp_path / "scores.json", f"red={world / 'red.txt'}"
+    short = ["--dtype", "float32", "--count", "2", "--steps", "1", "--out", str(out)]
+    evaluate.main(
+        ["--model", str(world / "pipeline"), "--prompts", file, "--rewards", f"red={BRIGHT}", *short]
+    )
+    assert list(json.loads(out.read_text())["scores"]["base"]) == ["train"]
+
+    def kept(*given):
+        args = evaluate.without_the_miniature(evaluate.Arguments(), set(given))
+        tables = ("adapters", "prompts", "heldout", "rewards")
+        return [name for name in tables if getattr(args, name)]
+
+    assert kept("pictures", "scorers") == ["adapters", "prompts", "heldout"]
+    assert kept("prompts", "rewards") == ["adapters", "prompts", "rewards"]
+    assert kept("adapters") == ["adapters", "prompts", "heldout", "rewards"]
+
+
 def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
     command(world, "--out", str(out), "--rewards", f"red={HERE}:Darkness")

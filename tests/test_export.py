@@ -211,6 +211,6 @@ def test_a_broken_record_ends_in_one_line_before_weights_load(folder, tmp_path):
     shutil.copytree(student(folder), tmp_path / "broken")
     for record, message in {'{"steps": 1': "not JSON", '{"steps": 0}': "--steps is 0"}.items():
         (tmp_path / "broken" / export.FILE).write_text(record)
-        for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, [])):
+        for main, more in ((sample.main, ["--prompts", "x"]), (evaluate.main, ["--prompts", "x=x"])):
             with pytest.raises(SystemExit, match=f"^error: .*broken.*: {message}"):
                 main(["--model", "/nowhere", "--adapters", f"x={tmp_path / 'broken'}", *more])

@@ -11,6 +11,7 @@ asks only scorers that are new. Scorers are rewards: opd/rewards/__init__.py say
 are named. What the numbers of a table are: opd/evaluation/statistics.py.
 """
 
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ import torch
 import tyro
 
 from opd import errors, lora, ranks
-from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds
+from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds, emptied, given_fields
 from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
@@ -38,7 +39,7 @@ class Arguments:
     model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
-    """Name and source of each adapter."""
+    """Name and source of each adapter. Of another --model none unless given, as in the next three."""
     base: bool = True
     """Score the base too."""
     prompts: Texts = field(default_factory=lambda: dict(DEFAULT.prompts))
@@ -83,6 +84,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, args=arguments, description=__doc__)
+    args = without_the_miniature(args, given_fields(sys.argv[1:] if arguments is None else arguments))
     with errors.in_one_line(ValueError, OSError):
         check(args)
         device = ranks.start()
@@ -131,6 +133,17 @@ def score_pictures(args: Arguments, device: torch.device) -> tuple[list[Record],
 
 
 # ---- what is asked for -----------------------------------------------------------------------------
+
+
+def without_the_miniature(args: Arguments, given: set[str]) -> Arguments:
+    """Its adapters, prompts and scorers are defaults of its own model, and of no other's pictures."""
+    if args.model != DEFAULT.model:
+        return emptied(args, given, "adapters", "prompts", "heldout", "rewards")
+    if "pictures" in given:
+        return emptied(args, given, "rewards")
+    if any(getattr(args, name) for name in given & {"prompts", "heldout"}):
+        return emptied(args, given, "prompts", "heldout")
+    return args
 
 
 def check(args: Arguments) -> None:
