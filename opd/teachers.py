@@ -133,7 +133,8 @@ def load_teachers(cfg: DistillationConfig, model: Model, pools: Pools) -> dict[s
     for name in teacher_names(cfg, pools):
         teachers[name] = load_teacher(cfg, model, name)
         if name in cfg.extrapolate:
-            base = adapter_teacher(model, BASE, cfg.guidance_of(BASE))
+            # At the teacher's guidance: what lies between the two is what was learned, and no guidance.
+            base = adapter_teacher(model, BASE, cfg.guidance_of(name))
             teachers[name] = extrapolated(teachers[name], base, cfg.extrapolate[name])
     return teachers
 

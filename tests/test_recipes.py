@@ -18,7 +18,7 @@ from opd.teachers import RewardRouter
 from opd.trajectory import State
 from tests import tiny
 from tests.test_train import build, gradient, record
-from tests.tiny import distance
+from tests.tiny import distance, velocity_by_hand
 from tests.tiny_grpo import BRIGHT, DARK
 
 ALONE = {"anchor_weight": 0.0}  # the routed teachers alone
@@ -37,6 +37,15 @@ def test_extrapolation_adds_what_lies_between_teacher_and_reference(world, plain
     assert distance(a, plain) > 0.05 and distance(b - plain, 2 * (a - plain)) < 1e-4
     itself = gradient(world, extrapolate={"red": 1.0}, **ALONE)[0]
     assert distance(itself, plain) < 1e-6
+
+
+def test_its_reference_is_guided_as_the_teacher_is(world):
+    scales = {"teacher_guidance": 4.5, "teacher_guidances": {"red": 2.0}}
+    _, model, _, _, stage = build(world, extrapolate={"red": 1.5}, **scales, **ALONE)
+    x, sigma = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)), 0.7
+    v, base = (velocity_by_hand(model, name, x, sigma, "a red dot", 2.0) for name in ("red", "base"))
+    found = stage.teachers["red"](x, torch.tensor([sigma]), ["a red dot"])
+    assert distance(found, v + 0.5 * (v - base)) < 1e-5
 
 
 # ---- the anchor --------------------------------------------------------------------------------------------
