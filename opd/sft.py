@@ -59,5 +59,7 @@ class SFT:
         text = model.text([images.captions[n] for n in numbers])
         for b in dropped_B.nonzero().flatten().tolist():
             text[b] = unconditional(text[b], model.negative)
-        v = model.velocity(flow.noised(data, eps, sigma_B), sigma_B, text, guidance=1.0)
+        # A network that is told its guidance learns at the one that it is sampled at; others have none here.
+        guidance = cfg.guidance if model.family.guide is None else 1.0
+        v = model.velocity(flow.noised(data, eps, sigma_B), sigma_B, text, guidance)
         return flow.flow_matching_loss(v, data, eps)

@@ -8,6 +8,7 @@ from diffusers import SD3Transformer2DModel
 
 from opd import kernels, lora
 from opd.data import seed_of
+from opd.families import sd3
 from tests import tiny
 from tests.tiny import distance, gradient_of
 
@@ -38,6 +39,24 @@ def test_sft_gradient_is_that_of_equation_1(world, latents, dropout, dropped):
         (v - (eps - data)).square().mean().backward()
     want = gradient_of(trained)
     assert want.norm() > 1e-4 and distance(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("guide, told", [(None, 3.5), (sd3.guide, 1.0)])
+def test_a_network_that_is_told_its_guidance_learns_at_the_deployed_one(
+    guide, told, world, latents, monkeypatch
+):
+    """As FLUX.1; another learns without guidance, which its sampling adds."""
+    model, stage = tiny.build(tiny.sft_config(world, data=str(latents), guidance=3.5))[1::3]
+    monkeypatch.setattr(sd3, "guide", guide)
+    heard, velocity = set(), model.family.velocity
+
+    def listening(transformer, x, sigma, text, guidance=1.0):
+        heard.add(guidance)
+        return velocity(transformer, x, sigma, text)
+
+    monkeypatch.setattr(sd3, "velocity", listening)
+    stage.accumulate(0)
+    assert heard == {told}
 
 
 def test_a_fine_tuned_transformer_is_saved_as_diffusers_knows_it(world, tmp_path, latents):
