@@ -37,9 +37,9 @@ FILES = {
         json.dumps({"prompt": "x\u2028y"} | CATS) + '\n\n{"prompt": "z", "task": "other"}\n',
         [Prompt("x\u2028y", "t", CATS), Prompt("z", "other")],
     ),
-    "a.csv": (  # and so do columns
-        '\ufeffprompt,task,note\n"a, b",other,n\nc,,\n',
-        [Prompt("a, b", "other", {"note": "n"}), Prompt("c", "t", {"note": ""})],
+    "a.csv": (  # and so do columns, but for blank cells
+        '\ufeffprompt,task,route\n"a, b",other,n\nc,,\n',
+        [Prompt("a, b", "other", {"route": "n"}), Prompt("c", "t")],
     ),
 }
 

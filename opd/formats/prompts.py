@@ -68,9 +68,10 @@ def read_jsonl(file: Path, content: str):
 
 
 def read_csv(file: Path, content: str):
+    """A blank cell is no field."""
     reader = csv.DictReader(io.StringIO(content, newline=""))
     with reading(f"{file}: not CSV"):
-        return [(reader.line_num, dict(row)) for row in reader]
+        return [(reader.line_num, {key: row[key] for key in row if row[key]}) for row in reader]
 
 
 def load_tasks(files: dict[str, str]) -> Pools:
