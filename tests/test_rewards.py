@@ -185,6 +185,18 @@ def test_a_class_is_made_once_for_an_argument_and_loaded_once():
     assert torch.allclose(scores, (4 + 2 + 1) * brightness(images_of(4), None, None))
 
 
+@pytest.mark.parametrize(
+    "text, specs",
+    [
+        ("ocr, my.py:f,0.5*ocr+a:b@x", ["ocr", "my.py:f", "0.5*ocr+a:b@x"]),
+        ("hpsv2@/w/HPS.pt,/w/vit-h,ocr", ["hpsv2@/w/HPS.pt,/w/vit-h", "ocr"]),
+        ("geneval@w,ocr/clip", ["geneval@w,ocr/clip"]),
+    ],
+)
+def test_a_comma_parts_scorers_and_no_arguments(text, specs):
+    assert rewards.specs_of(text) == specs
+
+
 def test_a_reward_in_a_file_imports_its_neighbours(tmp_path):
     (tmp_path / "neighbour_of_a_reward.py").write_text("SCALE = 3.0\n")
     lines = "import neighbour_of_a_reward as near\n\ndef reward(images, prompts, metadata):\n"

@@ -70,12 +70,14 @@ SHORT = {
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?"
 _NAME = rf"(?:[\w./~-]+:\w+|(?:{'|'.join(SHORT)})\b)(?:@[^\s+*]+)?"
 _TERM = rf"\s*(?:({_NUMBER})\s*\*)?\s*({_NAME})\s*"
+# A comma before a scorer; one in an argument, as in hpsv2@WEIGHTS,CLIP, stands before something else.
+_COMMA = rf",(?=\s*(?:{_NUMBER}\s*\*)?\s*{_NAME}\s*(?:[+,]|$))"
 _LOADED = {}  # id -> function or instance whose load() has run in this process
 
 
 def specs_of(text: str) -> list[str]:
     """The scorers of a task, TASK=SPEC,SPEC. The first is the task's own, in means and curves."""
-    return [spec.strip() for spec in text.split(",")]
+    return [spec.strip() for spec in re.split(_COMMA, text)]
 
 
 def find_reward(spec: str) -> "Reward":
