@@ -28,7 +28,7 @@ from opd.files import (
     writing,
 )
 from opd.formats.settings import read_config, to_json
-from opd.formats.state import STATE, latest_state, load_state, save_state
+from opd.formats.state import STATE, latest_state, load_state, numbered, save_state
 from opd.optim import Trained, due
 from opd.ranks import say
 
@@ -76,9 +76,18 @@ def refuse_strangers(path: Path) -> None:
     except (OSError, ValueError):
         ours = False
     require(ours, f"{path} holds {min(found, default='')!r} and no run; choose an empty --out")
-    lost = "student" in found and latest_state(path) == 0
+    lost = "student" in found and not goes_on(path)
     way_out = f"no {STATE}/ to resume from; choose another --out, or delete that folder"
     require(not lost, f"{path} holds a student, but {way_out}")
+
+
+def goes_on(path: Path) -> bool:
+    """Whether a run folder holds what the same command goes on from: a state, or a student without steps."""
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    merged = (path / "student").is_dir() and read_json(config).get("iterations") == 0
+    return merged or latest_state(path) > 0
 
 
 def check_same_run(cfg: RunConfig, path: Path) -> None:
@@ -87,7 +96,7 @@ def check_same_run(cfg: RunConfig, path: Path) -> None:
     A run without a state is nothing to mix with. Where the contents of what it reads are known,
     `RunFolder.check_contents` compares them, and not the paths.
     """
-    resumes = (path / "config.json").is_file() and latest_state(path) > 0
+    resumes = goes_on(path)
     require(resumes or not cfg.force_resume, f"--force-resume: {path} holds no run to resume")
     if not resumes:
         return
@@ -141,7 +150,7 @@ class RunFolder:
     def check_contents(self, contents: dict[str, str]) -> None:
         """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
         file = self.path / CONTENTS
-        if file.is_file() and latest_state(self.path) > 0:
+        if file.is_file() and goes_on(self.path):
             old = read_json(file)
             changes = [name for name in {**old, **contents} if old.get(name) != contents.get(name)]
             way_out = f"restore that, choose another --out (--cold-start {self.path / 'student'} takes the "
@@ -186,8 +195,7 @@ class RunFolder:
         if due(done, self.cfg.save_every, self.cfg.iterations):
             trained.export(weights, self.path / "checkpoints" / f"{done:06d}")
             if self.cfg.keep_last > 0:
-                numbers = sorted((self.path / "checkpoints").glob("[0-9]*"))
-                for folder in numbers[: -self.cfg.keep_last]:
+                for folder in numbered(self.path / "checkpoints")[: -self.cfg.keep_last]:
                     shutil.rmtree(folder)
         trained.export(weights, self.path / "student")
 

@@ -2,6 +2,7 @@
 cold starts by merging against dense means in float64, PEFT and the released script."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,7 +250,11 @@ def test_grpo_starts_from_a_merge_of_named_adapters_in_which_the_base_counts(wor
     assert furthest(start, lambda m: 2 / 3 * dense_mean(loras, m)) < 1e-5
 
 
-def test_zero_steps_save_the_merge(world, tmp_path, loras):
-    tiny.run(tiny.config(world, out=str(tmp_path), cold_start="merge", iterations=0, rank=8))
+def test_zero_steps_save_the_merge_and_the_same_command_does_again(world, tmp_path, loras):
+    cfg = tiny.config(world, out=str(tmp_path), cold_start="merge", iterations=0, rank=8)
+    for _ in range(2):
+        tiny.run(cfg)
+    with pytest.raises(ValueError, match="run with other settings: rank 8 -> 4"):
+        tiny.run(replace(cfg, rank=4))
     student = lora_files.read_lora(str(tmp_path / "student"))
     assert furthest(student, lambda m: dense_mean(loras, m)) < 1e-5

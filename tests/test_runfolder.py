@@ -152,9 +152,11 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
     scored = {"heldout": {"red": str(world / "red.txt")}, "rewards": {"red": BRIGHT}}
     often = {"iterations": 5, "save_every": 1, "keep_last": 2, "sample_every": 5, "eval_steps": 2}
     cfg = tiny.config(world, out=str(out), lr=0.1, watch_every=1, watch_prompts=4, **often, **scored)
+    (out / "checkpoints/000001.bak").mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"stage": "opd"}))
     train.run(cfg)
     kept = {file.name for file in (out / "checkpoints").iterdir()}
-    assert kept == {"000004", "000005"}
+    assert kept == {"000001.bak", "000004", "000005"}  # the first is the user's copy
     watched = [row["watch"]["red"] for row in forked.rows(out)]
     best = watched.index(max(watched)) + 1
     assert len(set(watched)) == 5

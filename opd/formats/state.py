@@ -34,8 +34,13 @@ def latest_state(path: Path) -> int:
 
 
 def whole_states(path: Path) -> list[Path]:
-    """Not what a user has copied to 000020.bak."""
-    return [folder for folder in (path / STATE).glob("[0-9]*") if folder.name.isdecimal()]
+    return numbered(path / STATE)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Folders named by a step, rising; not what a user has copied to 000020.bak."""
+    steps = [path for path in folder.glob("[0-9]*") if path.name.isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name))
 
 
 @contextmanager
