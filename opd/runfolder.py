@@ -12,6 +12,7 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from opd import ranks
 from opd.cli import field_names
@@ -171,8 +172,8 @@ class RunFolder:
         if done > 0:
             self.export(trained, done)
         for row in self.metrics():
-            if "watch" in row and mean_score(row["watch"]) > self.best:
-                self.best = mean_score(row["watch"])
+            if "watch" in row and fmean(row["watch"].values()) > self.best:
+                self.best = fmean(row["watch"].values())
         return done
 
     def save(self, trained: Trained, done: int) -> None:
@@ -201,7 +202,7 @@ class RunFolder:
 
     def save_best(self, trained: Trained, watched: dict[str, float]) -> None:
         """best/: the student with the highest mean of the watched scores so far (collectives)."""
-        score = mean_score(watched)
+        score = fmean(watched.values())
         if not score > self.best:
             return
         self.best = score
@@ -234,7 +235,3 @@ class RunFolder:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         replace(self.path / "metrics.jsonl", lambda path: path.write_text(text))
         self.logged = max((row["step"] for row in rows), default=0)
-
-
-def mean_score(watched: dict[str, float]) -> float:
-    return sum(watched.values()) / len(watched)

@@ -16,16 +16,3 @@ from opd.config.sft import SFTConfig
 from opd.config.shared import Logistics, Rollout, RunConfig, Scores
 
 STAGES = {kind.stage: kind for kind in (DistillationConfig, GRPOConfig, NFTConfig, SFTConfig)}
-
-__all__ = [
-    "STAGES",
-    "DistillationConfig",
-    "GRPOConfig",
-    "Logistics",
-    "NFTConfig",
-    "RewardedConfig",
-    "Rollout",
-    "RunConfig",
-    "SFTConfig",
-    "Scores",
-]

@@ -5,15 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from opd import flow, lora, routing
-from opd.cli import (
-    Finite,
-    Given,
-    NotNegative,
-    Numbers,
-    Range,
-    Texts,
-    known_names,
-)
+from opd.cli import Finite, Given, NotNegative, Numbers, Range, Texts, known_names
 from opd.config.shared import Rollout
 from opd.estimators import ESTIMATORS, SAMPLED
 

@@ -3,14 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from opd.cli import (
-    Count,
-    Few,
-    NotNegative,
-    Positive,
-    Range,
-    Texts,
-)
+from opd.cli import Count, Few, NotNegative, Positive, Range, Texts
 from opd.config.shared import Rollout, Rollouts
 
 

@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from opd.cli import (
-    BelowOne,
-    Given,
-)
+from opd.cli import BelowOne, Given
 from opd.config.shared import RunConfig
 
 
