@@ -1,6 +1,6 @@
 """One model at work: a frozen base with its adapters, its text conditions, its velocity and its images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -217,8 +217,11 @@ class Model:
         return trajectory.walk(x, path, index_B)
 
     @torch.no_grad()
-    def latents(self, adapter: str, prompts: list[Asked], index: list[int], sampling: Sampling) -> Tensor:
-        """(B, C, H, W) float32 sampled by an adapter; sample b depends on (seed, index[b]) and its prompt."""
+    def latents(self, adapter: str, prompts: list[Asked], index: Sequence[int], sampling: Sampling) -> Tensor:
+        """(B, C, H, W) float32 sampled by an adapter, or by the teacher with a transformer of its own that is
+        called so; sample b depends on (seed, index[b]) and its prompt."""
+        if adapter in self.teachers:
+            return self.teachers[adapter].latents(lora.BASE, prompts, index, sampling).to(self.device)
         path = self.path(sampling.steps, "ode", 0.0, (sampling.seed, "step"))
         made = {}
         for rows in alike(self.shapes(prompts)):
@@ -230,7 +233,7 @@ class Model:
             made |= dict(zip(rows, state.x_next, strict=True))
         return torch.stack([made[b] for b in range(len(prompts))])
 
-    def images(self, adapter: str, prompts: list[Asked], index: list[int], sampling: Sampling) -> Tensor:
+    def images(self, adapter: str, prompts: list[Asked], index: Sequence[int], sampling: Sampling) -> Tensor:
         """The same, decoded: (B, 3, height, width) float32 in [0, 1] on the CPU."""
         return self.decode(self.latents(adapter, prompts, index, sampling))
 

@@ -34,6 +34,14 @@ def route_of(cfg: DistillationConfig, prompt: Prompt) -> str:
     return cfg.route(prompt.task)
 
 
+def main_teacher(cfg: DistillationConfig, prompt: Prompt) -> str | None:
+    """The teacher that counts most for a prompt; None for a prompt of no task."""
+    if prompt.task not in cfg.prompts and "route" not in prompt.metadata:
+        return None
+    shares = routing.shares(route_of(cfg, prompt), "route")
+    return max(shares, key=lambda name: shares[name])
+
+
 def teacher_names(cfg: DistillationConfig, pools: Pools) -> list[str]:
     """The columns of alpha: the teachers that some task or prompt is routed to, then the anchor if it is none
     of them. ValueError naming the prompt whose own route cannot be followed."""

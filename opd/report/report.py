@@ -1,6 +1,7 @@
 """What a run shows of its student: scores on the way, sample grids, and the table at the end."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opd import ranks, routing, signals
+from opd import ranks, signals
 from opd.config import DistillationConfig, RunConfig, SFTConfig
 from opd.data import Pools
 from opd.evaluation import tables
@@ -29,7 +30,7 @@ from opd.report.start import distances, head
 from opd.report.tracker import Tracker
 from opd.rewards import Rewards, specs_of
 from opd.runfolder import RunFolder
-from opd.teachers import load_teachers, route_of
+from opd.teachers import load_teachers, main_teacher
 
 
 class Report:
@@ -120,41 +121,40 @@ class Report:
 
     @cached_property
     def above(self) -> dict[str, tuple[list[Tensor], list[str]]]:
-        """The rows above the student's in every grid, made for the first one: label -> pictures and marks of
-        the base, and of each prompt's teacher (of several, the one that counts most) at the guidance that it
-        teaches with."""
-        cfg, everything = self.cfg, range(len(self.prompts))
+        """The rows above the student's in every grid, made for the first one: label -> pictures and marks."""
+        cfg = self.cfg
         if cfg.full:
             return {}
         guidance = cfg.deployed_guidance()
-        rows = {f"base\nguidance {guidance:g}": self.pictures(BASE, guidance, list(everything))}
+        rows = {f"base\nguidance {guidance:g}": self.pictures(BASE, guidance, range(len(self.prompts)))}
         if isinstance(cfg, DistillationConfig):
-            taught = []
-            for prompt in self.prompts:
-                shares = {"": 1.0}  # a prompt of no task has no teacher, and a white picture in its place
-                if prompt.task in cfg.prompts or "route" in prompt.metadata:
-                    shares = routing.shares(route_of(cfg, prompt), "route")
-                taught.append(max(shares, key=lambda name: shares[name]))
-            made = dict.fromkeys(everything, torch.ones(3, *self.model.pixels))
-            names = dict.fromkeys(name for name in taught if name)
-            for name in names:
-                adapter = name if name in self.model.teachers else cfg.adapter_of(name)
-                columns = [column for column in everything if taught[column] == name]
-                pictures = self.pictures(adapter, cfg.guidance_of(name), columns)
-                made |= dict(zip(columns, pictures, strict=True))
-            scales = {f"{cfg.guidance_of(name):g}" for name in names}
-            label = f"guidance {scales.pop()}" if len(scales) == 1 else "its guidance"
-            if names:
-                rows[f"its teacher\n{label}"] = list(made.values())
-        return {name: (pictures, self.marks(pictures)) for name, pictures in rows.items()}
+            rows |= self.taught(cfg)
+        return {label: (pictures, self.marks(pictures)) for label, pictures in rows.items()}
 
-    def pictures(self, adapter: str, guidance: float, columns: list[int]) -> list[Tensor]:
+    def taught(self, cfg: DistillationConfig) -> dict[str, list[Tensor]]:
+        """The row of each prompt's teacher, at the guidance that it teaches with; {} where none has one."""
+        names = [main_teacher(cfg, prompt) for prompt in self.prompts]
+        white = torch.ones(3, *self.model.pixels)
+        row, scales = [white] * len(names), set()
+        for name in dict.fromkeys(names):
+            if name is None:
+                continue
+            columns = [column for column, taught in enumerate(names) if taught == name]
+            guidance = cfg.guidance_of(name)
+            scales.add(f"guidance {guidance:g}")
+            pictures = self.pictures(cfg.adapter_of(name), guidance, columns)
+            for column, picture in zip(columns, pictures, strict=True):
+                row[column] = picture
+        if not scales:
+            return {}
+        label = scales.pop() if len(scales) == 1 else "its guidance"
+        return {f"its teacher\n{label}": row}
+
+    def pictures(self, adapter: str, guidance: float, columns: Sequence[int]) -> list[Tensor]:
         """Of these columns of a sample grid, from noise that is the same for every adapter and step."""
-        model = self.model
-        if adapter in model.teachers:  # it has a transformer of its own
-            model, adapter = model.teachers[adapter], BASE
         asked = [self.prompts[column].asked for column in columns]
-        return list(model.images(adapter, asked, columns, Sampling(self.cfg.eval_steps, 0, guidance)))
+        sampling = Sampling(self.cfg.eval_steps, 0, guidance)
+        return list(self.model.images(adapter, asked, columns, sampling))
 
     def marks(self, images: list[Tensor]) -> list[str]:
         """What the first scorer of each prompt's task says of its picture, if rank 0 asks it; "" where none
@@ -177,7 +177,7 @@ class Report:
         """The student's pictures under those of the base and of the teachers."""
         guidance = self.cfg.deployed_guidance()
         with trained.averaged():
-            mine = self.pictures(trained.model.trained, guidance, list(range(len(self.prompts))))
+            mine = self.pictures(trained.model.trained, guidance, range(len(self.prompts)))
         label = f"student, step {done}\nguidance {guidance:g}"
         rows = self.above | {label: (mine, self.marks(mine))}
         if self.folder.active:
