@@ -16,7 +16,7 @@ from opd.evaluation import evaluate, score
 from opd.evaluation.records import Record, RecordFolder
 from opd.evaluation.statistics import MEASURES
 from opd.formats.pictures import read_image, to_tensor
-from opd.model import Model
+from opd.model import Model, Sampling
 from tests import forked
 
 HERE = "tests.test_records"
@@ -159,12 +159,15 @@ def test_two_ranks_write_the_same_records_and_the_same_table(world, folder, tmp_
     assert one["cells"] == two["cells"] and one["scores"] == two["scores"]
 
 
-def test_ranks_take_as_many_turns_each_and_no_batch_counts_twice(monkeypatch):
+def test_ranks_run_one_transformer_at_a_time_and_no_batch_counts_twice(monkeypatch):
+    """Three batches of the student's transformer, one of a teacher's own, one that is read."""
     monkeypatch.setattr(score.ranks, "world", lambda: 2)
-    monkeypatch.setattr(score.ranks, "rank", lambda: 0)
-    assert list(score.dealt(["a", "b", "c"])) == [("a", True), ("c", True)]
-    monkeypatch.setattr(score.ranks, "rank", lambda: 1)
-    assert list(score.dealt(["a", "b", "c"])) == [("b", True), ("c", False)]
+    adapters = ["base", "big", "red", None, "student"]
+    batches = [score.Batch([], adapter and score.Row(adapter, Sampling(1, 0, 1.0))) for adapter in adapters]
+    for rank, turns in enumerate([[(0, 1), (4, 1), (1, 1), (3, 1)], [(2, 1), (4, 0), (1, 0), (3, 0)]]):
+        monkeypatch.setattr(score.ranks, "rank", lambda rank=rank: rank)
+        expected = [(batches[place], bool(counts)) for place, counts in turns]
+        assert list(score.dealt(batches, {"big"})) == expected
 
 
 def test_pictures_made_otherwise_are_not_mixed(world, folder):

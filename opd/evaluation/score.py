@@ -5,7 +5,7 @@ dealt to them whole, so pictures and scores are the same bits on any number.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,7 +119,8 @@ def score(
     todo = [batch for batch in batches if batch.row or scorers.lacking(batch.records)]
     new, started = [], ([], [])
     hidden = True if ranks.rank() > 0 or len(todo) < 3 else None  # None: where there is no terminal
-    for batch, counts in tqdm(list(dealt(todo)), desc="score", disable=hidden, leave=False):
+    turns = list(dealt(todo, model.teachers if model else ()))
+    for batch, counts in tqdm(turns, desc="score", disable=hidden, leave=False):
         images_BCHW = pictures(batch, model, folder)
         new += scorers.collect(started, folder)
         started = scorers.start(batch.records, images_BCHW) if counts else ([], [])
@@ -130,12 +131,24 @@ def score(
     return [scored.get(record.file) or record for batch in batches for record in batch.records]
 
 
-def dealt(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """This rank's batches, and whether each counts: ranks get the same number of them (collectives must
-    match), and those that a rank has too few of are repetitions, which enter nothing."""
-    for turn in range(math.ceil(len(batches) / ranks.world())):
-        place = turn * ranks.world() + ranks.rank()
-        yield batches[min(place, len(batches) - 1)], place < len(batches)
+def dealt(batches: list[Batch], teachers: Collection[str]) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether each counts. In one turn all ranks run the same transformer
+    (collectives must match): the student's, or that of one of `teachers`, which have their own. What a rank
+    has too few of are repetitions, which enter nothing."""
+    groups = {}
+    for batch in batches:
+        groups.setdefault(transformer_of(batch, teachers), []).append(batch)
+    for group in groups.values():
+        for turn in range(math.ceil(len(group) / ranks.world())):
+            place = turn * ranks.world() + ranks.rank()
+            yield group[min(place, len(group) - 1)], place < len(group)
+
+
+def transformer_of(batch: Batch, teachers: Collection[str]) -> str:
+    """A name for what makes the pictures; "" where they are read."""
+    if batch.row is None:
+        return ""
+    return batch.row.adapter if batch.row.adapter in teachers else BASE
 
 
 def pictures(batch: Batch, model: Model | None, folder: RecordFolder | None) -> Tensor:
