@@ -34,6 +34,13 @@ def asleep(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
 
+def asleep_over_one(images, prompts, metadata):
+    """Fails for a whole micro-batch, and falls asleep when it is asked again prompt by prompt."""
+    if images.std() > 0 and len(set(prompts)) > 1:
+        raise ValueError("only one at a time")
+    return asleep(images, prompts, metadata)
+
+
 class LoadsForever:
     def load(self, device):
         Path(os.environ["BEGUN"]).touch()
@@ -148,11 +155,12 @@ def test_updates_of_a_step_that_is_left_are_taken_back(world, monkeypatch, confi
     "reward, number, where",
     [
         ("asleep", signal.SIGUSR1, " after step 0 of 2"),
+        ("asleep_over_one", signal.SIGTERM, " after step 0 of 2"),
         ("LoadsForever", signal.SIGTERM, f"; {GO_ON} after the last checkpoint"),
     ],
 )
 def test_a_signal_waits_for_no_reward(world, tmp_path, reward, number, where):
-    """Neither for its scores nor, before training, for its weights."""
+    """Neither for its scores, at the first call or a retry, nor, before training, for its weights."""
     rewards = dict.fromkeys(tiny.PROMPTS, f"{__name__}:{reward}")
     cfg = tiny.grpo_config(world, out=str(tmp_path / "run"), train_rewards=rewards, reward_timeout=900.0)
     begun = tmp_path / "begun"

@@ -218,7 +218,7 @@ class Scorers:
     def collect(self, started: Started, folder: RecordFolder | None) -> list[Record]:
         """Wait for the scores (a collective): the batch's records with them, written into `folder`."""
         records, asked = started
-        signals.wait_until(lambda: all(answer.call.is_over() for *_, answer in asked))
+        signals.wait_until(lambda: all(answer.is_over() for *_, answer in asked))
         for scorer, places, answer in asked:
             scores_B, reasons, _ = answer.result()
             self.check(scorer, records[0], len(places), list(reasons.values()))

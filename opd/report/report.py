@@ -167,7 +167,7 @@ class Report:
                 reward = self.scorers.of_task[task][0]
                 asked[first] = reward.start(mine, texts, metadata, self.cfg.reward_timeout)
             first += len(pool)
-        signals.wait_until(lambda: all(scoring.call.is_over() for scoring in asked.values()))
+        signals.wait_until(lambda: all(scoring.is_over() for scoring in asked.values()))
         for first, scoring in asked.items():
             scores = scoring.result()[0].tolist()
             marks[first : first + len(scores)] = [f"{score:.2f}" for score in scores]

@@ -17,7 +17,8 @@ MOST_LATE = 2  # after so many late retries of a batch, its further prompts are 
 
 @dataclass(eq=False)
 class Scoring:
-    """The scores of one batch, computed while the caller goes on.
+    """The scores of one batch, computed in a thread while the caller goes on. Scorings run one at a time, in
+    the order begun.
 
     Where the call for the whole batch fails, the images without a finite score are scored once again, prompt
     by prompt. What still fails is NaN and has a reason."""
@@ -28,16 +29,36 @@ class Scoring:
     metadata: list[dict]
     timeout: float  # seconds for one call
 
+    newest = None  # the event `over` of the scoring begun last
+
     def __post_init__(self):
         self.scores_B = torch.full((len(self.prompts),), math.nan)
         self.failures = dict.fromkeys(range(len(self.prompts)), "")  # row -> why it has no score
         self.seconds = 0.0
-        self.call = self._call(list(self.failures))
+        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.over = threading.Event()
+        before, Scoring.newest = Scoring.newest, self.over
+        threading.Thread(target=self._run, args=(before,), daemon=True).start()
+
+    def is_over(self) -> bool:
+        return self.over.is_set()
 
     def result(self) -> tuple[Tensor, dict[int, str], float]:
         """Wait for the scores (B,) float32 on the CPU, NaN where failed; for each failed row the reason; and
         the seconds that the calls took."""
-        self._take(list(self.failures), self.call)
+        self.over.wait()
+        return self.scores_B, self.failures, self.seconds
+
+    def _run(self, before: threading.Event | None) -> None:
+        if before is not None:
+            before.wait()
+        try:
+            self._score(list(self.failures))
+            self._retry()
+        finally:
+            self.over.set()
+
+    def _retry(self) -> None:
         # With their source pictures, since edits of many may share their text.
         sources = [repr(row.get("source")) for row in self.metadata]
         asked = list(zip(self.prompts, sources, strict=True))
@@ -45,24 +66,25 @@ class Scoring:
         for one in dict.fromkeys(asked[row] for row in self.failures):
             rows = [row for row in self.failures if asked[row] == one]
             if late < MOST_LATE:
-                late += self._take(rows, self._call(rows))
+                late += self._score(rows)
             else:
                 self._fail(rows, "reward kept timing out")
-        return self.scores_B, self.failures, self.seconds
 
-    def _call(self, rows: list[int]) -> "Call":
-        """Copies, because a call that is late runs on beside the next one."""
-        prompts = [self.prompts[row] for row in rows]
-        metadata = copy.deepcopy([self.metadata[row] for row in rows])
-        return Call(self.timeout, self.function, self.images_BCHW[rows], prompts, metadata)
+    def _score(self, rows: list[int]) -> bool:
+        """Call the reward for these rows and note what it gives; True if it was late.
 
-    def _take(self, rows: list[int], call: "Call") -> bool:
-        """Wait for a call and note what it gave for these rows; True if it was late."""
-        answer = call.answer_in_time()
-        self.seconds += call.seconds
-        if answer is None:
+        The call has a daemon thread of its own: neither the next call nor the end of the process waits for
+        one that hangs."""
+        answers = []
+        call = threading.Thread(target=lambda: answers.append(self._answer(rows)), daemon=True)
+        start = time.monotonic()
+        call.start()
+        call.join(self.timeout)
+        self.seconds += time.monotonic() - start
+        if not answers:
             self._fail(rows, f"took longer than {self.timeout:g} s")
             return True
+        [answer] = answers
         if isinstance(answer, str):
             self._fail(rows, answer)
             return False
@@ -74,60 +96,25 @@ class Scoring:
                 self._fail([row], f"returned {score}")
         return False
 
+    def _answer(self, rows: list[int]) -> list[float] | str:
+        """The scores of these rows as numbers, or what is wrong with them."""
+        try:
+            # Copies, because a call that is late runs on beside the next one.
+            images_BCHW, prompts = self.images_BCHW[rows], [self.prompts[row] for row in rows]
+            metadata = copy.deepcopy([self.metadata[row] for row in rows])
+            if self.gpu is not None:
+                torch.cuda.set_device(self.gpu)  # a new thread would be on GPU 0
+            with torch.no_grad():
+                scores = self.function(images_BCHW, prompts, metadata)
+            return fault_of(scores, len(rows)) or scores.float().tolist()
+        except BaseException as error:  # SystemExit too: it would end the thread without a word
+            return f"raised {type(error).__name__}: {error}"
+
     def _fail(self, rows: list[int], reason: str) -> None:
         for row in rows:
             sources = self.metadata[row].get("source")
             of = f" of {sources}" if isinstance(sources, list) else ""
             self.failures[row] = f"prompt {self.prompts[row]!r}{of}: {reason}"
-
-
-class Call:
-    """One call of a reward, in a daemon thread of its own: neither the caller nor the end of the process
-    waits for a call that hangs.
-
-    Calls run one at a time. Each begins when the one before it has ended or is late, and its time runs from
-    there."""
-
-    newest = None
-
-    def __init__(self, timeout: float, function: Callable, *batch):
-        """`batch`: images (B, 3, H, W), prompts and metadata."""
-        self.timeout = timeout
-        self.seconds = timeout  # until it ends
-        self.begun, self.ended = threading.Event(), threading.Event()
-        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        before, Call.newest = Call.newest, self
-        threading.Thread(target=self._run, args=(before, function, *batch), daemon=True).start()
-
-    def _run(self, before: "Call | None", function: Callable, *batch) -> None:
-        """The answer: the scores as numbers, or what is wrong with them."""
-        if before is not None:
-            before.answer_in_time()
-        self.start = time.monotonic()
-        self.begun.set()
-        try:
-            if self.gpu is not None:
-                torch.cuda.set_device(self.gpu)  # a new thread would be on GPU 0
-            with torch.no_grad():
-                scores = function(*batch)
-            self.answer = fault_of(scores, len(batch[1])) or scores.float().tolist()
-        except BaseException as error:  # SystemExit too: it would end the thread without a word
-            self.answer = f"raised {type(error).__name__}: {error}"
-        self.seconds = time.monotonic() - self.start
-        self.ended.set()
-
-    def is_over(self) -> bool:
-        """Whether it has ended or is late."""
-        if not self.begun.is_set():
-            return False
-        return self.ended.is_set() or time.monotonic() > self.start + self.timeout
-
-    def answer_in_time(self) -> list[float] | str | None:
-        """Wait for the scores, or in words what went wrong; None if the call still runs after its time."""
-        self.begun.wait()
-        if self.ended.wait(max(0.0, self.start + self.timeout - time.monotonic())):
-            return self.answer
-        return None
 
 
 def fault_of(scores, count: int) -> str:
@@ -152,7 +139,7 @@ def gather_scores(
     scored_2N = torch.zeros(2, count, dtype=torch.float64)
     scores_N, asked_N = scored_2N
     failures, busy = [], 0.0
-    signals.wait_until(lambda: all(scoring.call.is_over() for _, scoring in pending))
+    signals.wait_until(lambda: all(scoring.is_over() for _, scoring in pending))
     for samples, scoring in pending:
         scores_B, failed, seconds = scoring.result()
         scores_N[samples] = scores_B.double()
