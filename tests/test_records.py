@@ -121,6 +121,26 @@ def test_other_scorers_are_asked_and_nothing_is_made_again(world, folder, tmp_pa
     assert written["guidance"] == {"base": 1.0, "red": 1.0}
 
 
+def test_a_batch_that_grew_keeps_what_is_known_of_it(world, tmp_path, monkeypatch):
+    """Three pictures of a batch of four: they are not made again, and only the new scorer is asked."""
+    folder = tmp_path / "grown"
+    given = flags(world, folder, "--per-prompt", "1", "--batch", "4", "--no-base")
+    evaluate.main([*given, "--count", "3"])
+    times = {file: file.stat().st_mtime_ns for file in folder.rglob("*.png")}
+    monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
+    evaluate.main([*given, "--count", "6", "--rewards", f"red={HERE}:reddish", f"blue={HERE}:reddish"])
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert asked(tmp_path / "asked") == {"reddish": 2 * 6 + 2 * 2}  # the trial is on two pictures per task
+    rows = lines(folder)
+    assert len(rows) == 2 * 6
+    for row in rows:
+        pixels = read_picture(folder / row["file"])
+        expected = {f"{HERE}:reddish": pytest.approx(pixels[0].mean().item(), abs=1e-6)}
+        if row["index"] < 3:
+            expected[f"{HERE}:bright"] = pytest.approx(pixels.mean().item(), abs=1e-6)
+        assert row["scores"] == expected
+
+
 def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, tmp_path):
     """The process dies in the fifth batch, the fourth's line is cut, as if in the middle of a write. What was
     finished is not made again."""
@@ -135,11 +155,10 @@ def test_killed_and_started_again_it_ends_with_the_same_records(world, folder, t
     finished = len(part.read_text().splitlines()) - 1
     assert finished > 0 and not (resumed / "records.jsonl").exists()
     kept = {resumed / json.loads(line)["file"] for line in part.read_text().splitlines()[:finished]}
-    batch_of_cut = finished % 2  # its batch is made again as a whole
     times = {file: file.stat().st_mtime_ns for file in kept}
     evaluate.main(flags(world, resumed, *more[:1], f"red={HERE}:bright", f"blue={HERE}:bright"))
     same = [file for file in kept if file.stat().st_mtime_ns == times[file]]
-    assert len(same) == finished - batch_of_cut
+    assert len(same) == finished
     assert list(resumed.glob("records.part-*")) == []
     for row, other in zip(lines(resumed), lines(folder), strict=True):
         row["scores"].pop(f"{HERE}:kills", None)

@@ -131,8 +131,8 @@ class RecordFolder:
         ranks.barrier()  # all ranks have seen the same before one of them adds to it
         return known
 
-    def has_pictures(self, records: list[Record]) -> bool:
-        return all((self.path / record.file).is_file() for record in records)
+    def has_picture(self, record: Record) -> bool:
+        return (self.path / record.file).is_file()
 
     def pictures(self, records: list[Record]) -> Tensor:
         """(B, 3, H, W), as they were scored when they were made."""
@@ -200,7 +200,7 @@ def read_pictures(folder: RecordFolder) -> list[Record]:
             if file not in known:
                 record = record_of(place["row"], place["split"], prompt, index, seed=0, settings={})
                 records.append(replace(record, file=file))
-    missing = [record.file for record in records if not folder.has_pictures([record])]
+    missing = [record.file for record in records if not folder.has_picture(record)]
     if missing:
         count = f"{len(missing)} of {len(records)} pictures"
         raise FileNotFoundError(f"{folder.path}: {count} are missing: {', '.join(missing[:3])}")

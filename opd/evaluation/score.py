@@ -7,6 +7,7 @@ dealt to them whole, so pictures and scores are the same bits on any number.
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -80,19 +81,22 @@ def source_sizes(records: list[Record]) -> dict[int, str]:
 
 
 def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
-    """The batches, those whose pictures all lie in `folder` with what is known of them. A batch that is not
-    whole is made anew, so that its pictures do not depend on where a run was killed (collectives).
-    ValueError for a picture that was made otherwise."""
+    """The batches in their order (collectives). One that lies in `folder` in part is split: what is known
+    keeps its scores, and no picture is made twice. ValueError for a picture that was made otherwise."""
     known = folder.merge()
+    for record in (record for batch in batches for record in batch.records if record.file in known):
+        check_same(known[record.file], record, folder)
+
+    def is_there(record: Record) -> bool:
+        return record.file in known and folder.has_picture(record)
+
     filled = []
     for batch in batches:
-        wanted = [record for record in batch.records if record.file in known]
-        found = [known[record.file] for record in wanted]
-        for pair in zip(found, wanted, strict=True):
-            check_same(*pair, folder)
-        if len(found) == len(batch.records) and folder.has_pictures(found):
-            batch = Batch(found, None)
-        filled.append(batch)
+        for there, records in groupby(batch.records, is_there):
+            if there:
+                filled.append(Batch([known[record.file] for record in records], None))
+            else:
+                filled.append(Batch(list(records), batch.row))
     ranks.barrier()  # all ranks have looked at the folder before one of them adds to it
     return filled
 
