@@ -160,11 +160,8 @@ def pictures(batch: Batch, model: Model | None, folder: RecordFolder | None) -> 
     (collectives where the model is sharded)."""
     if batch.row is None:
         return folder.pictures(batch.records)
-    adapter = batch.row.adapter
-    if adapter in model.teachers:  # it has a transformer of its own
-        model, adapter = model.teachers[adapter], BASE
     prompts, index = [[getattr(record, name) for record in batch.records] for name in ("asked", "index")]
-    images_BCHW = in_8_bits(model.images(adapter, prompts, index, batch.row.sampling))
+    images_BCHW = in_8_bits(model.images(batch.row.adapter, prompts, index, batch.row.sampling))
     if folder is not None:
         folder.keep(batch.records, images_BCHW)
     return images_BCHW
