@@ -56,7 +56,7 @@ AT_1024 = {"resolution": "1024", "micro_batch": 1, "checkpointing": True}
 
 def of_family(model: str, guidance: float, eval_steps: int) -> DistillationConfig:
     """Another family's base, sampled as its pipeline's defaults say. Nobody has published teachers for these:
-    give --teachers and --prompts, and an --anchor with its --anchor-weight if there is one."""
+    give --teachers and --prompts, and an --anchor if there is one."""
     sampled = {"guidance": guidance, "teacher_guidance": guidance, "eval_steps": eval_steps}
     return DistillationConfig(model=model, **REAL_OPD, **SMALL_STEPS, **FROM_BASE, **AT_1024, **sampled)
 

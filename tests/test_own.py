@@ -45,6 +45,9 @@ CASES = [
     ("mini --prompts new=F", {"evaluate": False, "heldout": {}, "rewards": {}}, 4),
     ("sd35-grpo-ocr --prompts new=F --train-rewards new=my.py:f", {"evaluate": False}, 0),
     ("mini-text --prompts new=F --train-rewards new=my.py:f", {"heldout": {}, "watch_every": 0}, 3),
+    (f"flux {LORAS} --prompts a=F b=G --anchor b", {"anchor_weight": 0.02}, 1),
+    (f"flux {LORAS} --prompts a=F b=G --anchor b --anchor-weight 0", {"anchor_weight": 0.0}, 0),
+    ("mini --train-rewards compose=m.py:f text=m.py:f quality=m.py:f", {"routing": "reward"}, 1),
     (f"sd35 {LORAS} --prompts a=F b=G --rewards a=ocr b=ocr", {"evaluate": True}, 3),
     ("sd35 --rewards geneval=geneval ocr=ocr pickscore=pickscore --no-evaluate", {"evaluate": False}, 0),
 ]

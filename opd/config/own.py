@@ -10,6 +10,8 @@ from typing import Any
 from opd import routing
 from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
 
+PAPERS_ANCHOR = 0.02
+
 
 class Aside:
     """Settings that change but for the fields that are `given`, and why each of them has changed."""
@@ -33,7 +35,7 @@ class Aside:
 
 def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
     """The settings, and a line for each that had to change. `given`: the fields on the command line."""
-    named = given & {"prompts", "teachers", "heldout", "train_rewards", "rewards"}
+    named = given & {"prompts", "teachers", "heldout", "train_rewards", "rewards", "anchor"}
     if not isinstance(cfg, Rollout) or not named:
         return cfg, []
     aside = Aside(cfg, given)
@@ -42,6 +44,8 @@ def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
         aside.keep(of_tasks, cfg.prompts, "--prompts has other tasks")
     if "teachers" in given:
         for_other_teachers(aside)
+    if isinstance(cfg, DistillationConfig):
+        for_unused(aside)
     if isinstance(cfg, DistillationConfig) and len(cfg.teachers) == 1:
         for_one_teacher(aside, *cfg.teachers)
     for_scores(aside)
@@ -66,6 +70,14 @@ def for_other_teachers(aside: Aside) -> None:
         lost = f"--teachers lacks the preset's anchor {cfg.anchor!r}; --anchor NAME names another"
         aside.change("anchor_weight", 0.0, lost)
         aside.change("anchor_levels", {}, lost)
+
+
+def for_unused(aside: Aside) -> None:
+    """What is named is wanted."""
+    if "anchor" in aside.given and not aside.cfg.anchored():
+        aside.change("anchor_weight", PAPERS_ANCHOR, "--anchor names one, and this is the paper's weight")
+    if "train_rewards" in aside.given:
+        aside.change("routing", "reward", "--train-rewards are what decides it")
 
 
 def for_one_teacher(aside: Aside, only: str) -> None:
