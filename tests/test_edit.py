@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -125,6 +127,21 @@ def test_in_bfloat16_too(guidance, case):
         apart, rounded = (v - velocity.float()), velocity.float() - exact_v
         assert apart.abs().max() < (2 * guidance - 1) * 2**-7 * velocity.abs().max()
         assert apart.norm() < rounded.norm()
+
+
+def test_kontext_takes_a_pictures_shape_in_whole_patches(monkeypatch):
+    """As its pipeline does, by its own image processor; 4:5 at 1080 pixels is one that differs."""
+    monkeypatch.setattr(flux_kontext.parts, "pixels", lambda folder: 8)
+    processor, draw = VaeImageProcessor(vae_scale_factor=16), random.Random(0)
+    sizes = [(1080, 1350), *((draw.randint(64, 900), draw.randint(64, 900)) for _ in range(60))]
+    for width, height in sizes:
+        rows, columns = processor.get_default_height_width(Image.new("L", (width, height)))
+        preferred = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+        _, wide, high = min((abs(columns / rows - w / h), w, h) for w, h in preferred)
+        assert flux_kontext.picture_size(None, width, height) == (wide // 16 * 16, high // 16 * 16)
+    assert flux_kontext.picture_size(None, 1080, 1350) == (880, 1184)
+    with pytest.raises(ValueError, match="100x15 is too small"):
+        flux_kontext.picture_size(None, 100, 15)
 
 
 # ---- runs: one mixes painting and editing, where the family can both ----

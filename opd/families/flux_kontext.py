@@ -17,10 +17,14 @@ PIPELINE = "FluxKontextPipeline"
 
 
 def picture_size(folder: Path, width: int, height: int) -> tuple[int, int]:
-    """The one of the sizes that Kontext was trained on that is nearest in shape, in whole patches."""
-    preferred = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
-    _, wide, high = min((abs(width / height - w / h), w, h) for w, h in preferred)
+    """The one of the sizes that Kontext was trained on that is nearest in shape, in whole patches. The shape
+    is that of the whole patches of the source. ValueError where a side has none."""
     unit = parts.PATCH * parts.pixels(folder)
+    columns, rows = width // unit, height // unit
+    if rows == 0 or columns == 0:
+        raise ValueError(f"{width}x{height} is too small; each side needs at least {unit} pixels")
+    preferred = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    _, wide, high = min((abs(columns / rows - w / h), w, h) for w, h in preferred)
     return wide // unit * unit, high // unit * unit
 
 
