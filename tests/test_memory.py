@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opd.bench import model as bench
+from opd.families import sd3
 from opd.report import memory
 from opd.report.memory import LiveTensors, peak
 from tests import tiny
@@ -48,6 +49,20 @@ def test_decoding_is_what_a_decoding_takes(world):
     assert parts["decoding"] == pytest.approx(live.peak - live.before, rel=0.1)
     assert parts["vae"] == 4 * sum(p.numel() for p in vae.parameters())
     assert peak(parts) == sum(parts.values()) - min(parts["decoding"], parts["activations"])
+
+
+def test_text_encoders_count_where_they_come_back(world, counted, monkeypatch):
+    """Past the first window of prompts; T5 where it is used."""
+    cfg = tiny.config(world, iterations=100)
+    assert counted(cfg)["encoding"] == 0
+    monkeypatch.setattr(memory, "WINDOW", 2)
+    for t5 in (True, False):
+        text = sd3.load_text(world / "pipeline", torch.float32, CPU, t5)
+        encoders = [
+            part for name, part in text.components.items() if name.startswith("text_encoder") and part
+        ]
+        count = sum(p.numel() for encoder in encoders for p in encoder.parameters())
+        assert counted(replace(cfg, t5=t5))["encoding"] == pytest.approx(4 * count, rel=0.01)
 
 
 def test_what_autograd_keeps_of_a_chain_is_counted_without_storage():

@@ -137,13 +137,13 @@ def variant_of(folder: Path, name: str = "diffusion_pytorch_model") -> str | Non
     return found.pop() if len(found) == 1 else None
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
     """The safetensors of a model's folder that diffusers loads: the shards that its index names, or its one
     file. FileNotFoundError where there are pickles alone, or several variants."""
-    variant = variant_of(folder)
+    variant = variant_of(folder, stem)
     dot = f".{variant}" if variant else ""
-    name = f"diffusion_pytorch_model{dot}.safetensors"
-    index = folder / f"diffusion_pytorch_model.safetensors.index{dot}.json"
+    name = f"{stem}{dot}.safetensors"
+    index = folder / f"{stem}.safetensors.index{dot}.json"
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     if not (folder / name).is_file():

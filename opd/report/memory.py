@@ -18,19 +18,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd import lora, ranks
-from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RewardedConfig, Rollout, RunConfig
+from opd.conditioning import WINDOW
+from opd.config import (
+    DistillationConfig,
+    GRPOConfig,
+    NFTConfig,
+    RewardedConfig,
+    Rollout,
+    RunConfig,
+    SFTConfig,
+)
 from opd.data import micro_batches
 from opd.families import Condition
 from opd.families._parts import children_of, vae_skeleton, with_fused_norms
 from opd.files import resolve
+from opd.formats.hub import stored, weight_files
 from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import read_teachers
 from opd.lora import STUDENT, Lora
 from opd.model import Model
 from opd.report.shown import SHOWN
 
-IN_TURN = ("activations", "decoding")
-"""Parts of which only the larger counts: pictures are decoded between the passes of training."""
+IN_TURN = ("activations", "decoding", "encoding")
+"""Parts of which only the largest counts: pictures are decoded, and prompts encoded, between the passes of
+training."""
 GIB = 2**30
 
 
@@ -72,8 +83,29 @@ def predict_run(cfg: RunConfig, model: Model) -> dict[str, int]:
     text = model.family.text_shapes(model.folder, cfg.t5) | picture_shapes(cfg, model)
     pixels = prod(model.pixels)
     images = min(max(cfg.micro_batch, SHOWN), max(1, model.decode_pixels // pixels))
-    parts = predict(cfg, model, text)
-    return parts | {"vae": 4 * numbers(vae.parameters()), "decoding": decoding(model, vae, images)}
+    parts = predict(cfg, model, text) | {"vae": 4 * numbers(vae.parameters())}
+    return parts | {"decoding": decoding(model, vae, images), "encoding": encoding(cfg, model)}
+
+
+def encoding(cfg: RunConfig, model: Model) -> int:
+    """Bytes of the text encoders where they come back beside the model, for prompts past the first window."""
+    if prompts_of_run(cfg) <= WINDOW:
+        return 0
+    absent, _ = model.family.arguments(model.folder, cfg.t5, 1.0)
+    parts = [part for part in model.folder.glob("text_encoder*") if part.name not in absent]
+    weights = [tensor for part in parts for tensor in stored(weight_files(part, "model")).values()]
+    return model.dtype.itemsize * numbers(weights)
+
+
+def prompts_of_run(cfg: RunConfig) -> int:
+    """How many prompts a run reads at most, as far as its files are on this disk."""
+    drawn = cfg.iterations * cfg.prompts_per_step
+    if isinstance(cfg, SFTConfig):
+        file = resolve(cfg.data) / "metadata.jsonl"
+        return min(drawn, len(file.read_text().splitlines())) if file.is_file() else drawn
+    if all(resolve(path).is_file() for path in cfg.prompts.values()):
+        return min(drawn, sum(map(len, load_tasks(cfg.prompts).values())))
+    return drawn
 
 
 def picture_shapes(cfg: RunConfig, model: Model) -> dict[str, tuple[int, ...]]:
