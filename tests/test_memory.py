@@ -121,6 +121,9 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     full = str(tiny.fold(world, "red", tmp_path / "full"))
     one = replace(cfg, teachers={"red": full, "blue": blue})
     assert memory.held_by_teachers(one, model) == read // 2 + counted(cfg)["base"]
+    # On a device that this machine need not have.
+    elsewhere = replace(one, teacher_devices={"red": "cuda:1"}, dry_run=True)
+    assert memory.held_by_teachers(elsewhere, model) == read // 2
     # What --dry-run says: of what is not here, four times the rank.
     absent = replace(cfg, teachers={"red": red, "blue": "owner/blue"})
     assert memory.held_by_teachers(absent, model) == read // 2 + 2 * read > 0

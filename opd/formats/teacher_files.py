@@ -101,7 +101,7 @@ def read_teacher(cfg: DistillationConfig, name: str, source: str, model: Model) 
         if holds_transformer(path, model.skeleton):
             # Its weights are fetched once it is clear that they are wanted.
             files = read_transformer(locate_part("teacher", source, ["*.json", "*.safetensors"]), model)
-            return Whole(source, twin(cfg, model, device_of(place, model)), files, place == OFFLOAD)
+            return Whole(source, twin(cfg, model, device_of(cfg, place, model)), files, place == OFFLOAD)
     if place:
         adapter = "an adapter on the student's base, and stands where that stands"
         raise ValueError(f"--teacher-devices {name}={place}: {source!r} is {adapter}; leave it out")
@@ -117,10 +117,12 @@ def described(teacher: Lora | Whole) -> str:
     return f"{type(skeleton).__name__} of {millions:.1f} M parameters on {teacher.model.device}"
 
 
-def device_of(place: str, model: Model) -> torch.device:
+def device_of(cfg: DistillationConfig, place: str, model: Model) -> torch.device:
     if place in ("", OFFLOAD):
         return model.device
     with reading(f"--teacher-devices {place!r}"):
+        if cfg.dry_run:  # perhaps on another machine
+            return torch.device(place)
         return torch.empty(0, device=place).device
 
 
@@ -198,7 +200,7 @@ def twin(cfg: DistillationConfig, model: Model, device: torch.device) -> Model:
 
 def read_pipeline(cfg: DistillationConfig, name: str, student: Model) -> Model:
     """The planned model. ValueError unless its latents and its velocity mean what the student's do."""
-    device = device_of(cfg.teacher_device(name), student)
+    device = device_of(cfg, cfg.teacher_device(name), student)
     teacher = Model.plan(cfg.teachers[name], cfg.dtype, student.resolution, device, cfg.t5)
     theirs, ours = meaning_of_latents(teacher), meaning_of_latents(student)
     for what in theirs:
