@@ -112,7 +112,7 @@ def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monk
     rows[0] |= {"watch": {"text": 0.5, "failed": float("nan")}}
     rows.append({"step": 5, "reward": {"text": float("nan")}})
     panels = {panel.get_title("left"): panel for panel in plots.curve_figure(rows, {}).axes}
-    assert list(panels) == ["reward", "held-out score", "loss, nats per dimension"]
+    assert list(panels) == ["reward", "held-out score", "loss"]
     drawn = {"held-out score": [[1, 0.5]], "reward": [[1, 0.1], [2, 0.2], [4, 0.4]]}
     for title, points in drawn.items():
         [line] = panels[title].lines

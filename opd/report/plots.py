@@ -62,7 +62,6 @@ def curves_of(rows: list[dict]) -> dict[str, Curves]:
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     of_teachers = {name.removesuffix("/loss"): name for name in names if name.endswith("/loss")}
-    unit = ", nats per dimension" if of_teachers else ""
     kinds = {
         "reward": {name.removeprefix("reward/"): name for name in names if name.startswith("reward/")},
         "KL to the base, nats per dimension": {ALL: "kl"},
@@ -70,7 +69,7 @@ def curves_of(rows: list[dict]) -> dict[str, Curves]:
         SIZE: {ALL: "log_size"},
         WATCHED: {name.removeprefix("watch/"): name for name in names if name.startswith("watch/")},
         FAR: {name.removeprefix("distance/"): name for name in names if name.startswith("distance/")},
-        f"loss{unit}": {ALL: "loss", **of_teachers},
+        "loss": {ALL: "loss", **of_teachers},
         "gradient norm": {ALL: "grad_norm"},
     }
     found = {}
