@@ -75,10 +75,13 @@ STATISTICS = ("policy", "kl", "drift", "square", "clipped", "count")
 
 def policy_metrics(sums: Tensor, largest: Tensor, beta: float) -> dict:
     """From sums of STATISTICS: losses in nats per dimension; of the ratio its std (`spread`), the largest
-    distance from 1, and the share that is further from it than the clip range (`clipped`)."""
+    distance from 1, and the share that is further from it than the clip range (`clipped`). Without beta the
+    base is not asked, and nothing is known of the KL to it."""
     mean = dict(zip(STATISTICS, (sums / sums[-1].clamp(min=1)).tolist(), strict=True))
     spread = math.sqrt(max(mean["square"] - mean["drift"] ** 2, 0.0))
     ratio = {"spread": spread, "largest": float(largest), "clipped": mean["clipped"]}
+    if beta == 0:
+        return {"loss": mean["policy"], "ratio": ratio}
     return {"loss": mean["policy"] + beta * mean["kl"], "kl": mean["kl"], "ratio": ratio}
 
 
@@ -114,9 +117,9 @@ def reward_metrics(rewards_PG: Tensor, tasks_P: list[str]) -> dict:
 
 def brief(row: dict) -> str:
     """What the progress bar shows of a row of the log: of stages grpo and nft rewards and the distance to the
-    base, else the loss."""
-    for name in ("kl", "from_base", "grad_rms"):
-        if name in row:
-            rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
-            return f"reward {rewards}, {name}={row[name]:.2g}"
-    return f"loss={row['loss']:.4g}"
+    base, where it is known, else the loss."""
+    if "ratio" not in row and "grad_rms" not in row:
+        return f"loss={row['loss']:.4g}"
+    rewards = " ".join(f"{task} {value:.3f}" for task, value in row["reward"].items())
+    known = [f", {name}={row[name]:.2g}" for name in ("kl", "from_base", "grad_rms") if name in row]
+    return f"reward {rewards}{''.join(known[:1])}"

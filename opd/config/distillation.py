@@ -16,7 +16,7 @@ Estimators = Literal[tuple(ESTIMATORS)]
 # No names for a teacher: what the log has beside the teachers' losses, what diagnostics.brief looks for, and
 # the adapters that a run makes itself.
 METRICS = """step loss anchor grad_norm lr effective_batch samples_per_second states_per_second graphs watch
-distance reward reward_std groups kl from_base grad_rms""".split()
+distance reward reward_std groups kl from_base grad_rms ratio""".split()
 ADAPTERS = ("student", "start")
 
 
