@@ -109,7 +109,17 @@ def read_metrics(file: Path) -> list[dict]:
 
 
 def write_json(path: Path, value) -> None:
-    replace(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+    """NaN and infinite numbers, which JSON does not know, become null."""
+    text = json.dumps(known_to_json(value), indent=2, allow_nan=False) + "\n"
+    replace(path, lambda p: p.write_text(text))
+
+
+def known_to_json(value):
+    if isinstance(value, dict):
+        return {name: known_to_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [known_to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_safetensors(

@@ -17,7 +17,7 @@ from opd.evaluation.score import Row, Scorers, mean_score, planned, score
 from opd.evaluation.statistics import clustered, summarise
 from opd.evaluation.statistics import diversity_across as across
 from opd.evaluation.statistics import diversity_within as within
-from opd.evaluation.tables import differences, label, number, remarks, scores_of, stands, table
+from opd.evaluation.tables import blocks_of, differences, label, number, remarks, scores_of, stands, table
 from opd.model import Sampling
 from opd.rewards import Reward, Term
 from tests import tiny
@@ -110,7 +110,7 @@ def test_what_is_the_miniatures_stays_away_from_other_models_and_pictures(world,
 def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
     command(world, "--out", str(out), "--rewards", f"red={HERE}:Darkness")
-    written = json.loads(out.read_text())
+    written = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     scores = written["scores"]
     assert list(scores) == ["base", "red"] and written["settings"]["reward_timeout"] == 60.0
     assert scores["red"]["train"] == scores["red"]["held-out"] != scores["base"]["train"]
@@ -283,6 +283,15 @@ def test_the_table_shows_means_errors_and_what_is_behind_them():
     assert label("0.5*m.n:a + m:b@/weights/x") == "0.5*a + b@/weights/x"
     assert label("deqa@http://host.name:8000/v1") == "deqa@http://host.name:8000/v1"
     assert [number(21.644, 0.25), number(-0.5, math.nan)] == ["21.64 ±.25", "-0.500"]
+
+
+def test_scorers_of_one_name_have_columns_of_their_own():
+    scores = {"a.py:reward": 0.1, "b.py:reward": 0.9, "c.py:other": 0.5}
+    cells = summarise([record(tag="t", **scores)], list(scores))
+    blocks = blocks_of(cells, {"t": "a.py:reward"})
+    held_out = {heading: mean for heading, (mean, _) in blocks["held-out"]["student"].items()}
+    assert held_out == {"t": 0.1, "t:b.py:reward": 0.9, "t:other": 0.5, "mean": 0.1}
+    assert {"held-out t: a.py:reward", "held-out t: b.py:reward"} < blocks.keys()
 
 
 def test_the_student_is_compared_with_the_teacher_of_each_task():

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_the_page_of_a_run(folder):
     table = (folder / "table.txt").read_text().strip()
     assert html.escape(table) in text and "diversity" not in table
     for cell in json.loads((folder / "cells.json").read_text()):
-        mean, _, error = tables.number(cell["mean"], cell["error"]).partition(" ")
+        error = math.nan if cell["error"] is None else cell["error"]
+        mean, _, error = tables.number(cell["mean"], error).partition(" ")
         assert f"{mean} <small>{error}</small>" in text
     assert "student − the base" in text and "student − its teacher" in text
     last = table.splitlines()[-1]

@@ -3,6 +3,7 @@ they come to."""
 
 import math
 import re
+from collections import Counter
 
 from opd.evaluation.records import Record
 from opd.evaluation.statistics import ALL, MEASURES, Cell, mean_of
@@ -47,9 +48,9 @@ def table(
 
 def blocks_of(cells: list[Cell], first: dict[str, str]) -> dict[str, Block]:
     """Title -> block: those of the splits, then the tags of every scorer of a task, and the diversity."""
-    blocks = {cell.split: {} for cell in cells}
+    blocks, names = {cell.split: {} for cell in cells}, names_of(cells)
     for cell in cells:
-        title, heading = place_of(cell, first)
+        title, heading = place_of(cell, first, names)
         blocks.setdefault(title, {}).setdefault(cell.row, {})[heading] = cell.mean, cell.error
     for split in {cell.split for cell in cells}:
         for row in blocks[split].values():
@@ -90,8 +91,9 @@ def differences(cells: list[Cell], split: str, first: dict[str, str], routes: di
     the errors of such differences; of the mean over tasks where every task has one."""
     block, found = blocks_of(cells, first).get(split, {}), {TEACHERS: {}, THE_BASE: {}}
     mine = {heading: mean for heading, (mean, _) in block.get(STUDENT, {}).items() if heading != "mean"}
+    names = names_of(cells)
     for cell in cells:
-        title, heading = place_of(cell, first)
+        title, heading = place_of(cell, first, names)
         if title == split and heading in mine:
             less = mine[heading] - cell.mean, cell.apart
             if cell.row == teacher_of(cell.task, block, routes):
@@ -128,16 +130,23 @@ def stands(mean: float, error: float) -> str:
 # ---- words and numbers ---------------------------------------------------------------------------
 
 
-def place_of(cell: Cell, first: dict[str, str]) -> tuple[str, str]:
-    """The title of its block and the heading of its column."""
+def names_of(cells: list[Cell]) -> dict[str, str]:
+    """Scorer -> what it is called: its label, or all of its spec where another has the same label."""
+    labels = {scorer: label(scorer) for scorer in dict.fromkeys(cell.scorer for cell in cells)}
+    shared = Counter(labels.values())
+    return {scorer: scorer if shared[name] > 1 else name for scorer, name in labels.items()}
+
+
+def place_of(cell: Cell, first: dict[str, str], names: dict[str, str]) -> tuple[str, str]:
+    """The title of its block and the heading of its column. `names`: scorer -> what it is called."""
     task = f"{cell.split} {cell.task}"
     if cell.scorer in MEASURES:
         return f"{task}: diversity", MEASURES[cell.scorer]
     if cell.tag != ALL:
-        return f"{task}: {label(cell.scorer)}", cell.tag
+        return f"{task}: {names[cell.scorer]}", cell.tag
     if cell.scorer == first[cell.task]:
         return cell.split, cell.task
-    return cell.split, f"{cell.task}:{label(cell.scorer)}"
+    return cell.split, f"{cell.task}:{names[cell.scorer]}"
 
 
 def aligned(title: str, block: Block) -> list[str]:
