@@ -79,7 +79,10 @@ def part_of(text):
 
 def test_without_a_list_the_phrases_are_spacys_noun_chunks(reward, images_BCHW, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", spacy_that_knows({"en_core_web_sm"}))
-    assert torch.equal(reward(images_BCHW, PROMPTS, [{}, {}]), reward(images_BCHW, PROMPTS, METADATA))
+    wanted = reward(images_BCHW, PROMPTS, METADATA)
+    assert torch.equal(reward(images_BCHW, PROMPTS, [{}, {}]), wanted)
+    beside = [f"{prompt} and the left and top" for prompt in PROMPTS]
+    assert torch.equal(reward(images_BCHW, beside, [{}, {}]), wanted)
 
 
 FAULTS = [

@@ -17,6 +17,7 @@ from opd.rewards.inputs import need, pictures, versions
 BLIP = "Salesforce/blip-vqa-capfilt-large"
 SPACY = "en_core_web_sm"
 MOST_PHRASES = 8  # things beyond the eighth are not asked for, as in the benchmark
+POSITIONS = ("top", "the side", "the left", "the right")  # no things, and left out in the benchmark
 LONGEST = 35  # tokens of a question
 BATCH = 16  # pictures per forward pass
 
@@ -79,7 +80,8 @@ class BlipVqa:
             except OSError as error:
                 fix = f'python -m spacy download {SPACY}, or give each prompt its "noun_phrases"'
                 raise ValueError(f"spaCy has no model {SPACY}: {fix}") from error
-        return [chunk.text for chunk in self.chunker(text).noun_chunks][:MOST_PHRASES]
+        chunks = [chunk.text for chunk in self.chunker(text).noun_chunks]
+        return [phrase for phrase in chunks if phrase not in POSITIONS][:MOST_PHRASES]
 
     def yes_probability(self, seen_LD: Tensor, questions: list[str]) -> Tensor:
         """(Q,) P(yes) / (P(yes) + P(no)) of the answer's first token; `seen_LD` is the encoded picture."""
