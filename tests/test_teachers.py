@@ -34,6 +34,7 @@ def furnished(world, folder):
     """`full/`: the base with red's update in its weights, in every form in which such a thing is kept; and
     `larger/`: a pipeline of three wider blocks with text encoders of its own and the same VAE."""
     tiny.fold(world, "red", folder / "full")
+    (folder / "full" / "deployment.json").write_text("{}")  # as a run of --full leaves it
     shutil.copytree(folder / "full", folder / "parent" / "transformer")
     whole = SD3Transformer2DModel.from_pretrained(folder / "full")
     whole.save_pretrained(folder / "shards", max_shard_size="100KB")

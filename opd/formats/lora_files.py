@@ -28,8 +28,10 @@ from opd.formats.hub import locate_part, only_weights
 from opd.ranks import say
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in the folder of an adapter
-FILES = ["adapter_config.json", "deployment.json", *WEIGHTS]
+FILES = ["adapter_config.json", *WEIGHTS]
 FILES += [f"lora/{name}" for name in FILES]  # where Flow-GRPO's checkpoints have them
+# How an adapter is sampled; a fine-tuned transformer may have it too.
+BESIDE = ["deployment.json", "lora/deployment.json"]
 COMFY = "diffusion_model."
 PREFIXES = re.compile(rf"(?:(?:base_model\.model|transformer|module|_orig_mod|{COMFY[:-1]})\.)*")
 FOREIGN = (COMFY, "lora_unet_", "lora_transformer_", "lycoris_")
@@ -110,7 +112,7 @@ def find_adapter(source: str) -> Path:
     FileNotFoundError naming the path and what was looked for.
     """
     source = source.partition(":alpha=")[0]
-    path = locate_part("adapter", source, FILES)
+    path = locate_part("adapter", source, FILES + BESIDE)
     if path.is_file():
         return path
     for name in FILES:
