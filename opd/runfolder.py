@@ -50,7 +50,7 @@ def claim(cfg: RunConfig) -> tuple[Path, object]:
     """
     path = path_of(cfg.out)
     check_folder(cfg.out)
-    refuse_strangers(path)
+    refuse_strangers(cfg, path)
     check_same_run(cfg, path)
     path.mkdir(parents=True, exist_ok=True)
     held = open(path / "lock", "w")
@@ -65,7 +65,7 @@ def claim(cfg: RunConfig) -> tuple[Path, object]:
     return path, held
 
 
-def refuse_strangers(path: Path) -> None:
+def refuse_strangers(cfg: RunConfig, path: Path) -> None:
     """ValueError for the files of something else, a finished student, or whatever a link leads to."""
     found = {file.name for file in path.glob("*") if not file.name.startswith(".")} - {"lock"}
     for file in [*path.glob("*"), *path.glob("*/*")]:
@@ -77,27 +77,27 @@ def refuse_strangers(path: Path) -> None:
     except (OSError, ValueError):
         ours = False
     require(ours, f"{path} holds {min(found, default='')!r} and no run; choose an empty --out")
-    lost = "student" in found and not goes_on(path)
+    lost = "student" in found and not goes_on(cfg, path)
     way_out = f"no {STATE}/ to resume from; choose another --out, or delete that folder"
     require(not lost, f"{path} holds a student, but {way_out}")
 
 
-def goes_on(path: Path) -> bool:
-    """Whether a run folder holds what the same command goes on from: a state, or a student without steps."""
+def goes_on(cfg: RunConfig, path: Path) -> bool:
+    """Whether a run folder holds what this run goes on from: a state, or without steps the same student."""
     config = path / "config.json"
     if not config.is_file():
         return False
     merged = (path / "student").is_dir() and read_json(config).get("iterations") == 0
-    return merged or latest_state(path) > 0
+    return latest_state(path) > 0 or merged and cfg.iterations == 0
 
 
 def check_same_run(cfg: RunConfig, path: Path) -> None:
     """ValueError if the folder holds a run with other settings: resuming it would mix two runs.
 
-    A run without a state is nothing to mix with. Where the contents of what it reads are known,
+    A run that nothing goes on from is nothing to mix with. Where the contents of what it reads are known,
     `RunFolder.check_contents` compares them, and not the paths.
     """
-    resumes = goes_on(path)
+    resumes = goes_on(cfg, path)
     require(resumes or not cfg.force_resume, f"--force-resume: {path} holds no run to resume")
     if not resumes:
         return
@@ -151,7 +151,7 @@ class RunFolder:
     def check_contents(self, contents: dict[str, str]) -> None:
         """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
         file = self.path / CONTENTS
-        if file.is_file() and goes_on(self.path):
+        if file.is_file() and goes_on(self.cfg, self.path):
             old = read_json(file)
             changes = [name for name in {**old, **contents} if old.get(name) != contents.get(name)]
             way_out = f"restore that, choose another --out (--cold-start {self.path / 'student'} takes the "

@@ -256,5 +256,7 @@ def test_zero_steps_save_the_merge_and_the_same_command_does_again(world, tmp_pa
         tiny.run(cfg)
     with pytest.raises(ValueError, match="run with other settings: rank 8 -> 4"):
         tiny.run(replace(cfg, rank=4))
+    with pytest.raises(ValueError, match="holds a student, but no state/"):
+        tiny.run(replace(cfg, iterations=2))
     student = lora_files.read_lora(str(tmp_path / "student"))
     assert furthest(student, lambda m: dense_mean(loras, m)) < 1e-5
