@@ -49,6 +49,7 @@ CASES = [
     (f"flux {LORAS} --prompts a=F b=G --anchor b --anchor-weight 0", {"anchor_weight": 0.0}, 0),
     ("mini --train-rewards compose=m.py:f text=m.py:f quality=m.py:f", {"routing": "reward"}, 1),
     (f"sd35 {LORAS} --prompts a=F b=G --rewards a=ocr b=ocr", {"evaluate": True}, 3),
+    ("sd35-gfd-opd --anchor deqa", {"extrapolate": dict.fromkeys(("geneval", "ocr", "pickscore"), 1.25)}, 2),
     ("sd35 --rewards geneval=geneval ocr=ocr pickscore=pickscore --no-evaluate", {"evaluate": False}, 0),
 ]
 
@@ -66,8 +67,9 @@ def test_a_preset_keeps_what_does_not_speak_of_its_own_tasks(words, wanted, line
 
 
 def test_it_is_said_why_scorers_are_not_asked():
-    cfg, (line,) = own("sd35-24gb --heldout ocr=F --rewards ocr=ocr")
-    assert not cfg.evaluate and "--evaluate stays False: no scorer for geneval, pickscore" in line
+    for words in ("sd35-24gb --heldout ocr=F --rewards ocr=ocr", "sd35 --rewards ocr=ocr"):
+        cfg, (line,) = own(words)
+        assert not cfg.evaluate and "--evaluate stays False: no scorer for geneval, pickscore" in line
 
 
 def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_path):

@@ -35,8 +35,8 @@ class Aside:
 
 def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
     """The settings, and a line for each that had to change. `given`: the fields on the command line."""
-    named = given & {"prompts", "teachers", "heldout", "train_rewards", "rewards", "anchor"}
-    if not isinstance(cfg, Rollout) or not named:
+    others = given & {"prompts", "teachers", "heldout", "train_rewards"}
+    if not isinstance(cfg, Rollout) or not others | given & {"rewards", "anchor"}:
         return cfg, []
     aside = Aside(cfg, given)
     if "prompts" in given:
@@ -46,7 +46,7 @@ def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
         for_other_teachers(aside)
     if isinstance(cfg, DistillationConfig):
         for_unused(aside)
-    if isinstance(cfg, DistillationConfig) and len(cfg.teachers) == 1:
+    if isinstance(cfg, DistillationConfig) and len(cfg.teachers) == 1 and others:
         for_one_teacher(aside, *cfg.teachers)
     for_scores(aside)
     lines = []
@@ -76,6 +76,8 @@ def for_unused(aside: Aside) -> None:
     """What is named is wanted."""
     if "anchor" in aside.given and not aside.cfg.anchored():
         aside.change("anchor_weight", PAPERS_ANCHOR, "--anchor names one, and this is the paper's weight")
+        past = {name: factor for name, factor in aside.cfg.extrapolate.items() if name != aside.cfg.anchor}
+        aside.change("extrapolate", past, "the anchor's target is no other")
     if "train_rewards" in aside.given:
         aside.change("routing", "reward", "--train-rewards are what decides it")
 
@@ -99,7 +101,7 @@ def for_scores(aside: Aside) -> None:
     if "rewards" in given and not cfg.full:
         aside.change("evaluate", True, "--rewards names scorers")
     unscored = [task for task in cfg.prompts | cfg.heldout if task not in aside.cfg.rewards]
-    if unscored and given & {"prompts", "heldout"}:
+    if unscored and (given & {"prompts", "heldout"} or not cfg.evaluate):
         aside.change("evaluate", False, f"no scorer for {', '.join(unscored)} (--rewards TASK=SCORER)")
     if "prompts" in given and (unscored or not cfg.heldout):
         aside.change("watch_every", 0, "no held-out prompts with a scorer (--heldout TASK=FILE)")
