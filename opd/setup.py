@@ -66,8 +66,10 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Shown, Re
     for name, teacher in teachers.items():
         if isinstance(teacher, Whole) and teacher.model.conditioning is not model.conditioning:
             with reading(f"teacher {name!r}"):
-                teacher.model.prepare(asked)
-                teacher.model.follow(steps, done)
+                for prompts in (asked, *steps):
+                    teacher.model.conditioning.check(prompts)
+            teacher.model.prepare(asked)
+            teacher.model.follow(steps, done)
     load_weights(cfg, model, teachers, student)
     if cfg.checkpointing:
         model.recompute()

@@ -46,17 +46,18 @@ def test_a_network_that_is_told_its_guidance_learns_at_the_deployed_one(
     guide, told, world, latents, monkeypatch
 ):
     """As FLUX.1; another learns without guidance, which its sampling adds."""
-    model, stage = tiny.build(tiny.sft_config(world, data=str(latents), guidance=3.5))[1::3]
+    cfg = tiny.sft_config(world, data=str(latents), guidance=3.5, prompts_per_step=4, micro_batch=4)
+    _, model, *_, stage = tiny.build(cfg)
     monkeypatch.setattr(sd3, "guide", guide)
     heard, velocity = set(), model.family.velocity
 
     def listening(transformer, x, sigma, text, guidance=1.0):
-        heard.add(guidance)
+        heard.add((guidance, len(x)))
         return velocity(transformer, x, sigma, text)
 
     monkeypatch.setattr(sd3, "velocity", listening)
     stage.accumulate(0)
-    assert heard == {told}
+    assert heard == {(told, 4)}  # a guided pass has both branches
 
 
 def test_a_fine_tuned_transformer_is_saved_as_diffusers_knows_it(world, tmp_path, latents):

@@ -39,13 +39,14 @@ class Arguments:
     model: str = DEFAULT.model
     """Pipeline directory or Hub id."""
     adapters: Texts = field(default_factory=lambda: dict(DEFAULT.teachers))
-    """Name and source of each adapter. Of another --model none unless given, as in the next three."""
+    """Name and source of each adapter. With another --model the miniature's are not used, nor are its prompts
+    and scorers."""
     base: bool = True
     """Score the base too."""
     prompts: Texts = field(default_factory=lambda: dict(DEFAULT.prompts))
     """Task -> file of prompts that were trained on."""
     heldout: Texts = field(default_factory=lambda: dict(DEFAULT.heldout))
-    """Task -> file of prompts never trained on."""
+    """Task -> file of prompts never trained on. Given alone, no others are used, and so with --prompts."""
     rewards: Texts = field(default_factory=lambda: dict(DEFAULT.rewards))
     """Task -> its scorers, with commas between them: module:function_or_class, a short name, or a sum like
     0.7*a:b+0.3*c:d. The first is the task's own and makes the mean."""

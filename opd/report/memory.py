@@ -92,9 +92,15 @@ def encoding(cfg: RunConfig, model: Model) -> int:
     if prompts_of_run(cfg) <= WINDOW:
         return 0
     absent, _ = model.family.arguments(model.folder, cfg.t5, 1.0)
-    parts = [part for part in model.folder.glob("text_encoder*") if part.name not in absent]
-    weights = [tensor for part in parts for tensor in stored(weight_files(part, "model")).values()]
-    return model.dtype.itemsize * numbers(weights)
+    size = 0
+    for part in model.folder.glob("text_encoder*"):
+        if part.name in absent:
+            continue
+        if any(part.glob("*.safetensors")):
+            size += model.dtype.itemsize * numbers(stored(weight_files(part, "model")).values())
+        else:  # pickles, as large as they are stored
+            size += sum(file.stat().st_size for file in part.glob("*.bin"))
+    return size
 
 
 def prompts_of_run(cfg: RunConfig) -> int:
