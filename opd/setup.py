@@ -170,8 +170,7 @@ def load_data(cfg: RunConfig, model: Model) -> tuple[Data, list[list[Asked]]]:
 
 
 def load_rewards(cfg: RunConfig, model: Model, data: Data, shown: Shown) -> Rewards:
-    """Every reward that the run will call, found and loaded once; those to train on are tried on grey
-    images."""
+    """Every reward that the run will call, found, loaded and tried on grey images once for each task."""
     if isinstance(cfg, SFTConfig):
         return {}
     scorers = {}
@@ -179,14 +178,17 @@ def load_rewards(cfg: RunConfig, model: Model, data: Data, shown: Shown) -> Rewa
         scorers = {task: specs_of(text) for task, text in cfg.rewards.items()}
     specs = [*sum(scorers.values(), []), *cfg.training_rewards().values()]
     rewards = {spec: find_reward(spec) for spec in specs}
+    called = {(task, spec): data[task] for task, spec in cfg.training_rewards().items()}
     for pools in shown.splits.values():
         for task in scorers.keys() & pools.keys():
             for spec in scorers[task]:
-                rewards[spec].check_metadata(task, pools[task])
+                called[task, spec] = called.get((task, spec), []) + pools[task]
+    for (task, spec), prompts in called.items():
+        rewards[spec].check_metadata(task, prompts)
     for reward in rewards.values():
         reward.load(model.device)
-    for task, spec in cfg.training_rewards().items():
-        rewards[spec].check(task, data[task], model.pixels)
+    for (task, spec), prompts in called.items():
+        rewards[spec].check(task, prompts, model.pixels)
     return rewards
 
 

@@ -229,8 +229,10 @@ def test_held_out_tasks_are_watched_and_scored_and_a_failing_scorer_is_said(worl
     assert list(rows[0]["reward"]) == ["red"] and ["watch" in row for row in rows] == [False, True, True]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores) == ["base", "student"]
-    for found in (rows[1]["watch"], rows[2]["watch"], scores["student"]["held-out"]):
+    for found in (rows[1]["watch"], rows[2]["watch"]):
         assert 0 < found["red"] < 1 and math.isnan(found["blue"])
+    found = scores["student"]["held-out"]
+    assert 0 < found["red"] < 1 and found["blue"] is None
 
 
 BAD_REWARDS = [
@@ -239,6 +241,7 @@ BAD_REWARDS = [
     ("train_rewards", "tests.tiny_grpo:too_long", r"returned shape \(3,\) for 2 images"),
     ("train_rewards", "tests.test_rewards:needs_target", "needs 'target' with every prompt"),
     ("rewards", "tests.test_rewards:needs_target", "needs 'target' with every prompt"),
+    ("rewards", "tests.tiny_grpo:too_long", r"returned shape \(3,\) for 2 images"),
 ]
 
 
