@@ -81,6 +81,8 @@ def run(cfg: RunConfig, changes: list[str] | tuple = ()) -> None:
         check_login(cfg.push)
         check_tracker(cfg.tracker)
         device = ranks.start(cfg.deterministic)
+        if changes:
+            say("the preset steps aside for what the command line names:")
         for line in changes:
             say(line)
         folder = RunFolder(cfg, active=ranks.rank() == 0)

@@ -88,7 +88,7 @@ def test_who_teaches_what_anchors_and_what_rewards_are_named(world):
     cfg = replace(tiny.config(world), anchor_weight=0.0, anchor_levels={"0.6": 2.0}, routes={"red": "base"})
     found = facts(cfg)
     assert found["teacher base"] == "base, at guidance 1" and found["teacher blue"].startswith(str(world))
-    assert found["anchor"] == "blue, weight 0, from noise level 0.6 down 2"
+    assert found["anchor"] == "blue, weight 0, 2 from noise level 0.6 down"
     assert "anchor" not in facts(replace(cfg, anchor_levels={}))
     routed = replace(cfg, routing="reward", train_rewards={"red": "m:f", "blue": "m:g"})
     assert facts(routed)["reward of blue"] == "m:g"

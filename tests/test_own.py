@@ -72,6 +72,14 @@ def test_it_is_said_why_scorers_are_not_asked():
         assert not cfg.evaluate and "--evaluate stays False: no scorer for geneval, pickscore" in line
 
 
+def test_a_scorer_of_no_task_is_named():
+    with pytest.raises(
+        ValueError, match=r"--rewards names 'animee', which is not among the tasks: \['a', 'b'\]"
+    ):
+        own(f"sd35 {LORAS} --prompts a=F b=F --rewards a=ocr animee=ocr")
+    own("mini-compose --prompts compose=F --heldout text=F --rewards compose=ocr text=ocr")
+
+
 def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_path):
     found = {}
     for start in ("base", "red"):

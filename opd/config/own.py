@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from opd import routing
+from opd.cli import known_names
 from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
 
 PAPERS_ANCHOR = 0.02
@@ -42,6 +43,8 @@ def step_aside(cfg: RunConfig, given: set[str]) -> tuple[RunConfig, list[str]]:
     if "prompts" in given:
         of_tasks = ("mix", "heldout", "rewards", "train_rewards", "routes")
         aside.keep(of_tasks, cfg.prompts, "--prompts has other tasks")
+    if "rewards" in given:
+        known_names("--rewards", cfg.rewards, "tasks", cfg.prompts | aside.cfg.heldout)
     if "teachers" in given:
         for_other_teachers(aside)
     if isinstance(cfg, DistillationConfig):

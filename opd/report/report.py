@@ -203,7 +203,8 @@ class Report:
         if not found:
             return {}
         words = ", ".join(f"{task} {value:.0f}" for task, value in found.items())
-        say(f"step {done}: distance to the teachers in percent of the base's (0: as the teacher): {words}")
+        about = "percent of the base's (0: as the teacher; pictures are as good long before)"
+        say(f"step {done}: distance to the teachers in {about}: {words}")
         return {"distance": found}
 
     def table(self, trained: Trained) -> list[str]:

@@ -34,7 +34,7 @@ def facts(cfg: RunConfig) -> dict[str, str]:
             source = cfg.teachers[name] if name in cfg.teachers else BASE
             found[f"teacher {name}"] = f"{source}, at guidance {cfg.guidance_of(name):g}"
         if cfg.anchored():
-            levels = [f", from noise level {level} down {w:g}" for level, w in cfg.anchor_levels.items()]
+            levels = [f", {w:g} from noise level {level} down" for level, w in cfg.anchor_levels.items()]
             found["anchor"] = f"{cfg.anchor}, weight {cfg.anchor_weight:g}{''.join(levels)}"
     if isinstance(cfg, Rollout):
         found |= {f"reward of {task}": spec for task, spec in cfg.training_rewards().items()}
@@ -47,6 +47,9 @@ def head(cfg: RunConfig, trained: Trained, data: Pools | Images) -> list[str]:
     count = sum(parameter.numel() for parameter in trained.parameters.values()) / 1e6
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     dtype = str(model.dtype).removeprefix("torch.")
+    if isinstance(cfg, DistillationConfig):
+        for name in cfg.teachers.keys() - teacher_names(cfg, data):
+            found[f"teacher {name}"] += ", asked by no prompt"
     found["parameters"] = f"{count:.2f} M"
     found["device"] = f"{ranks.world()} x {model.device.type}, {dtype}{threads}"
     found["resolution"], found["folder"] = f"{model.resolution} px", cfg.out
