@@ -190,6 +190,8 @@ def starting_point(arguments: list[str], presets: dict[str, Settings]) -> tuple[
     if name not in presets:
         near = " or ".join(get_close_matches(name.lower(), presets, n=2))
         meant = f", did you mean {near}?" if near else ";"
+        if name.endswith(".json"):
+            meant = f", did you mean --config {name}?"
         raise ValueError(f"unknown preset {name!r}{meant} choose from {', '.join(presets)}")
     return name, presets[name], rest
 

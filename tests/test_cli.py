@@ -146,6 +146,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(monkeypatch, capsys, tmp
     "arguments, message",
     [
         ("mimi", "error: unknown preset 'mimi'"),
+        ("a.json", "error: unknown preset 'a.json', did you mean --config a.json? choose from"),
         ("--config nowhere.json", "error: config 'nowhere.json': [Errno 2] No such file"),
         ("mini --config FILE", "error: --config FILE and preset 'mini': give one of them"),
         ("--config a --config=b", "error: --config a and --config b: give one of them"),

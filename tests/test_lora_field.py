@@ -289,6 +289,11 @@ def test_an_adapter_of_some_layers_is_read_and_said_to_be(settings, expected, ba
     assert f"adapts {has} of the base's {of} layers of its kinds; the others, like {other}, stay" in line
 
 
+def test_of_a_run_folder_the_student_is_named(tmp_path):
+    (tmp_path / "student").mkdir()
+    refused(tmp_path, f"a run's student is {tmp_path / 'student'}")
+
+
 def test_a_file_cut_short_is_refused(tmp_path):
     file = single_file(tmp_path / "x", keyed(pairs()))
     whole = file.read_bytes()

@@ -71,6 +71,8 @@ def only_weights(what: str, source: str, folder: Path, neither: str) -> Path:
             files = [name.removeprefix(below) for name in names if name.startswith(below)]
     if len(files) != 1:
         choice = f" but {len(files)} .safetensors files, {files[:3]}: name one of them" if files else ""
+        if (folder / "student").is_dir():
+            choice = f"; a run's student is {folder / 'student'}"
         raise FileNotFoundError(f"{what} {source!r}: {folder} holds {neither}{choice}")
     if (folder / files[0]).is_file():
         return folder / files[0]
