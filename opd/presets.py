@@ -6,7 +6,7 @@ The miniature's, which come first, are in opd/mini/presets.py.
 from dataclasses import replace
 
 from opd.config import DistillationConfig, GRPOConfig, NFTConfig, RunConfig
-from opd.mini.presets import MINI_PRESETS
+from opd.mini.presets import MADE_BY, MINI_PRESETS
 
 SD35_TEACHERS = {
     "geneval": "jieliu/SD3.5M-FlowGRPO-GenEval",
@@ -20,6 +20,9 @@ SD35_PROMPTS = {
     "ocr": "dataset/ocr/train.txt",
     "pickscore": "dataset/pickscore/train.txt",
 }
+# What a start without them says.
+FETCH = "copying the folder dataset of https://github.com/yifan123/flow_grpo here"
+MADE_BY |= dict.fromkeys(SD35_PROMPTS.values(), FETCH)
 SD35_REWARDS = {"geneval": "geneval_dense", "ocr": "ocr", "pickscore": "pickscore"}
 # The blend of the released code's mix, .8 PickScore / 26 + .2 DeQA / 5; the paper has .6 and .4.
 SD35_QUALITY = "0.0308*pickscore+0.04*deqa@http://localhost:8000"
