@@ -12,6 +12,7 @@ from opd.cli import known_names
 from opd.config import DistillationConfig, RewardedConfig, Rollout, RunConfig
 
 PAPERS_ANCHOR = 0.02
+"""Flow-OPD's lambda of eq. 16."""
 
 
 class Aside:
@@ -76,7 +77,7 @@ def for_other_teachers(aside: Aside) -> None:
 
 
 def for_unused(aside: Aside) -> None:
-    """What is named is wanted."""
+    """An anchor of no weight, and rewards that nothing asks, are named to be used."""
     if "anchor" in aside.given and not aside.cfg.anchored():
         aside.change("anchor_weight", PAPERS_ANCHOR, "--anchor names one, and this is the paper's weight")
         past = {name: factor for name, factor in aside.cfg.extrapolate.items() if name != aside.cfg.anchor}
