@@ -23,17 +23,16 @@ os.umask(UMASK)
 def replace(path: Path, write) -> None:
     """Call `write(temporary_path)`, flush to disk, then rename over `path`; a link there is replaced, not
     followed. The file is as readable as the user's others."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        # In a directory of its own: a killed library may leave a temporary file beside what it writes.
+        with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as half:
+            temporary = Path(half) / path.name
             write(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~UMASK)
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

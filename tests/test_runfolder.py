@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import struct
 import time
 from contextlib import contextmanager
@@ -140,6 +141,26 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, name):
         with errors.in_one_line(OSError):
             WRITERS[name](file, noise)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def written_in_part(file, noise):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills at the 4,097th byte
+    with full_disk():
+        WRITERS[file.name](file, noise)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_a_kill_leaves_of_a_write_is_removed(tmp_path, name):
+    """Also the temporary files of libraries, such as the one of safetensors."""
+    file, noise = tmp_path / name, list(os.urandom(64 * 64 * 3))
+    WRITERS[name](file, noise[::-1])
+    before = file.read_bytes()
+    writer = forked.SERVER.Process(target=written_in_part, args=(file, noise))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGXFSZ
+    files.remove_temporaries(tmp_path)
+    assert file.read_bytes().startswith(before) and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def snapshot(folder):
