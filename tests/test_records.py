@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from opd.evaluation import evaluate, score
 from opd.evaluation.records import Record, RecordFolder
@@ -198,6 +199,56 @@ def test_pictures_made_otherwise_are_not_mixed(world, folder):
         assert "--records" in stop.value.code and (folder / "records.jsonl").read_bytes() == before
 
 
+def test_another_base_at_the_same_place_is_noticed(world, folder, tmp_path):
+    """And a folder that does not say which base it was goes on."""
+    shutil.copytree(folder, tmp_path / "made")
+    shutil.copytree(world / "pipeline", tmp_path / "pipeline")
+    moved = [
+        word.replace(str(world / "pipeline"), str(tmp_path / "pipeline"))
+        for word in flags(world, tmp_path / "made")
+    ]
+    rows = lines(tmp_path / "made")
+    for row in rows:
+        row["settings"]["model"] = str(tmp_path / "pipeline")
+    (tmp_path / "made/records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [file] = (tmp_path / "pipeline/transformer").glob("*.safetensors")
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(SystemExit, match="made otherwise: base sha256 "):
+        evaluate.main(moved)
+    for row in rows:
+        del row["settings"]["base sha256"]
+    (tmp_path / "made/records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(moved)
+
+
+def wanted(images, prompts, metadata):
+    return torch.tensor([float(row["want"]) for row in metadata])
+
+
+def test_a_prompts_other_fields_are_those_of_today(world, tmp_path, monkeypatch):
+    """Where they changed, scores are given anew, and no picture is made again."""
+    file, records = tmp_path / "red.jsonl", tmp_path / "records"
+    given = [
+        *flags(world, records)[:6],
+        "--prompts",
+        f"red={file}",
+        "--heldout",
+        "--steps",
+        "2",
+        "--count",
+        "2",
+    ]
+    given += ["--rewards", f"red={HERE}:wanted", "--records", str(records)]
+    prompts = [{"prompt": f"a {number}", "want": number, "tag": None} for number in (1, 2)]
+    for changed in (2, 7):
+        prompts[1]["want"] = changed
+        file.write_text("\n".join(map(json.dumps, prompts)))
+        evaluate.main(given)
+        assert Counter(row["scores"][f"{HERE}:wanted"] for row in lines(records)) == {1: 2, changed: 2}
+        assert {row["tag"] for row in lines(records)} == {""}
+        monkeypatch.setattr(Model, "images", lambda *_: pytest.fail("a picture was made again"))
+
+
 def paint(file: Path, value: int, side: int = 8):
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((side, side, 3), value, dtype=np.uint8)).save(file)
@@ -221,8 +272,15 @@ def test_a_folder_with_a_metadata_file_and_pictures_of_several_sizes(tmp_path, c
     assert found[0]["metadata"] == {"note": 1} and found[3]["metadata"] == {"note": 1, "tag": "counting"}
     printed = capsys.readouterr().out
     assert "4 pictures of" in printed and "mean of tags" in printed
+
     (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
-    assert score_pictures(tmp_path) == found  # what records.jsonl knows stays
+    assert score_pictures(tmp_path) == found  # what records.jsonl knows stays there
+    assert "1 pictures of" in capsys.readouterr().out
+    paint(tmp_path / "a.png", 255)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0] | {"prompt": "another"}))
+    first, *others = score_pictures(tmp_path)
+    assert first["scores"][f"{HERE}:bright"] == pytest.approx(1.0) and first["prompt"] == "another"
+    assert others == found[1:]
 
 
 ONE = {"file_name": "a.png", "prompt": "p"}

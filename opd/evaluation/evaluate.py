@@ -25,8 +25,9 @@ from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
 from opd.evaluation.score import Batch, Row, Scorers, planned, score, with_known
 from opd.evaluation.statistics import labels_of, summarise
-from opd.files import check_folder, digest, path_of, write_json
+from opd.files import LARGE, check_folder, digest, path_of, resolve, write_json
 from opd.formats.export import completed, guidance_of
+from opd.formats.hub import weight_files
 from opd.formats.lora_files import find_adapter
 from opd.formats.prompts import load_tasks
 from opd.model import Model, Sampling
@@ -193,6 +194,9 @@ def scorers_of(args: Arguments, prompts: list[Prompt]) -> Scorers:
 def settings_of(args: Arguments, rows: dict[str, Row]) -> dict[str, dict]:
     """Row -> what its records say about the model."""
     shared = {name: getattr(args, name) for name in ("model", "resolution", "dtype", "t5")}
+    transformer = resolve(args.model) / "transformer"
+    if transformer.is_dir():
+        shared["base sha256"] = digest(*weight_files(transformer), most=LARGE)
     settings = {}
     for name, row in rows.items():
         settings[name] = shared

@@ -54,6 +54,19 @@ class Record:
     def lacks(self, scorer: str) -> bool:
         return self.scores.get(scorer) is None
 
+    def changes_from(self, known: "Record") -> dict[str, tuple]:
+        """Name -> (before, now) of what makes another picture of the same file, as far as both say it."""
+        before = known.settings | {"seed": known.seed, "prompt": known.asked}
+        now = self.settings | {"seed": self.seed, "prompt": self.asked}
+        both = [name for name in before if name in now]
+        return {name: (before[name], now[name]) for name in both if before[name] != now[name]}
+
+    def with_scores_of(self, known: "Record") -> "Record":
+        """This record with the scores of a known one, if scorers would see the same picture and metadata."""
+        if self.changes_from(known) or self.metadata != known.metadata:
+            return self
+        return replace(self, thumbnail=known.thumbnail, scores=known.scores, reasons=known.reasons)
+
     def scored(self, scorer: str, value: float | None, reason: str = "") -> "Record":
         """This record with one more value, or the reason why there is none."""
         reasons = {name: text for name, text in self.reasons.items() if name != scorer}
@@ -72,7 +85,7 @@ def record_of(row: str, split: str, prompt: Prompt, index: int, seed: int, setti
         row=row,
         split=split,
         task=prompt.task,
-        tag=str(prompt.metadata["tag"]) if "tag" in prompt.metadata else "",
+        tag="" if prompt.metadata.get("tag") is None else str(prompt.metadata["tag"]),
         prompt=prompt.text,
         metadata=prompt.metadata,
         index=index,
@@ -182,29 +195,39 @@ def read_lines(file: Path, cut: bool = False) -> dict[str, Record]:
 
 
 def read_pictures(folder: RecordFolder) -> list[Record]:
-    """What records.jsonl knows, and what metadata.jsonl says of further pictures: a line each with
-    "file_name" and "prompt", also row, split, task, tag, and image, an edit's source (collectives).
+    """Those that were made here, and those of metadata.jsonl: a line each with "file_name" and "prompt", also
+    row, split, task, tag, and image, an edit's source. Without that file all that records.jsonl knows
+    (collectives).
 
     FileNotFoundError for missing pictures; ValueError where nothing is known, or for a wrong line.
     """
     known = folder.merge()
     records = list(known.values())
     if not known or (folder.path / "metadata.jsonl").is_file():
+        records = [record for record in records if made_here(record)]
         prompts = load_captions(folder.path)
-        find_files(folder.path, prompts)  # refuses what is missing
-        for index, prompt in enumerate(prompts):
-            file = prompt.metadata.pop("file_name")
+        files = find_files(folder.path, prompts)
+        for index, (prompt, picture) in enumerate(zip(prompts, files, strict=True)):
+            file, settings = prompt.metadata.pop("file_name"), {"picture sha256": digest(picture)}
             place = {"row": folder.path.name or "pictures", "split": "pictures"}
             for name in place.keys() & prompt.metadata.keys():
                 place[name] = str(prompt.metadata.pop(name))
+            record = record_of(place["row"], place["split"], prompt, index, seed=0, settings=settings)
+            record = replace(record, file=file)
             if file not in known:
-                record = record_of(place["row"], place["split"], prompt, index, seed=0, settings={})
-                records.append(replace(record, file=file))
+                records.append(record)
+            elif not made_here(known[file]):
+                records.append(record.with_scores_of(known[file]))
     missing = [record.file for record in records if not folder.has_picture(record)]
     if missing:
         count = f"{len(missing)} of {len(records)} pictures"
         raise FileNotFoundError(f"{folder.path}: {count} are missing: {', '.join(missing[:3])}")
     return records
+
+
+def made_here(record: Record) -> bool:
+    """Whether it says how its picture was sampled."""
+    return "steps" in record.settings
 
 
 def sized_alike(folder: Path, records: list[Record], size: int) -> list[list[Record]]:

@@ -94,7 +94,7 @@ def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
     for batch in batches:
         for there, records in groupby(batch.records, is_there):
             if there:
-                filled.append(Batch([known[record.file] for record in records], None))
+                filled.append(Batch([record.with_scores_of(known[record.file]) for record in records], None))
             else:
                 filled.append(Batch(list(records), batch.row))
     ranks.barrier()  # all ranks have looked at the folder before one of them adds to it
@@ -103,11 +103,9 @@ def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
 
 def check_same(known: Record, wanted: Record, folder: RecordFolder) -> None:
     """ValueError unless a picture that is there already was made as it would be now."""
-    before = known.settings | {"seed": known.seed, "prompt": known.asked}
-    now = wanted.settings | {"seed": wanted.seed, "prompt": wanted.asked}
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = wanted.changes_from(known)
     if changed:
-        changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed)
+        changes = ", ".join(f"{name} {before!r} -> {now!r}" for name, (before, now) in changed.items())
         other = f"{folder.path} holds {known.file} made otherwise: {changes}"
         raise ValueError(f"{other}; choose another --records, or delete that folder")
 
