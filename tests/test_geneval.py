@@ -59,6 +59,7 @@ CASES = [
     ("three dogs for one", ONE, [DOG, DOG2, DOG3], 1, 0, -1),  # 1 - 2/1
     ("a weak dog counts outside counting", ONE, [WEAK], 1, 1, 1),
     ("too weak a dog", ONE, ["dog red .3 0 0"], 0, 0, 0),  # more than .3 is asked for
+    ("an exclude of nothing", ONE | {"exclude": None}, [DOG], 1, 1, 1),
     ("one of two", TWO, [DOG], 0, 0, 0.5),  # (1 + 0) / 2
     ("three of three", THREE, [DOG, DOG2, DOG3], 1, 1, 1),
     ("four of three: excluded", THREE, [DOG, DOG2, DOG3, DOG4], 0, 0, 2 / 3),
@@ -128,6 +129,7 @@ def test_at_most_sixteen_of_a_class_are_kept_the_surest_first():
     ],
 )
 def test_metadata_of_another_schema_are_refused(metadata, fault):
+    assert geneval.metadata_fault(ONE | {"exclude": None}) == ""
     assert re.search(fault, geneval.metadata_fault(metadata))
 
 

@@ -112,7 +112,7 @@ def _all_related(relation: str, some: list[Found], others: list[Found]) -> bool:
 def official(objects: Objects, metadata: dict, colours_of: ColoursOf) -> float:
     """1 if every clause holds, else 0."""
     correct = None not in _groups(objects, metadata, colours_of)
-    for clause in metadata.get("exclude", []):
+    for clause in metadata.get("exclude") or []:
         correct = correct and len(objects.get(clause["class"], [])) < clause["count"]
     return float(correct)
 
@@ -197,7 +197,7 @@ def metadata_fault(metadata: dict) -> str:
     if not isinstance(metadata["include"], list) or not metadata["include"]:
         return f'"include" must be a list of at least one clause, got {metadata["include"]!r}'
     for part in ("include", "exclude"):
-        for place, clause in enumerate(metadata.get(part, [])):
+        for place, clause in enumerate(metadata.get(part) or []):
             fault = _clause_fault(clause, place)
             if fault:
                 return f'"{part}" {place}: {fault}'
