@@ -158,6 +158,19 @@ def test_a_weighted_sum_is_the_sum_by_hand(spec, a, b):
     assert torch.allclose(found(*batch), a * mini.quality(*batch) + b * brightness(*batch), atol=1e-6)
 
 
+def spoils(images, prompts, metadata):
+    images *= 0
+    prompts.clear()
+    metadata[0].clear()
+    return torch.zeros(len(images))
+
+
+def test_a_term_of_a_sum_gets_what_another_has_not_changed():
+    batch = images_of(1), ["a"], [{"target": 5}]
+    found = rewards.find_reward(f"{HERE}:spoils+{HERE}:brightness+{HERE}:needs_target")
+    assert found(*batch).item() == pytest.approx(brightness(*batch).item() + 5)
+
+
 def test_a_sum_needs_the_metadata_of_all_its_terms():
     reward = rewards.find_reward(f"{HERE}:brightness + 2*{HERE}:needs_target")
     assert reward(torch.zeros(1, 3, 4, 4), [""], [{"target": 5}]).tolist() == [10.0]

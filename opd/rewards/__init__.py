@@ -26,6 +26,7 @@ How it fails. Before training, a ValueError names the reward and the fix: a name
 value (`Reward.check`). Later, under `Reward.start`, a call that raises, hangs or returns something else than
 B finite scores is repeated prompt by prompt; what still fails is NaN and has a reason."""
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -137,7 +138,8 @@ class Reward:
             return self.terms[0].function(images_BCHW, prompts, metadata)
         total_B = torch.zeros(len(prompts))
         for term in self.terms:
-            scores_B = term.function(images_BCHW, prompts, metadata)
+            # Copies: a term may change what it is given.
+            scores_B = term.function(images_BCHW.clone(), list(prompts), copy.deepcopy(metadata))
             if fault := fault_of(scores_B, len(prompts)):
                 raise ValueError(f"{term.name} {fault}")
             total_B += term.weight * scores_B.detach().to("cpu", torch.float32)
