@@ -63,6 +63,7 @@ BAD_FILES = [
     ("a.jsonl", '{"prompt": "x"}\n{"words": "y"}\n', ["a.jsonl:2", "no prompt"]),
     ("a.jsonl", '{"prompt": "x", "task": "u"}\n', ["a.jsonl:1", "unknown task 'u'", "t, other", "--prompts"]),
     ("a.txt", "x\nred\0dot\n", ["a.txt:2", "holds a NUL"]),
+    ("a.jsonl", '{"prompt": "x", "task": "mean"}\n', ["a.jsonl:1", "'mean'", "another name"]),
     ("a.jsonl", '{"prompt": "half \\ud800"}\n', ["a.jsonl:1", "half a surrogate pair"]),
     ("a.jsonl", "[" * 100_000, ["a.jsonl:1", "not JSON"]),
     ("a.csv", "prompt\n" + "y" * 200_000, ["a.csv: not CSV"]),

@@ -37,6 +37,9 @@ def load_prompts(path: str, task: str, tasks: list[str] | None) -> list[Prompt]:
         # No encoder can take these, and its window may begin hours later.
         odd = re.search("[\0\ud800-\udfff]", text)
         require(not odd, f"{where}: the prompt holds a NUL or half a surrogate pair; save it as plain UTF-8")
+        require(
+            own_task != "mean", f"{where}: tables call the mean over tasks 'mean'; give the task another name"
+        )
         if tasks is not None and own_task not in tasks:
             fix = "add TASK=FILE to --prompts, or correct the line"
             raise ValueError(f"{where}: unknown task {own_task!r}; known tasks: {', '.join(tasks)} ({fix})")
