@@ -177,7 +177,11 @@ def check(args: Arguments) -> None:
 
 def read_prompts(args: Arguments) -> list[Prompt]:
     """--prompts with --image, or what the file that they name holds."""
-    if len(args.prompts) == 1 and Path(args.prompts[0]).suffix in (".txt", ".jsonl", ".csv"):
+    endings = (".txt", ".jsonl", ".csv")
+    files = [prompt for prompt in args.prompts if Path(prompt).suffix.lower() in endings]
+    if len(args.prompts) > 1 and any(Path(file).is_file() for file in files):
+        raise ValueError(f"--prompts: {files[0]!r} is a file; give one file and nothing else, or prompts")
+    if len(args.prompts) == 1 and files:
         if args.image:
             raise ValueError("--image with a file of prompts: name the picture in its field image instead")
         return load_prompts(args.prompts[0], "any", None)

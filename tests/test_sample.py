@@ -84,6 +84,8 @@ REFUSED = [
     (["--prompts", "~nobody-of-this-name/x.txt"], "'~nobody-of-this-name/x.txt': there is no such home"),
     (["--out", "/proc/x"], "--out '/proc/x': '/proc' cannot be written into"),
     (["--prompts", "x", " "], "none of them empty"),
+    (["--prompts", "x", "RED.txt"], "red.txt' is a file; give one file"),
+    (["--prompts", "x.TXT"], "prompts 'x.TXT': unknown ending '.TXT'"),
     (["--device", "gpu9"], "--device 'gpu9'"),
 ]
 
