@@ -6,6 +6,7 @@ on. All ranks leave at the same boundary, since saving needs them all.
 """
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -44,12 +45,24 @@ class Handler:
         now, name = time.monotonic(), signal.Signals(number).name
         if self.number == 0 and self.deferred:
             self.number, self.since = number, now
+            drop_closed_pipes()
             tell(f"{name}: saving the last finished step; again to leave now")
         elif self.number == 0:
             tell(f"stopped by {name}; the same command goes on after the last checkpoint")
             os._exit(0)
         elif now - self.since > ECHO:
             os._exit(128 + number)
+
+
+def drop_closed_pipes() -> None:
+    """Ctrl-C ends `| tee log` too, which may be first; what is printed then would end the run before it has
+    saved."""
+    time.sleep(0.1)
+    for output in (1, 2):
+        reader = select.poll()
+        reader.register(output, 0)
+        if reader.poll(0):  # an error: nobody reads it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 def tell(line: str) -> None:

@@ -5,10 +5,12 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -76,9 +78,11 @@ def ranks(
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """Below those that the system gives to whoever asks for any, who might come before it is used."""
+    while True:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("localhost", random.SystemRandom().randrange(10000, 30000)))
+            return free.getsockname()[1]
 
 
 def rows(out: Path) -> list[dict]:

@@ -51,7 +51,8 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("arguments, message", MALFORMED.items())
-def test_malformed_flags_are_refused_by_name(arguments, message, capsys):
+def test_malformed_flags_are_refused_by_name(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal breaks the line
     with pytest.raises(SystemExit):
         parse(arguments.split(), PRESETS)
     assert message in capsys.readouterr().err

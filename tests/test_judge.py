@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -247,11 +248,17 @@ def test_another_worker_or_half_a_worker_is_refused(serve):
     assert loaded(f"remote@{serve(worker(ones)).url}")(pixels(0), ["a"], [{}]).tolist() == [1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_the_example_worker_scores():
     port = forked.free_port()
     command = [sys.executable, "opd/rewards/worker.py", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
+        forked.wait_for(lambda: listens(port))
         reward = loaded(f"remote@http://127.0.0.1:{port}")
         scores_B = reward(pixels(0, 51, 255), ["a"] * 3, [{}] * 3)
     finally:

@@ -64,7 +64,9 @@ def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, 
     out, slow = tmp_path / "run", tmp_path / "slow"
     runs = forked.ranks(tmp_path, world_size, command(out, 2000), "tests.slowed", SLOW=str(slow))
     forked.wait_for(lambda: len(forked.rows(out)) >= 3)
-    slow.write_text("0.6")
+    half = tmp_path / "half"  # what is read while it is written would be empty
+    half.write_text("0.4")
+    half.rename(slow)
     forked.wait_for(slow.with_suffix(".begun").exists)
     runs[-1].signal(number)
     signalled = time.monotonic()
@@ -85,6 +87,21 @@ def test_a_signal_leaves_a_step_of_minutes_and_the_run_goes_on(world, tmp_path, 
     if world_size == 1:
         file = "student/adapter_model.safetensors"
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_ctrl_c_saves_though_it_ended_who_reads_the_output_too(world, tmp_path):
+    """As with `2>&1 | tee log`."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    os.mkfifo(log)
+    run = forked.train(log, distillation(world, out, iterations=2000))
+    reader = os.open(log, os.O_RDONLY)
+    forked.wait_for(lambda: len(forked.rows(out)) >= 3)
+    run.signal(signal.SIGSTOP)
+    run.signal(signal.SIGINT)
+    os.close(reader)
+    run.signal(signal.SIGCONT)
+    assert run.ended() == 0
+    assert latest_state(out) == len(forked.rows(out)) >= 3
 
 
 WATCHED = {"iterations": 4, "sample_every": 2, "eval_steps": 20, "watch_every": 2, "watch_prompts": 2}
@@ -181,7 +198,7 @@ def test_a_second_signal_leaves_at_once_and_one_that_is_passed_on_does_not(world
     for _ in range(2):
         run.signal(signal.SIGUSR1)
         time.sleep(0.2)
-    time.sleep(2.2)
+    time.sleep(4)  # an echo comes within two seconds of the first
     assert run.process.is_alive()
     run.signal(signal.SIGUSR1)
     assert run.ended(5) == 128 + signal.SIGUSR1
