@@ -59,7 +59,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """What `replace` left behind in `folder` and below when its process was killed."""
+    """What `replace` left behind in `folder` and below when its process was killed. For folders of ours."""
     for path in list(folder.rglob(".*.tmp")):
         if path.is_dir():
             shutil.rmtree(path)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from opd import ranks, signals
 from opd.data import Pools, Prompt, alike, fair_sample
 from opd.evaluation.records import Record, RecordFolder, in_8_bits, pieces, record_of, thumbnail_of
-from opd.files import reading
+from opd.files import reading, remove_temporaries
 from opd.formats.pictures import sizes
 from opd.lora import BASE
 from opd.model import Model, Sampling
@@ -83,6 +83,8 @@ def source_sizes(records: list[Record]) -> dict[int, str]:
 def with_known(batches: list[Batch], folder: RecordFolder) -> list[Batch]:
     """The batches in their order (collectives). One that lies in `folder` in part is split: what is known
     keeps its scores, and no picture is made twice. ValueError for a picture that was made otherwise."""
+    if ranks.rank() == 0:
+        remove_temporaries(folder.path)
     known = folder.merge()
     for record in (record for batch in batches for record in batch.records if record.file in known):
         check_same(known[record.file], record, folder)
