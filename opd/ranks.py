@@ -57,10 +57,18 @@ def start(deterministic: bool = False) -> torch.device:
 
 def meeting_point(timeout: timedelta) -> dist.Store:
     """Where ranks leave their addresses for each other. torchrun keeps one for all its restarts, in which the
-    addresses of the dead still lie: every attempt has its own names."""
+    addresses of the dead still lie: every attempt has its own names. ValueError for a port in use."""
     if os.environ["WORLD_SIZE"] == "1":
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(
+            f"port {port} is in use; choose another: torchrun --master_port, or MASTER_PORT"
+        ) from error
     attempt = "0"
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]

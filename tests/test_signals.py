@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -225,6 +226,17 @@ def test_ranks_skip_a_non_finite_step_together_and_end_together(world, tmp_path)
         assert "error: 5 steps in a row with a non-finite gradient; lower --lr" in run.printed()
     assert runs[0].printed().count("a non-finite gradient; step skipped") == 5
     assert not (tmp_path / "run/student").exists()
+
+
+def test_a_port_in_use_is_named(world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        run = forked.train(tmp_path / "log", distillation(world, tmp_path / "run"), **environment)
+        assert run.ended() == 1
+    assert f"error: port {port} is in use; choose another" in run.printed()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
