@@ -128,6 +128,10 @@ REFUSED = [
     (["--per-prompt", "0"], "--per-prompt is 0"),
     (["--rewards", "blue=a:b"], "task 'red' has no scorer; add --rewards red=module:function"),
     (["--rewards", "red=tests.test_rewards:needs_target"], "needs_target needs 'target'"),
+    (
+        ["--rewards", "bleu=a:b", "--scorers", "jpeg_compressibility"],
+        "--rewards names 'bleu', which is not among",
+    ),
     (["--prompts", "--heldout"], "both empty"),
     (["--adapters", "type=x"], "--adapters: the name 'type' is taken; choose another"),
     (["--no-base", "--adapters"], "--no-base without --adapters"),

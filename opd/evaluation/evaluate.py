@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from opd import errors, lora, ranks
-from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds, emptied, given_fields
+from opd.cli import Few, Finite, Range, Seconds, Seed, Texts, check_bounds, emptied, given_fields, known_names
 from opd.data import Prompt
 from opd.evaluation import tables
 from opd.evaluation.records import Record, RecordFolder, read_pictures, sized_alike
@@ -186,6 +186,8 @@ def scorers_of(args: Arguments, prompts: list[Prompt]) -> Scorers:
             fix = f"add --rewards {task}=module:function or --scorers"
             raise ValueError(f"task {task!r} has no scorer; {fix}")
         found[task] = [find_reward(spec) for spec in specs]
+    if args.rewards != DEFAULT.rewards:  # which may have more tasks than are asked for
+        known_names("--rewards", args.rewards, "tasks", found)
     scorers = Scorers(found, args.reward_timeout, strict=True)
     scorers.check_metadata(prompts)
     return scorers
