@@ -94,7 +94,10 @@ def test_without_scores_the_verdict_is_the_distance_to_the_teachers(tmp_path):
     assert panel.get_title("left").startswith("distance") and panel.get_yscale() == "linear"
     drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
     assert drawn == {"a": [[2, 64.4], [4, 30.6]], "b": [[2, 9], [4, 4]]}
-    assert 'class="verdict"' not in by_hand(tmp_path / "other", rows[:1])
+    rows[0]["distance"] = {"a": 90.0}  # b's teacher was the base itself
+    later = by_hand(tmp_path / "later", rows)
+    assert "<li>a: 31 after step 4 (90 after step 1)</li><li>b: 4 after step 4 (9 after step 2)" in later
+    assert 'class="verdict"' not in by_hand(tmp_path / "other", [{"step": 1}])
 
 
 def test_a_page_by_hand(tmp_path):

@@ -104,9 +104,11 @@ def distances_said(rows: list[dict]) -> list[str]:
     measured = [row for row in rows if "distance" in row]
     if not measured:
         return []
-    first, last = measured[0], measured[-1]
+    last = measured[-1]
     said = ["Distance to the teachers in percent of the base's (0: as the teacher)"]
     for task, now in last["distance"].items():
+        # Missing while its teacher is the base itself, as an average is before it moves.
+        first = next(row for row in measured if task in row["distance"])
         before = f"{first['distance'][task]:.0f} after step {first['step']}"
         said.append(f"{task}: {now:.0f} after step {last['step']} ({before})")
     return said
