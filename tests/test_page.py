@@ -75,12 +75,12 @@ def test_the_page_of_a_run(folder):
     assert '<tr class="student"><td>student</td>' in text
 
 
-def by_hand(folder, rows, pictures=0):
+def by_hand(folder, rows, pictures=0, own=()):
     (folder / "samples").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "metrics.jsonl").touch()
-    for step in range(1, pictures + 1):
-        Image.fromarray(np.full((4, 20, 3), step, np.uint8)).save(folder / "samples" / f"{step:06d}.png")
+    for name in [*(f"{step:06d}.png" for step in range(1, pictures + 1)), *own]:
+        Image.new("RGB", (20, 4)).save(folder / "samples" / name)
     write_page(Run(folder, CFG, rows, [], {}, {}, ""))
     return (folder / "report.html").read_text()
 
@@ -101,8 +101,9 @@ def test_without_scores_the_verdict_is_the_distance_to_the_teachers(tmp_path):
 
 
 def test_a_page_by_hand(tmp_path):
-    """The newest picture, then a strip of earlier ones."""
-    text = by_hand(tmp_path / "run", [{"step": 5}], pictures=30)
+    """The newest picture, then a strip of earlier ones; none that the user has put there."""
+    own = ["nice.png", "7.png", "000090 (copy).png"]
+    text = by_hand(tmp_path / "run", [{"step": 5}], pictures=30, own=own)
     steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)<", text)]
     newest, *earlier = steps
     assert newest == 30 and earlier[0] == 1 and len(earlier) == 11 and earlier == sorted({*earlier})

@@ -5,6 +5,7 @@ whole.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,10 +38,11 @@ def whole_states(path: Path) -> list[Path]:
     return numbered(path / STATE)
 
 
-def numbered(folder: Path) -> list[Path]:
-    """Folders named by a step, rising; not what a user has copied to 000020.bak."""
-    steps = [path for path in folder.glob("[0-9]*") if path.name.isdecimal()]
-    return sorted(steps, key=lambda path: int(path.name))
+def numbered(folder: Path, ending: str = "") -> list[Path]:
+    """What a run has named by a step, such as 000020.png, rising; not what a user has copied to 000020.bak,
+    or called 7.png."""
+    steps = [path for path in folder.glob(f"*{ending}") if re.fullmatch(rf"\d{{6,}}{ending}", path.name)]
+    return sorted(steps, key=lambda path: int(path.stem))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from opd.config import RunConfig
 from opd.evaluation import tables
 from opd.evaluation.statistics import Cell
 from opd.files import replace
+from opd.formats.state import numbered
 from opd.lora import STUDENT
 from opd.report import plots
 from opd.report.start import facts
@@ -116,7 +117,7 @@ def distances_said(rows: list[dict]) -> list[str]:
 
 def pictures(folder: Path) -> list[str]:
     """The student's pictures of fixed prompts from fixed noise: the newest, then earlier ones."""
-    *earlier, newest = sorted(folder.glob("*.png")) or [None]
+    *earlier, newest = numbered(folder, ".png") or [None]
     if newest is None:
         return []
     places = np.linspace(0, len(earlier) - 1, min(SHOWN - 1, len(earlier))).round()
