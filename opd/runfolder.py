@@ -166,7 +166,7 @@ class RunFolder:
         if done > 0:
             say(f"resuming {self.path} after step {done}")
             load_state(self.path, done, trained.state())
-        self.truncate_metrics(done)
+        self.truncate(done)
         ranks.barrier()  # before others read what is left
         self.saved = done
         if done > 0:
@@ -226,10 +226,16 @@ class RunFolder:
     def metrics(self) -> list[dict]:
         return read_metrics(self.path / "metrics.jsonl")
 
-    def truncate_metrics(self, done: int) -> None:
-        """Drop the lines past the state that the run goes on from."""
-        if self.active and (self.path / "metrics.jsonl").is_file():
+    def truncate(self, done: int) -> None:
+        """Drop the log's lines and the sample grids past the state that the run goes on from; without one,
+        all grids: they may be another run's."""
+        if not self.active:
+            return
+        if (self.path / "metrics.jsonl").is_file():
             self.rewrite([row for row in self.metrics() if row["step"] <= done])
+        for grid in numbered(self.path / "samples", ".png"):
+            if done == 0 or int(grid.stem) > done:
+                grid.unlink()
 
     def rewrite(self, rows: list[dict]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)

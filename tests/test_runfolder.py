@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -67,6 +68,22 @@ def test_a_run_killed_before_its_first_state_starts_over(tmp_path):
     run.log(rows(1)[0])
     again = RunFolder(config(tmp_path, lr=0.5), active=True)  # nothing to mix with, so any setting may change
     assert json.loads((again.path / "config.json").read_text())["lr"] == 0.5
+
+
+@pytest.mark.parametrize("done, kept", [(0, []), (1, ["000000.png", "000001.png"])])
+def test_what_is_past_the_state_that_a_run_goes_on_from_is_dropped(tmp_path, done, kept):
+    """Lines of the log and grids, which without a state may be another run's; what the user calls otherwise
+    stays."""
+    run = RunFolder(config(tmp_path), active=True)
+    for row in rows(1, 2):
+        run.log(row)
+    if done > 0:
+        save_state(run.path, done, {"x": torch.ones(1)})
+    for name in ("000000.png", "000001.png", "000002.png", "2.png", "nice.png"):
+        save_image(Image.new("RGB", (8, 8)), run.path / "samples" / name)
+    assert run.resume(mock.Mock(state=lambda: {"x": torch.ones(1)})) == done
+    assert run.metrics() == rows(1, 2)[:done]
+    assert sorted(file.name for file in (run.path / "samples").iterdir()) == [*kept, "2.png", "nice.png"]
 
 
 OTHER = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 1}
