@@ -91,16 +91,34 @@ def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
 
 
 def load_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, sharded in any way, from state/DONE (collectives). OSError naming a damaged state."""
-    place = path / STATE / f"{done:06d}"
+    """Fill `tensors`, sharded in any way, from state/DONE (collectives). OSError naming a damaged state, or
+    one of other settings."""
+    place, student = path / STATE / f"{done:06d}", path / "student"
     try:
         for name, known in read_json(place / DIGESTS).items():
             require(digest(place / name, most=LARGE) == known, f"{name} is not as it was written")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(place)))
-        require(not not_finite(tensors), "NaN or infinite numbers")
+        reader = HuggingFaceStorageReader(str(place))
+        stored = {name: kept.size for name, kept in reader.read_metadata().state_dict_metadata.items()}
+        apart = misfit(stored, tensors)
+        if not apart:
+            dcp.load(tensors, storage_reader=reader)
+            require(not not_finite(tensors), "NaN or infinite numbers")
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
-        way_out = f"begin another run from its last student ({path / 'student'}), or delete the folder"
+        way_out = f"begin another run from its last student ({student}), or delete the folder"
         raise OSError(f"{place} is damaged ({type(error).__name__}); {way_out}") from error
+    if apart:
+        way_out = f"go on with the former ones, or choose another --out (and --cold-start {student})"
+        raise OSError(f"{place} does not fit these settings: {apart}; {way_out}")
+
+
+def misfit(stored: dict[str, torch.Size], tensors: dict[str, Tensor]) -> str:
+    """The first tensor that a state lacks, or has in another shape; "" where it fits."""
+    for name, tensor in tensors.items():
+        if name not in stored:
+            return f"it has no {name}"
+        if stored[name] != tensor.shape:
+            return f"{name} is {tuple(stored[name])} in it, {tuple(tensor.shape)} here"
+    return ""
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
