@@ -61,7 +61,8 @@ def claim(cfg: RunConfig) -> tuple[Path, object]:
             going = f"{path} belongs to a run that is still going"
             raise ValueError(f"{going}; stop that run or choose another --out") from error
     remove_temporaries(path)
-    write_json(path / "config.json", to_json(cfg))
+    if not goes_on(cfg, path):  # else the former settings stand until `resume` has loaded their state
+        write_json(path / "config.json", to_json(cfg))
     return path, held
 
 
@@ -145,11 +146,13 @@ class RunFolder:
         """The step of the log's last line."""
         self.best = -math.inf
         """The highest mean score of those watched so far."""
+        self.contents: dict[str, str] = {}
+        """What the run reads, by content, once it is checked."""
         if active:
             self.path, self.held = claim(cfg)
 
     def check_contents(self, contents: dict[str, str]) -> None:
-        """ValueError if what the run reads is not what it began with; recorded by the run's first start."""
+        """ValueError if what the run reads is not what it began with; `resume` records it."""
         file = self.path / CONTENTS
         if file.is_file() and goes_on(self.cfg, self.path):
             old = read_json(file)
@@ -158,7 +161,7 @@ class RunFolder:
             way_out += "student along), or add --force-resume to go on all the same"
             what = f"{self.path} holds a run that began with another {', '.join(changes)}; {way_out}"
             refuse_changes(what, changes, self.cfg.force_resume)
-        write_json(file, contents)
+        self.contents = contents
 
     def resume(self, trained: Trained) -> int:
         """Go on from the last state, if there is one; returns how many steps are done (collectives)."""
@@ -166,6 +169,7 @@ class RunFolder:
         if done > 0:
             say(f"resuming {self.path} after step {done}")
             load_state(self.path, done, trained.state())
+        self.record()
         self.truncate(done)
         ranks.barrier()  # before others read what is left
         self.saved = done
@@ -175,6 +179,13 @@ class RunFolder:
             if "watch" in row and fmean(row["watch"].values()) > self.best:
                 self.best = fmean(row["watch"].values())
         return done
+
+    def record(self) -> None:
+        """What the next start insists on: these settings, and the contents if they were checked."""
+        if self.active:
+            write_json(self.path / "config.json", to_json(self.cfg))
+            if self.contents:
+                write_json(self.path / CONTENTS, self.contents)
 
     def save(self, trained: Trained, done: int) -> None:
         """Checkpoint after `done` steps: the state to resume from, then the student, which a resumed run

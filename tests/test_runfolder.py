@@ -31,6 +31,8 @@ from opd.setup import contents
 from tests import forked, tiny
 from tests.tiny_grpo import BRIGHT
 
+TRAINED = mock.Mock(state=lambda: {"x": torch.ones(1)})
+
 
 def config(folder, **changes):
     return DistillationConfig(out=str(folder / "run"), **changes)
@@ -78,10 +80,10 @@ def test_what_is_past_the_state_that_a_run_goes_on_from_is_dropped(tmp_path, don
     for row in rows(1, 2):
         run.log(row)
     if done > 0:
-        save_state(run.path, done, {"x": torch.ones(1)})
+        save_state(run.path, done, TRAINED.state())
     for name in ("000000.png", "000001.png", "000002.png", "2.png", "nice.png"):
         save_image(Image.new("RGB", (8, 8)), run.path / "samples" / name)
-    assert run.resume(mock.Mock(state=lambda: {"x": torch.ones(1)})) == done
+    assert run.resume(TRAINED) == done
     assert run.metrics() == rows(1, 2)[:done]
     assert sorted(file.name for file in (run.path / "samples").iterdir()) == [*kept, "2.png", "nice.png"]
 
@@ -282,6 +284,30 @@ def test_a_damaged_state_is_named_with_the_way_out_and_stays(world, tmp_path, da
     assert snapshot(tmp_path / "state") == half
 
 
+@pytest.mark.parametrize(
+    "changes, apart",
+    [
+        ({"rank": 8}, r"\S*lora_A\S* is \(4, 32\) in it, \(8, 32\) here"),
+        ({"ema": 0.9}, r"it has no average/\S*lora_A\S*"),
+    ],
+)
+def test_a_whole_state_that_does_not_fit_costs_nothing(world, tmp_path, changes, apart):
+    """The former settings go on, with what the run read before."""
+    cfg = tiny.config(world, out=str(tmp_path), rank=4)
+    folder, trained = RunFolder(cfg, active=True), tiny.build(cfg)[3]
+    folder.check_contents({"base": "1"})
+    folder.resume(trained)
+    folder.save_to_go_on(trained, 3)
+    before = snapshot(tmp_path)
+    other = replace(cfg, force_resume=True, **changes)
+    forced, trained_otherwise = RunFolder(other, active=True), tiny.build(other)[3]
+    forced.check_contents({"base": "2"})
+    with pytest.raises(OSError, match=f"state/000003 does not fit these settings: {apart}; go on with the"):
+        forced.resume(trained_otherwise)
+    assert snapshot(tmp_path) == before
+    assert RunFolder(cfg, active=True).resume(trained) == 3
+
+
 # ---- whose folder it is ------------------------------------------------------------------------------------
 # (files, links, message); links lead to what is beside the run folder.
 NOT_A_RUNS = [
@@ -319,7 +345,8 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     cfg = red(8, tiny.config(tmp_path / "one", out=out))
     folder = RunFolder(cfg, active=True)
     folder.check_contents(contents(cfg, tiny.planned(cfg), {}))
-    save_state(folder.path, 1, {"x": torch.ones(1)})
+    folder.resume(TRAINED)
+    save_state(folder.path, 1, TRAINED.state())
 
     shutil.move(tmp_path / "one", tmp_path / "two")
     plain = tiny.config(tmp_path / "two", out=out, micro_batch=1)
@@ -340,7 +367,9 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     with pytest.raises(ValueError, match="lr 0.01 -> 0.5"):
         RunFolder(replace(moved, lr=0.5), active=True)
 
-    RunFolder(replace(moved, lr=0.5, force_resume=True), active=True).check_contents(changed)
+    forced = RunFolder(replace(moved, lr=0.5, force_resume=True), active=True)
+    forced.check_contents(changed)
+    forced.resume(TRAINED)
     printed = capsys.readouterr().out
     assert "lr 0.01 -> 0.5" in printed and "teacher blue" in printed
     RunFolder(replace(moved, lr=0.5), active=True).check_contents(changed)
