@@ -51,6 +51,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Shown, Re
     teachers = {}
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
+    check_guidances(cfg, model, teachers)
     student = student_start(cfg, model, teachers)
     data, steps = load_data(cfg, model)
     shown = prompts_to_show(cfg, data)
@@ -108,6 +109,17 @@ def read_by(cfg: RunConfig) -> list[tuple[str, str, str]]:
             sources = given.values() if isinstance(given, dict) else [given]
             found += [(name, f"{flag} {word}", source) for word, source in zip(words, sources, strict=True)]
     return found
+
+
+def check_guidances(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> None:
+    """ValueError for a guidance that the model it is for cannot be run at."""
+    own = {name: teacher.model for name, teacher in teachers.items() if isinstance(teacher, Whole)}
+    asked = [(model, cfg.guidance), (model, cfg.deployed_guidance())]
+    if isinstance(cfg, DistillationConfig):
+        for name in [*cfg.teachers, *teacher_names(cfg, {})]:
+            asked.append((own[name] if name in own else model, cfg.guidance_of(name)))
+    for one, guidance in asked:
+        one.family.arguments(one.folder, cfg.t5, guidance)
 
 
 def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from opd.families import flux
 from opd.formats import state
+from opd.model import Model
 from opd.runfolder import RunFolder
-from tests import tiny
+from tests import tiny, tiny_families
 
 
 def cut(file):
@@ -78,7 +80,7 @@ BREAKS = [
     (setting("_class_name", "DDIMScheduler"), SCHEDULER, "DDIMScheduler is not for flow matching; put"),
     (cut, "text_encoder/model.safetensors", "text encoders of .*pipeline"),
     (spoil, "text_encoder_2/model.safetensors", "text encoders of .*pipeline: NaN or infinite numbers for"),
-    (scribble, "text_encoder/config.json", "text encoders of .*pipeline"),
+    (scribble, "text_encoder/config.json", "pipeline/text_encoder/config.json: not JSON"),
     (empty, "tokenizer_2", "tokenizer_2 holds none of tokenizer.json"),
     (Path.unlink, "model_index.json", "pipeline.*model_index.json"),
     *((shutil.rmtree, part, f"pipeline.*{part}") for part in ("transformer", "vae", "scheduler")),
@@ -94,6 +96,34 @@ def test_a_broken_part_of_a_pipeline_is_named_before_training(world, tmp_path, b
     cfg = tiny.config(world, model=str(tmp_path / "pipeline"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         tiny.build(cfg)
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory):
+    """A world whose base takes no guidance, and beside it a pipeline that does."""
+    folder = tmp_path_factory.mktemp("schnell")
+    tiny_families.make_flux(folder / "dev")
+    tiny_families.make_flux(folder / "pipeline", told=False)
+    return tiny.furnish(folder, flux)
+
+
+def loading(*arguments):
+    raise AssertionError("weights, or text encoders, load")
+
+
+GUIDANCES = [{"guidance": 3.5, "deploy_guidance": 1.0}, {"deploy_guidance": 3.5}, {"teacher_guidance": 3.5}]
+GUIDANCES.append({"teacher_guidances": {"blue": 3.5}})
+
+
+@pytest.mark.parametrize("changes", GUIDANCES)
+def test_guidance_of_a_model_that_takes_none_is_refused_before_weights_load(schnell, monkeypatch, changes):
+    """Unless it is that of a teacher's own model, which takes it."""
+    monkeypatch.setattr(Model, "prepare", loading)
+    with pytest.raises(ValueError, match="^guidance 3.5: this FLUX.1 takes none; use 1 .--guidance, --depl"):
+        tiny.build(tiny.config(schnell, **changes))
+    teachers = {"red": str(schnell / "dev"), "blue": str(schnell / "blue")}
+    with pytest.raises(AssertionError, match="weights"):
+        tiny.build(tiny.config(schnell, teachers=teachers, teacher_guidances={"red": 3.5}))
 
 
 def uncertain(images, prompts, metadata):

@@ -16,8 +16,8 @@ ONE_OF_EACH = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1}
 DYNAMIC = {"use_dynamic_shifting": True}
 
 
-def make_flux(folder: Path, kind: type = diffusers.FluxPipeline) -> Path:
-    """4x4x4 latents, one double and one single block, told its guidance."""
+def make_flux(folder: Path, kind: type = diffusers.FluxPipeline, told: bool = True) -> Path:
+    """4x4x4 latents, one double and one single block. `told`: its guidance, as FLUX.1-schnell is not."""
     torch.manual_seed(0)
     t5, t5_tokenizer = tiny.make_t5(WIDTH)
     tokenizer = tiny_clip.make_tokenizer("a two red blue circle circles square squares triangle dot".split())
@@ -27,7 +27,7 @@ def make_flux(folder: Path, kind: type = diffusers.FluxPipeline) -> Path:
             **HEADS,
             joint_attention_dim=t5.config.d_model,
             pooled_projection_dim=WIDTH,
-            guidance_embeds=True,
+            guidance_embeds=told,
             axes_dims_rope=(4, 6, 6),
         ),
         vae=tiny.make_vae(),

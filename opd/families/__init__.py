@@ -62,7 +62,8 @@ CONTRACT = {
     "load_vae": "(folder) -> the frozen VAE in float32 on the CPU",
     "load_text": "(folder, dtype, device, t5) -> what encode_prompts needs; t5 = False: without a T5 encoder",
     "arguments": "(folder, t5, guidance) -> (arguments of diffusers' from_pretrained, arguments of the "
-    "pipeline's call) that mean what `guidance` and `t5` mean here",
+    "pipeline's call) that mean what `guidance` and `t5` mean here; ValueError for a guidance that the model "
+    "cannot be run at",
     "text_shapes": "(folder, t5) -> shape by name of a Condition's tensors, at their longest",
     "encode_prompts": "(load_text's result, prompts, device) -> a Condition per prompt, in load_text's dtype",
     "collate": "(B Conditions) -> the text that velocity takes: stacked, padded with a mask, or a list; with "

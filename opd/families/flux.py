@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from opd.errors import require
 from opd.families import JOINT_ATTENTION, Condition, pictures_of
 from opd.families import _parts as parts
 from opd.families._parts import *  # noqa: F403 (what is not said here)
@@ -47,6 +48,7 @@ def load_text(folder: Path, dtype: torch.dtype, device: torch.device, t5: bool) 
 
 
 def arguments(folder: Path, t5: bool, guidance: float) -> tuple[dict, dict]:
+    check_guidance(parts.transformer_config(folder).get("guidance_embeds"), guidance)
     return {}, {"guidance_scale": guidance, "max_sequence_length": T5_TOKENS}
 
 
@@ -75,13 +77,12 @@ def velocity(
     text: dict[str, Tensor],
     guidance: float,
 ) -> Tensor:
-    """The model's time is sigma. ValueError where it takes no guidance and is given one other than 1."""
+    """The model's time is sigma."""
     embeds = text["embeds"]
     told = None
+    check_guidance(transformer.config.guidance_embeds, guidance)
     if transformer.config.guidance_embeds:
         told = torch.full_like(sigma_B, guidance, dtype=torch.float32)
-    elif guidance != 1.0:
-        raise ValueError(f"guidance {guidance}: this FLUX.1 takes none; use 1 for student and teachers")
     # The source picture's tokens stand behind those of x, and their velocity is nobody's.
     images = [x_BCHW, *pictures_of(text).values()]
     ids = [patch_ids(number, image) for number, image in enumerate(images)]
@@ -97,6 +98,12 @@ def velocity(
     )
     rows, tokens = x_BCHW.shape[2] // PATCH, len(ids[0])
     return parts.unpack(v_BTC[:, :tokens], rows)
+
+
+def check_guidance(told: bool | None, guidance: float) -> None:
+    """ValueError for a scale other than 1 where the network is not told it."""
+    way_out = "use 1 (--guidance, --deploy-guidance, --teacher-guidance)"
+    require(told or guidance == 1.0, f"guidance {guidance:g}: this FLUX.1 takes none; {way_out}")
 
 
 def patch_ids(number: int, image_BCHW: Tensor) -> Tensor:
