@@ -8,7 +8,7 @@ import torch
 
 from opd import compiled, lora, ranks
 from opd.cli import flag_words
-from opd.config import DistillationConfig, NFTConfig, RunConfig, SFTConfig
+from opd.config import DistillationConfig, NFTConfig, Rollout, RunConfig, SFTConfig
 from opd.data import Asked, Edit, Pools, prompts_of_step
 from opd.errors import require
 from opd.files import LARGE, digest, path_of, reading, resolve
@@ -51,7 +51,7 @@ def set_up(cfg: RunConfig, device: torch.device) -> tuple[Model, Data, Shown, Re
     teachers = {}
     if isinstance(cfg, DistillationConfig):
         teachers = read_teachers(cfg, model)
-    check_guidances(cfg, model, teachers)
+    check_sampling(cfg, model, teachers)
     student = student_start(cfg, model, teachers)
     data, steps = load_data(cfg, model)
     shown = prompts_to_show(cfg, data)
@@ -111,8 +111,8 @@ def read_by(cfg: RunConfig) -> list[tuple[str, str, str]]:
     return found
 
 
-def check_guidances(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> None:
-    """ValueError for a guidance that the model it is for cannot be run at."""
+def check_sampling(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole]) -> None:
+    """ValueError for a guidance or a number of steps that the model it is for cannot be run at."""
     own = {name: teacher.model for name, teacher in teachers.items() if isinstance(teacher, Whole)}
     asked = [(model, cfg.guidance), (model, cfg.deployed_guidance())]
     if isinstance(cfg, DistillationConfig):
@@ -120,6 +120,12 @@ def check_guidances(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Who
             asked.append((own[name] if name in own else model, cfg.guidance_of(name)))
     for one, guidance in asked:
         one.family.arguments(one.folder, cfg.t5, guidance)
+    if isinstance(cfg, Rollout):
+        with reading(f"--steps {cfg.steps}"):
+            model.sigmas(cfg.steps)
+    for one in (model, *own.values()):
+        with reading(f"--eval-steps {cfg.eval_steps}"):
+            one.sigmas(cfg.eval_steps)
 
 
 def load_weights(cfg: RunConfig, model: Model, teachers: dict[str, Lora | Whole], student: Lora) -> None:

@@ -126,6 +126,19 @@ def test_guidance_of_a_model_that_takes_none_is_refused_before_weights_load(schn
         tiny.build(tiny.config(schnell, teachers=teachers, teacher_guidances={"red": 3.5}))
 
 
+@pytest.mark.parametrize("name", ["steps", "eval_steps"])
+def test_too_few_steps_for_a_scheduler_are_refused_before_weights_load(world, tmp_path, monkeypatch, name):
+    """As Qwen-Image's, which stretches its levels to one above 0."""
+    monkeypatch.setattr(Model, "prepare", loading)
+    settings = {"use_dynamic_shifting": True, "shift_terminal": 0.02}
+    model = str(tiny.with_scheduler(world / "pipeline", tmp_path / "pipeline", settings))
+    message = f"--{name.replace('_', '-')} 1: .*scheduler has shift_terminal 0.02; it needs 2 steps or more"
+    with pytest.raises(ValueError, match=message):
+        tiny.build(tiny.config(world, model=model, **{name: 1}))
+    with pytest.raises(AssertionError, match="weights"):
+        tiny.build(tiny.config(world, model=model, **{name: 2}))
+
+
 def uncertain(images, prompts, metadata):
     return images.mean((1, 2, 3)).put_(torch.tensor([0]), torch.tensor([1.0]))
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd import flow
+from opd.errors import require
 from opd.files import read_json
 from opd.formats.hub import variant_of
 
@@ -149,6 +150,8 @@ def noise_levels(folder: Path, steps: int, mu: float, even: list[float] | None =
     the scheduler. ValueError for a schedule that does not fall strictly to 0.
     """
     scheduler = load_scheduler(folder)
+    last = scheduler.config.shift_terminal  # the level before 0: of one step that is 1
+    require(steps > 1 or not last, f"{folder}/scheduler has shift_terminal {last}; it needs 2 steps or more")
     scheduler.set_timesteps(steps, sigmas=even, mu=mu)
     levels = scheduler.sigmas
     if levels[-1] != 0 or not (levels.diff() < 0).all():
