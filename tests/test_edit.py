@@ -273,6 +273,11 @@ def test_memory_counts_the_tokens_of_the_source(case, world, tmp_path, capsys):
     cfg = tiny.config(world, **settings(world, tmp_path))
     model = Model.plan(str(case.pipeline), "float32", in_pixels(*SIZE), CPU, True)
     shapes = memory.picture_shapes(cfg, model)
+    rows = [{"prompt": edit.text, "image": list(edit.pictures)} for edit in prompts_of(case)]
+    write_samples(tmp_path / "data", torch.zeros(3, *model.shape), rows)
+    for place, wanted in {"data": shapes, "elsewhere": {}}.items():
+        finetuned = tiny.sft_config(world, data=str(tmp_path / place))
+        assert memory.picture_shapes(finetuned, model) == wanted
     assert capsys.readouterr().out == ""  # --dry-run prints flags and comments alone
     model.prepare(prompts_of(case))
     latents = [pictures_of(condition).values() for condition in model.text(prompts_of(case))]

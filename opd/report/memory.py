@@ -33,6 +33,7 @@ from opd.families import Condition
 from opd.families._parts import children_of, vae_skeleton, with_fused_norms
 from opd.files import resolve
 from opd.formats.hub import stored, weight_files
+from opd.formats.latents import load_captions
 from opd.formats.prompts import load_tasks
 from opd.formats.teacher_files import read_teachers
 from opd.lora import STUDENT, Lora
@@ -115,13 +116,18 @@ def prompts_of_run(cfg: RunConfig) -> int:
 
 
 def picture_shapes(cfg: RunConfig, model: Model) -> dict[str, tuple[int, ...]]:
-    """Of the latents of those source pictures that take the most tokens, in the prompt files on this disk."""
-    if model.family.EDITING is None or not isinstance(cfg, Rollout):
+    """Of the latents of those source pictures that take the most tokens, in the prompt files, or the data,
+    on this disk."""
+    if model.family.EDITING is None:
         return {}
-    found = {task: path for task, path in cfg.prompts.items() if resolve(path).is_file()}
-    asked = [prompt.asked for pool in load_tasks(found).values() for prompt in pool]
+    if isinstance(cfg, SFTConfig):
+        folder = resolve(cfg.data)
+        prompts = load_captions(folder) if (folder / "metadata.jsonl").is_file() else []
+    else:
+        found = {task: path for task, path in cfg.prompts.items() if resolve(path).is_file()}
+        prompts = [prompt for pool in load_tasks(found).values() for prompt in pool]
     most = {}
-    for shape in dict.fromkeys(filter(None, model.shapes(asked).values())):
+    for shape in dict.fromkeys(filter(None, model.shapes([prompt.asked for prompt in prompts]).values())):
         sizes = [map(int, size.split("x")) for size in shape.split("+")]
         latents = [model.family.latent_shape(model.folder, height, width) for width, height in sizes]
         if sum(map(prod, latents)) > sum(map(prod, most.values())):
