@@ -29,7 +29,7 @@ from opd.files import (
     writing,
 )
 from opd.formats.settings import read_config, to_json
-from opd.formats.state import STATE, latest_state, load_state, numbered, save_state
+from opd.formats.state import STATE, latest_state, load_state, numbered, remove_earlier_states, save_state
 from opd.optim import Trained, due
 from opd.ranks import say
 
@@ -169,6 +169,9 @@ class RunFolder:
         if done > 0:
             say(f"resuming {self.path} after step {done}")
             load_state(self.path, done, trained.state())
+            ranks.barrier()  # all ranks have read it
+            if self.active:
+                remove_earlier_states(self.path)  # a kill may have kept the save from it
         self.record()
         self.truncate(done)
         ranks.barrier()  # before others read what is left

@@ -211,6 +211,7 @@ def test_retention_the_best_student_and_what_a_finished_run_restores(world, tmp_
         shutil.rmtree(out / folder)
     (out / "samples/000005.png").unlink()
     (out / "student").mkdir()
+    shutil.copytree(out / "state/000005", out / "state/000004")
     (out / "state/.000006.tmp").mkdir()
     (out / "state/.000006.tmp/half").write_bytes(b"half")
     (out / "student" / ".adapter_model.safetensors.4.tmp").write_bytes(b"half")

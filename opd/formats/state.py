@@ -84,10 +84,13 @@ def save_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
                 os.fsync(written.fileno())
         write_json(half / DIGESTS, digests)
         half.rename(whole)
-        for folder in whole_states(path):
-            if folder != whole:
-                shutil.rmtree(folder)
+        remove_earlier_states(path)
     ranks.barrier()
+
+
+def remove_earlier_states(path: Path) -> None:
+    for folder in whole_states(path)[:-1]:
+        shutil.rmtree(folder)
 
 
 def load_state(path: Path, done: int, tensors: dict[str, Tensor]) -> None:
