@@ -129,6 +129,15 @@ def test_what_a_run_logs_is_drawn_and_what_it_does_not_log_is_not(tmp_path, monk
     raw, mean = plots.curve_figure(many, {}).axes[0].lines
     assert raw.get_ydata().tolist() == [0, 1] * 10 and mean.get_ydata()[10] == pytest.approx(0.4)
     assert plots.curve_figure([], {}) is None
+    names = ("all", "_t", "a$_{$")  # of tasks and teachers; matplotlib reads two of them as something else
+    odd = [
+        {"step": 1, "loss": 3.0, "watch": {name: 0.5 for name in names}}
+        | {name: {"loss": 0.1} for name in names}
+    ]
+    plots.png(plots.curve_figure(odd, {"all": 0.7}))
+    for panel in plots.curve_figure(odd, {"all": 0.7}).axes[:2]:
+        _, labels = panel.get_legend_handles_labels()
+        assert {"all", " _t", r"a\$_{\$"} <= {*labels}
     monkeypatch.setattr(plots, "png", png)
     by_hand(tmp_path / "run", rows)
     assert len(np.unique(np.asarray(Image.open(tmp_path / "run/curves.png")))) > 10

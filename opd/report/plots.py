@@ -15,7 +15,8 @@ COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa3377", "#888833", "#222222", "#6
 # Inches of a figure: two panels in a row, whose letters can be read on a small screen.
 WIDTH, HEIGHT = 9, 3.2
 LEGEND = {"frameon": False, "ncols": 4, "columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
-ALL, WATCHED, FAR = "all", "held-out score", "distance to the teacher, % of the base's"
+# No task has a name with a bracket.
+ALL, WATCHED, FAR = "(all)", "held-out score", "distance to the teacher, % of the base's"
 SIZE = "log |v| / |v_base|"
 NOTE = "Thick: the running mean. Thin: the numbers themselves."
 Curves = dict[str, dict[int, float]]  # label -> step -> value
@@ -96,7 +97,9 @@ def draw_curve(panel: Axes, label: str, values: dict[int, float], colour: str, s
         panel.plot(steps, numbers, color=colour, linewidth=0.7, alpha=0.45)
         window = np.ones(width)
         numbers = np.convolve(numbers, window, "same") / np.convolve(np.ones(len(numbers)), window, "same")
-    panel.plot(steps, numbers, label=label, linewidth=1.8, **style)
+    # To matplotlib $ begins mathematics, and _ a label that is not shown.
+    plain = label.replace("$", r"\$")
+    panel.plot(steps, numbers, label=" " * label.startswith("_") + plain, linewidth=1.8, **style)
 
 
 def dress(panel: Axes, title: str, curves: Curves) -> None:
