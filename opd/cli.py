@@ -174,7 +174,8 @@ def parse(arguments: list[str], presets: dict[str, Settings]) -> Settings:
 
 
 def starting_point(arguments: list[str], presets: dict[str, Settings]) -> tuple[str, Settings, list[str]]:
-    """What was named (a preset, or `--config FILE`), its settings, and the flags that override them."""
+    """What was named (a preset, or `--config FILE`), its settings, and the flags that override them. Where a
+    run was published, and that it once had to go on, are that run's own."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE")
     files, rest = parser.parse_known_args(arguments)
@@ -186,7 +187,8 @@ def starting_point(arguments: list[str], presets: dict[str, Settings]) -> tuple[
     if len(sources) > 1:
         raise ValueError(f"{' and '.join(sources)}: give one of them")
     if files.config:
-        return sources[0], read_config(files.config[0], stages_of(presets)), rest
+        saved = read_config(files.config[0], stages_of(presets))
+        return sources[0], replace(saved, push="", force_resume=False), rest
     if name not in presets:
         near = " or ".join(get_close_matches(name.lower(), presets, n=2))
         meant = f", did you mean {near}?" if near else ";"

@@ -81,6 +81,8 @@ def test_a_saved_run_is_read_and_flags_override_it(tmp_path):
     for arguments in (["--config", file, "--seed", "7"], ["--seed", "7", f"--config={file}"]):
         assert parse(arguments, PRESETS) == replace(DISTIL, seed=7)
     assert read_config(file, STAGES) == DISTIL
+    (tmp_path / "config.json").write_text(json.dumps(to_json(replace(DISTIL, push="a/b", force_resume=True))))
+    assert parse(["--config", file], PRESETS) == DISTIL  # these are the other run's alone
     (tmp_path / "config.json").write_text(json.dumps(to_json(SFT)))
     assert parse(["--config", file], PRESETS) == SFT
 

@@ -219,7 +219,9 @@ def main(cfg: RunConfig, folder: Path) -> None:
     """`python train.py --config FILE`, in this process; the file is written into `folder`."""
     file = folder / "settings.json"
     file.write_text(json.dumps(to_json(cfg)))
-    with mock.patch.object(sys, "argv", ["train.py", "--config", str(file)]):
+    # What a saved run does not hand on.
+    own = ["--push", cfg.push, *["--force-resume"] * cfg.force_resume]
+    with mock.patch.object(sys, "argv", ["train.py", "--config", str(file), *own]):
         try:
             train.main()
         finally:
