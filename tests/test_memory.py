@@ -121,6 +121,9 @@ def test_teachers_count_for_what_they_load(world, counted, tmp_path):
     full = str(tiny.fold(world, "red", tmp_path / "full"))
     one = replace(cfg, teachers={"red": full, "blue": blue})
     assert memory.held_by_teachers(one, model) == read // 2 + counted(cfg)["base"]
+    there = replace(one, teacher_devices={"red": "cuda:0"}, dry_run=True)
+    on_gpu = replace(model, device=torch.device("cuda"))
+    assert memory.held_by_teachers(there, on_gpu) == memory.held_by_teachers(one, model)
     # On a device that this machine need not have.
     elsewhere = replace(one, teacher_devices={"red": "cuda:1"}, dry_run=True)
     assert memory.held_by_teachers(elsewhere, model) == read // 2
