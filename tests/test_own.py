@@ -91,6 +91,16 @@ def test_distances_are_zero_at_the_teacher_and_a_hundred_at_the_base(world, tmp_
     assert found["red"]["red"] == pytest.approx(0, abs=0.1) and found["red"]["blue"] > 10
 
 
+def test_a_grid_shows_an_average_that_teaches_as_it_is_then(world, tmp_path):
+    teachers = {"red": str(world / "red"), "me": "ema"}
+    cfg = tiny.config(
+        world, out=str(tmp_path / "run"), teachers=teachers, routes={"blue": "me"}, anchor="red", ema=0.5
+    )
+    *_, report = tiny.run(replace(cfg, iterations=2, lr=0.1, sample_every=1))
+    shown, now = (rows["its teacher\nguidance 1"][0] for rows in (report.kept_above, report.above()))
+    assert all(torch.equal(a, b) for a, b in zip(shown, now, strict=True))
+
+
 def test_a_grid_shows_the_prompts_that_the_user_names(world, tmp_path):
     """Each with the teacher of its own task, and none above a prompt of no task."""
     lines = [{"prompt": "a blue dot", "task": "blue"}, {"prompt": "a dot", "seen": 1}]
@@ -99,7 +109,7 @@ def test_a_grid_shows_the_prompts_that_the_user_names(world, tmp_path):
     cfg = tiny.config(world, out=str(tmp_path / "run"), **own)
     *_, report = tiny.run(cfg)
     assert [prompt.text for prompt in report.prompts] == ["a blue dot", "a dot"]
-    (base, _), (above, _) = report.above.values()
+    (base, _), (above, _) = report.above().values()
     assert torch.equal(above[0], report.pictures("blue", 1.0, [0])[0])
     assert above[1].min() == 1 and base[1].min() < 1
     assert report.shown.measured.keys() == {"red", "blue"}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from opd.evaluation.statistics import ALL, labels_of, summarise
 from opd.files import replace, write_json
 from opd.formats.latents import Images
 from opd.formats.pictures import labelled_grid, save_image, source_row
-from opd.lora import BASE, START, STUDENT
+from opd.lora import BASE, EMA, START, STUDENT
 from opd.model import Model, Sampling
 from opd.optim import Trained, due
 from opd.ranks import say
@@ -49,10 +48,12 @@ class Report:
         if folder.active:
             self.tracker = Tracker(cfg, folder.path)
         self.prompts = [prompt for pool in shown.grid.values() for prompt in pool]
-        self.teachers, self.routes = {}, {}
+        self.teachers, self.routes, self.sources = {}, {}, set()
         if isinstance(cfg, DistillationConfig):
             self.teachers = load_teachers(cfg, model, routed(data, shown.measured))
-            self.routes = cfg.routes
+            self.routes, self.sources = cfg.routes, {*cfg.teachers.values()}
+        self.kept_above = {}
+        """What `above` made for the first grid, which stays but for the row of a moving average."""
         self.scores, self.cells = "", []
         """The table and its numbers, once there are some."""
         self.scorers = Scorers({}, math.inf, strict=False)
@@ -119,9 +120,8 @@ class Report:
         batches = planned(rows, splits, settings, count, batch=cfg.micro_batch)
         return score(batches, self.scorers, self.model)
 
-    @cached_property
     def above(self) -> dict[str, tuple[list[Tensor], list[str]]]:
-        """The rows above the student's in every grid, made for the first one: label -> pictures and marks."""
+        """The rows above the student's in a grid: label -> pictures and marks."""
         cfg = self.cfg
         if cfg.full:
             return {}
@@ -179,7 +179,9 @@ class Report:
         with trained.averaged():
             mine = self.pictures(trained.model.trained, guidance, range(len(self.prompts)))
         label = f"student, step {done}\nguidance {guidance:g}"
-        rows = self.above | {label: (mine, self.marks(mine))}
+        if not self.kept_above or EMA in self.sources:
+            self.kept_above = self.above()
+        rows = self.kept_above | {label: (mine, self.marks(mine))}
         if self.folder.active:
             images = {name: pictures for name, (pictures, _) in rows.items()}
             notes = {name: marks for name, (_, marks) in rows.items()}
