@@ -242,14 +242,16 @@ def source_pictures(data: Data) -> list[Path]:
 
 
 def content_of(source: str, most: float = LARGE) -> str:
-    """sha256 of a file, of all files below a directory, or of an adapter on the Hub, with the alpha that the
-    source names; what is no file, such as "base", stands for itself."""
+    """sha256 of a file, of all files below a directory but README.md, or of an adapter on the Hub, with the
+    alpha that the source names; what is no file, such as "base", stands for itself."""
     if source in (*lora.WITHOUT_WEIGHTS, "merge"):
         return source
     place, colon, alpha = source.partition(":alpha=")
     path = resolve(place)
     if path.is_dir():
-        content = digest(*sorted(file for file in path.rglob("*") if file.is_file()), most=most)
+        # A student's card is written anew whenever it is scored.
+        files = [file for file in path.rglob("*") if file.is_file() and file.name != "README.md"]
+        content = digest(*sorted(files), most=most)
         return content + colon + alpha
     try:
         return digest(find_adapter(place), most=most) + colon + alpha

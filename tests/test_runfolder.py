@@ -349,6 +349,7 @@ def test_a_run_resumes_with_the_same_contents_or_says_which_changed(world, tmp_p
     folder.resume(TRAINED)
     save_state(folder.path, 1, TRAINED.state())
 
+    (tmp_path / "one/blue/README.md").write_text("a card with new scores")
     shutil.move(tmp_path / "one", tmp_path / "two")
     plain = tiny.config(tmp_path / "two", out=out, micro_batch=1)
     moved = red(8, plain)
