@@ -27,8 +27,9 @@ from opd import errors, lora
 from opd.cli import Count, Few, Finite, Seed, Texts, check_bounds, dashed, emptied, given_fields, plain_names
 from opd.data import Asked, Prompt, fair_sample
 from opd.files import check_folder, path_of, reading
-from opd.formats.export import KEY, completed, guidance_of
+from opd.formats.export import completed, guidance_of
 from opd.formats.latents import write_samples
+from opd.formats.lora_files import KEY
 from opd.formats.pictures import labelled_grid, save_image, source_pictures, source_row, to_pil
 from opd.formats.prompts import load_prompts, load_tasks
 from opd.model import Model, Sampling

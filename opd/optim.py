@@ -10,7 +10,8 @@ from torch import Tensor
 
 from opd import lora, ranks
 from opd.config import NFTConfig, RunConfig
-from opd.formats.export import KEY, deployment_of, save_lora, save_transformer
+from opd.formats.export import deployment_of, save_lora, save_transformer
+from opd.formats.lora_files import KEY
 from opd.lora import BASE, EMA, OLD
 from opd.model import Model
 

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from opd.families import sd3
 from opd.families._sd3_names import BLOCK, OUTSIDE
+from opd.formats import lora_files
 from opd.formats.lora_files import read_lora
 from opd.formats.teacher_files import KINDS, Whole, holds_transformer, read_transformer
 from opd.model import Model
+from tests import tiny
 from tests.test_teachers import WEIGHTS, answer, built, furnished
 
 LAYER = "transformer_blocks.1.attn.to_q.weight"
@@ -237,6 +239,14 @@ def test_what_is_said_of_a_teacher_that_is_merged_is_said_once(world, tmp_path, 
     save_file({name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}, file)
     built(world, tmp_path, file, cold_start="merge")
     assert capsys.readouterr().out.count("states no alpha") == 1
+
+
+def test_a_students_single_file_needs_no_alpha(world, tmp_path, capsys):
+    tiny.run(tiny.config(world, out=str(tmp_path / "run"), alpha=3.0, iterations=1))
+    student = tmp_path / "run/student"
+    capsys.readouterr()
+    norms = [read_lora(str(student / name)).norm() for name in lora_files.WEIGHTS]
+    assert norms[0] == pytest.approx(norms[1]) and "alpha" not in capsys.readouterr().out
 
 
 def test_whole_teachers_cannot_be_merged(world, place, tmp_path):

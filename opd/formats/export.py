@@ -17,14 +17,13 @@ from opd.cli import Finite, check_bounds, given_fields
 from opd.config import RunConfig
 from opd.families import has_t5
 from opd.files import read_json, reading, write_json, write_safetensors
-from opd.formats.lora_files import WEIGHTS, find_adapter
+from opd.formats.lora_files import KEY, WEIGHTS, find_adapter
 from opd.formats.settings import Settings
 from opd.lora import BASE
 from opd.model import Model
 from opd.ranks import say
 
 FILE = "deployment.json"
-KEY = "flow-opd"  # under which files of weights and pictures hold what they are
 
 
 @dataclass(frozen=True)

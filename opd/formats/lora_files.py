@@ -32,6 +32,8 @@ FILES = ["adapter_config.json", *WEIGHTS]
 FILES += [f"lora/{name}" for name in FILES]  # where Flow-GRPO's checkpoints have them
 # How an adapter is sampled; a fine-tuned transformer may have it too.
 BESIDE = ["deployment.json", "lora/deployment.json"]
+KEY = "flow-opd"
+"""Under which files of weights and pictures hold what they are."""
 COMFY = "diffusion_model."
 PREFIXES = re.compile(rf"(?:(?:base_model\.model|transformer|module|_orig_mod|{COMFY[:-1]})\.)*")
 FOREIGN = (COMFY, "lora_unet_", "lora_transformer_", "lycoris_")
@@ -88,6 +90,8 @@ def read_lora(source: str, convert: Convert | None = None) -> Lora:
         config = peft_config(path, metadata)
         check_settings(config)
         alpha = alphas(ranks, keys, config, asked)
+        if not alpha and KEY in metadata:  # a student's single file: alpha / r is in B
+            alpha = ranks
         if not alpha:
             say(
                 f"adapter {source!r} states no alpha: read at alpha = rank, the update as it stands in the "
