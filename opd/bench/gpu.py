@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import tyro
@@ -27,7 +28,7 @@ from opd.bench import kernels
 from opd.bench.clock import about, matmul_rate, measure
 from opd.bench.model import WORKS, with_teachers
 from opd.config import DistillationConfig
-from opd.files import write_json
+from opd.files import read_metrics, write_json
 from opd.model import compute_dtype
 
 
@@ -85,5 +86,7 @@ def first_command() -> dict[str, float]:
         command = f"train.py --iterations 5 --save-every 1 --no-evaluate --sample-every 0 --out {folder}/run"
         started = time.time()
         subprocess.run([sys.executable, *command.split()], check=True, stdout=subprocess.DEVNULL)
-        ended = [state.stat().st_mtime for state in sorted(Path(folder).glob("run/checkpoints/*"))]
-    return {"first step": ended[0] - started, "a step": (ended[-1] - ended[0]) / 4}
+        first = (Path(folder) / "run/checkpoints/000001").stat().st_mtime - started
+        rows = read_metrics(Path(folder) / "run/metrics.jsonl")
+    seconds = [row["effective_batch"] / row["samples_per_second"] for row in rows[1:]]
+    return {"first step": first, "a step": median(seconds)}
