@@ -8,7 +8,7 @@ import diffusers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from opd.config import RunConfig
-from opd.files import reading, replace, resolve
+from opd.files import path_of, reading, replace, resolve
 from opd.formats.export import Deployment, deployment_of
 from opd.formats.hub import variant_of
 from opd.model import Model
@@ -117,7 +117,7 @@ def snippet(cfg: RunConfig, model: Model, deployment: Deployment) -> str:
 def name_of(cfg: RunConfig) -> str:
     if cfg.push:
         return cfg.push.partition("/")[2]
-    return Path(cfg.out).name
+    return path_of(cfg.out).resolve().name
 
 
 # ---- the Hub -------------------------------------------------------------------------------------
