@@ -160,6 +160,7 @@ def test_the_base_and_its_licence_are_named_where_they_are_known(settings, tmp_p
     paints = SimpleNamespace(edits=lambda: False)
     model = SimpleNamespace(folder=tmp_path, conditioning=paints)
     cfg = replace(settings, model="owner/base")
+    assert card.name_of(replace(CFG, out=".")) == Path.cwd().name
     data = card.front_matter(cfg, model, card.licence_of(model))
     assert (data.base_model, data.license, data.license_name) == ("owner/base", "other", "community")
 

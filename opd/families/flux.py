@@ -77,7 +77,7 @@ def velocity(
     text: dict[str, Tensor],
     guidance: float,
 ) -> Tensor:
-    """The model's time is sigma."""
+    """The model's time is sigma. ValueError where it takes no guidance and is given one other than 1."""
     embeds = text["embeds"]
     told = None
     check_guidance(transformer.config.guidance_embeds, guidance)

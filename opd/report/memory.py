@@ -185,6 +185,7 @@ def held_by_teachers(cfg: RunConfig, model: Model) -> int:
     for teacher in read_teachers(replace(cfg, teachers=here), model).values():
         if isinstance(teacher, Lora):
             held += numbers([*teacher.A.values(), *teacher.B.values()])
+        # Of the first rank: a bare cuda is its cuda:0.
         elif (teacher.model.device.type, teacher.model.device.index or 0) == (model.device.type, 0):
             skeleton = teacher.model.skeleton
             weights = with_two_blocks(teacher.model) if teacher.offload else numbers(skeleton.parameters())
